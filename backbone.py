@@ -1,0 +1,106 @@
+"""Images become pixel embeddings: a convolutional trunk, then a projector of 1x1 convolutions.
+
+Slide: "Together: solving segmentation & representation jointly" (the shared pixel embedding function).
+Paper: section 3.1 and the architecture paragraph of the experiments.
+Differs: nothing known for the ResNets, which are torchvision's, key by key. `tiny` is [U]: a trunk for toy images.
+Read next: grouping.py.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models.resnet import ResNet as TorchvisionResNet
+
+# name -> (residual block, blocks per stage), as in torchvision.models.
+RESNETS = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+}
+ARCHITECTURES = ("tiny", *RESNETS)
+
+
+def build_trunk(arch: str) -> nn.Module:
+    """A convolutional trunk with random weights: images (b 3 y x) -> feature map (b c h w).
+
+    arch: one of `ARCHITECTURES`. The result has `out_channels` (c) and `stride` (y / h).
+    Raises ValueError for an unknown name.
+    """
+    if arch == "tiny":
+        return TinyTrunk()
+    if arch in RESNETS:
+        return ResNetTrunk(*RESNETS[arch])
+    raise ValueError(f"unknown architecture {arch!r}: choose one of {', '.join(ARCHITECTURES)}")
+
+
+class ResNetTrunk(TorchvisionResNet):
+    """torchvision's ResNet up to C5, the last map before pooling: stride 32, no classifier.
+
+    The last batch norm of every residual block starts at zero [O], so that each block starts as the identity.
+    Its state dict is torchvision's without `fc.*`.
+    """
+
+    stride = 32
+
+    def __init__(self, block: type[BasicBlock | Bottleneck], layers: tuple[int, ...]):
+        super().__init__(block, list(layers), zero_init_residual=True)
+        self.out_channels = self.fc.in_features
+        del self.avgpool, self.fc
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (b 3 y x) normalised -> C5 map (b c h w)."""
+        c1 = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        c2 = self.layer1(c1)
+        c3 = self.layer2(c2)
+        c4 = self.layer3(c3)
+        return self.layer4(c4)
+
+
+class TinyTrunk(nn.Sequential):
+    """Four 3x3 convolutions for toy images of about 64 px: output stride 4, receptive field 23 px [U].
+
+    Both numbers are deliberate. A receptive field as wide as the picture gives one prototype per picture, and zero
+    padding tells every pixel how far it is from the border, so prototypes become places; hence reflect padding.
+    """
+
+    stride = 4
+
+    def __init__(self, widths: tuple[int, ...] = (16, 32, 64, 64), strides: tuple[int, ...] = (2, 2, 1, 1)):
+        layers, channels = [], 3
+        for width, stride in zip(widths, strides):
+            conv = nn.Conv2d(channels, width, 3, stride, padding=1, padding_mode="reflect", bias=False)
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+            layers += [conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+            channels = width
+        super().__init__(*layers)
+        self.out_channels = channels
+
+
+class Projector(nn.Module):
+    """Three 1x1 convolutions c -> dim_hidden -> dim_hidden -> dim_out: feature map (b c h w) -> embeddings (b d h w).
+
+    Batch norm and exact GELU after the first two, nothing after the last, biases everywhere [O]. Weights start from a
+    normal of std 0.02 truncated at +-2 [O], which at this width cuts nothing; biases start at 0.
+    """
+
+    def __init__(self, in_channels: int, dim_hidden: int, dim_out: int):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Conv2d(in_channels, dim_hidden, 1),
+            nn.BatchNorm2d(dim_hidden),
+            nn.GELU(),
+            nn.Conv2d(dim_hidden, dim_hidden, 1),
+            nn.BatchNorm2d(dim_hidden),
+            nn.GELU(),
+            nn.Conv2d(dim_hidden, dim_out, 1),
+        )
+        for layer in self.mlp:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features (b c h w) -> pixel embeddings (b d h w), not normalised."""
+        return self.mlp(features)
