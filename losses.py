@@ -1,0 +1,227 @@
+"""What is asked of the student: the same assignment in both views, and slots that find each other again.
+
+Slides: "Semantic grouping with pixel-level deep clustering", "Towards semantic prototypes: deep clustering" (avoiding
+collapse) and "Group-level representation learning by contrasting slots". Paper: sections 3.1 to 3.3.
+Differs: means run over the valid pixels and queries of all ranks, not of each rank, so the result does not depend on how
+a batch is split; keys are cut to the occupied slots before they are gathered, not after; images whose crops do not
+overlap leave the consistency loss; with fewer than two queries the slot loss is zero, where the release fails.
+Read next: teacher.py.
+
+Every loss returns this rank's share: the mean over ranks, which is what DistributedDataParallel takes of gradients, is
+the loss of the joined batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import einsum, rearrange, reduce
+from torch import Tensor
+
+# ------------------------------------------------------------------------------------------ other ranks
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """(0, 1) for a process on its own."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+@torch.no_grad()  # all_reduce has no gradient; the losses are built so that none is needed
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """x summed over all ranks, a new tensor; x itself in a process on its own."""
+    if rank_and_world_size()[1] > 1:
+        x = x.clone()
+        dist.all_reduce(x)
+    return x
+
+
+@torch.no_grad()  # keys carry no gradient, so the gather needs none
+def gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
+    """The rows of all ranks, in the order of the ranks.
+
+    rows (n ...): this rank's; counts: n of every rank, known to all -> (sum of counts ...). Alone: rows itself.
+    On the wire: max(counts) rows per rank, since a gather moves equal pieces.
+    """
+    rank, world_size = rank_and_world_size()
+    if len(counts) != world_size or counts[rank] != len(rows):
+        raise ValueError(f"rank {rank} of {world_size} holds {len(rows)} rows, but the counts say {counts}")
+    if world_size == 1:
+        return rows
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    pieces = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(pieces, padded)
+    return torch.cat([piece[:count] for piece, count in zip(pieces, counts)])
+
+
+# ------------------------------------------------------------------------------------------ group consistency
+
+
+def group_consistency(
+    student: Tensor, teacher: Tensor, center: Tensor, temp_student: float, temp_teacher: float, valid: Tensor
+) -> Tensor:
+    """Cross-entropy of the student's assignment against the teacher's at the same places of the scene.
+
+    student, teacher (b k h w): aligned similarity maps of the two views; center (k): subtracted from the teacher's,
+    which keeps any prototype from winning everywhere; temp_teacher < temp_student sharpens, which keeps the
+    assignment from going uniform; valid (b) bool: the crops overlap -> scalar, one direction.
+    CE = mean_bhw -sum_k softmax((t - c) / temp_teacher)_k log softmax(s / temp_student)_k. ln k is where it starts.
+    """
+    if student.shape != teacher.shape or center.shape != student.shape[1:2]:
+        raise ValueError(f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)} and center "
+                         f"{tuple(center.shape)} do not fit: expected (b k h w), (b k h w) and (k)")
+    with torch.no_grad():  # stop-gradient: the teacher is a target
+        target = ((teacher - rearrange(center, "k -> k 1 1")) / temp_teacher).softmax(dim=1)  # over k
+    entropy = reduce(F.cross_entropy(student / temp_student, target, reduction="none"), "b h w -> b", "mean")
+    share = sum_over_ranks(valid.sum()) / rank_and_world_size()[1]
+    # `where`, not a product: it keeps a zero connected to the graph, and is safe if none overlaps anywhere.
+    return torch.where(valid, entropy, 0 * entropy).sum() / share.clamp(min=1 / rank_and_world_size()[1])
+
+
+@torch.no_grad()
+def mean_over_pixels(teacher: list[Tensor]) -> Tensor:
+    """The mean similarity of every prototype over all pixels, views and ranks: what the centre follows.
+
+    teacher: un-aligned maps [(b k h w), ...], one per view -> (k).
+    """
+    mean = reduce(torch.stack(teacher), "v b k h w -> k", "mean")
+    return sum_over_ranks(mean) / rank_and_world_size()[1]
+
+
+@torch.no_grad()
+def update_center(center: Tensor, mean: Tensor, momentum: float) -> None:
+    """center <- momentum center + (1 - momentum) mean, in place; both (k). Momentum 0.9 [O].
+
+    After the group loss of the step, so that a step uses the centre of the step before [O].
+    """
+    center.lerp_(mean.to(center.dtype), 1 - momentum)
+
+
+@torch.no_grad()
+def sinkhorn(similarity: Tensor, temperature: float, iterations: int = 3) -> Tensor:
+    """The other way out of collapse: targets in which every prototype owns the same share of all pixels.
+
+    similarity (b k h w) of this rank -> assignment (b k h w), summing to 1 over k; over all pixels of all ranks each
+    prototype sums to nearly the same. Alternating normalisation (Cuturi, 2013; SwAV, 2020). SlotCon does not use it.
+    Raises ValueError for a temperature that is not positive or fewer than one iteration.
+    """
+    if temperature <= 0 or iterations < 1:
+        raise ValueError(f"Sinkhorn needs a positive temperature and an iteration, found {temperature}, {iterations}")
+    # exp(1 / 0.03) is 3e14: within float32, and only ratios matter.
+    q = ((similarity - 1) / temperature).exp()
+    for _ in range(iterations):
+        q = q / rearrange(sum_over_ranks(reduce(q, "b k h w -> k", "sum")), "k -> k 1 1")
+        q = q / reduce(q, "b k h w -> b 1 h w", "sum")
+    return q
+
+
+# ------------------------------------------------------------------------------------------ slot contrast
+
+
+class SlotPairs(NamedTuple):
+    """Which slots of one direction take part; positions count through (b k) of this rank."""
+
+    queries: Tensor  # (n) slots of the student, each occupied in its view and in the teacher's other view
+    keys: Tensor  # slots of the teacher on this rank, occupied in its view
+    positives: Tensor  # (n) the row of each query's positive among the m keys of all ranks
+    keys_per_rank: list[int]  # they sum to m
+    num_queries: int  # n summed over all ranks
+
+
+@torch.no_grad()
+def pair_slots(student: list[Tensor], teacher: list[Tensor]) -> list[SlotPairs]:
+    """Who is contrasted with whom, for every direction at once.
+
+    student[i], teacher[i] (b k) bool: occupied, in direction i -> one SlotPairs per direction.
+    The positive of a query is the teacher's slot of the same image and the same prototype.
+    The number of rows must be known on the host before the predictor can run: this is the one place of the forward
+    where it waits for the device, once for all directions and ranks.
+    """
+    rank, world_size = rank_and_world_size()
+    masks = torch.stack([torch.stack([s & t, t]) for s, t in zip(student, teacher)])  # (directions 2 b k)
+    masks = rearrange(masks, "i r b k -> i r (b k)")
+    counts = masks.sum(dim=-1)[None]  # over (b k)
+    counts = gather_rows(counts, [1] * world_size).tolist()  # [rank][direction][queries, keys]
+    pairs = []
+    for i, (query_mask, key_mask) in enumerate(masks):
+        n, m = counts[rank][i]
+        keys_per_rank = [counts[r][i][1] for r in range(world_size)]
+        # A stable sort puts the True positions first and in order; slicing by a known count needs no second wait.
+        queries = query_mask.byte().argsort(descending=True, stable=True)[:n]
+        keys = key_mask.byte().argsort(descending=True, stable=True)[:m]
+        positives = key_mask.cumsum(0)[queries] - 1 + sum(keys_per_rank[:rank])
+        pairs.append(SlotPairs(queries, keys, positives, keys_per_rank, sum(c[i][0] for c in counts)))
+    return pairs
+
+
+def slot_contrast(
+    student_slots: Tensor, teacher_slots: Tensor, predictor: Callable[[Tensor], Tensor], pairs: SlotPairs,
+    temp_slot: float,
+) -> Tensor:
+    """Pull a slot to its other view, push it from every other slot of all images (MoCo v3's loss on slots).
+
+    student_slots, teacher_slots (b k d); predictor: rows (n d) -> (n d), the student's only; temp_slot 0.2 [O]
+    -> scalar, one direction. CE = mean_n -log softmax_m(<q_n, k_m> / temp)_positive, times 2 temp.
+    Other slots of the same image are negatives too. Fewer than two queries over all ranks: zero.
+    """
+    if pairs.num_queries < 2:
+        return connected_zero(student_slots, predictor)
+    prediction, target = predicted_and_target_rows(student_slots, teacher_slots, predictor, pairs)
+    with torch.autocast(prediction.device.type, enabled=False):  # a float32 island: m can be tens of thousands
+        keys = gather_rows(target, pairs.keys_per_rank)
+        logits = einsum(prediction, keys, "n d, m d -> n m") / temp_slot
+        total = F.cross_entropy(logits, pairs.positives, reduction="sum")
+    return 2 * temp_slot * total * rank_and_world_size()[1] / pairs.num_queries
+
+
+def slot_regression(
+    student_slots: Tensor, teacher_slots: Tensor, predictor: Callable[[Tensor], Tensor], pairs: SlotPairs
+) -> Tensor:
+    """Pull only (table 8b, "Reg."): 2 - 2 cos(prediction, teacher's slot), the mean over queries; no negatives.
+
+    Shapes as in `slot_contrast`. Weight 1 [U]. Fewer than two queries over all ranks: zero.
+    """
+    if pairs.num_queries < 2:
+        return connected_zero(student_slots, predictor)
+    prediction, target = predicted_and_target_rows(student_slots, teacher_slots, predictor, pairs)
+    rank, world_size = rank_and_world_size()
+    own = pairs.positives - sum(pairs.keys_per_rank[:rank])
+    distance = 2 - 2 * einsum(prediction, target[own], "n d, n d -> n")
+    return distance.sum() * world_size / pairs.num_queries
+
+
+def predicted_and_target_rows(
+    student_slots: Tensor, teacher_slots: Tensor, predictor: Callable[[Tensor], Tensor], pairs: SlotPairs
+) -> tuple[Tensor, Tensor]:
+    """The unit vectors that are compared: predictions (n d), and this rank's occupied teacher slots, no gradient."""
+    prediction = predictor(rearrange(student_slots, "b k d -> (b k) d")[pairs.queries])
+    target = rearrange(teacher_slots, "b k d -> (b k) d")[pairs.keys].detach()
+    return F.normalize(prediction.to(student_slots.dtype), dim=1), F.normalize(target, dim=1)  # over d
+
+
+def connected_zero(slots: Tensor, predictor: Callable[[Tensor], Tensor]) -> Tensor:
+    """Zero with a gradient of zeros for all: a rank whose predictor got none would keep the others waiting."""
+    parameters = predictor.parameters() if isinstance(predictor, torch.nn.Module) else ()
+    return 0 * (slots.sum() + sum(p.sum() for p in parameters))
+
+
+# ------------------------------------------------------------------------------------------ image contrast
+
+
+def image_contrast(prediction: Tensor, target: Tensor, temp_image: float = 0.2) -> Tensor:
+    """The image-level objective of table 8d: each image finds its other view among those of all ranks.
+
+    prediction (b d) of the student, target (b d) of the teacher, neither normalised -> scalar, one direction.
+    CE = mean_b -log softmax_m(<q_b, k_m> / temp)_b, times 2 temp; temperature 0.2, so factor 0.4 [U].
+    """
+    rank, world_size = rank_and_world_size()
+    b = len(prediction)
+    with torch.autocast(prediction.device.type, enabled=False):
+        keys = gather_rows(F.normalize(target.detach().to(prediction.dtype), dim=1), [b] * world_size)  # over d
+        logits = einsum(F.normalize(prediction, dim=1), keys, "n d, m d -> n m") / temp_image
+        own = torch.arange(b, device=prediction.device) + rank * b
+        return 2 * temp_image * F.cross_entropy(logits, own)

@@ -1,0 +1,40 @@
+"""The teacher is the student's past, averaged: it is followed by no gradient.
+
+Slide: "Towards semantic prototypes: deep clustering" (self-distillation, stop-gradient). Paper: section 3.3.
+Differs: nothing known. The average covers parameters only; the teacher's batch norms stay in training mode and keep
+running statistics of their own, as in the released code.
+Read next: data.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+
+def make_teacher(student: nn.Module) -> nn.Module:
+    """A copy of the student that no gradient reaches, in training mode [O]: it normalises with batch statistics."""
+    return copy.deepcopy(student).requires_grad_(False).train()
+
+
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """parameters <- momentum teacher + (1 - momentum) student, in place, all tensors in one launch; no buffers.
+
+    momentum in [0, 1]: 1 keeps the teacher, 0 copies the student. Raises ValueError outside.
+    """
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"the teacher's momentum must lie in [0, 1], found {momentum}")
+    average = get_ema_multi_avg_fn(momentum)
+    average(list(teacher.parameters()), list(student.parameters()), None)
+
+
+def teacher_momentum(step: int, total_steps: int, start: float = 0.99) -> float:
+    """1 - (1 - start) (cos(pi step / total_steps) + 1) / 2: from `start` [O] to 1 over all optimiser steps."""
+    if total_steps < 1 or not 0 <= start <= 1:
+        raise ValueError(f"expected total_steps >= 1 and start in [0, 1], found {total_steps} and {start}")
+    return 1 - (1 - start) * (math.cos(math.pi * step / total_steps) + 1) / 2
