@@ -1,0 +1,286 @@
+"""Two views of a photograph: places move with the geometry, what they show survives the photometry.
+
+Slide "Prior 1: geometric covariance, photometric invariance"; paper: section 3.1, implementation details.
+Differs from the released code: crops are resized as uint8 tensors; crops that share nothing get the box 0 0 0 0.
+Its photometric operations round to whole grey levels between any two steps, ours stay in float32 (about one grey
+level brighter); its blur is an approximation by boxes, ours the Gaussian itself, cut at 4 sigma. They happen to a
+whole batch at once, on the device, with parameters of its own for every view.
+Read next: grouping.py, where the boxes bring two views back together.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange, reduce
+
+# -------------------------------------------------------------------------------------- geometric covariance
+
+RATIO = (3 / 4, 4 / 3)  # of a crop's width to its height [O]
+TRIES = 10  # draws before a crop gives in [O]
+
+
+def draw_crop(height, width, rng, min_area=0.08, other=None, min_overlap=0.01):
+    """A crop (top, left, height, width): area U(min_area, 1) of the image, ratio log-uniform in RATIO, place uniform.
+
+    Without other: up to TRIES draws until one fits, else the largest centred crop whose ratio is allowed.
+    With other, a crop: it must also share min_overlap of its own area, as drawn and not yet rounded to pixels [O],
+    with other; if no draw does, other is forgotten.
+    """
+    for _ in range(TRIES):
+        area = rng.uniform(min_area, 1) * height * width
+        ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            crop = rng.randint(0, height - h), rng.randint(0, width - w), h, w
+            if other is None or intersection(crop, other) >= min_overlap * area:
+                return crop
+    if other is not None:
+        return draw_crop(height, width, rng, min_area)
+    h, w = min(height, round(width / RATIO[0])), min(width, round(height * RATIO[1]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def intersection(crop1, crop2):
+    """Pixels that two crops (top, left, height, width) share."""
+    sides = (min(a + size_a, b + size_b) - max(a, b) for a, b, size_a, size_b
+             in zip(crop1[:2], crop2[:2], crop1[2:], crop2[2:]))
+    return math.prod(max(0, side) for side in sides)
+
+
+def overlap_boxes(crop1, crop2, flipped=(False, False)):
+    """Where two crops of one image overlap, seen from each: what inverse augmentation needs besides the flips.
+
+    crop1, crop2: (top, left, height, width) in pixels. flipped: whether each view is mirrored afterwards.
+    Returns (v 4) float32: x1 y1 x2 y2 in 0..1 of the (mirrored) view; 0 0 0 0 if the crops share nothing [U].
+    """
+    top, left = max(crop1[0], crop2[0]), max(crop1[1], crop2[1])
+    bottom = min(crop1[0] + crop1[2], crop2[0] + crop2[2])
+    right = min(crop1[1] + crop1[3], crop2[1] + crop2[3])
+    if right <= left or bottom <= top:
+        return torch.zeros(2, 4)
+    boxes = []
+    for (y, x, h, w), mirrored in zip((crop1, crop2), flipped):
+        x1, x2 = (left - x) / w, (right - x) / w
+        x1, x2 = (1 - x2, 1 - x1) if mirrored else (x1, x2)
+        boxes.append((x1, (top - y) / h, x2, (bottom - y) / h))
+    return torch.tensor(boxes)
+
+
+def resized_crop(image, crop, size, flipped):
+    """image (3 y x) uint8, crop (top, left, height, width) -> (3 size size) uint8: bicubic, antialiased, mirrored."""
+    top, left, height, width = crop
+    window = image[None, :, top:top + height, left:left + width]
+    view = F.interpolate(window, (size, size), mode="bicubic", antialias=True)[0]
+    return view.flip(-1) if flipped else view
+
+
+def centre_square(image, size):
+    """image (3 y x) uint8 -> (3 size size): the short side resized to 8/7 of size (256 for 224), centre cut out."""
+    height, width = image.shape[-2:]
+    short = round(size * 256 / 224)
+    h, w = (short, short * width // height) if height <= width else (short * height // width, short)
+    resized = F.interpolate(image[None], (h, w), mode="bicubic", antialias=True)[0]
+    top, left = round((h - size) / 2), round((w - size) / 2)
+    return resized[:, top:top + size, left:left + size].contiguous()
+
+
+# ------------------------------------------------------------------------------ photometric invariance
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # what torchvision's weights, and so everybody downstream, expect
+IMAGENET_STD = (0.229, 0.224, 0.225)
+LUMA = (0.2989, 0.587, 0.114)  # red, green, blue -> grey: ITU-R 601-2, rounded as torchvision does
+CPU_CHUNK = 50_000  # pixels at a time on a CPU: what no view among them needs is skipped, the rest stays cached [U]
+
+
+def normalize(images):
+    """Pixels on the scale that networks expect: (value - mean) / std, per colour.
+
+    images: (... 3 y x) uint8 0..255, or float 0..1. Returns float of the same shape.
+    """
+    if not images.is_floating_point():
+        images = images.float() / 255
+    mean, std = (images.new_tensor(statistic)[:, None, None] for statistic in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images - mean) / std
+
+
+class Draw(NamedTuple):
+    """What will happen to each view. Tensors (b v); None: to no view of any batch, so it is not even computed."""
+
+    order: torch.Tensor | None  # (b v 3) sequence of the blends: 0 brightness, 1 contrast, 2 saturation
+    factors: torch.Tensor | None  # (b v 3) of brightness, contrast and saturation; 1 = unchanged
+    hue: torch.Tensor | None  # turns of the colour circle, -0.5..0.5; 0 = unchanged
+    hue_position: torch.Tensor | None  # how many blends come before the hue, 0..3
+    gray: torch.Tensor | None  # bool
+    sigma: torch.Tensor | None  # of the blur, in pixels of the view; 0 = sharp
+    solarize: torch.Tensor | None  # bool
+
+
+class Photometric:
+    """Colour jitter in random order, then grey, blur, solarize: every view with its own luck.
+
+    brightness, contrast, saturation: each factor is U(1 - a, 1 + a), cut at 0. hue: U(-a, a) turns, a <= 0.5.
+    p_jitter, p_gray: for every view alike. p_blur, p_solarize: one probability per view, which sets v.
+    blur_sigma: range in pixels of the view. solarize_threshold: grey levels from here up are inverted; 0 inverts
+    the whole view. The defaults are [O].
+    """
+
+    def __init__(self, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, p_jitter=0.8, p_gray=0.2,
+                 p_blur=(1.0, 0.1), blur_sigma=(0.1, 2.0), p_solarize=(0.0, 0.2), solarize_threshold=128):
+        if not all(0 <= p <= 1 for p in (p_jitter, p_gray, *p_blur, *p_solarize)):
+            raise ValueError(f"probabilities lie in 0..1, found {(p_jitter, p_gray, *p_blur, *p_solarize)}")
+        if len(p_blur) != len(p_solarize):
+            raise ValueError(f"one probability per view: p_blur has {len(p_blur)}, p_solarize {len(p_solarize)}")
+        if min(brightness, contrast, saturation, hue) < 0 or hue > 0.5:
+            raise ValueError("brightness, contrast and saturation are >= 0 and hue is 0..0.5, found "
+                             f"{brightness}, {contrast}, {saturation} and {hue}")
+        if not 0 < blur_sigma[0] <= blur_sigma[1]:
+            raise ValueError(f"blur_sigma is a range of positive numbers, found {blur_sigma}")
+        self.strengths, self.hue = (brightness, contrast, saturation), hue
+        self.p_jitter, self.p_gray, self.p_blur, self.p_solarize = p_jitter, p_gray, p_blur, p_solarize
+        self.blur_sigma = blur_sigma
+        self.blur_radius = math.ceil(4 * blur_sigma[1])  # 6e-5 of the weight lies outside [U]
+        self.threshold = solarize_threshold / 255
+
+    def __call__(self, views, generator):
+        """Draws and applies. views: (b v 3 y x) uint8. Returns (b v 3 y x) float32, normalised."""
+        return self.apply(views, self.draw(len(views), generator))
+
+    def draw(self, b, generator):
+        """The parameters of b images, from one call of the generator and on its device."""
+        device = generator.device
+        luck = torch.rand(b, len(self.p_blur), 13, generator=generator, device=device)
+        jitter, hue, position, gray, blur, sigma, solarize = luck[..., :7].unbind(-1)
+        jitter = jitter < self.p_jitter
+        strongest = 1 + torch.tensor(self.strengths, device=device)
+        weakest = (2 - strongest).clamp(min=0)
+        factors = weakest + (strongest - weakest) * luck[..., 7:10]
+        low, high = self.blur_sigma
+        p_blur, p_solarize = (torch.tensor(p, device=device) for p in (self.p_blur, self.p_solarize))
+        blends, turns = self.p_jitter > 0 and any(self.strengths), self.p_jitter > 0 and self.hue > 0
+        return Draw(
+            order=luck[..., 10:].argsort(dim=-1) if blends else None,
+            factors=torch.where(jitter[..., None], factors, 1) if blends else None,
+            hue=torch.where(jitter, self.hue * (2 * hue - 1), 0) if turns else None,
+            hue_position=(4 * position).long() if turns else None,
+            gray=gray < self.p_gray if self.p_gray else None,
+            sigma=torch.where(blur < p_blur, low + (high - low) * sigma, 0) if any(self.p_blur) else None,
+            solarize=solarize < p_solarize if any(self.p_solarize) else None,
+        )
+
+    @torch.no_grad()
+    def apply(self, views, draw):
+        """Changes every view as drawn, the same way every time. Shapes as in __call__; views stay as they are."""
+        pixels = rearrange(views, "b v c y x -> (b v) c y x")
+        draw = Draw(*(None if t is None else t.to(views.device).flatten(0, 1) for t in draw))
+        chunk = len(pixels) if views.is_cuda else max(1, CPU_CHUNK // pixels[0, 0].numel())
+        changed = torch.empty(pixels.shape, device=views.device)
+        for start in range(0, len(pixels), chunk):
+            rows = slice(start, start + chunk)
+            some = Draw(*(None if t is None else t[rows] for t in draw))
+            changed[rows] = normalize(self._change(pixels[rows].float() / 255, some))
+        return rearrange(changed, "(b v) c y x -> b v c y x", b=len(views))
+
+    def _change(self, pixels, draw):
+        """The chain on pixels (n 3 y x) float 0..1, of which each step makes a new version."""
+        position = draw.hue_position
+        for place in range(3):  # the blends before the hue ...
+            pixels = blend(pixels, draw, place, None if position is None else place < position)
+        if _wanted(draw.hue):
+            pixels = turn_hue(pixels, draw.hue)
+        if position is not None:
+            for place in range(3):  # ... and those after it
+                pixels = blend(pixels, draw, place, place >= position)
+        if _wanted(draw.gray):
+            pixels = torch.where(_per_view(draw.gray), luma(pixels), pixels)
+        if _wanted(draw.sigma):
+            pixels = gaussian_blur(pixels, draw.sigma, self.blur_radius)
+        if _wanted(draw.solarize):
+            pixels = torch.where(_per_view(draw.solarize) & (pixels >= self.threshold), 1 - pixels, pixels)
+        return pixels
+
+
+def _wanted(amount):
+    """Whether any view needs a step. A GPU is never asked, since the answer would cost more than the step."""
+    return amount is not None and (amount.device.type != "cpu" or bool(amount.any()))
+
+
+def _per_view(amount):
+    return rearrange(amount, "n -> n 1 1 1")
+
+
+def luma(pixels):
+    """Brightness of each pixel: (n 3 y x) -> (n 1 y x)."""
+    red, green, blue = pixels.split(1, dim=1)  # over colours
+    return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
+
+
+def blend(pixels, draw, place, active):
+    """The blend that stands at a place of each view's order, where active (n) bool says that its turn has come.
+
+    Brightness, contrast and saturation are one formula: f * pixel + (1 - f) * anchor, cut to 0..1, where the
+    anchor is black, the view's mean brightness, or the pixel's own brightness. So views in different orders
+    advance together: f = 1 leaves a view alone.
+    """
+    if draw.order is None:
+        return pixels
+    kind = draw.order[:, place]
+    factor = draw.factors.gather(1, kind[:, None])[:, 0]  # over kinds
+    if active is not None:
+        factor = torch.where(active, factor, 1)
+    rest = 1 - factor
+    if not _wanted(rest):
+        return pixels
+    blended = _per_view(factor) * pixels
+    if _wanted(rest * kind):  # kind 0 needs no brightness
+        gray = luma(pixels)
+        mean = reduce(gray, "n 1 y x -> n 1 1 1", "mean")
+        blended += _per_view(rest * (kind == 1)) * mean + _per_view(rest * (kind == 2)) * gray
+    return blended.clamp_(0, 1)
+
+
+def turn_hue(pixels, turns):
+    """Turns the colour circle of pixels (n 3 y x) in 0..1 by turns (n), lightest and darkest colour kept.
+
+    With hue H in sixths of the circle, top and chroma = largest colour and largest - smallest:
+    colour c = top - chroma * clip(2 - distance of H + offset_c from 2 on the circle, 0, 1), no branches left.
+    """
+    red, green, blue = pixels.unbind(1)
+    top, bottom = pixels.amax(dim=1), pixels.amin(dim=1)  # over colours
+    chroma = top - bottom
+    hue = torch.where(top == red, green - blue, torch.where(top == green, blue - red + 2 * chroma,
+                                                            red - green + 4 * chroma))
+    hue = hue / chroma.clamp(min=1e-12) + rearrange(6 * turns, "n -> n 1 1")  # grey has no hue: 0
+    distance = hue[:, None] + pixels.new_tensor([3, 1, -1])[:, None, None]
+    distance = (distance - 6 * torch.round(distance / 6)).abs_()
+    return top[:, None] - chroma[:, None] * (2 - distance).clamp_(0, 1)
+
+
+def gaussian_blur(pixels, sigma, radius):
+    """Separable Gaussian, mirrored at the border, as two matrix products: rows * pixels * columns'.
+
+    pixels: (n 3 y x). sigma: (n) pixels, 0 = sharp. radius: taps on each side of the centre.
+    """
+    y, x = pixels.shape[-2:]
+    with torch.autocast(pixels.device.type, enabled=False):  # half precision would show as banding
+        rows, columns = (_blur_matrix(sigma, min(radius, length - 1), length) for length in (y, x))
+        pixels = einsum(rows, pixels, "n y i, n c i x -> n c y x")
+        return einsum(pixels, columns, "n c y i, n x i -> n c y x")
+
+
+def _blur_matrix(sigma, radius, length):
+    """(n length length): row i holds the weights with which the pixels of a line make pixel i."""
+    tap = torch.arange(-radius, radius + 1, device=sigma.device)
+    weights = torch.exp(-0.5 * (tap / sigma[:, None].clamp(min=1e-3)) ** 2)  # 1e-3: sharp, without 0 / 0
+    weights = weights / weights.sum(dim=1, keepdim=True)  # over taps
+    return einsum(weights, _mirrored_taps(radius, length, sigma.device), "n t, t y i -> n y i")
+
+
+@functools.lru_cache(maxsize=8)
+def _mirrored_taps(radius, length, device):
+    """(t length length) 0 or 1: tap t of pixel i reads this pixel, counted back from a border it crosses."""
+    source = torch.arange(length)[None] + torch.arange(-radius, radius + 1)[:, None]
+    source = (length - 1 - (length - 1 - source.abs()).abs())
+    return torch.nn.functional.one_hot(source, length).float().to(device)
