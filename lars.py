@@ -54,7 +54,7 @@ def adapted(weights: list[Tensor], weight_decay: float, coefficient: float) -> l
     if not weights:
         return []
     # The decay comes first: it is part of the gradient whose norm is taken [O].
-    update = torch._foreach_add([p.grad for p in weights], weights, alpha=weight_decay)
+    update = list(torch._foreach_add([p.grad for p in weights], weights, alpha=weight_decay))
     weight_norms = torch.stack(torch._foreach_norm(weights))
     update_norms = torch.stack(torch._foreach_norm(update))
     usable = (weight_norms > 0) & (update_norms > 0)

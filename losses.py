@@ -2,7 +2,7 @@
 
 Slides: "Semantic grouping with pixel-level deep clustering", "Towards semantic prototypes: deep clustering" (avoiding
 collapse) and "Group-level representation learning by contrasting slots". Paper: sections 3.1 to 3.3.
-Differs: means run over the valid pixels and queries of all ranks, not of each rank, so the result does not depend on how
+Differs: means run over the valid pixels and queries of all ranks, not of each, so the result does not depend on how
 a batch is split; keys are cut to the occupied slots before they are gathered, not after; images whose crops do not
 overlap leave the consistency loss; with fewer than two queries the slot loss is zero, where the release fails.
 Read next: teacher.py.

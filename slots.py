@@ -52,19 +52,19 @@ class SlotPredictor(nn.Module):
     """The student's extra MLP on its slots: d -> dim_hidden -> dim_hidden -> d, rows (n d) -> (n d).
 
     The projector's shape and start with linear layers [O]. It runs once per direction, on that direction's queries
-    only, so its batch statistics are per direction. Batch norm needs two rows: `losses.slot_contrast` sees to it.
+    only, so its batch statistics are per direction.
     """
 
-    def __init__(self, dim: int, dim_hidden: int):
+    def __init__(self, dim_in: int, dim_out: int, dim_hidden: int):
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(dim, dim_hidden),
+            nn.Linear(dim_in, dim_hidden),
             nn.BatchNorm1d(dim_hidden),
             nn.GELU(),
             nn.Linear(dim_hidden, dim_hidden),
             nn.BatchNorm1d(dim_hidden),
             nn.GELU(),
-            nn.Linear(dim_hidden, dim),
+            nn.Linear(dim_hidden, dim_out),
         )
         for layer in self.mlp:
             if isinstance(layer, nn.Linear):
@@ -72,6 +72,14 @@ class SlotPredictor(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, slots: Tensor) -> Tensor:
+        # A batch norm of its own has no statistics for fewer than two rows, which one of several CPU processes may be
+        # left with; it then uses the running ones. Synchronised norms count the rows of all ranks.
+        alone = not any(isinstance(layer, nn.SyncBatchNorm) for layer in self.mlp)
+        if self.training and alone and len(slots) < 2:
+            self.eval()
+            predictions = self.mlp(slots)
+            self.train()
+            return predictions
         return self.mlp(slots)
 
 

@@ -33,8 +33,8 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
     average(list(teacher.parameters()), list(student.parameters()), None)
 
 
-def teacher_momentum(step: int, total_steps: int, start: float = 0.99) -> float:
-    """1 - (1 - start) (cos(pi step / total_steps) + 1) / 2: from `start` [O] to 1 over all optimiser steps."""
-    if total_steps < 1 or not 0 <= start <= 1:
-        raise ValueError(f"expected total_steps >= 1 and start in [0, 1], found {total_steps} and {start}")
-    return 1 - (1 - start) * (math.cos(math.pi * step / total_steps) + 1) / 2
+def teacher_momentum(step: int, total_steps: int, start: float = 0.99, end: float = 1.0) -> float:
+    """end - (end - start) (cos(pi step / total_steps) + 1) / 2: from 0.99 to 1 over all optimiser steps [O]."""
+    if total_steps < 1 or not 0 <= start <= 1 or not 0 <= end <= 1:
+        raise ValueError(f"expected total_steps >= 1, start and end in [0, 1], found {total_steps}, {start}, {end}")
+    return end - (end - start) * (math.cos(math.pi * step / total_steps) + 1) / 2

@@ -1,0 +1,250 @@
+"""What is kept on disk: written whole or not at all, read without running a stranger's code.
+
+Paper: none. Differs: the released code writes its checkpoints in place and reads them with the full unpickler.
+Read next: train.py.
+
+A training checkpoint (`last.pth`) is a dictionary of tensors and plain values: `format`, `config`, `step` (optimiser
+steps taken), `position` (batches consumed), `num_images`, `world_size`, `model`, `optimizer`, `scaler`. There is no
+random state in it: every random choice is a function of the seed and of the position.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import io
+import os
+import pickle
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from backbone import ARCHITECTURES, build_trunk
+from grouping import GroupingNetwork
+
+FORMAT = 1
+
+# ------------------------------------------------------------------------------------------ writing
+
+
+def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write a file so that `path` holds the old content or the new one at any moment, whatever dies when.
+
+    write(file) fills a temporary neighbour, which is flushed to the disk and renamed. Raises OSError (disk full, folder
+    not writable) with `path` untouched and the neighbour removed.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    # The rename itself must survive a power cut; some file systems cannot open a folder, and need not.
+    try:
+        folder = os.open(path.parent, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def save(path: str | Path, contents: Any) -> None:
+    """torch.save, atomically. Raises OSError where the disk refuses."""
+    buffer = io.BytesIO()  # torch's own writer hides "no space left" behind an internal assertion
+    torch.save(contents, buffer)
+    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
+
+
+def remove_leftovers(folder: str | Path) -> list[Path]:
+    """Delete temporary files that a killed process left in the folder; returns their paths."""
+    found = [Path(p) for p in glob.glob(str(Path(glob.escape(str(folder))) / ".*.tmp"))]
+    for path in found:
+        path.unlink(missing_ok=True)
+    return found
+
+
+def keep_newest(folder: str | Path, keep_last: int, keep_every: int) -> None:
+    """Of `epoch_0007.pth` and its like keep the last `keep_last` and every `keep_every`-th; delete the others."""
+    kept = sorted(Path(folder).glob("epoch_[0-9]*.pth"))
+    epochs = [int(re.findall(r"\d+", path.stem)[0]) for path in kept]
+    for i, (path, epoch) in enumerate(zip(kept, epochs)):
+        if i < len(kept) - keep_last and not (keep_every and epoch % keep_every == 0):
+            path.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------ reading
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """A checkpoint's contents, on the CPU, tensors and plain values only; nothing in the file is executed.
+
+    Released checkpoints hold their command line as an `argparse.Namespace`: exactly that class is let in, and becomes a
+    dictionary. Raises ValueError with one line: missing, truncated, not a checkpoint, or with something to execute.
+    """
+    path = Path(path)
+    if not path.is_file():
+        there = sorted(p.name for p in path.parent.glob("*.pth"))[:5] if path.parent.is_dir() else []
+        raise ValueError(f"no checkpoint at {path}" + (f"; beside it: {', '.join(there)}" if there else ""))
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.findall(r"GLOBAL ([\w.]+)", str(error))
+        if found:
+            raise ValueError(f"{path} is refused: it asks to run {found[0]}, and a checkpoint holds tensors and plain "
+                             "values only; nothing was executed") from None
+        raise ValueError(f"{path} is not a checkpoint or is damaged ({os.path.getsize(path)} bytes); "
+                         "take an earlier one") from None
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError, TypeError, IndexError) as error:
+        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is truncated or not a checkpoint ({os.path.getsize(path)} bytes: {reason}); "
+                         "take an earlier one") from None
+    if not isinstance(contents, Mapping):
+        raise ValueError(f"{path} holds a {type(contents).__name__}, not a checkpoint's dictionary")
+    return {k: vars(v) if isinstance(v, argparse.Namespace) else v for k, v in contents.items()}
+
+
+# name in the released code -> name here. The released `_k` networks are the teacher.
+RELEASED_NAMES = (
+    (r"^module\.", ""),
+    (r"^encoder_q\.", "student.backbone."),
+    (r"^encoder_k\.", "teacher.backbone."),
+    (r"^projector_q\.", "student.projector."),
+    (r"^projector_k\.", "teacher.projector."),
+    (r"^grouping_q\.slot_embed\.", "student.prototypes."),
+    (r"^grouping_k\.slot_embed\.", "teacher.prototypes."),
+    (r"^predictor_slot\.", "predictor."),
+)
+
+
+def import_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of the released SlotCon under our names; `center` (1 k) becomes (k).
+
+    state: keys `encoder_q.*` ..., with or without the `module.` of DistributedDataParallel.
+    Raises ValueError when it is none.
+    """
+    ours = {}
+    for key, value in state.items():
+        for pattern, name in RELEASED_NAMES:
+            key = re.sub(pattern, name, key)
+        ours[key] = value.reshape(-1) if key == "center" else value
+    if not any(key.startswith("student.") for key in ours):
+        raise ValueError(f"not a state dict of the released SlotCon: expected encoder_q.*, found {some_keys(state)}")
+    return ours
+
+
+def model_state(contents: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
+    """The state dict of SlotCon (student, teacher, predictor, center) in a checkpoint of ours or of the release."""
+    state = contents.get("model", contents)
+    state = state if isinstance(state, Mapping) else {}
+    if any(re.match(r"(module\.)?encoder_q\.", str(key)) for key in state):
+        return import_released(state)
+    if any(str(key).startswith("student.") for key in state):
+        return dict(state)
+    if "conv1.weight" in state:
+        raise ValueError(f"{path} is a backbone only, without projector and prototypes; give last.pth of the same run")
+    raise ValueError(f"{path} holds no SlotCon: expected student.* or encoder_q.*, found "
+                     f"{some_keys(state or contents)}")
+
+
+def some_keys(mapping: Mapping[str, Any]) -> str:
+    return ", ".join(str(key) for key in list(mapping)[:3]) or "nothing"
+
+
+def load_network(
+    path: str | Path, which: str = "teacher", device: torch.device | str = "cpu"
+) -> tuple[GroupingNetwork, dict[str, Any]]:
+    """The student's or the teacher's grouping network of a checkpoint, in evaluation mode, and its configuration.
+
+    Sizes come from the tensors themselves, never from flags; the configuration has at least arch, num_prototypes,
+    dim_hidden and dim_out. Raises ValueError with one line for any file that does not hold one whole network.
+    """
+    if which not in ("student", "teacher"):
+        raise ValueError(f"a checkpoint holds a student and a teacher, not {which!r}")
+    contents = read(path)
+    state = part(model_state(contents, path), f"{which}.")
+    config = dict(contents.get("config") or contents.get("args") or {})
+    try:
+        num_prototypes, dim_out = state["prototypes.weight"].shape
+        dim_hidden = len(state["projector.mlp.0.weight"])
+    except (KeyError, ValueError):
+        raise ValueError(f"{path} holds no prototypes or projector of the {which}: found {some_keys(state)}") from None
+    arch = architecture_of(part(state, "backbone."), path)
+    network = GroupingNetwork(arch, num_prototypes, dim_hidden, dim_out)
+    load_strictly(network, state, path)
+    config.update(arch=arch, num_prototypes=num_prototypes, dim_hidden=dim_hidden, dim_out=dim_out)
+    return network.to(device).eval(), config
+
+
+def architecture_of(trunk_state: Mapping[str, Tensor], path: str | Path) -> str:
+    """The architecture whose parameters have exactly these names and shapes. Raises ValueError if there is none."""
+    shapes = {k: tuple(v.shape) for k, v in trunk_state.items() if not k.startswith("fc.")}
+    for arch in ARCHITECTURES:
+        with torch.device("meta"):  # names and shapes, no memory
+            expected = build_trunk(arch).state_dict()
+        if shapes == {k: tuple(v.shape) for k, v in expected.items()}:
+            return arch
+    raise ValueError(f"the backbone in {path} ({len(shapes)} tensors: {some_keys(shapes)} ...) is none of "
+                     f"{', '.join(ARCHITECTURES)}")
+
+
+def load_strictly(module: torch.nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """load_state_dict that refuses any difference with one line: never a silently random network."""
+    own = module.state_dict()
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    reshaped = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
+    if missing or unexpected or reshaped:
+        differences = [f"lacks {len(missing)} tensors, first {missing[0]}"] if missing else []
+        differences += [f"has {len(unexpected)} of its own, first {unexpected[0]}"] if unexpected else []
+        differences += [f"has {name} as {tuple(state[name].shape)} where {tuple(own[name].shape)} is needed"
+                        for name in reshaped[:1]]
+        raise ValueError(f"{path} is of another architecture or size: it {'; it '.join(differences)}")
+    module.load_state_dict(dict(state))
+
+
+def restore(
+    path: str | Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+    differences: Callable[[Mapping[str, Any]], list[str]],
+) -> dict[str, Any]:
+    """Put a training checkpoint back into model, optimiser and gradient scaler; returns its contents.
+
+    differences(contents) names what has changed and must not; it is empty where the run may continue.
+    Raises ValueError with one line, before anything is touched, if the file is no training state or something changed.
+    """
+    saved = read(path)
+    if "position" not in saved or "optimizer" not in saved:
+        raise ValueError(f"{path} cannot be continued: it holds no training state of this program (found "
+                         f"{some_keys(saved)}); its network can be evaluated and exported")
+    changed = differences(saved)
+    if changed:
+        raise ValueError(f"{path} was made with other options ({'; '.join(changed)}): give another --output-dir, "
+                         "--resume none to start over, or --force-resume")
+    load_strictly(model, saved["model"], path)
+    try:
+        optimizer.load_state_dict(saved["optimizer"])
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path} was made with another optimiser ({error}): give another --output-dir") from None
+    if scaler.is_enabled() and saved["scaler"]:
+        scaler.load_state_dict(saved["scaler"])
+    return saved
+
+
+def backbone_state(model: Mapping[str, Tensor], which: str = "teacher") -> dict[str, Tensor]:
+    """The trunk alone under torchvision's names: `resnet50().load_state_dict(..., strict=False)` misses only fc.*."""
+    return part(model, f"{which}.backbone.")
+
+
+def part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries whose names begin with the prefix, without it."""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

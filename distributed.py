@@ -1,0 +1,120 @@
+"""One process or many: where this one runs, in what precision, and how all of them agree to stop.
+
+Paper: the implementation paragraph of the experiments (8 GPUs, mixed precision).
+Differs: needs no launcher and no environment variables; `torchrun` is recognised where it is used.
+Read next: train.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import signal
+import sys
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")  # what clusters and people send
+
+
+class Place(NamedTuple):
+    """Where this process runs."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+
+
+def start(device: str, timeout: float) -> Place:
+    """Find the device, and under `torchrun` the other processes.
+
+    device: auto, cpu, cuda or mps; timeout: seconds after which a silent process counts as lost.
+    Raises ValueError with one line where the device is not there.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps_available() and world_size == 1 else "cpu"
+    if device == "cuda":
+        found = torch.cuda.device_count()
+        if local_rank >= found:
+            raise ValueError(f"process {local_rank} of this machine asks for GPU {local_rank}, found {found}: "
+                             "use --device cpu" + (", or fewer processes" if found else ""))
+        torch.cuda.set_device(local_rank)
+        torch.backends.cudnn.benchmark = True  # sizes never change during a run
+    if device == "mps" and not mps_available():
+        raise ValueError("--device mps, but this machine has no Apple GPU: use --device auto")
+    place = Place(torch.device(device, local_rank if device == "cuda" else None), rank, world_size)
+    if world_size > 1:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=datetime.timedelta(seconds=timeout))
+    return place
+
+
+def mps_available() -> bool:
+    return torch.backends.mps.is_available()
+
+
+def precision(amp: str, device: torch.device) -> torch.dtype | None:
+    """The half-precision type of --amp on this device, None for float32.
+
+    Raises ValueError for bf16 on a GPU without it.
+    """
+    if amp == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if amp == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError(f"--amp bf16, but {torch.cuda.get_device_name()} has no bf16: use --amp fp16")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+
+
+def wrap(model: nn.Module, place: Place) -> nn.Module:
+    """The model as all processes train it: gradients averaged, batch norms synchronised where they can be."""
+    if place.world_size == 1:
+        return model
+    ids = [place.device.index] if place.device.type == "cuda" else None
+    # Buffers stay each rank's own: with SyncBN they are equal, and without it (CPU) rank 0's are saved.
+    return nn.parallel.DistributedDataParallel(model, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def exchange(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+    """Of several backward passes into one gradient only the last one averages over processes."""
+    return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) and not last else (
+        contextlib.nullcontext())
+
+
+class StopSignals:
+    """SIGTERM, SIGINT and SIGUSR1 ask the run to end after its step; a second SIGINT ends it at once."""
+
+    def __init__(self):
+        self.received = ""
+        for name in SIGNALS:
+            if hasattr(signal, name):  # Windows has no SIGUSR1
+                signal.signal(getattr(signal, name), self.note)
+
+    def note(self, number: int, _frame) -> None:
+        if self.received and number == signal.SIGINT:
+            os._exit(130)
+        self.received = signal.Signals(number).name
+
+
+def describe(place: Place) -> str:
+    """One line for a person: device, processes."""
+    name = torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else (
+        f"{place.device.type}, {torch.get_num_threads()} threads" if place.device.type == "cpu" else place.device.type)
+    return f"{name}, {place.world_size} process" + ("es" if place.world_size > 1 else "")
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory this process ever held: of the GPU where there is one, else of the machine. In GB (1e9 bytes)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return float("nan")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9

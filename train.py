@@ -1,0 +1,500 @@
+"""Pretrain SlotCon: student, teacher, centre and two losses, on toy scenes or on a folder of photographs.
+
+    python train.py                                                  toy scenes, three minutes on a laptop
+    python train.py --preset coco-r50 --data-dir COCO                the published recipe, one process
+    torchrun --nproc-per-node=8 train.py --preset coco-r50 --data-dir COCO      the same on eight GPUs
+
+Slide: "Together: solving segmentation & representation jointly". Paper: sections 3 and 4.1.
+Differs: starts without a launcher; the two losses are normalised over all ranks (losses.py); a step whose loss or
+gradient is not finite changes nothing; every random choice is a function of the seed and of the position in the run.
+Read next: evaluate.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import checkpoint
+import data
+import distributed
+import losses
+import options
+import toy
+from backbone import ARCHITECTURES
+from lars import LARS
+from options import option
+from slotcon import SlotCon, statistics
+from teacher import teacher_momentum
+
+# ------------------------------------------------------------------------------------------ configuration
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that can be set. Defaults: the published COCO recipe. Origins: [P]aper, [O]fficial code, [U]s."""
+
+    # what is learned from
+    preset: str = option("coco-r50", "named recipe that sets all other defaults", free=True)
+    data_dir: str = option("", "folder of images, flat or nested, no labels needed, or a text file of paths", free=True)
+    dataset: str = option("folder", "layout of the folder; a preset's layout falls back to a plain folder, and says so",
+                          choices=(*data.LAYOUTS, "toy"))
+    toy_scenes: int = option(0, "toy scenes drawn for training, preset toy only", low=0)
+    # the networks
+    arch: str = option("resnet50", "trunk; `tiny` is for toy images of about 64 px", choices=ARCHITECTURES)
+    image_size: int = option(224, "side of a view, px [P]; the map is 32 (tiny: 4) times smaller", low=32, high=4096)
+    num_prototypes: int = option(256, "k; 256 for COCO and COCO+, 2048 for ImageNet [P]", low=2, high=1_000_000)
+    dim_hidden: int = option(4096, "hidden width of projector and predictor [O]", low=1, high=1_000_000)
+    dim_out: int = option(256, "d, width of embeddings, prototypes and slots [O]", low=1, high=1_000_000)
+    # the losses
+    group_weight: float = option(0.5, "lambda of the group loss; the slot loss has 1 - lambda; at 1 it is skipped [P]",
+                                 low=0, high=1)
+    temp_student: float = option(0.1, "temperature of the student's assignment [P]", low=1e-4, high=100)
+    temp_teacher: float = option(0.07, "temperature of the teacher's assignment [P]; learning needs it well below "
+                                 "the student's", low=1e-4, high=100)
+    temp_pool: float = option(0.0, "temperature of attentive pooling, 0: the teacher's [O]", low=0, high=100)
+    temp_slot: float = option(0.2, "temperature of the slot contrast [O]", low=1e-4, high=100)
+    slot_loss: str = option("ctr", "contrast slots, or regress them (table 8b)", choices=("ctr", "reg"))
+    align: str = option("asgn", "inverse augmentation on assignments or on projections (table 8c)",
+                        choices=("asgn", "proj"))
+    image_loss: bool = option(False, "add the image-level objective (table 8d)")
+    momentum_center: float = option(0.9, "momentum of the centre [O]", low=0, high=1)
+    momentum_teacher: float = option(0.99, "the teacher's momentum at the first step [P]", low=0, high=1)
+    momentum_teacher_end: float = option(1.0, "and at the last, along a cosine [P]", low=0, high=1)
+    # the views
+    geometric: bool = option(True, "random crops and flips; off: both views are the centre square (table 8e)")
+    min_area: float = option(0.08, "smallest crop, as a share of the image [O]", low=0.001, high=1)
+    min_overlap: float = option(0.01, "least overlap, as a share of the second crop [O]", low=0, high=1)
+    brightness: float = option(0.4, "strength of the jitter: factor in 1 +- this [O]", low=0, high=1)
+    contrast: float = option(0.4, "likewise [O]", low=0, high=1)
+    saturation: float = option(0.2, "likewise [O]", low=0, high=1)
+    hue: float = option(0.1, "largest rotation of the hue, in turns [O]", low=0, high=0.5)
+    p_jitter: float = option(0.8, "probability of the jitter [O]", low=0, high=1)
+    p_gray: float = option(0.2, "probability of grey [O]", low=0, high=1)
+    p_blur: tuple[float, float] = option((1.0, 0.1), "probability of blur, in view 1 and 2 [O]", low=0, high=1)
+    p_solarize: tuple[float, float] = option((0.0, 0.2), "probability of solarisation, in view 1 and 2 [O]",
+                                             low=0, high=1)
+    solarize_threshold: int = option(128, "grey level from which it inverts [O]; 0 inverts all", low=0, high=256)
+    # the optimiser
+    optimizer: str = option("lars", "LARS [O], or AdamW for small runs", choices=("lars", "adamw"))
+    batch_size: int = option(512, "images per optimiser step over all processes [P]", low=2, high=1_000_000)
+    accumulate: int = option(1, "split each process's share into this many passes, for small memories; batch norm and "
+                             "contrast then see less", low=1, high=10_000)
+    base_lr: float = option(1.0, "learning rate at batch 256; the actual one is base_lr * batch_size / 256 [O]",
+                            low=0, high=100)
+    weight_decay: float = option(1e-5, "L2, not on biases and norms [O]", low=0, high=10)
+    epochs: int = option(800, "length of the run and of all schedules [P]", low=1, high=1_000_000)
+    warmup_epochs: float = option(5.0, "the learning rate rises over these [O]", low=0, high=1_000_000)
+    seed: int = option(0, "of weights, order, crops and colours", low=0, high=2**31)
+    # the machine
+    device: str = option("auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda", "mps"),
+                         free=True)
+    amp: str = option("auto", "mixed precision: auto is bf16 where the GPU has it, else fp16, off on a CPU",
+                      choices=("auto", "bf16", "fp16", "off"), free=True)
+    channels_last: bool | None = option(None, "memory format of the convolutions (default: on a CUDA GPU)", free=True)
+    compile: bool = option(False, "torch.compile both networks: minutes at the start, faster steps", free=True)
+    workers: int = option(8, "processes per rank that decode and crop; 0: none", low=0, high=512, free=True)
+    timeout: float = option(600.0, "seconds after which a silent process counts as lost", low=1, high=1e6, free=True)
+    # what is written
+    output_dir: str = option("", "default: runs/PRESET", free=True)
+    resume: str = option("auto", "auto continues output-dir/last.pth if it is there; or a path; or none", free=True)
+    force_resume: bool = option(False, "continue although options that matter have changed", free=True)
+    log_every: int = option(10, "steps between lines of log.jsonl", low=1, high=1_000_000, free=True)
+    save_every: int = option(1, "epochs between two writings of last.pth", low=1, high=1_000_000, free=True)
+    keep_every: int = option(100, "keep epoch_N.pth at every such epoch, 0: none", low=0, high=1_000_000, free=True)
+    keep_last: int = option(0, "keep the newest of these too", low=0, high=1_000_000, free=True)
+    max_steps: int = option(0, "stop after this many optimiser steps in all, 0: at the end; schedules do not change",
+                            low=0, high=10**9, free=True)
+    max_bad_share: float = option(0.01, "stop when more than this share of the images cannot be read", low=0, high=1,
+                                  free=True)
+    max_bad_steps: int = option(20, "stop after this many steps in a row without a finite loss and gradient", low=1,
+                                high=10**6, free=True)
+    on_save_error: str = option("continue", "when the disk refuses a checkpoint", choices=("continue", "stop"),
+                                free=True)
+    tensorboard: bool = option(False, "also log to TensorBoard, if it is installed", free=True)
+    check_data: bool = option(False, "only read every image once, report the bad ones, and exit", free=True)
+
+
+COCO = Config(dataset="coco")
+PRESETS = {
+    # Every hyper-parameter may differ from the published recipe here, the method does not.
+    "toy": dataclasses.replace(
+        COCO, preset="toy", dataset="toy", toy_scenes=768, arch="tiny", image_size=64, num_prototypes=16,
+        dim_hidden=128, dim_out=64, temp_teacher=0.03, min_area=0.2, brightness=0.5, contrast=0.5, saturation=0.3,
+        hue=0.5, p_jitter=1.0, p_blur=(0.0, 0.0), p_solarize=(0.5, 0.5), solarize_threshold=0, optimizer="adamw",
+        batch_size=32, base_lr=0.04, weight_decay=0.01, epochs=33, warmup_epochs=1.25, workers=1, keep_every=0,
+    ),
+    "coco-r50": COCO,
+    "cocoplus-r50": dataclasses.replace(COCO, preset="cocoplus-r50", dataset="cocoplus"),
+    "imagenet-r50-100ep": dataclasses.replace(
+        COCO, preset="imagenet-r50-100ep", dataset="imagenet", num_prototypes=2048, epochs=100, keep_every=20),
+    "imagenet-r50-200ep": dataclasses.replace(
+        COCO, preset="imagenet-r50-200ep", dataset="imagenet", num_prototypes=2048, epochs=200, keep_every=20),
+    "bdd100k-r50": dataclasses.replace(COCO, preset="bdd100k-r50", dataset="bdd100k"),  # length [U]: as COCO
+}
+
+
+def parse(argv: list[str] | None = None) -> tuple[Config, set[str]]:
+    """The command line -> configuration, and the names of the options given. Raises ValueError with one line."""
+    c, given = options.parse(PRESETS, argv, __doc__)
+    if c.dataset == "toy" and c.data_dir:
+        raise ValueError(f"--data-dir {c.data_dir} with the preset {c.preset}, which draws its own scenes: "
+                         "add a preset for photographs, such as --preset coco-r50")
+    if c.dataset != "toy" and not c.data_dir:
+        raise ValueError(f"the preset {c.preset} needs --data-dir, the folder with the images")
+    if c.dataset == "toy" and c.toy_scenes < c.batch_size:
+        raise ValueError(f"--toy-scenes {c.toy_scenes} are fewer than --batch-size {c.batch_size}: draw more")
+    return dataclasses.replace(c, output_dir=c.output_dir or f"runs/{c.preset}"), given
+
+
+# ------------------------------------------------------------------------------------------ schedule, optimiser
+
+
+def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float) -> float:
+    """Linear from peak / 100 over the warm-up, then a cosine down to 1e-6, at every optimiser step [O].
+
+    lr(t) = peak / 100 (99 t / T_w + 1) for t < T_w, then 1e-6 + (peak - 1e-6) (1 + cos(pi (t - T_w) / (T - T_w))) / 2.
+    """
+    if step < warmup_steps:
+        return peak / 100 * (99 * step / warmup_steps + 1)
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    return 1e-6 + (peak - 1e-6) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def make_model(c: Config) -> SlotCon:
+    torch.manual_seed(c.seed)  # the same start on every process
+    names = inspect.signature(SlotCon).parameters
+    return SlotCon(**{name: getattr(c, name) for name in names})
+
+
+def make_optimizer(model: SlotCon, c: Config, lr: float) -> torch.optim.Optimizer:
+    """Over what the gradient trains: student and predictor."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    if c.optimizer == "lars":
+        return LARS(weights, lr, weight_decay=c.weight_decay)
+    groups = [dict(params=[p for p in weights if p.ndim != 1]),
+              dict(params=[p for p in weights if p.ndim == 1], weight_decay=0.0)]  # as LARS: not on biases and norms
+    return torch.optim.AdamW(groups, lr, weight_decay=c.weight_decay)
+
+
+# ------------------------------------------------------------------------------------------ the run
+
+
+def train(c: Config, given: set[str]) -> None:
+    """The whole run. Raises ValueError, with one line, for what the person at the keyboard can change."""
+    # ---- who, what, how many
+    place = distributed.start(c.device, c.timeout)
+    chief, device, folder = place.rank == 0, place.device, Path(c.output_dir)
+    dtype = distributed.precision(c.amp, device)
+    images, about = find_images(c, given)
+    if c.check_data:
+        return check_data(images, c.workers)
+    check_batch(c, place, len(images))
+    steps_per_epoch = len(images) // c.batch_size
+    total_steps, warmup_steps = c.epochs * steps_per_epoch, round(c.warmup_epochs * steps_per_epoch)
+    last_step = min(total_steps, c.max_steps or total_steps)
+    peak_lr = c.base_lr * c.batch_size / 256
+
+    # ---- model and optimiser, new or continued
+    model = make_model(c).to(device).train()
+    if place.world_size > 1 and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # on a CPU it raises
+    if device.type == "cuda" if c.channels_last is None else c.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    optimizer = make_optimizer(model, c, peak_lr)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    step, position, logged = 0, 0, 0  # optimiser steps taken, batches consumed, step of the last line in the log
+    last = folder / "last.pth" if c.resume == "auto" else Path(c.resume)
+    if c.resume != "none" and (c.resume != "auto" or last.exists()):
+        saved = checkpoint.restore(last, model, optimizer, scaler, lambda s: differences(c, len(images), s))
+        step, position, logged = saved["step"], saved["position"], saved["step"]
+        if chief:
+            print(f"resumed  {last} after step {step}" + change_of_processes(saved["world_size"], place.world_size))
+    if c.compile:
+        for part in (model.student.backbone, model.student.projector, model.teacher.backbone, model.teacher.projector):
+            part.compile()
+    wrapped = distributed.wrap(model, place)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    buffers = [b for b in model.buffers() if b is not model.center]  # what batch norms count
+    before = [b.clone() for b in buffers]
+
+    # ---- batches: more than steps, since one without a finite gradient is made up for
+    crops = data.TwoCrops(images, c.image_size, c.seed, c.min_area, c.min_overlap, geometric=c.geometric)
+    sampler = data.RunSampler(len(images), c.batch_size, place.rank, place.world_size, c.seed, position, sys.maxsize)
+    batches = data.on_device(data.make_loader(crops, sampler, c.workers, device), device)
+    photometric = data.Photometric(c.brightness, c.contrast, c.saturation, c.hue, c.p_jitter, c.p_gray, c.p_blur,
+                                   p_solarize=c.p_solarize, solarize_threshold=c.solarize_threshold)
+    luck = torch.Generator(device)
+
+    # ---- what is written
+    log = Log(c, chief)
+    if chief:
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.remove_leftovers(folder)
+        write_json(folder / "config.json", dataclasses.asdict(c))
+        introduce(c, place, about, model, steps_per_epoch, peak_lr, dtype)
+    skipped = data.Skipped(folder / "skipped.txt", len(images), c.max_bad_share)
+    signals = distributed.StopSignals()
+    bar = tqdm(total=last_step, initial=step, disable=not (chief and sys.stderr.isatty()), unit="step")
+    ended, failure, bad_steps, bad_in_row = "", "", 0, 0
+    sums, waited, since = [0.0] * 4, 0.0, time.perf_counter()
+
+    while step < last_step and not ended:
+        # ---- two views
+        clock = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - clock
+        try:
+            skipped.record(batch.failures)
+        except ValueError as error:
+            failure = str(error)
+        views = photometric(batch.views, luck.manual_seed(seed_of(c.seed, position, place.rank)))
+
+        # ---- loss and gradient
+        torch._foreach_copy_(before, buffers)
+        reports = []
+        share = len(views) // c.accumulate
+        for start in range(0, len(views), share):
+            some = slice(start, start + share)
+            with distributed.exchange(wrapped, last=start + share == len(views)):
+                with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                    loss, report = wrapped(views[some], batch.boxes[some], batch.flipped[some])
+                scaler.scale(loss / c.accumulate).backward()
+            reports.append(report)
+        scaler.unscale_(optimizer)
+        norm = nn.utils.get_total_norm([p.grad for p in trained])
+
+        # ---- all processes read the same numbers: here the host waits for the device
+        seen = torch.stack([r.losses for r in reports]).mean(0)
+        wishes = torch.tensor([bool(signals.received), bool(failure)], device=device)
+        *values, stop, failed = losses.sum_over_ranks(torch.cat([seen, norm[None], wishes])).tolist()
+        values = [value / place.world_size for value in values]
+
+        # ---- everything that moves, moves here; without a finite loss and gradient nothing does
+        position += 1
+        finite = math.isfinite(sum(values))
+        if finite:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, total_steps, warmup_steps, peak_lr)
+            optimizer.step()
+            losses.update_center(model.center, torch.stack([r.center_mean for r in reports]).mean(0), c.momentum_center)
+            step += 1
+            # The release does this at the start of its next step, which is the same student and the same teacher.
+            momentum = teacher_momentum(step, total_steps, c.momentum_teacher, c.momentum_teacher_end)
+            model.update_teacher(momentum)
+            sums, bad_in_row = [a + b for a, b in zip(sums, values)], 0
+            bar.update()
+        else:
+            torch._foreach_copy_(buffers, before)
+            bad_steps, bad_in_row = bad_steps + 1, bad_in_row + 1
+            if bad_in_row == c.max_bad_steps:
+                failure, failed = nothing_finite(bad_in_row, dtype), True
+        scaler.update()
+        optimizer.zero_grad()
+        ended = "failure" if failed else "signal" if stop else ""
+
+        # ---- what there is to say
+        if finite and (step % c.log_every == 0 or step == last_step):
+            numbers = statistics(report, model.center, c.temp_teacher)
+            steps, seconds = step - logged, time.perf_counter() - since
+            record = dict(
+                step=step, epoch=round(position / steps_per_epoch, 4), loss=sums[0] / steps,
+                group_loss=sums[1] / steps, slot_loss=sums[2] / steps, lr=optimizer.param_groups[0]["lr"],
+                momentum_teacher=momentum, **numbers, grad_norm=sums[3] / steps,
+                images_per_second=steps * c.batch_size / seconds, data_seconds=waited / steps,
+                memory_gb=distributed.peak_memory_gb(device), skipped_steps=bad_steps)
+            log.write(record)
+            bar.set_postfix_str(brief(record))
+            if chief and bar.disable:
+                print(f"step {step}/{last_step}  {brief(record)}", flush=True)
+            sums, waited, logged, since = [0.0] * 4, 0.0, step, time.perf_counter()
+
+        # ---- what is kept
+        epoch, batches_into_epoch = divmod(position, steps_per_epoch)
+        whole_epoch = batches_into_epoch == 0 and epoch % c.save_every == 0
+        if chief and (whole_epoch or ended or step == last_step):
+            state = dict(format=checkpoint.FORMAT, config=dataclasses.asdict(c), step=step, position=position,
+                         num_images=len(images), world_size=place.world_size, model=model.state_dict(),
+                         optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+            failure = keep(c, folder, state, epoch if batches_into_epoch == 0 else None) or failure
+    bar.close()
+
+    # ---- the end, or a pause
+    if failure or ended == "failure":
+        raise Stopped(failure or "another process stopped the run, and says why")
+    if ended == "signal":
+        if chief:
+            print(f"stopped by {signals.received or 'another process'} after step {step} of {last_step}; "
+                  f"{folder / 'last.pth'} is written, and the same command goes on from there", flush=True)
+        return
+    if chief:
+        checkpoint.save(folder / "backbone.pth", checkpoint.backbone_state(model.state_dict()))
+        print(f"done     {step} steps; {folder / 'backbone.pth'} is the teacher's trunk under torchvision's names")
+
+
+class Stopped(Exception):
+    """The run cannot go on; one line says why. What was learned so far is on disk."""
+
+
+def find_images(c: Config, given: set[str]):
+    """The training images, a sequence of uint8 tensors (3 y x), and a line that says what they are."""
+    if c.dataset == "toy":
+        return toy.ToyImages(c.seed, c.toy_scenes), f"{c.toy_scenes} toy scenes, drawn here"
+    # A layout that was asked for by name must be there; a preset's layout may turn out to be any folder of images.
+    root, paths, notice = data.find_images(c.data_dir, c.dataset, strict="dataset" in given)
+    return data.ImageFiles(root, paths), notice or f"{len(paths)} images in {c.data_dir}, layout {c.dataset}"
+
+
+def check_batch(c: Config, place: distributed.Place, num_images: int) -> None:
+    """The batch fits the processes and the images. Raises ValueError."""
+    parts = place.world_size * c.accumulate
+    if c.batch_size % parts:
+        raise ValueError(f"--batch-size {c.batch_size} must be divisible by {place.world_size} process(es) x "
+                         f"--accumulate {c.accumulate}: take {max(c.batch_size // parts, 1) * parts}")
+    if num_images < c.batch_size:
+        raise ValueError(f"--batch-size {c.batch_size} is larger than the data set of {num_images} images: "
+                         f"take at most {num_images // parts * parts}")
+    if c.batch_size == parts and c.image_size <= 32 and c.arch != "tiny":
+        raise ValueError("one image of 32 px per process is one value per channel, and batch norm needs two: "
+                         "take larger images or more of them")
+
+
+def seed_of(*parts: int) -> int:
+    """One random stream per (seed, position in the run, rank): nothing of it need be saved."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+
+
+def change_of_processes(then: int, now: int) -> str:
+    if then == now:
+        return ""
+    return (f" of {then} process(es), now {now}: the same images in every step, but not the same bits, since batch "
+            "statistics and random colours are per process")
+
+
+def differences(c: Config, num_images: int, saved: dict) -> list[str]:
+    """What a checkpoint was made with and this run is not, unless it is forced."""
+    changed = options.differences(c, saved["config"])
+    if saved["num_images"] != num_images:
+        changed.append(f"images: {saved['num_images']} then, {num_images} now")
+    return [] if c.force_resume else changed
+
+
+def nothing_finite(steps: int, dtype: torch.dtype | None) -> str:
+    advice = "a lower --base-lr" if dtype is None else "--amp off, --amp bf16, or a lower --base-lr"
+    return (f"{steps} steps in a row had no finite loss and gradient; none of them changed the weights. last.pth is "
+            f"the state before them: continue it with {advice} and --force-resume")
+
+
+def keep(c: Config, folder: Path, state: dict, whole_epochs: int | None) -> str:
+    """Write last.pth, and epoch_N.pth where one is due. Returns what should stop the run, or nothing."""
+    try:
+        checkpoint.save(folder / "last.pth", state)
+        if whole_epochs and (c.keep_last or (c.keep_every and whole_epochs % c.keep_every == 0)):
+            checkpoint.save(folder / f"epoch_{whole_epochs:04d}.pth", state)
+            checkpoint.keep_newest(folder, c.keep_last, c.keep_every)
+    except OSError as error:
+        message = f"could not write {folder / 'last.pth'} after step {state['step']}: {error.strerror or error}; "
+        message += "the checkpoint before it is intact"
+        if c.on_save_error == "stop":
+            return message
+        say(message + "; the run goes on")
+    return ""
+
+
+def write_json(path: Path, contents: dict) -> None:
+    text = json.dumps(contents, indent=1) + "\n"
+    checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def introduce(c: Config, place: distributed.Place, about: str, model: SlotCon, steps_per_epoch: int, lr: float, dtype):
+    """What is about to happen, on one screen."""
+    def count(part: nn.Module) -> float:
+        return sum(p.numel() for p in part.parameters() if p.requires_grad) / 1e6
+
+    half = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "float32"}[dtype]
+    ln_k = math.log(c.num_prototypes)
+    print(f"device   {distributed.describe(place)}, {half}")
+    print(f"data     {about}")
+    print(f"network  {c.arch} {count(model.student.backbone):.2f} M, projector {count(model.student.projector):.2f} M, "
+          f"{c.num_prototypes} prototypes; {count(model):.2f} M parameters trained")
+    print(f"batch    {c.batch_size} = {c.batch_size // place.world_size} x {place.world_size} process(es); "
+          f"{steps_per_epoch} steps per epoch, {steps_per_epoch * c.epochs} in all")
+    print(f"lr       {lr:g} = {c.base_lr:g} x {c.batch_size} / 256, {c.optimizer}, warm-up {c.warmup_epochs:g} epochs")
+    print(f"chance   ln k = {ln_k:.4f}; the group loss, a sum of two directions, is {2 * ln_k:.4f} for a uniform "
+          "assignment", flush=True)
+
+
+def brief(record: dict) -> str:
+    return (f"loss {record['loss']:.3f} (group {record['group_loss']:.3f}, slot {record['slot_loss']:.3f})  "
+            f"occupied {record['occupied_per_image']:.1f}  in use {record['prototypes_used']}  "
+            f"agreement {record['agreement']:.2f}  {record['images_per_second']:.0f} images/s")
+
+
+class Log:
+    """log.jsonl, one object per line, on the first process only. A full disk costs lines, not the run."""
+
+    def __init__(self, c: Config, chief: bool):
+        self.file = Path(c.output_dir) / "log.jsonl" if chief else None
+        self.board = None
+        if chief and c.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ValueError("--tensorboard, but it is not installed: pip install tensorboard") from None
+            self.board = SummaryWriter(c.output_dir)
+
+    def write(self, record: dict) -> None:
+        if self.file is None:
+            return
+        try:
+            with open(self.file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            say(f"could not write to {self.file}: {error.strerror or error}; the run goes on without this line")
+        for name, value in record.items() if self.board else ():
+            self.board.add_scalar(name, value, record["step"])
+
+
+def say(line: str) -> None:
+    """A line above the progress bar."""
+    tqdm.write(line, file=sys.stderr)
+
+
+def check_data(images, workers: int) -> None:
+    """--check-data: read everything once and report. Raises Stopped where something cannot be read."""
+    bar = lambda results: tqdm(results, total=len(images), unit="image", disable=not sys.stderr.isatty())  # noqa: E731
+    found = data.check_images(images.root, images.paths, workers, bar)
+    print(f"{found['images']} images, {len(found['bad'])} cannot be read; smallest {found['smallest']}, "
+          f"largest {found['largest']} (height, width)")
+    for name, reason in found["bad"]:
+        print(f"{name}\t{reason}")
+
+
+def fail(error: Exception, status: int) -> int:
+    print(f"train.py: {error}", file=sys.stderr, flush=True)
+    return status
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        train(*parse(argv))
+    except ValueError as error:
+        return fail(error, 2)
+    except Stopped as error:
+        return fail(error, 1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
