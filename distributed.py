@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import inspect
 import os
 import signal
 import sys
@@ -78,7 +79,10 @@ def wrap(model: nn.Module, place: Place) -> nn.Module:
         return model
     ids = [place.device.index] if place.device.type == "cuda" else None
     # Buffers stay each rank's own: with SyncBN they are equal, and without it (CPU) rank 0's are saved.
-    return nn.parallel.DistributedDataParallel(model, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    ddp = nn.parallel.DistributedDataParallel
+    renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # torch 2.15 and newer
+    buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    return ddp(model, ids, gradient_as_bucket_view=True, **buffers)
 
 
 def exchange(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
@@ -107,6 +111,12 @@ def describe(place: Place) -> str:
     name = torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else (
         f"{place.device.type}, {torch.get_num_threads()} threads" if place.device.type == "cpu" else place.device.type)
     return f"{name}, {place.world_size} process" + ("es" if place.world_size > 1 else "")
+
+
+def cores_per_process(most: int = 8) -> int:
+    """How many cores this process may use, between 1 and `most`: those it is allowed, shared with its neighbours."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(most, allowed // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def peak_memory_gb(device: torch.device) -> float:

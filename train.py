@@ -104,7 +104,8 @@ class Config:
                       choices=("auto", "bf16", "fp16", "off"), free=True)
     channels_last: bool | None = option(None, "memory format of the convolutions (default: on a CUDA GPU)", free=True)
     compile: bool = option(False, "torch.compile both networks: minutes at the start, faster steps", free=True)
-    workers: int = option(8, "processes per rank that decode and crop; 0: none", low=0, high=512, free=True)
+    workers: int = option(-1, "processes per rank that decode and crop; 0: none, -1: one per core up to 8", low=-1,
+                          high=512, free=True)
     timeout: float = option(600.0, "seconds after which a silent process counts as lost", low=1, high=1e6, free=True)
     # what is written
     output_dir: str = option("", "default: runs/PRESET", free=True)
@@ -133,7 +134,8 @@ PRESETS = {
         COCO, preset="toy", dataset="toy", toy_scenes=768, arch="tiny", image_size=64, num_prototypes=16,
         dim_hidden=128, dim_out=64, temp_teacher=0.03, min_area=0.2, brightness=0.5, contrast=0.5, saturation=0.3,
         hue=0.5, p_jitter=1.0, p_blur=(0.0, 0.0), p_solarize=(0.5, 0.5), solarize_threshold=0, optimizer="adamw",
-        batch_size=32, base_lr=0.04, weight_decay=0.01, epochs=33, warmup_epochs=1.25, workers=1, keep_every=0,
+        batch_size=32, base_lr=0.04, weight_decay=0.01, epochs=33, warmup_epochs=1.25, workers=1,
+        keep_every=0, save_every=10,
     ),
     "coco-r50": COCO,
     "cocoplus-r50": dataclasses.replace(COCO, preset="cocoplus-r50", dataset="cocoplus"),
@@ -199,7 +201,7 @@ def train(c: Config, given: set[str]) -> None:
     dtype = distributed.precision(c.amp, device)
     images, about = find_images(c, given)
     if c.check_data:
-        return check_data(images, c.workers)
+        return check_data(images)
     check_batch(c, place, len(images))
     steps_per_epoch = len(images) // c.batch_size
     total_steps, warmup_steps = c.epochs * steps_per_epoch, round(c.warmup_epochs * steps_per_epoch)
@@ -232,7 +234,8 @@ def train(c: Config, given: set[str]) -> None:
     # ---- batches: more than steps, since one without a finite gradient is made up for
     crops = data.TwoCrops(images, c.image_size, c.seed, c.min_area, c.min_overlap, geometric=c.geometric)
     sampler = data.RunSampler(len(images), c.batch_size, place.rank, place.world_size, c.seed, position, sys.maxsize)
-    batches = data.on_device(data.make_loader(crops, sampler, c.workers, device), device)
+    workers = distributed.cores_per_process() if c.workers < 0 else c.workers
+    batches = data.on_device(data.make_loader(crops, sampler, workers, device), device)
     photometric = data.Photometric(c.brightness, c.contrast, c.saturation, c.hue, c.p_jitter, c.p_gray, c.p_blur,
                                    p_solarize=c.p_solarize, solarize_threshold=c.solarize_threshold)
     luck = torch.Generator(device)
@@ -305,7 +308,8 @@ def train(c: Config, given: set[str]) -> None:
         ended = "failure" if failed else "signal" if stop else ""
 
         # ---- what there is to say
-        if finite and (step % c.log_every == 0 or step == last_step):
+        epoch, batches_into_epoch = divmod(position, steps_per_epoch)
+        if finite and (step % c.log_every == 0 or batches_into_epoch == 0 or step == last_step):
             numbers = statistics(report, model.center, c.temp_teacher)
             steps, seconds = step - logged, time.perf_counter() - since
             record = dict(
@@ -321,7 +325,6 @@ def train(c: Config, given: set[str]) -> None:
             sums, waited, logged, since = [0.0] * 4, 0.0, step, time.perf_counter()
 
         # ---- what is kept
-        epoch, batches_into_epoch = divmod(position, steps_per_epoch)
         whole_epoch = batches_into_epoch == 0 and epoch % c.save_every == 0
         if chief and (whole_epoch or ended or step == last_step):
             state = dict(format=checkpoint.FORMAT, config=dataclasses.asdict(c), step=step, position=position,
@@ -353,7 +356,7 @@ def find_images(c: Config, given: set[str]):
         return toy.ToyImages(c.seed, c.toy_scenes), f"{c.toy_scenes} toy scenes, drawn here"
     # A layout that was asked for by name must be there; a preset's layout may turn out to be any folder of images.
     root, paths, notice = data.find_images(c.data_dir, c.dataset, strict="dataset" in given)
-    return data.ImageFiles(root, paths), notice or f"{len(paths)} images in {c.data_dir}, layout {c.dataset}"
+    return data.ImageFiles(root, paths), f"{len(paths)} images: " + (notice or f"{c.data_dir}, layout {c.dataset}")
 
 
 def check_batch(c: Config, place: distributed.Place, num_images: int) -> None:
@@ -471,10 +474,10 @@ def say(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
 
 
-def check_data(images, workers: int) -> None:
+def check_data(images) -> None:
     """--check-data: read everything once and report. Raises Stopped where something cannot be read."""
     bar = lambda results: tqdm(results, total=len(images), unit="image", disable=not sys.stderr.isatty())  # noqa: E731
-    found = data.check_images(images.root, images.paths, workers, bar)
+    found = data.check_images(images.root, images.paths, distributed.cores_per_process(), bar)
     print(f"{found['images']} images, {len(found['bad'])} cannot be read; smallest {found['smallest']}, "
           f"largest {found['largest']} (height, width)")
     for name, reason in found["bad"]:
