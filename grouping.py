@@ -19,7 +19,7 @@ from backbone import Projector, build_trunk
 
 def full_precision(x: Tensor) -> Tensor:
     """float16 and bfloat16 become float32; float32 and float64 stay: softmaxes over many rows need the digits."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def similarity(embeddings: Tensor, prototypes: Tensor) -> Tensor:

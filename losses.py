@@ -21,6 +21,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from einops import einsum, rearrange, reduce
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+MOST_LOGITS = 2**24  # [U] logits of the slot contrast held at once: 64 MB in float32
 
 # ------------------------------------------------------------------------------------------ other ranks
 
@@ -171,11 +174,22 @@ def slot_contrast(
     if pairs.num_queries < 2:
         return connected_zero(student_slots, predictor)
     prediction, target = predicted_and_target_rows(student_slots, teacher_slots, predictor, pairs)
-    with torch.autocast(prediction.device.type, enabled=False):  # a float32 island: m can be tens of thousands
-        keys = gather_rows(target, pairs.keys_per_rank)
-        logits = einsum(prediction, keys, "n d, m d -> n m") / temp_slot
-        total = F.cross_entropy(logits, pairs.positives, reduction="sum")
+    keys = gather_rows(target, pairs.keys_per_rank)
+    # n m logits can be a gigabyte: so many rows at a time, and each part is computed again in the backward.
+    rows = max(MOST_LOGITS // len(keys), 1)
+    parts = zip(prediction.split(rows), pairs.positives.split(rows))
+    if len(prediction) <= rows:
+        total = sum(contrast(*part, keys, temp_slot) for part in parts)
+    else:
+        total = sum(checkpoint(contrast, *part, keys, temp_slot, use_reentrant=False) for part in parts)
     return 2 * temp_slot * total * rank_and_world_size()[1] / pairs.num_queries
+
+
+def contrast(prediction: Tensor, positives: Tensor, keys: Tensor, temperature: float) -> Tensor:
+    """prediction (n d) and keys (m d) of length 1, positives (n) rows of keys -> cross-entropy, summed over n."""
+    with torch.autocast(prediction.device.type, enabled=False):  # a float32 island: m can be tens of thousands
+        logits = einsum(prediction, keys, "n d, m d -> n m") / temperature
+        return F.cross_entropy(logits, positives, reduction="sum")
 
 
 def slot_regression(
@@ -200,7 +214,12 @@ def predicted_and_target_rows(
     """The unit vectors that are compared: predictions (n d), and this rank's occupied teacher slots, no gradient."""
     prediction = predictor(rearrange(student_slots, "b k d -> (b k) d")[pairs.queries])
     target = rearrange(teacher_slots, "b k d -> (b k) d")[pairs.keys].detach()
-    return F.normalize(prediction.to(student_slots.dtype), dim=1), F.normalize(target, dim=1)  # over d
+    return unit(prediction), unit(target)
+
+
+def unit(rows: Tensor) -> Tensor:
+    """rows (n d) -> the same directions with length 1, in float32 or better whatever they came in."""
+    return F.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=1)  # over d
 
 
 def connected_zero(slots: Tensor, predictor: Callable[[Tensor], Tensor]) -> Tensor:
@@ -220,8 +239,6 @@ def image_contrast(prediction: Tensor, target: Tensor, temp_image: float = 0.2) 
     """
     rank, world_size = rank_and_world_size()
     b = len(prediction)
-    with torch.autocast(prediction.device.type, enabled=False):
-        keys = gather_rows(F.normalize(target.detach().to(prediction.dtype), dim=1), [b] * world_size)  # over d
-        logits = einsum(F.normalize(prediction, dim=1), keys, "n d, m d -> n m") / temp_image
-        own = torch.arange(b, device=prediction.device) + rank * b
-        return 2 * temp_image * F.cross_entropy(logits, own)
+    keys = gather_rows(unit(target.detach()), [b] * world_size)
+    own = torch.arange(b, device=prediction.device) + rank * b
+    return 2 * temp_image * contrast(unit(prediction), own, keys, temp_image) / b
