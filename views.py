@@ -92,7 +92,8 @@ def centre_square(image, size):
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # what torchvision's weights, and so everybody downstream, expect
 IMAGENET_STD = (0.229, 0.224, 0.225)
 LUMA = (0.2989, 0.587, 0.114)  # red, green, blue -> grey: ITU-R 601-2, rounded as torchvision does
-CPU_CHUNK = 50_000  # pixels at a time on a CPU: what no view among them needs is skipped, the rest stays cached [U]
+CPU_CHUNK = 100_000  # pixels at a time on a CPU: what no view among them needs is skipped, the rest stays cached [U]
+CPU_BLOCK = 32  # side of the blocks in which a blur's matrix is applied on a CPU [U]
 
 
 def normalize(images):
@@ -175,35 +176,35 @@ class Photometric:
         """Changes every view as drawn, the same way every time. Shapes as in __call__; views stay as they are."""
         pixels = rearrange(views, "b v c y x -> (b v) c y x")
         draw = Draw(*(None if t is None else t.to(views.device).flatten(0, 1) for t in draw))
-        chunk = len(pixels) if views.is_cuda else max(1, CPU_CHUNK // pixels[0, 0].numel())
+        blends = blend_weights(draw)
         changed = torch.empty(pixels.shape, device=views.device)
+        chunk = max(1, CPU_CHUNK // pixels[0, 0].numel()) if views.device.type == "cpu" else len(pixels)
         for start in range(0, len(pixels), chunk):
             rows = slice(start, start + chunk)
             some = Draw(*(None if t is None else t[rows] for t in draw))
-            changed[rows] = normalize(self._change(pixels[rows].float() / 255, some))
+            changed[rows] = normalize(self._change(pixels[rows].float() / 255, some, blends[:, rows]))
         return rearrange(changed, "(b v) c y x -> b v c y x", b=len(views))
 
-    def _change(self, pixels, draw):
-        """The chain on pixels (n 3 y x) float 0..1, of which each step makes a new version."""
-        position = draw.hue_position
-        for place in range(3):  # the blends before the hue ...
-            pixels = blend(pixels, draw, place, None if position is None else place < position)
+    def _change(self, pixels, draw, blends):
+        """pixels (n 3 y x) float 0..1 and what happens to them, in this order."""
+        for weights in blends[:3]:
+            pixels = blend(pixels, weights)
         if _wanted(draw.hue):
             pixels = turn_hue(pixels, draw.hue)
-        if position is not None:
-            for place in range(3):  # ... and those after it
-                pixels = blend(pixels, draw, place, place >= position)
+        for weights in blends[3:]:
+            pixels = blend(pixels, weights)
         if _wanted(draw.gray):
-            pixels = torch.where(_per_view(draw.gray), luma(pixels), pixels)
+            pixels = torch.lerp(pixels, luma(pixels), _per_view(draw.gray).float())
         if _wanted(draw.sigma):
             pixels = gaussian_blur(pixels, draw.sigma, self.blur_radius)
         if _wanted(draw.solarize):
-            pixels = torch.where(_per_view(draw.solarize) & (pixels >= self.threshold), 1 - pixels, pixels)
+            bright = pixels.clone().ge_(self.threshold)  # in place stays float: faster than masks, here and below
+            pixels = torch.lerp(pixels, 1 - pixels, bright * _per_view(draw.solarize))
         return pixels
 
 
 def _wanted(amount):
-    """Whether any view needs a step. A GPU is never asked, since the answer would cost more than the step."""
+    """Whether any view needs a step. A GPU is never asked, since waiting for its answer costs more than the step."""
     return amount is not None and (amount.device.type != "cpu" or bool(amount.any()))
 
 
@@ -217,45 +218,52 @@ def luma(pixels):
     return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
 
 
-def blend(pixels, draw, place, active):
-    """The blend that stands at a place of each view's order, where active (n) bool says that its turn has come.
+def blend_weights(draw):
+    """Brightness, contrast and saturation as one formula, so that views in different orders advance together.
 
-    Brightness, contrast and saturation are one formula: f * pixel + (1 - f) * anchor, cut to 0..1, where the
-    anchor is black, the view's mean brightness, or the pixel's own brightness. So views in different orders
-    advance together: f = 1 leaves a view alone.
+    Each is f * pixel + (1 - f) * anchor, cut to 0..1; the anchor is black, the view's mean brightness, or the
+    pixel's own brightness. Returns (place n 3): weights of pixel, mean brightness, own brightness at each of three
+    places before the hue and, if there is one, three after it: every view stands still, with 1 0 0, at three of six.
     """
     if draw.order is None:
+        return torch.empty(0, 0)
+    factor = rearrange(draw.factors.gather(1, draw.order), "n place -> place n")
+    kind = rearrange(draw.order, "n place -> place n")
+    if draw.hue is not None:
+        before = torch.arange(3, device=factor.device)[:, None] < draw.hue_position
+        factor = torch.cat([torch.where(before, factor, 1), torch.where(before, 1, factor)])
+        kind = torch.cat([kind, kind])
+    return torch.stack([factor, (1 - factor) * (kind == 1), (1 - factor) * (kind == 2)], dim=-1)
+
+
+def blend(pixels, weights):
+    """pixels (n 3 y x) in 0..1, weights (n 3) of the pixel, its view's mean brightness and its own brightness."""
+    own, mean, bright = (_per_view(weight) for weight in weights.unbind(1))
+    if not _wanted(own - 1):
         return pixels
-    kind = draw.order[:, place]
-    factor = draw.factors.gather(1, kind[:, None])[:, 0]  # over kinds
-    if active is not None:
-        factor = torch.where(active, factor, 1)
-    rest = 1 - factor
-    if not _wanted(rest):
-        return pixels
-    blended = _per_view(factor) * pixels
-    if _wanted(rest * kind):  # kind 0 needs no brightness
+    blended = own * pixels
+    if _wanted(weights[:, 1:]):
         gray = luma(pixels)
-        mean = reduce(gray, "n 1 y x -> n 1 1 1", "mean")
-        blended += _per_view(rest * (kind == 1)) * mean + _per_view(rest * (kind == 2)) * gray
+        blended += mean * reduce(gray, "n 1 y x -> n 1 1 1", "mean") + bright * gray
     return blended.clamp_(0, 1)
 
 
 def turn_hue(pixels, turns):
     """Turns the colour circle of pixels (n 3 y x) in 0..1 by turns (n), lightest and darkest colour kept.
 
-    With hue H in sixths of the circle, top and chroma = largest colour and largest - smallest:
-    colour c = top - chroma * clip(2 - distance of H + offset_c from 2 on the circle, 0, 1), no branches left.
+    With top and chroma = largest colour and largest - smallest, and a colour's distance on the circle, in turns,
+    from where it is strongest: colour = top - chroma * clip(2 - 6 * (distance to its opposite), 0, 1).
     """
     red, green, blue = pixels.unbind(1)
     top, bottom = pixels.amax(dim=1), pixels.amin(dim=1)  # over colours
     chroma = top - bottom
-    hue = torch.where(top == red, green - blue, torch.where(top == green, blue - red + 2 * chroma,
-                                                            red - green + 4 * chroma))
-    hue = hue / chroma.clamp(min=1e-12) + rearrange(6 * turns, "n -> n 1 1")  # grey has no hue: 0
-    distance = hue[:, None] + pixels.new_tensor([3, 1, -1])[:, None, None]
-    distance = (distance - 6 * torch.round(distance / 6)).abs_()
-    return top[:, None] - chroma[:, None] * (2 - distance).clamp_(0, 1)
+    red_leads, green_leads = (top - red).eq_(0), (top - green).eq_(0)  # 0 or 1
+    hue = torch.lerp(red - green + 4 * chroma, blue - red + 2 * chroma, green_leads)
+    hue = torch.lerp(hue, green - blue, red_leads) / (6 * chroma).clamp_(min=1e-12)  # grey has no hue: 0
+    opposite = pixels.new_tensor([1 / 2, 1 / 6, -1 / 6])  # of red, green, blue, seen from the hue's zero
+    distance = rearrange(hue, "n y x -> n 1 y x") + _per_view(turns) + opposite[:, None, None]
+    distance = (distance - distance.round()).abs_()
+    return torch.addcmul(top[:, None], chroma[:, None], (2 - 6 * distance).clamp_(0, 1), value=-1)
 
 
 def gaussian_blur(pixels, sigma, radius):
@@ -263,24 +271,33 @@ def gaussian_blur(pixels, sigma, radius):
 
     pixels: (n 3 y x). sigma: (n) pixels, 0 = sharp. radius: taps on each side of the centre.
     """
-    y, x = pixels.shape[-2:]
-    with torch.autocast(pixels.device.type, enabled=False):  # half precision would show as banding
-        rows, columns = (_blur_matrix(sigma, min(radius, length - 1), length) for length in (y, x))
-        pixels = einsum(rows, pixels, "n y i, n c i x -> n c y x")
-        return einsum(pixels, columns, "n c y i, n x i -> n c y x")
+    with torch.autocast(pixels.device.type, enabled=False):  # half precision would show as bands
+        matrices = {length: _blur_matrix(sigma, min(radius, length - 1), length) for length in pixels.shape[2:]}
+        for _ in range(2):  # along y, then along what was x: each pass swaps the two
+            pixels = _blur_columns(pixels, matrices[pixels.shape[2]], radius)
+    return pixels
+
+
+def _blur_columns(pixels, matrix, radius):
+    """pixels (n 3 y x), matrix (n y i) -> (n 3 x y). On a CPU in blocks that leave most of the matrix's zeros out."""
+    matrix, length = rearrange(matrix, "n y i -> n 1 i y"), pixels.shape[2]
+    block = CPU_BLOCK if pixels.device.type == "cpu" else length
+    reach = [(start, max(0, start - radius), start + block + radius) for start in range(0, length, block)]
+    return torch.cat([rearrange(pixels[:, :, low:high], "n c i x -> n c x i") @ matrix[..., low:high, y:y + block]
+                      for y, low, high in reach], dim=-1)
 
 
 def _blur_matrix(sigma, radius, length):
-    """(n length length): row i holds the weights with which the pixels of a line make pixel i."""
+    """(n y i): the weight of pixel i of a line in pixel y of the blurred line."""
     tap = torch.arange(-radius, radius + 1, device=sigma.device)
     weights = torch.exp(-0.5 * (tap / sigma[:, None].clamp(min=1e-3)) ** 2)  # 1e-3: sharp, without 0 / 0
     weights = weights / weights.sum(dim=1, keepdim=True)  # over taps
-    return einsum(weights, _mirrored_taps(radius, length, sigma.device), "n t, t y i -> n y i")
+    return einsum(weights, _mirrored_taps(radius, length, sigma.device), "n tap, tap y i -> n y i")
 
 
 @functools.lru_cache(maxsize=8)
 def _mirrored_taps(radius, length, device):
-    """(t length length) 0 or 1: tap t of pixel i reads this pixel, counted back from a border it crosses."""
+    """(tap y i) 0 or 1: whether this tap of pixel y reads pixel i, counted back from a border it would cross."""
     source = torch.arange(length)[None] + torch.arange(-radius, radius + 1)[:, None]
-    source = (length - 1 - (length - 1 - source.abs()).abs())
-    return torch.nn.functional.one_hot(source, length).float().to(device)
+    source = length - 1 - (length - 1 - source.abs()).abs()
+    return F.one_hot(source, length).float().to(device)
