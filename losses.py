@@ -23,7 +23,7 @@ from einops import einsum, rearrange, reduce
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-MOST_LOGITS = 2**24  # [U] logits of the slot contrast held at once: 64 MB in float32
+MOST_LOGITS = 2**22  # [U] logits of the slot contrast held at once: 16 MB in float32
 
 # ------------------------------------------------------------------------------------------ other ranks
 
@@ -175,7 +175,7 @@ def slot_contrast(
         return connected_zero(student_slots, predictor)
     prediction, target = predicted_and_target_rows(student_slots, teacher_slots, predictor, pairs)
     keys = gather_rows(target, pairs.keys_per_rank)
-    # n m logits can be a gigabyte: so many rows at a time, and each part is computed again in the backward.
+    # n m logits can be a gigabyte: a few rows at a time, and each part is computed again in the backward.
     rows = max(MOST_LOGITS // len(keys), 1)
     parts = zip(prediction.split(rows), pairs.positives.split(rows))
     if len(prediction) <= rows:
