@@ -59,6 +59,7 @@ def inverse_augmentation(maps: Tensor, boxes: Tensor, flipped: Tensor) -> Tensor
     if boxes.shape != (b, 4) or flipped.shape != (b,):
         raise ValueError(f"{b} maps need boxes ({b}, 4) and flags ({b},), "
                          f"found {tuple(boxes.shape)} and {tuple(flipped.shape)}")
+    maps = full_precision(maps)  # the boxes take the maps' type, and bfloat16 cannot count images beyond 256
     x1, y1, x2, y2 = boxes.to(maps.dtype).unbind(dim=1)
     image = torch.arange(b, device=maps.device, dtype=maps.dtype)
     regions = torch.stack([image, x1 * w, y1 * h, x2 * w, y2 * h], dim=1)
