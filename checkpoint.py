@@ -4,8 +4,9 @@ Paper: none. Differs: the released code writes its checkpoints in place and read
 Read next: train.py.
 
 A training checkpoint (`last.pth`) is a dictionary of tensors and plain values: `format`, `config`, `step` (optimiser
-steps taken), `position` (batches consumed), `num_images`, `world_size`, `model`, `optimizer`, `scaler`. There is no
-random state in it: every random choice is a function of the seed and of the position.
+steps taken), `position` (batches consumed), `num_images`, `world_size`, `model`, `optimizer`, `scaler`, and what adds up
+for the log: `logged`, `sums`, `bad_steps`. There is no random state in it: every random choice is a function of the
+seed and of the position.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from backbone import ARCHITECTURES, build_trunk
 from grouping import GroupingNetwork
 
 FORMAT = 1
+TRAINING = dict(config=Mapping, step=int, position=int, num_images=int, world_size=int, logged=int, sums=list,
+                bad_steps=int, model=Mapping, optimizer=Mapping, scaler=Mapping)  # what a run needs to go on
 
 # ------------------------------------------------------------------------------------------ writing
 
@@ -68,7 +71,7 @@ def save(path: str | Path, contents: Any) -> None:
 
 def remove_leftovers(folder: str | Path) -> list[Path]:
     """Delete temporary files that a killed process left in the folder; returns their paths."""
-    found = [Path(p) for p in glob.glob(str(Path(glob.escape(str(folder))) / ".*.tmp"))]
+    found = [Path(p) for p in glob.glob(str(Path(glob.escape(str(folder))) / ".*.[0-9]*.tmp"))]
     for path in found:
         path.unlink(missing_ok=True)
     return found
@@ -223,7 +226,7 @@ def restore(
     Raises ValueError with one line, before anything is touched, if the file is no training state or something changed.
     """
     saved = read(path)
-    if "position" not in saved or "optimizer" not in saved:
+    if not all(isinstance(saved.get(name), kind) for name, kind in TRAINING.items()):
         raise ValueError(f"{path} cannot be continued: it holds no training state of this program (found "
                          f"{some_keys(saved)}); its network can be evaluated and exported")
     changed = differences(saved)
@@ -231,10 +234,13 @@ def restore(
         raise ValueError(f"{path} was made with other options ({'; '.join(changed)}): give another --output-dir, "
                          "--resume none to start over, or --force-resume")
     load_strictly(model, saved["model"], path)
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(saved["optimizer"])
     except (ValueError, KeyError) as error:
         raise ValueError(f"{path} was made with another optimiser ({error}): give another --output-dir") from None
+    for group, own in zip(optimizer.param_groups, settings):
+        group.update(own)  # what was learned comes from the file, what was asked for, as the weight decay, from here
     if scaler.is_enabled() and saved["scaler"]:
         scaler.load_state_dict(saved["scaler"])
     return saved

@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import inspect
 import os
+import re
 import signal
 import sys
 from typing import NamedTuple
@@ -92,18 +93,59 @@ def exchange(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
 
 
 class StopSignals:
-    """SIGTERM, SIGINT and SIGUSR1 ask the run to end after its step; a second SIGINT ends it at once."""
+    """SIGTERM, SIGINT and SIGUSR1 ask the run to end after its step; a second SIGINT ends it at once.
+
+    `torchrun` passes on the SIGINT that a terminal has sent to everybody, so under it the third is the second.
+    Used as `with StopSignals() as signals`, after which signals mean what they did before.
+    """
 
     def __init__(self):
         self.received = ""
-        for name in SIGNALS:
-            if hasattr(signal, name):  # Windows has no SIGUSR1
-                signal.signal(getattr(signal, name), self.note)
+        self.interrupts = 0
+        self.patience = 2 if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+    def __enter__(self) -> StopSignals:
+        there = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]  # Windows has no SIGUSR1
+        self.before = {number: signal.signal(number, self.note) for number in there}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def note(self, number: int, _frame) -> None:
-        if self.received and number == signal.SIGINT:
+        self.interrupts += number == signal.SIGINT
+        if self.interrupts > self.patience:
             os._exit(130)
-        self.received = signal.Signals(number).name
+        self.received = self.received or signal.Signals(number).name
+
+
+# What the libraries below say when another process is gone; their error is a plain RuntimeError.
+GONE = re.compile(r"gloo|nccl|connection|connect|socket|timed out|broken pipe|TCPStore|DistStore", re.IGNORECASE)
+
+
+def lost(error: RuntimeError) -> str:
+    """What is lost, in a few words, if this error says that another process is; else nothing."""
+    line = str(error).strip().splitlines()[0]
+    if line.startswith("DataLoader worker"):
+        return f"a process that reads images has died, often for want of memory ({line})"
+    if dist.is_initialized() and (isinstance(error, dist.DistError) or GONE.search(line)):
+        return f"process {dist.get_rank()} has lost contact with another process ({line[:120]})"
+    return ""
+
+
+def finish() -> None:
+    """Part from the other processes at the end of a run."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def leave(status: int) -> None:
+    """End this process now if it is one of many, without waiting for the others, who may be gone."""
+    if dist.is_available() and dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def describe(place: Place) -> str:

@@ -193,15 +193,13 @@ def make_optimizer(model: SlotCon, c: Config, lr: float) -> torch.optim.Optimize
 # ------------------------------------------------------------------------------------------ the run
 
 
-def train(c: Config, given: set[str]) -> None:
-    """The whole run. Raises ValueError, with one line, for what the person at the keyboard can change."""
+def train(c: Config, given: set[str], signals: distributed.StopSignals) -> None:
+    """The whole run. Raises ValueError, with one line, for what the person at the keyboard can change, and Stopped."""
     # ---- who, what, how many
     place = distributed.start(c.device, c.timeout)
     chief, device, folder = place.rank == 0, place.device, Path(c.output_dir)
     dtype = distributed.precision(c.amp, device)
     images, about = find_images(c, given)
-    if c.check_data:
-        return check_data(images)
     check_batch(c, place, len(images))
     steps_per_epoch = len(images) // c.batch_size
     total_steps, warmup_steps = c.epochs * steps_per_epoch, round(c.warmup_epochs * steps_per_epoch)
@@ -216,16 +214,19 @@ def train(c: Config, given: set[str]) -> None:
         model = model.to(memory_format=torch.channels_last)
     optimizer = make_optimizer(model, c, peak_lr)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    step, position, logged = 0, 0, 0  # optimiser steps taken, batches consumed, step of the last line in the log
+    step, position = 0, 0  # optimiser steps taken, batches consumed: more, since a step without finite numbers is none
+    logged, sums, bad_steps = 0, [0.0] * 4, 0  # step of the last line in the log, and what adds up for the next one
     last = folder / "last.pth" if c.resume == "auto" else Path(c.resume)
     if c.resume != "none" and (c.resume != "auto" or last.exists()):
         saved = checkpoint.restore(last, model, optimizer, scaler, lambda s: differences(c, len(images), s))
-        step, position, logged = saved["step"], saved["position"], saved["step"]
+        step, position = saved["step"], saved["position"]
+        logged, sums, bad_steps = saved["logged"], saved["sums"], saved["bad_steps"]
         if chief:
             print(f"resumed  {last} after step {step}" + change_of_processes(saved["world_size"], place.world_size))
     if c.compile:
         for part in (model.student.backbone, model.student.projector, model.teacher.backbone, model.teacher.projector):
             part.compile()
+    check_position(last, losses.gather_rows(torch.tensor([position], device=device), [1] * place.world_size).tolist())
     wrapped = distributed.wrap(model, place)
     trained = [p for p in model.parameters() if p.requires_grad]
     buffers = [b for b in model.buffers() if b is not model.center]  # what batch norms count
@@ -241,27 +242,27 @@ def train(c: Config, given: set[str]) -> None:
     luck = torch.Generator(device)
 
     # ---- what is written
-    log = Log(c, chief)
-    if chief:
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.remove_leftovers(folder)
-        write_json(folder / "config.json", dataclasses.asdict(c))
+        log = Log(c, chief, step)
+        skipped = data.Skipped(folder / "skipped.txt", len(images), c.max_bad_share)
+        if chief:
+            checkpoint.remove_leftovers(folder)
+            write_json(folder / "config.json", dataclasses.asdict(c))
+    except OSError as error:
+        raise ValueError(f"--output-dir {folder} cannot be written to: {error.strerror or error}") from None
+    if chief:
         introduce(c, place, about, model, steps_per_epoch, peak_lr, dtype)
-    skipped = data.Skipped(folder / "skipped.txt", len(images), c.max_bad_share)
-    signals = distributed.StopSignals()
     bar = tqdm(total=last_step, initial=step, disable=not (chief and sys.stderr.isatty()), unit="step")
-    ended, failure, bad_steps, bad_in_row = "", "", 0, 0
-    sums, waited, since = [0.0] * 4, 0.0, time.perf_counter()
+    ended, failure, bad_in_row, due = "", "", 0, 0  # due: the epoch after which a checkpoint must be written
+    waited, since, timed = 0.0, time.perf_counter(), step
 
     while step < last_step and not ended:
         # ---- two views
         clock = time.perf_counter()
-        batch = next(batches)
+        batch, trouble = next_batch(batches, skipped, c, c.batch_size // place.world_size, device)
+        failure = failure or trouble
         waited += time.perf_counter() - clock
-        try:
-            skipped.record(batch.failures)
-        except ValueError as error:
-            failure = str(error)
         views = photometric(batch.views, luck.manual_seed(seed_of(c.seed, position, place.rank)))
 
         # ---- loss and gradient
@@ -285,9 +286,8 @@ def train(c: Config, given: set[str]) -> None:
         values = [value / place.world_size for value in values]
 
         # ---- everything that moves, moves here; without a finite loss and gradient nothing does
-        position += 1
-        finite = math.isfinite(sum(values))
-        if finite:
+        moved = math.isfinite(sum(values)) and not failed
+        if moved:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, total_steps, warmup_steps, peak_lr)
             optimizer.step()
@@ -300,37 +300,43 @@ def train(c: Config, given: set[str]) -> None:
             bar.update()
         else:
             torch._foreach_copy_(buffers, before)
-            bad_steps, bad_in_row = bad_steps + 1, bad_in_row + 1
-            if bad_in_row == c.max_bad_steps:
-                failure, failed = nothing_finite(bad_in_row, dtype), True
-        scaler.update()
+            bad_steps, bad_in_row = bad_steps + (not failed), bad_in_row + (not failed)
+        if not failed:  # else a rerun must meet this batch again
+            position += 1
+            scaler.update()
         optimizer.zero_grad()
-        ended = "failure" if failed else "signal" if stop else ""
+        diverged = bad_in_row == c.max_bad_steps
+        ended = "failure" if failed or diverged else "signal" if stop else ""
 
         # ---- what there is to say
         epoch, batches_into_epoch = divmod(position, steps_per_epoch)
-        if finite and (step % c.log_every == 0 or batches_into_epoch == 0 or step == last_step):
+        if moved and (step % c.log_every == 0 or batches_into_epoch == 0 or step == last_step):
             numbers = statistics(report, model.center, c.temp_teacher)
             steps, seconds = step - logged, time.perf_counter() - since
             record = dict(
                 step=step, epoch=round(position / steps_per_epoch, 4), loss=sums[0] / steps,
                 group_loss=sums[1] / steps, slot_loss=sums[2] / steps, lr=optimizer.param_groups[0]["lr"],
                 momentum_teacher=momentum, **numbers, grad_norm=sums[3] / steps,
-                images_per_second=steps * c.batch_size / seconds, data_seconds=waited / steps,
+                images_per_second=(step - timed) * c.batch_size / seconds, data_seconds=waited / (step - timed),
                 memory_gb=distributed.peak_memory_gb(device), skipped_steps=bad_steps)
             log.write(record)
             bar.set_postfix_str(brief(record))
             if chief and bar.disable:
                 print(f"step {step}/{last_step}  {brief(record)}", flush=True)
-            sums, waited, logged, since = [0.0] * 4, 0.0, step, time.perf_counter()
+            logged, sums, waited, since, timed = step, [0.0] * 4, 0.0, time.perf_counter(), step
 
-        # ---- what is kept
-        whole_epoch = batches_into_epoch == 0 and epoch % c.save_every == 0
-        if chief and (whole_epoch or ended or step == last_step):
+        # ---- what is kept: no state that only led to bad numbers, so after a bad step a checkpoint waits for a good one
+        due = epoch if batches_into_epoch == 0 and to_keep(c, epoch) else due
+        final = bool(ended) or step == last_step
+        if diverged:
+            failure = nothing_finite(bad_in_row, dtype, folder / "last.pth")
+        elif chief and (final or (due and moved)):
             state = dict(format=checkpoint.FORMAT, config=dataclasses.asdict(c), step=step, position=position,
-                         num_images=len(images), world_size=place.world_size, model=model.state_dict(),
-                         optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-            failure = keep(c, folder, state, epoch if batches_into_epoch == 0 else None) or failure
+                         num_images=len(images), world_size=place.world_size, logged=logged, sums=sums,
+                         bad_steps=bad_steps, model=model.state_dict(), optimizer=optimizer.state_dict(),
+                         scaler=scaler.state_dict())
+            trouble = keep(c, folder, state, due, final)
+            failure, due = failure or trouble, 0
     bar.close()
 
     # ---- the end, or a pause
@@ -342,7 +348,11 @@ def train(c: Config, given: set[str]) -> None:
                   f"{folder / 'last.pth'} is written, and the same command goes on from there", flush=True)
         return
     if chief:
-        checkpoint.save(folder / "backbone.pth", checkpoint.backbone_state(model.state_dict()))
+        try:
+            checkpoint.save(folder / "backbone.pth", checkpoint.backbone_state(model.state_dict()))
+        except OSError as error:
+            raise Stopped(f"could not write {folder / 'backbone.pth'}: {error.strerror or error}; last.pth holds "
+                          "everything, and the same command tries again") from None
         print(f"done     {step} steps; {folder / 'backbone.pth'} is the teacher's trunk under torchvision's names")
 
 
@@ -393,25 +403,67 @@ def differences(c: Config, num_images: int, saved: dict) -> list[str]:
     return [] if c.force_resume else changed
 
 
-def nothing_finite(steps: int, dtype: torch.dtype | None) -> str:
-    advice = "a lower --base-lr" if dtype is None else "--amp off, --amp bf16, or a lower --base-lr"
-    return (f"{steps} steps in a row had no finite loss and gradient; none of them changed the weights. last.pth is "
-            f"the state before them: continue it with {advice} and --force-resume")
+def next_batch(batches, skipped: data.Skipped, c: Config, b: int, device: torch.device) -> tuple[data.Batch, str]:
+    """The next b images, and what should stop the run, or nothing.
 
-
-def keep(c: Config, folder: Path, state: dict, whole_epochs: int | None) -> str:
-    """Write last.pth, and epoch_N.pth where one is due. Returns what should stop the run, or nothing."""
+    Where no batch can be made, black images stand in for it until all processes have agreed to stop: the others wait
+    for this one in the middle of the step.
+    """
     try:
-        checkpoint.save(folder / "last.pth", state)
-        if whole_epochs and (c.keep_last or (c.keep_every and whole_epochs % c.keep_every == 0)):
-            checkpoint.save(folder / f"epoch_{whole_epochs:04d}.pth", state)
+        batch = next(batches)
+    except (ValueError, RuntimeError, OSError) as error:
+        black = data.Batch(torch.zeros(b, 2, 3, c.image_size, c.image_size, dtype=torch.uint8, device=device),
+                           torch.zeros(b, 2, 4, device=device), torch.zeros(b, 2, dtype=torch.bool, device=device), [])
+        return black, f"no more images: {last_line(error)}"
+    try:
+        skipped.record(batch.failures)
+    except ValueError as error:
+        return batch, str(error)
+    except OSError as error:
+        say(f"could not write to {skipped.file}: {error.strerror or error}; the run goes on")
+    return batch, ""
+
+
+def last_line(error: Exception) -> str:
+    """What a worker process died of: the end of the trace that it sends."""
+    line = str(error).strip().splitlines()[-1]
+    return line.partition("Error: ")[2] or line
+
+
+def check_position(path: Path, positions: list[int]) -> None:
+    """All processes continue from the same batch. Raises ValueError."""
+    if len(set(positions)) > 1:
+        raise ValueError(f"the processes found different states of {path} (batches done: {positions}): every machine "
+                         "must see the same --output-dir")
+
+
+def nothing_finite(steps: int, dtype: torch.dtype | None, last: Path) -> str:
+    advice = "a lower --base-lr" if dtype is None else "--amp off, --amp bf16, or a lower --base-lr"
+    go_on = (f"{last} is the checkpoint before them: continue it with {advice} and --force-resume" if last.exists()
+             else f"there is no checkpoint yet: start again with {advice}")
+    return f"{steps} steps in a row had no finite loss and gradient; none of them changed the weights. {go_on}"
+
+
+def to_keep(c: Config, epoch: int) -> bool:
+    """Whether a checkpoint is due after this many whole epochs."""
+    return epoch % c.save_every == 0 or (c.keep_every > 0 and epoch % c.keep_every == 0)
+
+
+def keep(c: Config, folder: Path, state: dict, due: int, final: bool) -> str:
+    """Write last.pth, and epoch_N.pth where that of epoch `due` is to be kept. Returns what should stop the run."""
+    file = folder / "last.pth"
+    try:
+        checkpoint.save(file, state)
+        if due and (c.keep_last or (c.keep_every and due % c.keep_every == 0)):
+            file = folder / f"epoch_{due:04d}.pth"
+            checkpoint.save(file, state)
             checkpoint.keep_newest(folder, c.keep_last, c.keep_every)
     except OSError as error:
-        message = f"could not write {folder / 'last.pth'} after step {state['step']}: {error.strerror or error}; "
-        message += "the checkpoint before it is intact"
-        if c.on_save_error == "stop":
+        message = (f"could not write {file} after step {state['step']}: {error.strerror or error}; what stood there "
+                   "before is intact")
+        if final or c.on_save_error == "stop":
             return message
-        say(message + "; the run goes on")
+        say(message + ", and the run goes on")
     return ""
 
 
@@ -445,17 +497,30 @@ def brief(record: dict) -> str:
 
 
 class Log:
-    """log.jsonl, one object per line, on the first process only. A full disk costs lines, not the run."""
+    """log.jsonl, one object per line, on the first process only. A full disk costs lines, not the run.
 
-    def __init__(self, c: Config, chief: bool):
+    step: where the run starts. Lines of later steps are of work that was lost, and go. Raises OSError if they cannot.
+    """
+
+    def __init__(self, c: Config, chief: bool, step: int):
         self.file = Path(c.output_dir) / "log.jsonl" if chief else None
         self.board = None
+        if chief:
+            self.forget_after(step)
         if chief and c.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise ValueError("--tensorboard, but it is not installed: pip install tensorboard") from None
-            self.board = SummaryWriter(c.output_dir)
+            self.board = SummaryWriter(c.output_dir, purge_step=step + 1)
+
+    def forget_after(self, step: int) -> None:
+        if not self.file.exists():
+            return
+        lines = self.file.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if step_of(line) <= step]
+        if kept != lines:
+            checkpoint.write_atomically(self.file, lambda file: file.writelines(kept))
 
     def write(self, record: dict) -> None:
         if self.file is None:
@@ -469,34 +534,70 @@ class Log:
             self.board.add_scalar(name, value, record["step"])
 
 
+def step_of(line: bytes) -> float:
+    """The step of a line of the log; infinite where the line was cut off."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
 def say(line: str) -> None:
     """A line above the progress bar."""
     tqdm.write(line, file=sys.stderr)
 
 
-def check_data(images) -> None:
-    """--check-data: read everything once and report. Raises Stopped where something cannot be read."""
+def check_data(c: Config, given: set[str]) -> None:
+    """--check-data: read everything once and report. Raises Stopped where a run would stop for it, ValueError."""
+    if c.dataset == "toy":
+        raise ValueError("--check-data reads photographs: give --data-dir, and a preset such as --preset coco-r50")
+    images, about = find_images(c, given)
+    print(about)
     bar = lambda results: tqdm(results, total=len(images), unit="image", disable=not sys.stderr.isatty())  # noqa: E731
     found = data.check_images(images.root, images.paths, distributed.cores_per_process(), bar)
-    print(f"{found['images']} images, {len(found['bad'])} cannot be read; smallest {found['smallest']}, "
-          f"largest {found['largest']} (height, width)")
-    for name, reason in found["bad"]:
-        print(f"{name}\t{reason}")
-
-
-def fail(error: Exception, status: int) -> int:
-    print(f"train.py: {error}", file=sys.stderr, flush=True)
-    return status
+    total, bad = found["images"], found["bad"]
+    for name, reason in bad:
+        print(f"bad      {name}: {reason}")
+    if found["sizes"]:
+        (height, width), commonest = next(iter(found["sizes"].items()))
+        print(f"sizes    {len(found['sizes'])} different, from {found['smallest'][0]} x {found['smallest'][1]} to "
+              f"{found['largest'][0]} x {found['largest'][1]} (height x width); most often {height} x {width}, "
+              f"{commonest} times")
+    print(f"checked  {total} images: {total - len(bad)} can be read, {len(bad)} cannot")
+    if len(bad) > c.max_bad_share * total:
+        raise Stopped(f"{len(bad)} of {total} images cannot be read, more than --max-bad-share {c.max_bad_share:g} "
+                      "allows: a run would stop")
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0 done or paused, 1 stopped, 2 for what the person at the keyboard can change."""
     try:
-        train(*parse(argv))
+        c, given = parse(argv)
+        if c.check_data:
+            check_data(c, given)
+        else:
+            with distributed.StopSignals() as signals:
+                train(c, given, signals)
     except ValueError as error:
         return fail(error, 2)
     except Stopped as error:
         return fail(error, 1)
+    except KeyboardInterrupt:
+        return fail("interrupted", 130)
+    except RuntimeError as error:
+        if not distributed.lost(error):
+            raise
+        return fail(f"{distributed.lost(error)}; {Path(c.output_dir) / 'last.pth'} is intact: start the same command "
+                    "again, and it goes on from there", 1)
+    distributed.finish()
     return 0
+
+
+def fail(reason: Exception | str, status: int) -> int:
+    """One line on stderr. One process of many ends here without a goodbye, for which it could wait in vain."""
+    print(f"train.py: {reason}", file=sys.stderr, flush=True)
+    distributed.leave(status)
+    return status
 
 
 if __name__ == "__main__":
