@@ -64,7 +64,7 @@ def find_images(data_dir, layout="folder", strict=True):
     if not names:
         hint = ""
         if layout != "folder" and _search(data_dir, "folder"):
-            hint = "; there are images, though: --dataset folder takes them as they lie"
+            hint = "; there are images, though: the layout 'folder' takes them as they lie"
         raise ValueError(f"no images in {data_dir}: {_expected(data_dir, layout)}; {_found(data_dir)}{hint}")
     paths = np.sort(np.array(names))
     _require_readable(ImageFiles(root, paths))
@@ -73,45 +73,43 @@ def find_images(data_dir, layout="folder", strict=True):
 
 def _search(data_dir, layout):
     """Relative paths of everything that is called like an image, [] unless all folders of the layout have some."""
-    names = []
+    names, prefix = [], len(os.path.join(data_dir, ""))
     for folder in LAYOUTS[layout]:
-        if folder == ".":
-            tops, deep = [data_dir], True
-        else:
-            tops, deep = sorted(data_dir.glob(folder)), False
-        found = [name for top in tops for name in _walk(top, deep)]
+        tops = [data_dir] if folder == "." else sorted(path for path in data_dir.glob(folder) if path.is_dir())
+        found = [path[prefix:] for top in tops for path in _walk(top, deep=folder == ".")]
         if not found:
             return []
         names += found
-    return [name[len(os.path.join(data_dir, '')):] for name in names]
+    return names
 
 
 def _walk(top, deep):
-    """Paths under top by name alone: hidden ones are left out, links followed, a circle of links walked once."""
+    """Paths under top by name alone: hidden ones are left out, links followed, a circle of links walked once.
+
+    What is called like an image counts as one, even a folder: reading it will say what is wrong with it.
+    """
     pending, seen, found = [os.fspath(top)], set(), []
     while pending:
         folder = pending.pop()
         try:
-            identity = os.stat(folder)
-            if (identity.st_dev, identity.st_ino) in seen or not stat.S_ISDIR(identity.st_mode):
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
                 continue
-            seen.add((identity.st_dev, identity.st_ino))
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if entry.name.startswith("."):
-                        continue
-                    if entry.name.lower().endswith(SUFFIXES):
-                        found.append(entry.path)
-                    elif deep and entry.is_dir():
-                        pending.append(entry.path)
+            seen.add((status.st_dev, status.st_ino))
+            entries = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
         except OSError as error:
             raise ValueError(f"cannot look into {folder}: {error.strerror}") from None
+        paths = [os.path.join(folder, name) for name in entries]
+        images = [path for path in paths if path.lower().endswith(SUFFIXES)]
+        found += images
+        if deep:
+            pending += [path for path in set(paths).difference(images) if os.path.isdir(path)]
     return found
 
 
 def _read_list(file):
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not a text file of image paths, one per line: {error}") from None
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
@@ -201,13 +199,14 @@ def decode(path):
 
 
 def _as_rgb(image):
+    if image.mode.startswith(("I", "F")):  # convert() would cut these at 255
+        values = np.asarray(image, dtype=np.float64)
+        values = np.where(np.isfinite(values), values, 0)
+        low, high = (0, 65535) if image.mode.startswith("I;16") else (values.min(), values.max())
+        image = Image.fromarray(np.round((values - low) / max(high - low, 1e-12) * 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    if image.mode.startswith(("I", "F")):  # convert() would cut these at 255
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        low, high = (0, 65535) if image.mode.startswith("I;16") else (values.min(), values.max())
-        image = Image.fromarray(np.round((values - low) / max(high - low, 1e-12) * 255).astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")
 
 

@@ -103,8 +103,14 @@ def normalize(images):
     """
     if not images.is_floating_point():
         images = images.float() / 255
-    mean, std = (images.new_tensor(statistic)[:, None, None] for statistic in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (_constant(statistic, images.device)[:, None, None] for statistic in (IMAGENET_MEAN, IMAGENET_STD))
     return (images - mean) / std
+
+
+@functools.lru_cache(maxsize=64)
+def _constant(values, device):
+    """A tuple as a float32 tensor, copied once: every copy to a GPU waits until it has caught up."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 class Draw(NamedTuple):
@@ -140,7 +146,7 @@ class Photometric:
         if not 0 < blur_sigma[0] <= blur_sigma[1]:
             raise ValueError(f"blur_sigma is a range of positive numbers, found {blur_sigma}")
         self.strengths, self.hue = (brightness, contrast, saturation), hue
-        self.p_jitter, self.p_gray, self.p_blur, self.p_solarize = p_jitter, p_gray, p_blur, p_solarize
+        self.p_jitter, self.p_gray, self.p_blur, self.p_solarize = p_jitter, p_gray, tuple(p_blur), tuple(p_solarize)
         self.blur_sigma = blur_sigma
         self.blur_radius = math.ceil(4 * blur_sigma[1])  # 6e-5 of the weight lies outside [U]
         self.threshold = solarize_threshold / 255
@@ -152,23 +158,22 @@ class Photometric:
     def draw(self, b, generator):
         """The parameters of b images, from one call of the generator and on its device."""
         device = generator.device
-        luck = torch.rand(b, len(self.p_blur), 13, generator=generator, device=device)
-        jitter, hue, position, gray, blur, sigma, solarize = luck[..., :7].unbind(-1)
+        luck = torch.rand(b, len(self.p_blur), 13, generator=generator, device=device)  # each in 0..1
+        jitter, hue, hue_position, gray, blur, sigma, solarize = luck[..., :7].unbind(-1)
         jitter = jitter < self.p_jitter
-        strongest = 1 + torch.tensor(self.strengths, device=device)
+        blends, turns = self.p_jitter > 0 and any(self.strengths), self.p_jitter > 0 and self.hue > 0
+        strongest = 1 + _constant(self.strengths, device)
         weakest = (2 - strongest).clamp(min=0)
         factors = weakest + (strongest - weakest) * luck[..., 7:10]
-        low, high = self.blur_sigma
-        p_blur, p_solarize = (torch.tensor(p, device=device) for p in (self.p_blur, self.p_solarize))
-        blends, turns = self.p_jitter > 0 and any(self.strengths), self.p_jitter > 0 and self.hue > 0
+        blur, (low, high) = blur < _constant(self.p_blur, device), self.blur_sigma
         return Draw(
             order=luck[..., 10:].argsort(dim=-1) if blends else None,
             factors=torch.where(jitter[..., None], factors, 1) if blends else None,
             hue=torch.where(jitter, self.hue * (2 * hue - 1), 0) if turns else None,
-            hue_position=(4 * position).long() if turns else None,
+            hue_position=(4 * hue_position).long() if turns else None,
             gray=gray < self.p_gray if self.p_gray else None,
-            sigma=torch.where(blur < p_blur, low + (high - low) * sigma, 0) if any(self.p_blur) else None,
-            solarize=solarize < p_solarize if any(self.p_solarize) else None,
+            sigma=torch.where(blur, low + (high - low) * sigma, 0) if any(self.p_blur) else None,
+            solarize=solarize < _constant(self.p_solarize, device) if any(self.p_solarize) else None,
         )
 
     @torch.no_grad()
@@ -178,7 +183,8 @@ class Photometric:
         draw = Draw(*(None if t is None else t.to(views.device).flatten(0, 1) for t in draw))
         blends = blend_weights(draw)
         changed = torch.empty(pixels.shape, device=views.device)
-        chunk = max(1, CPU_CHUNK // pixels[0, 0].numel()) if views.device.type == "cpu" else len(pixels)
+        on_cpu = views.device.type == "cpu"
+        chunk = max(1, CPU_CHUNK // math.prod(pixels.shape[2:]) if on_cpu else len(pixels))
         for start in range(0, len(pixels), chunk):
             rows = slice(start, start + chunk)
             some = Draw(*(None if t is None else t[rows] for t in draw))
@@ -260,7 +266,7 @@ def turn_hue(pixels, turns):
     red_leads, green_leads = (top - red).eq_(0), (top - green).eq_(0)  # 0 or 1
     hue = torch.lerp(red - green + 4 * chroma, blue - red + 2 * chroma, green_leads)
     hue = torch.lerp(hue, green - blue, red_leads) / (6 * chroma).clamp_(min=1e-12)  # grey has no hue: 0
-    opposite = pixels.new_tensor([1 / 2, 1 / 6, -1 / 6])  # of red, green, blue, seen from the hue's zero
+    opposite = _constant((1 / 2, 1 / 6, -1 / 6), pixels.device)  # of red, green, blue, seen from the hue's zero
     distance = rearrange(hue, "n y x -> n 1 y x") + _per_view(turns) + opposite[:, None, None]
     distance = (distance - distance.round()).abs_()
     return torch.addcmul(top[:, None], chroma[:, None], (2 - 6 * distance).clamp_(0, 1), value=-1)
