@@ -1,0 +1,160 @@
+"""What a trained network makes of pictures, one after the other: their segments, and the best ones per prototype.
+
+Slide: "Understanding the semantic grouping ability: nearest neighbor visualization" (figure 3). Paper: section 4.
+Differs: the released code also ranks pictures in which a prototype owns no pixel; here a prototype retrieves only
+pictures in which it is occupied. Only scores are kept, never the features of a data set.
+Read next: evaluate.py, visualize.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+from tqdm import tqdm
+
+from data import BadImage, ImageFiles, find_images
+from grouping import GroupingNetwork
+from labels import ToyScenes
+from slots import occupied
+from views import centre_square, normalize
+
+# ------------------------------------------------------------------------- segments of pictures
+
+
+def winner(maps: Tensor, size: tuple[int, int], chunk: int = 64) -> Tensor:
+    """Which of k maps is the largest at each pixel of the picture: with similarities, the nearest prototype.
+
+    maps (b k h w) -> (b y x) int64 in 0..k-1, the lower index at a tie. Maps, not decisions, are enlarged (bilinear,
+    pixel centres aligned) [P], and `chunk` of them at a time: 2,048 maps of 320 px take 0.8 GB per picture.
+    """
+    best = maps.new_full((len(maps), *size), -torch.inf)
+    largest = torch.zeros_like(best, dtype=torch.long)
+    for first in range(0, maps.shape[1], chunk):
+        enlarged = F.interpolate(maps[:, first : first + chunk], size, mode="bilinear", align_corners=False)
+        score, index = enlarged.max(dim=1)  # over k
+        largest = torch.where(score > best, index + first, largest)
+        best = torch.maximum(score, best)
+    return largest
+
+
+@torch.no_grad()
+def segment(network: GroupingNetwork, images: Tensor) -> tuple[Tensor, Tensor]:
+    """images (b 3 y x) uint8, anywhere -> segments (b y x) int64 and occupied (b k) bool, on the CPU.
+
+    A prototype is occupied where the network itself sees it: on the feature grid, before enlarging, as in training.
+    """
+    device = network.prototypes.weight.device
+    _, similarity = network(normalize(images.to(device)))
+    return winner(similarity, images.shape[-2:]).cpu(), occupied(similarity).cpu()
+
+
+# --------------------------------------------------------------------------- pictures in order
+
+
+class Views:
+    """view(pictures[index]) with its index, or the problem: an exception would cross processes as a long traceback."""
+
+    def __init__(self, pictures: Sequence, view: Callable[[Any], Any]):
+        self.pictures, self.view = pictures, view
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        try:
+            return index, self.view(self.pictures[index])
+        except (BadImage, ValueError) as problem:
+            return index, problem
+
+
+def stream(
+    pictures: Sequence, view: Callable[[Any], Any], batch_size: int, workers: int = 0, title: str = ""
+) -> Iterator[tuple[Tensor, Any]]:
+    """Batches of view(pictures[i]) in the order of the pictures: indices (b) int64, and the views collated.
+
+    Memory does not depend on the number of pictures. A progress bar shows where stderr is a terminal. A picture that
+    cannot be read is left out and named there; any other problem ends the stream with ValueError.
+    """
+    loader = DataLoader(Views(pictures, view), batch_size, num_workers=workers, collate_fn=list)
+    with tqdm(total=len(pictures), desc=title, unit="picture", disable=None, leave=False) as bar:
+        for items in loader:
+            good = []
+            for index, item in items:
+                if isinstance(item, BadImage):
+                    tqdm.write(f"left out {item.name}: {item.reason}", file=bar.fp)
+                elif isinstance(item, Exception):
+                    raise ValueError(str(item))
+                else:
+                    good.append((index, item))
+            bar.update(len(items))
+            if good:
+                yield default_collate(good)
+
+
+def open_pictures(dataset: str, data_dir: str | Path | None, limit: int = 0, **toy_scenes) -> Sequence[Tensor]:
+    """Pictures without labels: those of a folder, COCO's val2017 if it has that, or toy scenes never trained on.
+
+    limit: the first so many, 0: all. Raises ValueError with one line where there are none.
+    """
+    if dataset == "toy":
+        return ToyScenes(count=limit or 256, **toy_scenes)
+    folder = Path(data_dir or "")
+    root, paths, _ = find_images(folder / "val2017" if (folder / "val2017").is_dir() else folder)
+    return ImageFiles(root, paths[: limit or None])
+
+
+def centre_view(size: int) -> Callable[[Tensor], Tensor]:
+    """image (3 y x) -> its centre (3 size size), short side at 8/7 of size: 256 for 224. A square of `size` stays."""
+    return partial(_centre_view, size=size)
+
+
+def _centre_view(image: Tensor, size: int) -> Tensor:
+    return image if image.shape[-2:] == (size, size) else centre_square(image, size)
+
+
+# ----------------------------------------------------------------------------------- retrieval
+
+
+def segment_scores(similarity: Tensor) -> Tensor:
+    """How purely each prototype's segment is that prototype: the mean of its similarity over the pixels it owns.
+
+    similarity (b k h w) -> (b k) in [-1, 1]; -inf where a prototype owns no pixel, so that it retrieves nothing there.
+    """
+    score, owner = similarity.max(dim=1)  # over k
+    score, owner = rearrange(score, "b h w -> b (h w)"), rearrange(owner, "b h w -> b (h w)")
+    empty = similarity.new_zeros(similarity.shape[:2])
+    total = empty.scatter_add(1, owner, score)
+    pixels = empty.scatter_add(1, owner, torch.ones_like(score))
+    return torch.where(pixels > 0, total / pixels, -torch.inf)
+
+
+class Retrieval:
+    """The `top` pictures with the best segment of each prototype, and in how many pictures it occurs at all.
+
+    scores (k top), best first, -inf where fewer pictures were found; pictures (k top) int64, -1 there; active (k)
+    int64. Its size depends on k and top alone. At a tie the earlier picture wins.
+    """
+
+    def __init__(self, num_prototypes: int, top: int = 5):
+        self.scores = torch.full((num_prototypes, top), -torch.inf)
+        self.pictures = torch.full((num_prototypes, top), -1)
+        self.active = torch.zeros(num_prototypes, dtype=torch.long)
+
+    def add(self, indices: Tensor, similarity: Tensor) -> None:
+        """indices (b) int64 of the pictures, ascending over all calls; similarity (b k h w)."""
+        found = rearrange(segment_scores(similarity), "b k -> k b").float().cpu()
+        self.active += found.isfinite().sum(dim=1)  # over b
+        # Stable, and with the older ones in front: topk would break ties anyhow.
+        scores, order = torch.cat([self.scores, found], dim=1).sort(dim=1, descending=True, stable=True)
+        candidates = torch.cat([self.pictures, indices.expand_as(found)], dim=1)
+        top = self.scores.shape[1]
+        self.scores, self.pictures = scores[:, :top].clone(), candidates.gather(1, order)[:, :top]
+        self.pictures = torch.where(self.scores.isfinite(), self.pictures, -1)
