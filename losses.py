@@ -80,9 +80,9 @@ def group_consistency(
     with torch.no_grad():  # stop-gradient: the teacher is a target
         target = ((teacher - rearrange(center, "k -> k 1 1")) / temp_teacher).softmax(dim=1)  # over k
     entropy = reduce(F.cross_entropy(student / temp_student, target, reduction="none"), "b h w -> b", "mean")
-    share = sum_over_ranks(valid.sum()) / rank_and_world_size()[1]
-    # `where`, not a product: it keeps a zero connected to the graph, and is safe if none overlaps anywhere.
-    return torch.where(valid, entropy, 0 * entropy).sum() / share.clamp(min=1 / rank_and_world_size()[1])
+    num_valid = sum_over_ranks(valid.sum()).clamp(min=1)
+    # `where`, not an index: it keeps a zero connected to the graph if none overlaps, and no host waits for a size.
+    return torch.where(valid, entropy, 0 * entropy).sum() * rank_and_world_size()[1] / num_valid
 
 
 @torch.no_grad()
@@ -204,7 +204,7 @@ def slot_regression(
     prediction, target = predicted_and_target_rows(student_slots, teacher_slots, predictor, pairs)
     rank, world_size = rank_and_world_size()
     own = pairs.positives - sum(pairs.keys_per_rank[:rank])
-    distance = 2 - 2 * einsum(prediction, target[own], "n d, n d -> n")
+    distance = 2 - 2 * reduce(prediction * target[own], "n d -> n", "sum")  # autocast would halve an einsum
     return distance.sum() * world_size / pairs.num_queries
 
 
