@@ -1,0 +1,91 @@
+"""teacher.py: the student's past, averaged.
+
+Promised: a copy that shares nothing and needs no gradient; an average over parameters, never over buffers; a momentum
+that climbs along a cosine.
+"""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from teacher import make_teacher, teacher_momentum, update_teacher
+
+
+def network(seed):
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Conv2d(3, 5, 2), nn.BatchNorm2d(5), nn.Linear(7, 4)).double()
+    for buffer in net.buffers():
+        buffer.fill_(seed + 1)
+    return net
+
+
+def test_the_teacher_is_a_copy_in_training_mode_that_shares_nothing_and_needs_no_gradient():
+    student = network(1).eval()
+    teacher = make_teacher(student)
+    assert all(module.training for module in teacher.modules()) and not student.training
+    for name, value in student.state_dict().items():
+        copied = teacher.state_dict()[name]
+        assert copied.equal(value) and copied.data_ptr() != value.data_ptr()
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert all(p.requires_grad for p in student.parameters())
+
+
+def test_every_parameter_moves_by_the_same_share_in_place_and_no_buffer_moves():
+    student, teacher = network(1), make_teacher(network(2))
+    storage = [p.data_ptr() for p in teacher.parameters()]
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    kept = {name: value.clone() for name, value in student.state_dict().items()}
+    update_teacher(teacher, student, 0.9)
+    names = {name for name, _ in student.named_parameters()}
+    for name, value in teacher.state_dict().items():
+        expected = 0.9 * before[name] + 0.1 * kept[name] if name in names else before[name]
+        assert torch.allclose(value, expected, rtol=1e-12), name
+        assert student.state_dict()[name].equal(kept[name])
+    assert [p.data_ptr() for p in teacher.parameters()] == storage
+    assert len(names) == 6 and len(before) == 9
+
+
+def test_a_teacher_of_1_and_a_student_of_2_meet_at_1_and_a_quarter():
+    teacher, student = nn.Linear(1, 1), nn.Linear(1, 1)
+    for net, value in ((teacher, 1.0), (student, 2.0)):
+        for p in net.parameters():
+            nn.init.constant_(p, value)
+    update_teacher(teacher, student, 0.75)
+    assert [p.item() for p in teacher.parameters()] == [1.25, 1.25]
+
+
+@pytest.mark.parametrize("momentum, follows", [(1.0, 2), (0.0, 1)])
+def test_momentum_one_keeps_the_teacher_and_zero_copies_the_student(momentum, follows):
+    teacher = make_teacher(network(2))
+    update_teacher(teacher, network(1), momentum)
+    assert all(p.equal(q) for p, q in zip(teacher.parameters(), network(follows).parameters()))
+
+
+def test_a_student_with_a_gradient_graph_leaves_no_graph_in_the_teacher():
+    student, teacher = network(1), make_teacher(network(2))
+    update_teacher(teacher, student, 0.5)
+    assert not any(p.requires_grad or p.grad_fn for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.1, float("nan")])
+def test_a_momentum_outside_0_to_1_is_refused(momentum):
+    with pytest.raises(ValueError, match=rf"momentum must lie in \[0, 1\], found {momentum}"):
+        update_teacher(network(1), network(2), momentum)
+
+
+def test_the_momentum_is_0_99_at_first_0_995_half_way_and_1_at_the_end():
+    assert [teacher_momentum(t, 1000) for t in (0, 500, 1000)] == pytest.approx([0.99, 0.995, 1.0], rel=1e-14)
+    assert teacher_momentum(250, 1000) == pytest.approx(1 - 0.01 * (math.sqrt(0.5) + 1) / 2, rel=1e-14)
+
+
+def test_the_momentum_never_falls_and_stays_between_its_ends():
+    values = [teacher_momentum(t, 37, 0.9, 0.97) for t in range(38)]
+    assert values == sorted(values) and values[0] == 0.9 and values[-1] == pytest.approx(0.97)
+
+
+@pytest.mark.parametrize("arguments", [(0, 0), (0, 10, -0.1), (0, 10, 0.99, 1.1)])
+def test_a_schedule_without_steps_or_outside_0_to_1_is_refused(arguments):
+    with pytest.raises(ValueError, match=r"expected total_steps >= 1, start and end in \[0, 1\]"):
+        teacher_momentum(*arguments)
