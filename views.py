@@ -189,7 +189,7 @@ class Photometric:
             rows = slice(start, start + chunk)
             some = Draw(*(None if t is None else t[rows] for t in draw))
             changed[rows] = normalize(self._change(pixels[rows].float() / 255, some, blends[:, rows]))
-        return rearrange(changed, "(b v) c y x -> b v c y x", b=len(views))
+        return rearrange(changed, "(b v) c y x -> b v c y x", v=views.shape[1])
 
     def _change(self, pixels, draw, blends):
         """pixels (n 3 y x) float 0..1 and what happens to them, in this order."""

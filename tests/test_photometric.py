@@ -1,0 +1,308 @@
+"""views.py, photometry: one vectorised chain, equal to torchvision's operations one by one."""
+
+import colorsys
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms.v2 import functional as TF
+
+import views
+from views import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Draw,
+    Photometric,
+    blend,
+    blend_weights,
+    gaussian_blur,
+    luma,
+    normalize,
+    turn_hue,
+)
+
+BLENDS = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)
+B, V, Y, X = 5, 2, 21, 34
+
+
+def batch(b=B, v=V, y=Y, x=X, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (b, v, 3, y, x), generator=generator, dtype=torch.uint8)
+
+
+def luck(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def with_torchvision(view, draw, photometric, i, v):
+    """The chain from its description, one operation of torchvision after the other, for one view."""
+    x, done = view.float() / 255, 0
+    for place in range(4):
+        if draw.hue is not None and place == draw.hue_position[i, v]:
+            x = TF.adjust_hue(x, draw.hue[i, v].item())
+        elif draw.order is not None and done < 3:
+            kind = draw.order[i, v, done].item()
+            x, done = BLENDS[kind](x, draw.factors[i, v, kind].item()), done + 1
+    if draw.gray is not None and draw.gray[i, v]:
+        x = TF.rgb_to_grayscale(x, 3)
+    if draw.sigma is not None and draw.sigma[i, v] > 0:
+        taps = 2 * photometric.blur_radius + 1
+        x = TF.gaussian_blur(x, [taps, taps], [draw.sigma[i, v].item()] * 2)
+    if draw.solarize is not None and draw.solarize[i, v]:
+        x = TF.solarize(x, photometric.threshold)
+    return TF.normalize(x, list(IMAGENET_MEAN), list(IMAGENET_STD))
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"hue": 0.5, "brightness": 0.9, "contrast": 0.9, "saturation": 0.9, "p_jitter": 1, "p_gray": 0.5},
+    {"p_blur": (0.5, 0.5), "p_solarize": (0.5, 0.5), "solarize_threshold": 0}, {"hue": 0}, {"p_jitter": 0},
+    {"brightness": 0, "contrast": 0, "saturation": 0, "hue": 0.5}, {"p_blur": (0, 0)}, {"brightness": 1.8},
+    {"p_blur": (1, 1, 0.5), "p_solarize": (0, 0.2, 1)},
+], ids=str)
+def test_every_view_is_what_torchvision_makes_of_it_with_the_same_parameters(settings):
+    photometric = Photometric(**settings)
+    images = batch(b=9, v=len(photometric.p_blur))
+    draw = photometric.draw(9, luck(1))
+    changed = photometric.apply(images, draw)
+    assert changed.shape == images.shape and changed.dtype == torch.float32 and changed.is_contiguous()
+    for i, v in itertools.product(range(9), range(images.shape[1])):
+        expected = with_torchvision(images[i, v], draw, photometric, i, v)
+        torch.testing.assert_close(changed[i, v], expected, rtol=0, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------ single steps
+
+def test_luma_is_the_weighted_sum_of_the_colours():
+    assert luma(torch.tensor([1.0, 0.5, 0.25]).view(1, 3, 1, 1)).item() == pytest.approx(0.2989 + 0.2935 + 0.0285)
+
+
+@pytest.mark.parametrize("turn", [-0.5, -0.21, 0, 1e-3, 1 / 6, 1 / 3, 0.5])
+def test_hue_turns_the_circle_of_hue_saturation_value(turn):
+    levels = [0, 0.25, 1]  # with all ties between colours, greys and black
+    colours = list(itertools.product(levels, repeat=3)) + torch.rand(40, 3, generator=luck()).tolist()
+    expected = []
+    for colour in colours:
+        h, s, v = colorsys.rgb_to_hsv(*colour)
+        expected.append(colorsys.hsv_to_rgb((h + turn) % 1, s, v))
+    pixels = torch.tensor(colours).T.reshape(1, 3, 1, -1)
+    turned = turn_hue(pixels, torch.tensor([turn]))
+    torch.testing.assert_close(turned, torch.tensor(expected).T.reshape(1, 3, 1, -1), rtol=0, atol=2e-6)
+
+
+def test_a_third_of_a_turn_makes_red_green():
+    red = torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1)
+    green = turn_hue(red, torch.tensor([1 / 3])).flatten()
+    torch.testing.assert_close(green, torch.tensor([0.0, 1, 0]), atol=1e-6, rtol=0)
+
+
+def test_blends_solved_by_hand():
+    pixels = torch.tensor([[0.2, 0.8]]).expand(1, 3, 1, 2)  # grey, mean 0.5
+    for weights, expected in [((0.5, 0, 0), (0.1, 0.4)), ((1.5, 0, 0), (0.3, 1.0)), ((0.5, 0.5, 0), (0.35, 0.65)),
+                              ((2, -1, 0), (0.0, 1.0)), ((0.5, 0, 0.5), (0.2, 0.8)), ((1, 0, 0), (0.2, 0.8))]:
+        blended = blend(pixels, torch.tensor([weights], dtype=torch.float32))
+        torch.testing.assert_close(blended[0, 0, 0], torch.tensor(expected), atol=1e-3, rtol=0)  # luma sums to 0.9999
+
+
+def test_each_blend_comes_once_and_in_the_drawn_order():
+    order = torch.tensor([[2, 0, 1], [1, 2, 0]])
+    factors = torch.tensor([[1.1, 0.7, 1.3], [0.8, 1.2, 0.6]])
+    weights = blend_weights(Draw(order, factors, torch.tensor([0.1, 0.1]), torch.tensor([1, 3]), None, None, None))
+    assert weights.shape == (6, 2, 3)
+    still = [1, 0, 0]
+    expected = [[[1.3, 0, -0.3], still, still, still, [1.1, 0, 0], [0.7, 0.3, 0]],
+                [[1.2, -0.2, 0], [0.6, 0, 0.4], [0.8, 0, 0], still, still, still]]
+    for n in range(2):
+        torch.testing.assert_close(weights[:, n], torch.tensor(expected[n], dtype=torch.float32), atol=1e-6, rtol=0)
+
+
+def blurred_slowly(line, sigma, radius):
+    """One line, weight by weight, mirrored at both ends."""
+    taps = range(-radius, radius + 1)
+    weights = [math.exp(-t * t / (2 * sigma * sigma)) for t in taps]
+    line, last, blurred = line.tolist(), len(line) - 1, []
+    for place in range(len(line)):
+        sources = [abs(place + t) for t in taps]
+        sources = [2 * last - s if s > last else s for s in sources]
+        blurred.append(sum(w * line[s] for w, s in zip(weights, sources)) / sum(weights))
+    return blurred
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
+def test_blur_is_the_gaussian_sum_along_both_axes(sigma):
+    pixels = torch.rand(1, 3, 19, 70, generator=luck())
+    expected = np.apply_along_axis(blurred_slowly, 2, pixels.numpy(), sigma, 8)
+    expected = np.apply_along_axis(blurred_slowly, 3, expected, sigma, 8)
+    blurred = gaussian_blur(pixels, torch.tensor([sigma]), 8)
+    torch.testing.assert_close(blurred, torch.tensor(expected, dtype=torch.float32), rtol=0, atol=1e-6)
+
+
+def test_blur_gives_each_view_its_own_width_and_keeps_plain_areas():
+    pixels = torch.rand(3, 3, 40, 24, generator=luck())
+    sigma = torch.tensor([0.0, 0.5, 1.9])
+    together = gaussian_blur(pixels, sigma, 8)
+    torch.testing.assert_close(together[0], pixels[0], rtol=0, atol=1e-7)  # 0 is sharp
+    for n in range(3):
+        torch.testing.assert_close(together[n:n + 1], gaussian_blur(pixels[n:n + 1], sigma[n:n + 1], 8))
+    plain = gaussian_blur(torch.full((1, 3, 40, 24), 0.3), torch.tensor([1.5]), 8)
+    torch.testing.assert_close(plain, torch.full((1, 3, 40, 24), 0.3))
+
+
+def test_blur_in_blocks_is_blur_at_once(monkeypatch):
+    pixels, sigma = torch.rand(2, 3, 50, 33, generator=luck()), torch.tensor([2.0, 1.0])
+    monkeypatch.setattr(views, "CPU_BLOCK", 1000)
+    at_once = gaussian_blur(pixels, sigma, 8)
+    for block in (1, 7, 32):
+        monkeypatch.setattr(views, "CPU_BLOCK", block)
+        torch.testing.assert_close(gaussian_blur(pixels, sigma, 8), at_once, rtol=0, atol=1e-6)
+
+
+def test_blur_works_on_views_smaller_than_its_reach():
+    assert gaussian_blur(torch.rand(1, 3, 4, 1), torch.tensor([2.0]), 8).shape == (1, 3, 4, 1)
+
+
+def test_blur_keeps_float32_under_mixed_precision():
+    pixels, sigma = torch.rand(1, 3, 20, 20, generator=luck()), torch.tensor([1.0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = gaussian_blur(pixels, sigma, 8)
+    assert torch.equal(mixed, gaussian_blur(pixels, sigma, 8))
+
+
+@pytest.mark.parametrize("threshold, expected", [
+    (128, (0, 127, 127, 0)), (0, (255, 128, 127, 0)), (256, (0, 127, 128, 255))])
+def test_solarize_inverts_from_the_threshold_up(threshold, expected):
+    photometric = Photometric(p_jitter=0, p_gray=0, p_blur=(0,), p_solarize=(1,), solarize_threshold=threshold)
+    images = torch.tensor([0, 127, 128, 255], dtype=torch.uint8).expand(1, 1, 3, 1, 4)
+    changed = photometric(images, luck())[0, 0] * torch.tensor(IMAGENET_STD)[:, None, None]
+    levels = 255 * (changed + torch.tensor(IMAGENET_MEAN)[:, None, None])
+    torch.testing.assert_close(levels[1, 0], torch.tensor(expected, dtype=torch.float32), atol=1e-3, rtol=0)
+
+
+def test_normalize_takes_grey_levels_and_fractions():
+    images = batch()[:, 0]
+    expected = TF.normalize(images.float() / 255, list(IMAGENET_MEAN), list(IMAGENET_STD))
+    torch.testing.assert_close(normalize(images), expected)
+    torch.testing.assert_close(normalize(images.float() / 255), expected)
+    torch.testing.assert_close(normalize(images[0]), expected[0])
+    assert normalize(images.double() / 255).dtype == torch.float64
+
+
+# ------------------------------------------------------------------------------------------------- luck
+
+def test_the_same_generator_draws_the_same_and_the_next_batch_differs():
+    photometric, generator = Photometric(), luck(3)
+    first, second = photometric(batch(), generator), photometric(batch(), generator)
+    assert torch.equal(first, photometric(batch(), luck(3)))
+    assert not torch.equal(first, second)
+
+
+def test_draws_follow_their_distributions():
+    draw = Photometric(p_blur=(1.0, 0.1), p_solarize=(0.0, 0.2)).draw(20_000, luck())
+    jittered = (draw.factors != 1).any(dim=-1)
+    near = dict(abs=0.015)
+    assert jittered.float().mean().item() == pytest.approx(0.8, **near)
+    assert torch.equal(jittered, draw.hue != 0)
+    for kind, strength in enumerate((0.4, 0.4, 0.2)):
+        factors = draw.factors[..., kind][jittered]
+        assert 1 - strength <= factors.min() and factors.max() <= 1 + strength
+        assert factors.mean().item() == pytest.approx(1, **near)
+        assert factors.std().item() == pytest.approx(2 * strength / math.sqrt(12), **near)
+    hue = draw.hue[jittered]
+    assert -0.1 <= hue.min() < -0.099 and 0.099 < hue.max() <= 0.1
+    assert draw.gray.float().mean().item() == pytest.approx(0.2, **near)
+    assert (draw.sigma > 0).float().mean(0).tolist() == pytest.approx([1, 0.1], **near)
+    assert 0.1 <= draw.sigma[:, 0].min() < 0.11 and 1.99 < draw.sigma[:, 0].max() <= 2
+    assert draw.solarize.float().mean(0).tolist() == pytest.approx([0, 0.2], **near)
+    sequences = (draw.order * torch.tensor([9, 3, 1])).sum(-1) * 4 + draw.hue_position
+    counts = torch.stack([(sequences == s).sum() for s in sequences.unique()])
+    assert len(counts) == 24 and counts.min() > 0.85 * counts.float().mean()  # every order of the four steps
+
+
+def test_factors_never_become_negative():
+    draw = Photometric(brightness=1.5, p_jitter=1).draw(4000, luck())
+    assert 0 <= draw.factors[..., 0].min() < 0.01 and draw.factors[..., 0].max() > 2.49
+
+
+def test_a_view_does_not_depend_on_its_company(monkeypatch):
+    photometric, images = Photometric(p_blur=(0.5, 0.5), p_solarize=(0.5, 0.5)), batch()
+    draw = photometric.draw(B, luck())
+    together = photometric.apply(images, draw)
+    order = torch.tensor([3, 0, 4, 1, 2])
+    exchanged = photometric.apply(images[order], Draw(*(t[order] for t in draw)))
+    torch.testing.assert_close(exchanged, together[order], rtol=0, atol=1e-6)
+    for pixels in (1, 3 * Y * X, 1000 * Y * X):
+        monkeypatch.setattr(views, "CPU_CHUNK", pixels)
+        torch.testing.assert_close(photometric.apply(images, draw), together, rtol=0, atol=1e-6)
+
+
+def test_the_order_of_the_steps_matters():
+    images = batch(b=1, v=1)
+    factors, half = torch.tensor([[[1.4, 0.6, 1.2]]]), torch.tensor([[0.3]])
+    photometric = Photometric(p_blur=(0,), p_solarize=(0,))
+    results = []
+    for order, place in itertools.product(((0, 1, 2), (1, 0, 2)), (0, 3)):
+        draw = Draw(torch.tensor([[order]]), factors, half, torch.tensor([[place]]), None, None, None)
+        results.append(photometric.apply(images, draw))
+    for one, other in itertools.combinations(results, 2):
+        assert (one - other).abs().max() > 1e-2
+
+
+def test_views_stay_as_they_are_and_no_gradient_is_kept():
+    images = batch()
+    before = images.clone()
+    changed = Photometric()(images, luck())
+    assert torch.equal(images, before) and not changed.requires_grad
+
+
+def test_views_that_lie_otherwise_in_memory_give_the_same():
+    images = batch()
+    lying = images.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    torch.testing.assert_close(Photometric()(lying, luck()), Photometric()(images, luck()))
+
+
+def test_what_can_never_happen_is_neither_drawn_nor_computed(monkeypatch):
+    for name in ("blend", "turn_hue", "luma", "gaussian_blur"):
+        monkeypatch.setattr(views, name, lambda *_: pytest.fail("computed"))
+    photometric = Photometric(p_jitter=0, p_gray=0, p_blur=(0, 0), p_solarize=(0, 0))
+    assert all(part is None for part in photometric.draw(B, luck()))
+    torch.testing.assert_close(photometric(batch(), luck()), normalize(batch()))
+
+
+def test_on_a_cpu_a_step_is_left_out_where_no_view_needs_it(monkeypatch):
+    monkeypatch.setattr(views, "turn_hue", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr(views, "gaussian_blur", lambda *_: pytest.fail("computed"))
+    photometric = Photometric()
+    draw = photometric.draw(B, luck())
+    photometric.apply(batch(), draw._replace(hue=torch.zeros(B, V), sigma=torch.zeros(B, V)))
+
+
+def test_an_empty_batch_stays_empty():
+    assert Photometric()(batch(b=0), luck()).shape == (0, V, 3, Y, X)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_nothing_waits_and_the_result_is_that_of_the_cpu():
+    photometric, images = Photometric(), batch(y=64, x=64)
+    draw = photometric.draw(B, luck())
+    on_gpu, gpu_draw = images.cuda(), Draw(*(t.cuda() for t in draw))
+    generator = torch.Generator("cuda").manual_seed(0)
+    photometric(on_gpu, generator)  # constants are copied once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        changed = photometric.apply(on_gpu, gpu_draw)
+        photometric(on_gpu, generator)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(changed.cpu(), photometric.apply(images, draw), rtol=0, atol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------- errors
+
+@pytest.mark.parametrize("settings, words", [
+    ({"p_jitter": 1.2}, "probabilities lie in 0..1, found .*1.2"), ({"p_blur": (-0.1, 1)}, "probabilities"),
+    ({"p_blur": (1.0,)}, "one probability per view: p_blur has 1, p_solarize 2"), ({"hue": 0.6}, "hue is 0..0.5"),
+    ({"brightness": -1}, "found -1"), ({"blur_sigma": (2, 1)}, "blur_sigma"), ({"blur_sigma": (0, 1)}, "positive")])
+def test_impossible_settings_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        Photometric(**settings)
