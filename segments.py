@@ -8,10 +8,11 @@ Read next: evaluate.py, visualize.py.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -59,8 +60,15 @@ def segment(network: GroupingNetwork, images: Tensor) -> tuple[Tensor, Tensor]:
 # --------------------------------------------------------------------------- pictures in order
 
 
+class Problem(NamedTuple):
+    """Why a picture is missing. An exception would come out of a worker process as a long traceback."""
+
+    line: str
+    fatal: bool
+
+
 class Views:
-    """view(pictures[index]) with its index, or the problem: an exception would cross processes as a long traceback."""
+    """view(pictures[index]) with its index, or the problem in its place."""
 
     def __init__(self, pictures: Sequence, view: Callable[[Any], Any]):
         self.pictures, self.view = pictures, view
@@ -71,8 +79,10 @@ class Views:
     def __getitem__(self, index: int) -> tuple[int, Any]:
         try:
             return index, self.view(self.pictures[index])
-        except (BadImage, ValueError) as problem:
-            return index, problem
+        except BadImage as bad:
+            return index, Problem(f"left out {bad.name}: {bad.reason}", fatal=False)
+        except ValueError as error:
+            return index, Problem(str(error), fatal=True)
 
 
 def stream(
@@ -88,12 +98,12 @@ def stream(
         for items in loader:
             good = []
             for index, item in items:
-                if isinstance(item, BadImage):
-                    tqdm.write(f"left out {item.name}: {item.reason}", file=bar.fp)
-                elif isinstance(item, Exception):
-                    raise ValueError(str(item))
-                else:
+                if not isinstance(item, Problem):
                     good.append((index, item))
+                elif item.fatal:
+                    raise ValueError(item.line)
+                else:
+                    tqdm.write(item.line, file=sys.stderr)
             bar.update(len(items))
             if good:
                 yield default_collate(good)

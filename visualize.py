@@ -192,10 +192,10 @@ def save_groups(
         legend.append(swatch(of_class[c], f"{name}: {owner}" + ("" if found is None else f", IoU {found:.2f}")))
     others = [k for k in range(num_prototypes) if k not in matching.values() and (groups == k).any()]
     legend += [swatch(colors[k], f"prototype {k}, no class of its own") for k in others[:8]]
-    caption = figure.legend(handles=legend, loc="outside lower center", ncols=4, fontsize=8.5, frameon=False,
-                  title="One colour is one prototype, in every scene. The truth wears the colour of the prototype "
-                  "matched with each class:\nwhere the two lower rows agree, the prototype has found the class.")
-    caption.get_title().set_multialignment("center")
+    key = figure.legend(handles=legend, loc="outside lower center", ncols=4, fontsize=8.5, frameon=False, title=(
+        "One colour is one prototype, in every scene. The truth wears the colour of the prototype matched with each "
+        "class:\nwhere the two lower rows agree, the prototype has found the class."))
+    key.get_title().set_multialignment("center")
     figure.savefig(file, dpi=130)
 
 
