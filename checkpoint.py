@@ -4,9 +4,9 @@ Paper: none. Differs: the released code writes its checkpoints in place and read
 Read next: train.py.
 
 A training checkpoint (`last.pth`) is a dictionary of tensors and plain values: `format`, `config`, `step` (optimiser
-steps taken), `position` (batches consumed), `num_images`, `world_size`, `model`, `optimizer`, `scaler`, and what adds up
-for the log: `logged`, `sums`, `bad_steps`. There is no random state in it: every random choice is a function of the
-seed and of the position.
+steps taken), `position` (batches consumed), `num_images`, `world_size`, `model`, `optimizer`, `scaler`, and what is
+summed up for the log: `logged`, `sums`, `bad_steps`. There is no random state in it: every random choice is a function
+of the seed and of the position.
 """
 
 from __future__ import annotations

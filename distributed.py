@@ -126,11 +126,12 @@ GONE = re.compile(r"gloo|nccl|connection|connect|socket|timed out|broken pipe|TC
 
 def lost(error: RuntimeError) -> str:
     """What is lost, in a few words, if this error says that another process is; else nothing."""
-    line = str(error).strip().splitlines()[0]
+    line = re.sub(r"\[\S*/\S*\] *", "", str(error).strip().splitlines()[0])[:120]  # without the place in C++
     if line.startswith("DataLoader worker"):
         return f"a process that reads images has died, often for want of memory ({line})"
-    if dist.is_initialized() and (isinstance(error, dist.DistError) or GONE.search(line)):
-        return f"process {dist.get_rank()} has lost contact with another process ({line[:120]})"
+    many = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if many and (isinstance(error, dist.DistError) or GONE.search(line)):
+        return f"process {os.environ['RANK']} has lost contact with another process ({line})"
     return ""
 
 

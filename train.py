@@ -325,7 +325,7 @@ def train(c: Config, given: set[str], signals: distributed.StopSignals) -> None:
                 print(f"step {step}/{last_step}  {brief(record)}", flush=True)
             logged, sums, waited, since, timed = step, [0.0] * 4, 0.0, time.perf_counter(), step
 
-        # ---- what is kept: no state that only led to bad numbers, so after a bad step a checkpoint waits for a good one
+        # ---- what is kept: never a state that has led to bad numbers only, so after a bad step it waits for a good one
         due = epoch if batches_into_epoch == 0 and to_keep(c, epoch) else due
         final = bool(ended) or step == last_step
         if diverged:
@@ -587,8 +587,9 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:
         if not distributed.lost(error):
             raise
-        return fail(f"{distributed.lost(error)}; {Path(c.output_dir) / 'last.pth'} is intact: start the same command "
-                    "again, and it goes on from there", 1)
+        last = Path(c.output_dir) / "last.pth"
+        intact = f"; {last} is intact" if last.exists() else ""
+        return fail(f"{distributed.lost(error)}{intact}: start the same command again, and it goes on", 1)
     distributed.finish()
     return 0
 

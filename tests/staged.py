@@ -1,0 +1,226 @@
+"""Runs of train.py in processes of their own, and the accidents that are staged in them.
+
+A process is forked from one that has imported everything already, so that a whole run takes about a second.
+"""
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 180  # seconds: for a busy machine; a healthy run takes a few
+NUM_IMAGES, STEPS_PER_EPOCH = 14, 3
+SMALL = ("--preset coco-r50 --dataset folder --arch tiny --image-size 32 --num-prototypes 5 --dim-hidden 12 --dim-out 7 "
+         "--batch-size 4 --epochs 6 --warmup-epochs 1 --workers 0 --device cpu --log-every 2 --base-lr 4").split()
+TIMES = ("images_per_second", "data_seconds", "memory_gb")
+
+
+def draw_photographs(folder, count=NUM_IMAGES):
+    """Small pictures with soft colours, each of a size of its own."""
+    folder.mkdir(parents=True)
+    luck = np.random.default_rng(3)
+    for i in range(count):
+        coarse = Image.fromarray(luck.integers(0, 256, (5, 6, 3), dtype=np.uint8))
+        coarse.resize((40 + i, 37), Image.Resampling.BICUBIC).save(folder / f"{i:03d}.png")
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------- runs
+
+
+class Played:
+    """One process of a run."""
+
+    def __init__(self, process, output, model):
+        self.process, self.file, self.model_file = process, output, model
+
+    def wait(self):
+        """The exit status; minus the signal's number if one has ended it."""
+        self.process.join(PATIENCE)
+        if self.process.is_alive():
+            self.process.kill()
+            raise AssertionError(f"the process does not end; it has said:\n{self.output}")
+        return self.process.exitcode
+
+    def wait_for(self, pattern):
+        """Until the process has said this."""
+        deadline = time.monotonic() + PATIENCE
+        while not re.search(pattern, self.output):
+            assert time.monotonic() < deadline and self.process.is_alive(), self.output
+            time.sleep(0.02)
+
+    @property
+    def output(self):
+        return self.file.read_text()
+
+    @property
+    def complaints(self):
+        """The lines that a person would read as the reason."""
+        return [line for line in self.output.splitlines() if line.startswith("train.py: ")]
+
+    @property
+    def model(self):
+        """State of the model when the process ended by itself."""
+        return torch.load(self.model_file)
+
+
+def start(folder, *arguments, processes=1, accident=None, photographs=None):
+    """Starts a small run that writes to `folder`; accident(rank) is called in each process before it."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["train", "staged"])
+    before = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), before])
+    multiprocessing.forkserver.ensure_running()
+    os.environ["PYTHONPATH"] = before
+    argv = [*SMALL, *(["--data-dir", str(photographs)] if photographs else []), "--output-dir", str(folder), *arguments]
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    played = []
+    for rank in range(processes):
+        place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes,
+                     MASTER_ADDR="127.0.0.1", MASTER_PORT=port, GLOO_SOCKET_IFNAME="lo") if processes > 1 else {}
+        # Out of the run's folder, which some tests make unwritable or look through.
+        output, model = (folder.with_name(f"{folder.name}.{rank}.{kind}") for kind in ("txt", "pth"))
+        output.touch()
+        process = server.Process(target=_play, args=(argv, place, accident, output, model))
+        process.start()
+        played.append(Played(process, output, model))
+    return played
+
+
+def play(folder, *arguments, **options):
+    """A whole run; returns its processes when all have ended."""
+    played = start(folder, *arguments, **options)
+    for one in played:
+        one.wait()
+    return played
+
+
+def _play(argv, place, accident, output, model_file):
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)
+    os.environ.update({name: str(value) for name, value in place.items()})
+    torch.set_num_threads(1)
+    import train
+    made, make_model = [], train.make_model
+    train.make_model = lambda c: made.append(make_model(c)) or made[0]
+    if accident:
+        accident(place.get("RANK", 0))
+    status = train.main(argv)
+    if made:
+        torch.save(made[0].state_dict(), model_file)
+    sys.exit(status)
+
+
+def log_of(folder):
+    """The lines of log.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def last_of(folder):
+    return torch.load(folder / "last.pth", weights_only=True)
+
+
+def difference(a, b, where=""):
+    """The first place at which two nests of dictionaries, lists, tensors and numbers are not equal bit for bit."""
+    if isinstance(a, dict):
+        if a.keys() != b.keys():
+            return f"{where}: {sorted(map(str, a.keys() ^ b.keys()))}"
+        return next(filter(None, (difference(a[k], b[k], f"{where}.{k}") for k in a)), "")
+    if isinstance(a, list | tuple):
+        if len(a) != len(b):
+            return f"{where}: {len(a)} and {len(b)} long"
+        return next(filter(None, (difference(x, y, f"{where}[{i}]") for i, (x, y) in enumerate(zip(a, b)))), "")
+    same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    return "" if same else f"{where}: {a} and {b}"
+
+
+# -------------------------------------------------------------------------------------------- accidents
+
+
+class AtStep:
+    """An accident at the nth batch that a process takes, on one rank or (None) on all."""
+
+    def __init__(self, n, what, rank=None):
+        self.n, self.what, self.rank = n, what, rank
+
+    def __call__(self, rank):
+        import train
+        if self.rank not in (None, rank):
+            return
+        taken, next_batch = [], train.next_batch
+
+        def counted(*arguments):
+            taken.append(1)
+            if len(taken) == self.n:
+                self.what()
+            return next_batch(*arguments)
+
+        train.next_batch = counted
+
+
+class Signal:
+    """A signal to oneself."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __call__(self):
+        os.kill(os.getpid(), getattr(signal, self.name))
+
+
+class BadNumbers:
+    """From the nth batch on, for so many batches: NaN in the views, or in a gradient only, on one rank or on all."""
+
+    def __init__(self, n, count=1, rank=None, where="views", value=float("nan")):
+        self.n, self.count, self.rank, self.where, self.value = n, count, rank, where, value
+
+    def __call__(self, rank):
+        import data
+        import train
+        if self.rank not in (None, rank):
+            return
+        taken, plain = [], data.Photometric.__call__
+
+        def now():
+            return self.n <= len(taken) < self.n + self.count
+
+        def photometric(this, views, generator):
+            taken.append(1)
+            return plain(this, views, generator) * (self.value if self.where == "views" and now() else 1)
+
+        data.Photometric.__call__ = photometric
+        if self.where == "gradient":
+            make_model = train.make_model
+
+            def hooked(c):
+                model = make_model(c)
+                weight = model.student.prototypes.weight
+                weight.register_hook(lambda gradient: gradient * self.value if now() else gradient)
+                return model
+
+            train.make_model = hooked
+
+
+class Several:
+    def __init__(self, *accidents):
+        self.accidents = accidents
+
+    def __call__(self, rank):
+        for accident in self.accidents:
+            accident(rank)
