@@ -53,18 +53,18 @@ def find_images(data_dir, layout="folder", strict=True):
         raise ValueError(f"unknown data set layout {layout!r}: choose from {', '.join(LAYOUTS)}")
     if not data_dir.exists():
         raise ValueError(f"no such folder or file: {data_dir}; {_found(data_dir)}; {_expected(data_dir, layout)}")
-    notice = ""
     if layout == "list" or data_dir.is_file():
-        root, names = data_dir.parent, _read_list(data_dir)
+        root, names, layout = data_dir.parent, _read_list(data_dir), "list"
     else:
         root, names = data_dir, _search(data_dir, layout)
-        if not names and layout != "folder" and not strict:
-            names = _search(data_dir, "folder")
-            notice = f"{data_dir} is not laid out as {layout}: taken as a plain folder of images" if names else ""
-    if not names:
-        hint = ""
-        if layout != "folder" and _search(data_dir, "folder"):
+    notice = hint = ""
+    if not names and layout not in ("list", "folder"):
+        plain = _search(data_dir, "folder")
+        if plain and strict:
             hint = "; there are images, though: the layout 'folder' takes them as they lie"
+        elif plain:
+            names, notice = plain, f"{data_dir} is not laid out as {layout}: taken as a plain folder of images"
+    if not names:
         raise ValueError(f"no images in {data_dir}: {_expected(data_dir, layout)}; {_found(data_dir)}{hint}")
     paths = np.sort(np.array(names))
     _require_readable(ImageFiles(root, paths))
