@@ -249,26 +249,28 @@ class TwoCrops(Dataset):
         on the way to this image or to the next readable neighbour, which then takes its place.
         """
         epoch, index = divmod(int(sample), len(self))
-        failures = []
-        while True:
-            try:
-                image = self.images[(index + len(failures)) % len(self)]
-                break
-            except BadImage as bad:
-                failures.append((bad.name, bad.reason))
-                if len(failures) == min(NEIGHBOURS, len(self)):
-                    raise ValueError(f"{len(failures)} images in a row could not be read; {bad}") from None
+        image, failures = self._image_or_neighbour(index)
         if not self.geometric:
             view = centre_square(image, self.image_size)
             whole, upright = torch.tensor([[0.0, 0, 1, 1]] * 2), torch.tensor([False, False])
             return torch.stack([view, view]), whole, upright, failures
         rng = random.Random(f"{self.seed} {epoch} {index}")  # text is hashed whole: no two streams are alike
-        height, width = image.shape[-2:]
+        height, width = image.shape[1:]
         crop1 = draw_crop(height, width, rng, self.min_area)
         crop2 = draw_crop(height, width, rng, self.min_area, crop1 if self.min_overlap else None, self.min_overlap)
         flipped = [rng.random() < self.flip for _ in range(2)]
         views = [resized_crop(image, crop, self.image_size, flip) for crop, flip in zip((crop1, crop2), flipped)]
         return torch.stack(views), overlap_boxes(crop1, crop2, flipped), torch.tensor(flipped), failures
+
+    def _image_or_neighbour(self, index):
+        failures = []
+        while True:
+            try:
+                return self.images[(index + len(failures)) % len(self)], failures
+            except BadImage as bad:
+                failures.append((bad.name, bad.reason))
+                if len(failures) == min(NEIGHBOURS, len(self)):
+                    raise ValueError(f"{len(failures)} images in a row could not be read; {bad}") from None
 
 
 # ------------------------------------------------------------------------------ from images to batches

@@ -79,7 +79,10 @@ def resized_crop(image, crop, size, flipped):
 
 def centre_square(image, size):
     """image (3 y x) uint8 -> (3 size size): the short side resized to 8/7 of size (256 for 224), centre cut out."""
-    height, width = image.shape[-2:]
+    longest = 4 * min(image.shape[1:])  # of a panorama only this much is resized, or it would fill the memory [U]
+    skip_y, skip_x = (max(0, length - longest) // 2 for length in image.shape[1:])
+    image = image[:, skip_y:skip_y + longest, skip_x:skip_x + longest]
+    height, width = image.shape[1:]
     short = round(size * 256 / 224)
     h, w = (short, short * width // height) if height <= width else (short * height // width, short)
     resized = F.interpolate(image[None], (h, w), mode="bicubic", antialias=True)[0]

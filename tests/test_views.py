@@ -13,9 +13,13 @@ import torch
 from torchvision.transforms import v2 as T
 from torchvision.transforms.v2 import functional as TF
 
+import views
 from views import centre_square, draw_crop, intersection, overlap_boxes, resized_crop
 
 REFERENCE = os.environ.get("SLOTCON_REFERENCE_NUMBERS", Path(__file__).parent / "official_numbers.json")
+
+
+resize = torch.nn.functional.interpolate
 
 
 class Script:
@@ -218,3 +222,12 @@ def test_the_centre_square_keeps_its_share_at_other_sizes():
     ramp = torch.arange(256, dtype=torch.uint8).expand(3, 256, 256)
     view = centre_square(ramp, 28)
     assert abs(int(view[0, 0, 0]) - 16) <= 4 and abs(int(view[0, 0, -1]) - 239) <= 4
+
+
+def test_the_centre_square_of_a_panorama_is_that_of_its_middle(monkeypatch):
+    image, resized = picture(2, 6000), []
+    monkeypatch.setattr(views.F, "interpolate", lambda *args, **named: resized.append(args) or resize(*args, **named))
+    square = centre_square(image, 28)
+    assert torch.equal(square, centre_square(image[:, :, 2996:3004], 28))
+    assert resized[0][1] == (32, 128)
+    assert centre_square(picture(6000, 1), 28).shape == (3, 28, 28)
