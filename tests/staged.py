@@ -20,8 +20,10 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 180  # seconds: for a busy machine; a healthy run takes a few
 NUM_IMAGES, STEPS_PER_EPOCH = 14, 3
-SMALL = ("--preset coco-r50 --dataset folder --arch tiny --image-size 32 --num-prototypes 5 --dim-hidden 12 --dim-out 7 "
-         "--batch-size 4 --epochs 6 --warmup-epochs 1 --workers 0 --device cpu --log-every 2 --base-lr 4").split()
+SMALL = dict(
+    preset="coco-r50", dataset="folder", arch="tiny", image_size=32, num_prototypes=5, dim_hidden=12, dim_out=7,
+    batch_size=4, epochs=6, warmup_epochs=1, base_lr=4, workers=0, device="cpu", log_every=2,
+)
 TIMES = ("images_per_second", "data_seconds", "memory_gb")
 
 
@@ -36,6 +38,12 @@ def draw_photographs(folder, count=NUM_IMAGES):
 
 
 # ------------------------------------------------------------------------------------------------- runs
+
+
+def command_line(folder, *arguments, photographs):
+    """What stands behind `python train.py` for a small run of 18 steps that writes to `folder`."""
+    small = [text for name, value in SMALL.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    return [*small, "--data-dir", str(photographs), "--output-dir", str(folder), *arguments]
 
 
 class Played:
@@ -74,7 +82,7 @@ class Played:
         return torch.load(self.model_file)
 
 
-def start(folder, *arguments, processes=1, accident=None, photographs=None):
+def start(folder, *arguments, photographs, processes=1, accident=None):
     """Starts a small run that writes to `folder`; accident(rank) is called in each process before it."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["train", "staged"])
@@ -82,7 +90,7 @@ def start(folder, *arguments, processes=1, accident=None, photographs=None):
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), before])
     multiprocessing.forkserver.ensure_running()
     os.environ["PYTHONPATH"] = before
-    argv = [*SMALL, *(["--data-dir", str(photographs)] if photographs else []), "--output-dir", str(folder), *arguments]
+    argv = command_line(folder, *arguments, photographs=photographs)
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -109,10 +117,10 @@ def play(folder, *arguments, **options):
 
 
 def _play(argv, place, accident, output, model_file):
-    with open(output, "w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)
+    file = open(output, "w", buffering=1)  # noqa: SIM115, it is open until the process ends
+    os.dup2(file.fileno(), 1)
+    os.dup2(file.fileno(), 2)
+    sys.stdout = sys.stderr = file
     os.environ.update({name: str(value) for name, value in place.items()})
     torch.set_num_threads(1)
     import train
