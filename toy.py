@@ -1,13 +1,13 @@
 """Toy scenes: small pictures drawn by rule, in which the class, the object and the part of every pixel are known.
 
-Slide: "Slot Attention works well on toy data", and the question after it: what of real scenes? These sit between the
-two: several textured, overlapping, truncated things on two kinds of stuff, in colours that say little about the class.
-Differs: not in the paper [U]. What makes them hard is set by `Dials`; `audit` measures which shortcuts are open.
+Slide: "Slot Attention works well on toy data", and its next question, what of real scenes? These lie in between:
+several textured, overlapping, truncated things on two kinds of stuff, in colours that say little about the class.
+Differs: not in the paper [U]. `Dials` sets what makes a scene hard, `audit` measures which shortcuts are open.
 Read next: data.py, which takes two views of a picture, drawn or photographed.
 
-A scene depends on (seed, index, dials) alone, on every machine and numpy version: the random numbers are integers, and
-the pixels need only + - * / sqrt and comparisons, which IEEE 754 rounds the same everywhere. No sin, no exp, no sums of
-arrays, no matrix product stands between the seed and the bytes; `wave` is our sine.
+A scene depends on (seed, index, dials) alone, on every machine and numpy version: its random numbers are integers,
+its pixels need only + - * / sqrt and comparisons, which IEEE 754 rounds the same everywhere. Between the seed and
+the bytes there is no sin, no exp, no power, no sum of an array and no matrix product; `wave` is our sine.
 """
 
 import math
@@ -19,28 +19,28 @@ import numpy as np
 
 CLASS_NAMES = ("grain", "waves", "bricks", "ball", "crate", "fish", "star", "tree")
 NUM_STUFF = 3  # the first three fill the background, two of them in every scene; the others are things
-PART_NAMES = ("grain", "waves", "bricks", "ball", "crate", "fish body", "fish tail", "star", "tree crown", "tree trunk")
+PART_NAMES = (*CLASS_NAMES[:5], "fish body", "fish tail", "star", "tree crown", "tree trunk")
 PART_CLASS = np.array((0, 1, 2, 3, 4, 5, 5, 6, 7, 7), np.uint8)
-CLASS_HUES = (0.10, 0.58, 0.02, 0.92, 0.08, 0.50, 0.15, 0.33)  # what hue_bias ties a class to, in turns
-CLASS_COLORS = np.array(  # for pictures of labels, never for scenes; readable with any kind of colour vision
-    ((222, 203, 164), (86, 137, 196), (163, 82, 62), (240, 128, 176), (140, 110, 190), (72, 200, 204), (250, 200, 50),
-     (62, 140, 70)), np.uint8)  # fmt: skip
+CLASS_HUES = (0.10, 0.58, 0.02, 0.92, 0.08, 0.50, 0.15, 0.33)  # what hue_bias ties a class to, turns
+CLASS_COLORS = np.array(  # for pictures of labels, never for scenes
+    ((222, 203, 164), (86, 137, 196), (163, 82, 62), (240, 128, 176), (140, 110, 190), (72, 200, 204),
+     (250, 200, 50), (62, 140, 70)), np.uint8)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Dials:
-    """Everything that may be turned about a scene. Pairs are (least, most), drawn uniformly."""
+    """Everything about a scene that can be turned. A pair is (least, most) of a uniform draw."""
 
-    size: int = 64  # side of the picture, px; everything else scales with it
+    size: int = 64  # side of the picture, px; all else scales with it
     things: tuple[int, int] = (3, 7)  # objects per scene; one that finds no free place is left out
     radius: tuple[float, float] = (0.15, 0.28)  # of an object, in sides of the picture
-    crowding: float = 0.75  # least distance of two centres, in sums of their radii: below 1 they overlap
-    hue_bias: float = 0.3  # probability that the class decides the hue; at 1 colour alone solves the scene
-    texture: tuple[float, float] = (0.25, 0.45)  # amplitude of the texture, on a scale where white - black = 1
+    crowding: float = 0.75  # least distance of two centres, in sums of their radii; below 1 things overlap
+    hue_bias: float = 0.3  # probability that the class decides the hue; at 1 colour gives the class away
+    texture: tuple[float, float] = (0.25, 0.45)  # amplitude of the texture, where white - black = 1
     light: float = 0.15  # strength of the illumination gradient across the picture
     noise: float = 0.04  # amplitude of the noise of every pixel
-    rarity: float = 1.0  # a thing class is this often for each time the class before it is; below 1: a long tail
-    layout: str = "anywhere"  # or "centred" (one object fills the picture), "road" (fixed stuff, sizes by depth)
+    rarity: float = 1.0  # each thing class is this many times as frequent as the one before; below 1: a long tail
+    layout: str = "anywhere"  # or "centred" (things in the middle), "road" (fixed stuff, size by depth)
 
 
 PRESETS = {
@@ -55,27 +55,27 @@ class Scene(NamedTuple):
     """One picture and its ground truth."""
 
     image: np.ndarray  # (y x 3) uint8, sRGB
-    semantic: np.ndarray  # (y x) uint8, an index into CLASS_NAMES
+    semantic: np.ndarray  # (y x) uint8, index into CLASS_NAMES
     instance: np.ndarray  # (y x) uint8, 0 = stuff, i = the object of row i - 1 below
-    parts: np.ndarray  # (y x) uint8, an index into PART_NAMES
-    boxes: np.ndarray  # (objects 4) int64, x1 y1 x2 y2 of what is visible, px, x2 and y2 exclusive; zeros if hidden
+    parts: np.ndarray  # (y x) uint8, index into PART_NAMES
+    boxes: np.ndarray  # (objects 4) int64, x1 y1 x2 y2 of the visible pixels, ends exclusive; zeros if hidden
     things: np.ndarray  # (objects) uint8, their classes
 
 
 class FramePair(NamedTuple):
-    """Two frames of a film. All motion is by whole pixels: second[y + flow_y, x + flow_x] is first[y, x] if visible."""
+    """Two frames of a film, moved by whole pixels: where visible, second[y + flow_y, x + flow_x] is first[y, x]."""
 
     first: Scene
     second: Scene  # row i of boxes and instance i + 1 are the same object as in the first
-    flow: np.ndarray  # (y x 2) int64, (x, y) displacement of every pixel of the first frame, px
-    visible: np.ndarray  # (y x) bool, whether that point is seen in the second frame, neither covered nor outside
+    flow: np.ndarray  # (y x 2) int64, (x, y) displacement of each pixel of the first frame, px
+    visible: np.ndarray  # (y x) bool, whether it is in the second frame too: neither covered nor outside
 
 
-# ------------------------------------------------------------------------------------------------- random numbers
+# --------------------------------------------------------------------------------------------- random numbers
 class Stream:
-    """A frozen stream of random numbers: splitmix64 (Steele, Lea, Flood 2014) of a counter that starts at the key.
+    """A frozen stream of random numbers: splitmix64 (Steele, Lea, Flood 2014) of a counter, started by a key.
 
-    numpy's own generators promise the same numbers for a seed only within a version, so ours are spelled out.
+    numpy's generators promise the same numbers for the same seed only within a version; hence our own.
     """
 
     def __init__(self, *key: int):
@@ -85,13 +85,13 @@ class Stream:
 
     @staticmethod
     def _mix(z: np.ndarray) -> np.ndarray:
-        z = (z + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)  # arrays of uint64 wrap around in silence, as wanted
+        z = (z + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)  # arrays of uint64 wrap around silently: wanted
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return z ^ (z >> np.uint64(31))
 
     def field(self, *shape: int) -> np.ndarray:
-        """Numbers in [0, 1), float64, multiples of 2^-53."""
+        """float64 in [0, 1), multiples of 2^-53."""
         count = math.prod(shape)
         counter = np.arange(self.drawn, self.drawn + count, dtype=np.uint64) + self.start
         self.drawn += count
@@ -99,24 +99,24 @@ class Stream:
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
         if not self.buffer:
-            self.buffer = self.field(64).tolist()  # one numpy call for 64 of them
+            self.buffer = self.field(64).tolist()  # 64 at a time: one call of numpy costs as much as one number
         return low + (high - low) * self.buffer.pop()
 
     def integer(self, low: int, high: int) -> int:
-        """A whole number, low and high included."""
+        """A whole number from low to high, both included."""
         return low + int(self.uniform() * (high - low + 1))
 
 
-# -------------------------------------------------------------------------------------------------------- textures
+# --------------------------------------------------- textures: (p, q) in periods, random table -> value in [-1, 1]
 def wave(t):
-    """sin(2 pi t) within 0.0011, from exactly rounded operations only: a parabola, bent once towards the sine."""
+    """sin(2 pi t) within 0.0011 from exactly rounded operations: a parabola, bent once towards the sine."""
     u = 1.0 - 2.0 * (t - np.floor(t))
     s = 4.0 * u * (1.0 - abs(u))
     return s + 0.225 * (s * abs(s) - s)
 
 
 def direction(turns: float) -> tuple[float, float]:
-    """Cosine and sine of an angle in turns, scaled to length one."""
+    """Cosine and sine of an angle, made to have length one."""
     c, s = float(wave(turns + 0.25)), float(wave(turns))
     length = math.sqrt(c * c + s * s)
     return c / length, s / length
@@ -127,17 +127,17 @@ def _fraction(t):
 
 
 def _cell(p, q, table):
-    """The random number of the unit square that (p, q) lies in."""
+    """The random number of the unit square in which (p, q) lies."""
     return table[np.floor(q).astype(np.int64) & 31, np.floor(p).astype(np.int64) & 31]
 
 
 def _blobs(p, q, table):
-    """Value noise in [0, 1]: random numbers on a grid of pitch one, blended in between."""
+    """Value noise in [0, 1]: random numbers at whole p and q, blended smoothly in between."""
     u, v = _fraction(p), _fraction(q)
     u, v = u * u * (3.0 - 2.0 * u), v * v * (3.0 - 2.0 * v)
-    top = _cell(p, q, table) * (1.0 - u) + _cell(p + 1.0, q, table) * u
-    bottom = _cell(p, q + 1.0, table) * (1.0 - u) + _cell(p + 1.0, q + 1.0, table) * u
-    return top * (1.0 - v) + bottom * v
+    upper = _cell(p, q, table) * (1.0 - u) + _cell(p + 1.0, q, table) * u
+    lower = _cell(p, q + 1.0, table) * (1.0 - u) + _cell(p + 1.0, q + 1.0, table) * u
+    return upper * (1.0 - v) + lower * v
 
 
 def grain(p, q, table):
@@ -159,12 +159,11 @@ def rings(p, q, table):
 
 
 def checks(p, q, table):
-    return np.where(_fraction(p) < 0.5, 1.0, -1.0) * np.where(_fraction(q) < 0.5, 1.0, -1.0)
+    return np.where((_fraction(p) < 0.5) == (_fraction(q) < 0.5), 1.0, -1.0)
 
 
-def scales(p, q, table):
-    u = _fraction(p + 0.5 * np.floor(q)) - 0.5
-    return 2.0 * _fraction(q + 2.0 * u * u) - 1.0
+def stripes(p, q, table):
+    return wave(p + 0.1 * wave(0.15 * q))
 
 
 def dots(p, q, table):
@@ -177,35 +176,35 @@ def leaves(p, q, table):
 
 
 def bark(p, q, table):
-    return wave(p + 0.15 * wave(0.2 * q))
+    return grain(p, 0.3 * q, table)
 
 
-class Kind(NamedTuple):
-    """How a part is filled: the texture, its period in 64ths of the side (least, most), how far it may turn (turns)."""
+class Fill(NamedTuple):
+    """What a part is filled with. Periods are short beside the 17 px that a pixel of the tiny trunk sees."""
 
     texture: Callable
-    period: tuple[float, float]
-    tilt: float
+    period: tuple[float, float]  # 64ths of the side
+    tilt: float  # how far it may turn, turns
 
 
-KINDS = (
-    Kind(grain, (1.5, 2.2), 0.5), Kind(waves, (8.0, 11.0), 0.06), Kind(bricks, (6.0, 8.0), 0.04),
-    Kind(rings, (4.5, 6.5), 0.5), Kind(checks, (7.0, 10.0), 0.02), Kind(scales, (5.0, 7.0), 0.04), Kind(scales, (5.0, 7.0), 0.04),
-    Kind(dots, (5.0, 7.0), 0.5), Kind(leaves, (3.5, 5.0), 0.5), Kind(bark, (2.5, 3.5), 0.02),
-)  # fmt: skip
+FISH = Fill(stripes, (3.0, 3.8), 0.03)
+FILLS = (  # in the order of PART_NAMES
+    Fill(grain, (1.2, 1.6), 0.5), Fill(waves, (6.0, 8.0), 0.04), Fill(bricks, (5.0, 6.5), 0.02),
+    Fill(rings, (3.6, 4.6), 0.5), Fill(checks, (4.6, 5.6), 0.02), FISH, FISH,
+    Fill(dots, (4.0, 5.0), 0.5), Fill(leaves, (3.0, 4.0), 0.5), Fill(bark, (1.5, 2.0), 0.02))  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------- shapes
+# ------------------------------------- shapes: (u, v) in radii from the centre, v down -> one mask (y x) per part
 def _disc(u, v, cu, cv, radius):
     return (u - cu) * (u - cu) + (v - cv) * (v - cv) <= radius * radius
 
 
 def _ball(u, v):
-    return _disc(u, v, 0.0, 0.0, 1.0), None
+    return (_disc(u, v, 0.0, 0.0, 1.0),)
 
 
 def _crate(u, v):
-    return (abs(u) <= 0.84) & (abs(v) <= 0.84), None
+    return ((abs(u) <= 0.84) & (abs(v) <= 0.84),)
 
 
 def _fish(u, v):
@@ -214,8 +213,8 @@ def _fish(u, v):
 
 
 def _star(u, v):
-    inside = sum((c * u + s * v <= 0.38).astype(np.uint8) for c, s in POINTS)
-    return (inside >= 4) | _disc(u, v, 0.0, 0.0, 0.62), None  # a pentagram lies within four of its five lines
+    inside = sum((c * u + s * v <= 0.38).astype(np.uint8) for c, s in STAR_NORMALS)
+    return ((inside >= 4) | _disc(u, v, 0.0, 0.0, 0.62),)  # a pentagram: inside at least four of its five lines
 
 
 def _tree(u, v):
@@ -223,13 +222,12 @@ def _tree(u, v):
     return crown, ~crown & (abs(u) < 0.2) & (v > 0.0) & (v < 1.1)
 
 
-POINTS = tuple(direction(0.25 + i / 5) for i in range(5))
-# Class -> (shape: (u, v) in radii, v down -> the first part and the second, how far it may lean in turns).
-SHAPES = {3: (_ball, 0.5), 4: (_crate, 0.06), 5: (_fish, 0.08), 6: (_star, 0.5), 7: (_tree, 0.03)}
-EXTENT = 1.4  # no shape reaches further from its centre, in radii
+STAR_NORMALS = tuple(direction(0.25 + i / 5) for i in range(5))
+SHAPES = ((_ball, 0.5), (_crate, 0.06), (_fish, 0.08), (_star, 0.5), (_tree, 0.03))  # and their lean, turns
+REACH = 1.4  # no shape goes further from its centre, radii
 
 
-# ------------------------------------------------------------------------------------------------- planning a scene
+# ---------------------------------------------------------------- a plan: all that is random, but for the noise
 class Look(NamedTuple):
     """The surface of one part."""
 
@@ -237,7 +235,7 @@ class Look(NamedTuple):
     color: np.ndarray  # (3) in [0, 1]
     amplitude: float
     period: float  # 64ths of the side
-    turn: tuple[float, float]  # cosine and sine
+    turn: tuple[float, float]  # cosine, sine
     phase: tuple[float, float]  # periods
 
 
@@ -245,13 +243,13 @@ class Thing(NamedTuple):
     kind: int  # its class
     center: tuple[float, float]  # x y, 64ths of the side
     radius: float  # 64ths of the side
-    turn: tuple[float, float]
+    turn: tuple[float, float]  # cosine, sine
     mirrored: bool
     looks: tuple[Look, ...]  # one per part
 
 
 class Plan(NamedTuple):
-    """All that is random about a scene but the noise of its pixels. Drawn once, rendered once per frame."""
+    """Drawn once per scene, rendered once per frame."""
 
     stuff: tuple[Look, Look]
     border: tuple[tuple[float, float], float, float, float, float]  # direction, offset, height, length, phase
@@ -261,29 +259,38 @@ class Plan(NamedTuple):
 
 
 def _color(hue: float, saturation: float, value: float) -> np.ndarray:
-    """HSV in [0, 1] to RGB (3)."""
+    """HSV in [0, 1] -> RGB (3) in [0, 1]."""
     ramps = (abs((6.0 * (hue + shift)) % 6.0 - 3.0) - 1.0 for shift in (0.0, 2.0 / 3.0, 1.0 / 3.0))
     return np.array([value * (1.0 - saturation * (1.0 - min(max(ramp, 0.0), 1.0))) for ramp in ramps])
 
 
 def _look(stream: Stream, dials: Dials, part: int, hue: float) -> Look:
-    kind = KINDS[part]
+    fill = FILLS[part]
     if stream.uniform() < dials.hue_bias:
-        hue = CLASS_HUES[PART_CLASS[part]] + stream.uniform(-0.04, 0.04)
-    color = _color(hue, stream.uniform(0.35, 0.8), stream.uniform(0.45, 0.8))
-    turn = direction(stream.uniform(-kind.tilt, kind.tilt))
-    phase = (stream.uniform(0.0, 32.0), stream.uniform(0.0, 32.0)) if kind.texture is not rings else (0.0, 0.0)
-    return Look(part, color, stream.uniform(*dials.texture), stream.uniform(*kind.period), turn, phase)
+        hue = CLASS_HUES[PART_CLASS[part]] + stream.uniform(-0.1, 0.1)
+    color = _color(hue, stream.uniform(0.25, 0.65), stream.uniform(0.45, 0.7))
+    turn = direction(stream.uniform(-fill.tilt, fill.tilt))
+    phase = (stream.uniform(0.0, 32.0), stream.uniform(0.0, 32.0))
+    phase = (0.0, 0.0) if fill.texture is rings else phase  # rings have a centre, the object's
+    return Look(part, color, stream.uniform(*dials.texture), stream.uniform(*fill.period), turn, phase)
 
 
-def _place(stream: Stream, dials: Dials) -> tuple[float, float, float]:
-    """Centre x, y and radius of one object, in sides."""
-    if dials.layout == "centred":
-        return stream.uniform(0.44, 0.56), stream.uniform(0.44, 0.56), stream.uniform(*dials.radius)
-    if dials.layout == "road":  # the nearer, the lower and the larger
-        near = stream.uniform()
-        return stream.uniform(), 0.5 + 0.35 * near, dials.radius[0] + near * (dials.radius[1] - dials.radius[0])
-    return stream.uniform(), stream.uniform(), stream.uniform(*dials.radius)
+def _places(stream: Stream, dials: Dials) -> list[tuple[float, float, float]]:
+    """Centre x, y and radius of each object, in sides, far to near, none too close to another."""
+    places: list[tuple[float, float, float]] = []
+    for _ in range(stream.integer(*dials.things)):
+        for _attempt in range(12):
+            x, y, share = stream.uniform(), stream.uniform(), stream.uniform()
+            if dials.layout == "centred":
+                x, y = 0.44 + 0.12 * x, 0.44 + 0.12 * y
+            if dials.layout == "road":  # the nearer, the lower and the larger
+                y = 0.5 + 0.35 * share
+            r = dials.radius[0] + share * (dials.radius[1] - dials.radius[0])
+            gaps = (math.sqrt((x - a) * (x - a) + (y - b) * (y - b)) / (r + s) for a, b, s in places)
+            if all(gap >= dials.crowding for gap in gaps):
+                places.append((x, y, r))
+                break
+    return sorted(places, key=lambda place: place[1]) if dials.layout == "road" else places
 
 
 def _kind(stream: Stream, rarity: float) -> int:
@@ -297,78 +304,67 @@ def _kind(stream: Stream, rarity: float) -> int:
 
 
 def _plan(stream: Stream, dials: Dials) -> Plan:
-    hue = stream.uniform()
-    next_hue = lambda i: hue + 0.618034 * i  # noqa: E731  the golden section spreads the hues of one scene evenly
-    places: list[tuple[float, float, float]] = []
-    for _ in range(stream.integer(*dials.things)):
-        for _attempt in range(12):
-            x, y, r = _place(stream, dials)
-            gaps = (math.sqrt((x - a) * (x - a) + (y - b) * (y - b)) - dials.crowding * (r + s) for a, b, s in places)
-            if all(gap >= 0.0 for gap in gaps):
-                places.append((x, y, r))
-                break
-    if dials.layout == "road":
-        places.sort(key=lambda place: place[1])
+    hues = [stream.uniform()]
+    for _ in range(dials.things[1] + 1):
+        hues.append(hues[-1] + 0.618034)  # the golden section spreads the hues of a scene evenly
     things = []
-    for i, (x, y, r) in enumerate(places):
+    for hue, (x, y, r) in zip(hues[2:], _places(stream, dials)):
         kind = _kind(stream, dials.rarity)
-        lean, parts = SHAPES[kind][1], np.flatnonzero(PART_CLASS == kind).tolist()
-        looks = tuple(_look(stream, dials, part, next_hue(i + 2) + 0.1 * j) for j, part in enumerate(parts))
+        lean = SHAPES[kind - NUM_STUFF][1]
+        parts = np.flatnonzero(kind == PART_CLASS).tolist()
+        looks = tuple(_look(stream, dials, part, hue + 0.1 * i) for i, part in enumerate(parts))
         turn, mirrored = direction(stream.uniform(-lean, lean)), stream.uniform() < 0.5
         things.append(Thing(kind, (64.0 * x, 64.0 * y), 64.0 * r, turn, mirrored, looks))
     first = stream.integer(0, NUM_STUFF - 1)
-    pair, tilt, offset = (first, (first + stream.integer(1, 2)) % NUM_STUFF), stream.uniform(-0.5, 0.5), 8.0
+    pair, tilt, offset = (first, (first + stream.integer(1, 2)) % NUM_STUFF), 0.5, 8.0
     if dials.layout == "road":
-        pair, tilt, offset = (2, 1), stream.uniform(-0.01, 0.01), 2.0  # a wall of bricks above a road of waves
-    stuff = (_look(stream, dials, pair[0], next_hue(0)), _look(stream, dials, pair[1], next_hue(1)))
-    border = (direction(tilt), stream.uniform(-offset, offset), stream.uniform(1.0, 4.0),
-              stream.uniform(24.0, 48.0), stream.uniform())  # fmt: skip
+        pair, tilt, offset = (2, 1), 0.01, 2.0  # always a wall of bricks above a road of waves
+    stuff = (_look(stream, dials, pair[0], hues[0]), _look(stream, dials, pair[1], hues[1]))
+    border = (direction(stream.uniform(-tilt, tilt)), stream.uniform(-offset, offset),
+              stream.uniform(1.0, 4.0), stream.uniform(24.0, 48.0), stream.uniform())  # fmt: skip
     c, s = direction(stream.uniform())
     return Plan(stuff, border, tuple(things), (dials.light * c, dials.light * s), stream.field(32, 32))
 
 
-# --------------------------------------------------------------------------------------------------------- drawing
+# --------------------------------------------------------------------------------------------------- drawing
 def _paint(look: Look, x, y, table) -> np.ndarray:
-    """Colour (y x 3) of the part at coordinates x and y (y x), in 64ths of the side."""
+    """Colour (... 3) of a part at coordinates x and y (...), in 64ths of the side."""
     (c, s), (p, q) = look.turn, look.phase
-    pattern = KINDS[look.part].texture((c * x + s * y) / look.period + p, (c * y - s * x) / look.period + q, table)
-    return look.color + look.amplitude * pattern[..., None]
+    p, q = (c * x + s * y) / look.period + p, (c * y - s * x) / look.period + q
+    return look.color + look.amplitude * FILLS[look.part].texture(p, q, table)[..., None]
 
 
 def _render(plan: Plan, dials: Dials, noise: np.ndarray, camera=(0, 0), moves=()) -> Scene:
-    """Draw the stuff, then the things from far to near. `camera` shifts the stuff, moves[i] the i-th thing, px."""
+    """Draw the stuff, then the things from far to near; camera shifts the stuff, moves[i] the i-th thing, px."""
     size, unit = dials.size, 64.0 / dials.size
-    rows, columns = np.arange(size)[:, None] + np.zeros((size, size)), np.arange(size) + np.zeros((size, size))
-    x, y = (columns - camera[0] + 0.5) * unit, (rows - camera[1] + 0.5) * unit  # whole numbers first: exact
+    rows, columns = np.indices((size, size)) + 0.5
+    x, y = (columns - camera[0]) * unit, (rows - camera[1]) * unit  # shifted while exact: no rounding differs
     (c, s), offset, height, length, phase = plan.border
     along, across = c * (x - 32.0) + s * (y - 32.0), c * (y - 32.0) - s * (x - 32.0)
     below = across + height * wave(along / length + phase) > offset
-    above_look, below_look = plan.stuff
-    image = np.where(below[..., None], _paint(below_look, x, y, plan.table), _paint(above_look, x, y, plan.table))
-    parts = np.where(below, below_look.part, above_look.part).astype(np.uint8)
+    image = np.where(below[..., None], *(_paint(look, x, y, plan.table) for look in plan.stuff[::-1]))
+    parts = np.where(below, plan.stuff[1].part, plan.stuff[0].part).astype(np.uint8)
     instance = np.zeros((size, size), np.uint8)
 
-    for number, thing in enumerate(plan.things, start=1):
-        move, reach = moves[number - 1] if moves else (0, 0), EXTENT * thing.radius
-        (cx, cy), (c, s) = thing.center, thing.turn
-        left, right = (min(max(math.floor((cx + d) / unit) + move[0], 0), size) for d in (-reach, reach + unit))
-        top, bottom = (min(max(math.floor((cy + d) / unit) + move[1], 0), size) for d in (-reach, reach + unit))
-        patch = np.s_[top:bottom, left:right]
-        x, y = (columns[patch] - move[0] + 0.5) * unit - cx, (rows[patch] - move[1] + 0.5) * unit - cy
-        x, y = (c * x + s * y) * (-1.0 if thing.mirrored else 1.0), c * y - s * x
-        masks = SHAPES[thing.kind][0](x / thing.radius, y / thing.radius)
-        for look, mask in zip(thing.looks, masks):
+    for i, (kind, center, radius, (c, s), mirrored, looks) in enumerate(plan.things):
+        shift, reach = (moves[i] if moves else (0, 0)), REACH * radius
+        (left, right), (top, bottom) = (
+            [min(max(math.floor(edge / unit) + d, 0), size) for edge in (middle - reach, middle + reach + unit)]
+            for middle, d in zip(center, shift))  # fmt: skip
+        patch = np.s_[top:bottom, left:right]  # nothing of the object lies outside
+        x, y = (columns[patch] - shift[0]) * unit - center[0], (rows[patch] - shift[1]) * unit - center[1]
+        x, y = (c * x + s * y) * (-1.0 if mirrored else 1.0), c * y - s * x
+        for look, mask in zip(looks, SHAPES[kind - NUM_STUFF][0](x / radius, y / radius)):
             image[patch][mask] = _paint(look, x[mask], y[mask], plan.table)
             parts[patch][mask] = look.part
-            instance[patch][mask] = number
+            instance[patch][mask] = i + 1
 
-    gx, gy = plan.light
-    light = 1.0 + gx * (2.0 * columns / size - 1.0) + gy * (2.0 * rows / size - 1.0)
+    light = 1.0 + plan.light[0] * (2.0 * columns / size - 1.0) + plan.light[1] * (2.0 * rows / size - 1.0)
     image = image * light[..., None] + dials.noise * (2.0 * noise - 1.0)
     image = np.floor(255.0 * np.clip(image, 0.0, 1.0) + 0.5).astype(np.uint8)
     boxes = np.array([_box(instance == i + 1) for i in range(len(plan.things))], np.int64).reshape(-1, 4)
-    things = np.array([thing.kind for thing in plan.things], np.uint8)
-    return Scene(image, PART_CLASS[parts], instance, parts, boxes, things)
+    kinds = np.array([thing.kind for thing in plan.things], np.uint8)
+    return Scene(image, PART_CLASS[parts], instance, parts, boxes, kinds)
 
 
 def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
@@ -377,34 +373,28 @@ def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
     return (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) if len(rows) else (0, 0, 0, 0)
 
 
-def _dials(preset: str, dials: dict) -> Dials:
+def _dials(preset: str, changes: dict) -> Dials:
     if preset not in PRESETS:
         raise ValueError(f"no toy preset {preset!r}; there are {', '.join(PRESETS)}")
-    unknown = set(dials) - {field.name for field in fields(Dials)}
-    if unknown:
-        known = ", ".join(field.name for field in fields(Dials))
-        raise ValueError(f"no dial {', '.join(map(repr, sorted(unknown)))}; there are {known}")
-    d = replace(Dials(), **{**PRESETS[preset], **dials})
-    checks_of_dials = {
-        "size": d.size >= 16,
-        "things": 0 <= d.things[0] <= d.things[1] <= 254,
-        "radius": 0.0 < d.radius[0] <= d.radius[1] <= 1.0,
-        "crowding": d.crowding >= 0.0,
-        "hue_bias": 0.0 <= d.hue_bias <= 1.0,
-        "texture": 0.0 <= d.texture[0] <= d.texture[1] <= 1.0,
-        "light": 0.0 <= d.light <= 1.0,
-        "noise": 0.0 <= d.noise <= 1.0,
-        "rarity": 0.0 < d.rarity <= 1.0,
-        "layout": d.layout in ("anywhere", "centred", "road"),
-    }
-    for name, good in checks_of_dials.items():
-        if not good:
-            raise ValueError(f"{name} = {getattr(d, name)!r} is outside its range; see Dials in toy.py")
-    return d
+    known = [field.name for field in fields(Dials)]
+    for name in changes:
+        if name not in known:
+            raise ValueError(f"no dial {name!r}; there are {', '.join(known)}")
+    dials = replace(Dials(), **{**PRESETS[preset], **changes})
+    ranges = dict(size=(16, 4096), things=(0, 254), radius=(0.01, 1), crowding=(0, 9), hue_bias=(0, 1),
+                  texture=(0, 1), light=(0, 1), noise=(0, 1), rarity=(0.01, 1))  # fmt: skip
+    for name, (low, high) in ranges.items():
+        value = getattr(dials, name)
+        pair = value if isinstance(value, tuple) else (value, value)
+        if not low <= pair[0] <= pair[1] <= high:
+            raise ValueError(f"the dial {name} goes from {low} to {high}, found {value}")
+    if dials.layout not in ("anywhere", "centred", "road"):
+        raise ValueError(f"the dial layout is anywhere, centred or road, found {dials.layout!r}")
+    return dials
 
 
 def scene(seed: int, index: int, preset: str = "scene", **dials) -> Scene:
-    """Scene number `index` of the endless series `seed`; ValueError for an unknown preset or dial."""
+    """Scene number `index` of the endless series `seed`. ValueError for an unknown preset or dial."""
     dials = _dials(preset, dials)
     stream = Stream(seed, index)
     plan = _plan(stream, dials)
@@ -412,39 +402,37 @@ def scene(seed: int, index: int, preset: str = "scene", **dials) -> Scene:
 
 
 def frame_pair(seed: int, index: int, preset: str = "scene", speed: int = 4, **dials) -> FramePair:
-    """The scene of the same name and the next frame: the camera and every object move by up to `speed` px each way.
+    """The scene of that number and its next frame: camera and objects move by up to `speed` px along each axis.
 
-    Light and noise belong to the camera, so second = first moved along flow only with the dials light = noise = 0.
+    Light and noise belong to the camera: only with the dials light=0, noise=0 is second exactly first, moved.
     """
     dials = _dials(preset, dials)
     stream = Stream(seed, index)
     plan = _plan(stream, dials)
-    noise = [stream.field(dials.size, dials.size, 3) for _ in range(2)]
-    motion = [(stream.integer(-speed, speed), stream.integer(-speed, speed)) for _ in range(1 + len(plan.things))]
-    first, second = _render(plan, dials, noise[0]), _render(plan, dials, noise[1], motion[0], motion[1:])
+    first = _render(plan, dials, stream.field(dials.size, dials.size, 3))
+    motion = [[stream.integer(-speed, speed) for _axis in "xy"] for _ in range(1 + len(plan.things))]
+    second = _render(plan, dials, stream.field(dials.size, dials.size, 3), motion[0], motion[1:])
 
     flow = np.array(motion)[first.instance]  # instance 0, the stuff, moves with the camera
     rows, columns = np.indices(first.instance.shape)
-    to_x, to_y = columns + flow[..., 0], rows + flow[..., 1]
-    inside = (to_x >= 0) & (to_x < dials.size) & (to_y >= 0) & (to_y < dials.size)
-    landed = second.instance[to_y.clip(0, dials.size - 1), to_x.clip(0, dials.size - 1)]
-    return FramePair(first, second, flow, inside & (landed == first.instance))
+    x, y = columns + flow[..., 0], rows + flow[..., 1]
+    there = (x >= 0) & (x < dials.size) & (y >= 0) & (y < dials.size)
+    there &= second.instance[y.clip(0, dials.size - 1), x.clip(0, dials.size - 1)] == first.instance
+    return FramePair(first, second, flow, there)
 
 
 class ToyImages:
-    """`count` scenes drawn once and kept: to the trainer a sequence of uint8 images (3 y x), with the truth beside.
+    """`count` scenes, drawn once: for the trainer a sequence of uint8 images (3 y x), with the truth beside it.
 
     images (n 3 y x) uint8 tensor; semantic, instance, parts (n y x) uint8 tensors; n counts scenes.
     """
 
     def __init__(self, seed: int, count: int, preset: str = "scene", **dials):
-        import torch  # here, so that the generator needs numpy only
+        import torch  # only here: the generator itself needs nothing but numpy
 
-        drawn = [scene(seed, index, preset, **dials) for index in range(count)]
-        self.images = torch.from_numpy(np.stack([each.image for each in drawn])).permute(0, 3, 1, 2).contiguous()
-        self.semantic, self.instance, self.parts = (
-            torch.from_numpy(np.stack([getattr(each, name) for each in drawn]))
-            for name in ("semantic", "instance", "parts"))  # fmt: skip
+        images, *labels, _boxes, _things = zip(*(scene(seed, index, preset, **dials) for index in range(count)))
+        self.images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+        self.semantic, self.instance, self.parts = (torch.from_numpy(np.stack(each)) for each in labels)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -456,64 +444,62 @@ class ToyImages:
         return f"toy scene {index}"
 
 
-# ------------------------------------------------------------------------------------------- which shortcuts are open
-def audit(seed: int = 0, count: int = 64, preset: str = "scene", **dials) -> dict[str, float]:
-    """How far each shortcut gets: balanced accuracy (chance 1/8) over pixels of unseen scenes; for k-means the mIoU."""
+# -------------------------------------------------------------------------------- the audit: open shortcuts
+def audit(seed: int = 0, count: int = 128, preset: str = "scene", **dials) -> dict[str, float]:
+    """How far each shortcut gets: balanced accuracy (chance 1/8) on pixels of unseen scenes, mIoU for k-means."""
     drawn = [scene(seed, index, preset, **dials) for index in range(2 * count)]
     images, labels = np.stack([s.image for s in drawn]), np.stack([s.semantic for s in drawn])
+    red, green, blue = np.moveaxis(images, -1, 0).astype(np.int64) // 32
     rows, columns = np.indices(labels.shape[1:]) * 16 // labels.shape[1]
-    r, g, b = np.moveaxis(images // 32, -1, 0).astype(np.int64)
     return {
-        "color": lookup_accuracy(64 * r + 8 * g + b, labels),
+        "color": lookup_accuracy(64 * red + 8 * green + blue, labels),
         "position": lookup_accuracy(np.broadcast_to(16 * rows + columns, labels.shape), labels),
-        "rgb_kmeans_miou": kmeans_miou(images, labels, seed),
         "random_convolutions": random_convolution_accuracy(images, labels, seed),
+        "rgb_kmeans_miou": kmeans_miou(images, labels, seed),
     }
 
 
-def _balanced_accuracy(guess: np.ndarray, labels: np.ndarray) -> float:
-    return float(np.mean([np.mean(guess[labels == c] == c) for c in np.unique(labels)]))
+def _balanced_accuracy(guesses: np.ndarray, labels: np.ndarray) -> float:
+    return float(np.mean([np.mean(guesses[labels == i] == i) for i in np.unique(labels)]))
 
 
 def lookup_accuracy(cells: np.ndarray, labels: np.ndarray) -> float:
-    """Guess each pixel's class from a table over cells (n y x): per cell the likeliest class, learned on half the scenes."""
+    """A table cell -> likeliest class (all classes alike), from half of the scenes. cells, labels (n y x) whole."""
     half = len(cells) // 2
-    table = np.zeros((cells.max() + 1, len(CLASS_NAMES)))
-    np.add.at(table, (cells[:half], labels[:half]), 1.0)
-    likeliest = (table / np.maximum(table.sum(axis=0), 1.0)).argmax(axis=1)  # sum over cells, argmax over classes
+    counts = np.zeros((cells.max() + 1, len(CLASS_NAMES)))
+    np.add.at(counts, (cells[:half], labels[:half]), 1.0)
+    likeliest = (counts / counts.sum(axis=0).clip(1.0)).argmax(axis=1)  # sum over cells, argmax over classes
     return _balanced_accuracy(likeliest[cells[half:]], labels[half:])
 
 
 def random_convolution_accuracy(images: np.ndarray, labels: np.ndarray, seed: int = 0, width: int = 128) -> float:
-    """A linear classifier (ridge) on `width` rectified random 9x9 convolutions: what texture gives away untrained."""
-    filters = (Stream(seed).field(9 * 9 * 3, width) - 0.5) / 4.0
-    picked = (Stream(seed, 1).field(400, 2) * (np.array(labels.shape[1:]) - 8)).astype(np.int64)  # pixels per scene
-    y, x = picked.T
-    patches = np.lib.stride_tricks.sliding_window_view(images / 255.0 - 0.5, (9, 9), axis=(1, 2))[:, y, x]
-    response = patches.reshape(len(images), len(picked), -1) @ filters
-    features = np.concatenate([abs(response), response, np.ones_like(response[..., :1])], axis=-1)
-    targets = labels[:, y + 4, x + 4]
-    half, f = len(images) // 2, features.shape[-1]
-    train, target = features[:half].reshape(-1, f), targets[:half].ravel()
-    weight = 1.0 / np.bincount(target, minlength=len(CLASS_NAMES)).clip(1)[target][:, None]  # classes count alike
-    gram = train.T @ (weight * train) + 1e-4 * np.eye(f)
-    solution = np.linalg.solve(gram, train.T @ (weight * np.eye(len(CLASS_NAMES))[target]))
-    return _balanced_accuracy((features[half:] @ solution).argmax(axis=-1), targets[half:])
+    """Ridge regression on `width` rectified random 9x9 convolutions: what texture gives away without learning."""
+    stream = Stream(seed)
+    filters = stream.field(9 * 9 * 3, width) - 0.5
+    y, x = (stream.field(2, 400) * (labels.shape[1] - 8)).astype(np.int64)  # 400 pixels of each scene
+    patches = np.lib.stride_tricks.sliding_window_view(images / 255.0, (9, 9), axis=(1, 2))[:, y, x]
+    features = abs(patches.reshape(*patches.shape[:2], -1) @ (filters - filters.mean(axis=0)))  # over taps
+    features = np.concatenate([features, np.ones_like(features[..., :1])], axis=-1)
+    labels, half = labels[:, y + 4, x + 4], len(images) // 2
+    seen, wanted = features[:half].reshape(-1, width + 1), np.eye(len(CLASS_NAMES))[labels[:half].ravel()]
+    weighted = seen / wanted.sum(axis=0).clip(1.0)[labels[:half].ravel()][:, None]  # classes count alike
+    ridge = np.linalg.solve(weighted.T @ seen + 1e-4 * np.eye(width + 1), weighted.T @ wanted)
+    return _balanced_accuracy((features[half:] @ ridge).argmax(axis=-1), labels[half:])
 
 
 def kmeans_miou(images: np.ndarray, labels: np.ndarray, seed: int = 0, k: int = 8) -> float:
-    """mIoU of k-means on RGB, its clusters matched one to one with the classes so that most pixels agree."""
+    """mIoU of k-means on colour, clusters matched with classes one to one. images (n y x 3), labels (n y x)."""
     from scipy.optimize import linear_sum_assignment
 
-    pixels = images.reshape(-1, 3)[:: max(1, images.size // 600_000)].astype(np.float32)
-    truth = labels.reshape(-1)[:: max(1, images.size // 600_000)]
-    centers = pixels[(Stream(seed).field(k) * len(pixels)).astype(np.int64)]
+    picked = (Stream(seed, k).field(50_000) * labels.size).astype(np.int64)
+    pixels, truth = images.reshape(-1, 3)[picked].astype(np.float64), labels.ravel()[picked]
+    centers = pixels[:k]
     for _ in range(20):
-        nearest = ((pixels[:, None] - centers) ** 2).sum(axis=-1).argmin(axis=1)
-        centers = np.stack([pixels[nearest == i].mean(axis=0) if (nearest == i).any() else centers[i] for i in range(k)])
-    confusion = np.zeros((k, len(CLASS_NAMES)))
-    np.add.at(confusion, (nearest, truth), 1.0)
-    matched = confusion[linear_sum_assignment(-confusion)]
-    rows, columns = linear_sum_assignment(-confusion)
-    union = confusion.sum(axis=1)[rows] + confusion.sum(axis=0)[columns] - matched
-    return float(np.mean(matched / union))
+        nearest = (centers @ pixels.T - 0.5 * (centers**2).sum(axis=1)[:, None]).argmax(axis=0)  # over centers
+        groups = (pixels[nearest == i] for i in range(k))
+        centers = np.stack([group.mean(axis=0) if len(group) else old for group, old in zip(groups, centers)])
+    overlap = np.zeros((k, len(CLASS_NAMES)))
+    np.add.at(overlap, (nearest, truth), 1.0)
+    i, j = linear_sum_assignment(-overlap)
+    union = overlap.sum(axis=1)[i] + overlap.sum(axis=0)[j] - overlap[i, j]
+    return float(np.mean(overlap[i, j] / union))
