@@ -22,9 +22,8 @@ NUM_STUFF = 3  # the first three fill the background, two of them in every scene
 PART_NAMES = (*CLASS_NAMES[:5], "fish body", "fish tail", "star", "tree crown", "tree trunk")
 PART_CLASS = np.array((0, 1, 2, 3, 4, 5, 5, 6, 7, 7), np.uint8)
 CLASS_HUES = (0.10, 0.58, 0.02, 0.92, 0.08, 0.50, 0.15, 0.33)  # what hue_bias ties a class to, turns
-CLASS_COLORS = np.array(  # for pictures of labels, never for scenes
-    ((222, 203, 164), (86, 137, 196), (163, 82, 62), (240, 128, 176), (140, 110, 190), (72, 200, 204),
-     (250, 200, 50), (62, 140, 70)), np.uint8)  # fmt: skip
+CLASS_COLORS = np.array(((222, 203, 164), (86, 137, 196), (163, 82, 62), (240, 128, 176), (140, 110, 190),
+                         (72, 200, 204), (250, 200, 50), (62, 140, 70)), np.uint8)  # of labels, never of scenes
 
 
 @dataclass(frozen=True)
@@ -191,7 +190,7 @@ FISH = Fill(stripes, (3.0, 3.8), 0.03)
 FILLS = (  # in the order of PART_NAMES
     Fill(grain, (1.2, 1.6), 0.5), Fill(waves, (6.0, 8.0), 0.04), Fill(bricks, (5.0, 6.5), 0.02),
     Fill(rings, (3.6, 4.6), 0.5), Fill(checks, (4.6, 5.6), 0.02), FISH, FISH,
-    Fill(dots, (4.0, 5.0), 0.5), Fill(leaves, (3.0, 4.0), 0.5), Fill(bark, (1.5, 2.0), 0.02))  # fmt: skip
+    Fill(dots, (4.0, 5.0), 0.5), Fill(leaves, (3.0, 4.0), 0.5), Fill(bark, (1.5, 2.0), 0.02))
 
 
 # ------------------------------------- shapes: (u, v) in radii from the centre, v down -> one mask (y x) per part
@@ -295,12 +294,12 @@ def _places(stream: Stream, dials: Dials) -> list[tuple[float, float, float]]:
 
 def _kind(stream: Stream, rarity: float) -> int:
     """The class of a thing; the i-th is rarity^i as likely as the first."""
-    bounds, weight = [0.0], 1.0
-    for _ in SHAPES:
-        bounds.append(bounds[-1] + weight)
+    bounds, weight = [1.0], 1.0
+    for _ in SHAPES[1:]:
         weight *= rarity
+        bounds.append(bounds[-1] + weight)
     pick = stream.uniform(0.0, bounds[-1])
-    return NUM_STUFF + sum(pick >= bound for bound in bounds[1:-1])
+    return NUM_STUFF + sum(pick >= bound for bound in bounds[:-1])
 
 
 def _plan(stream: Stream, dials: Dials) -> Plan:
@@ -320,8 +319,8 @@ def _plan(stream: Stream, dials: Dials) -> Plan:
     if dials.layout == "road":
         pair, tilt, offset = (2, 1), 0.01, 2.0  # always a wall of bricks above a road of waves
     stuff = (_look(stream, dials, pair[0], hues[0]), _look(stream, dials, pair[1], hues[1]))
-    border = (direction(stream.uniform(-tilt, tilt)), stream.uniform(-offset, offset),
-              stream.uniform(1.0, 4.0), stream.uniform(24.0, 48.0), stream.uniform())  # fmt: skip
+    border = (direction(stream.uniform(-tilt, tilt)), stream.uniform(-offset, offset), stream.uniform(1.0, 4.0),
+              stream.uniform(24.0, 48.0), stream.uniform())
     c, s = direction(stream.uniform())
     return Plan(stuff, border, tuple(things), (dials.light * c, dials.light * s), stream.field(32, 32))
 
@@ -350,7 +349,7 @@ def _render(plan: Plan, dials: Dials, noise: np.ndarray, camera=(0, 0), moves=()
         shift, reach = (moves[i] if moves else (0, 0)), REACH * radius
         (left, right), (top, bottom) = (
             [min(max(math.floor(edge / unit) + d, 0), size) for edge in (middle - reach, middle + reach + unit)]
-            for middle, d in zip(center, shift))  # fmt: skip
+            for middle, d in zip(center, shift))
         patch = np.s_[top:bottom, left:right]  # nothing of the object lies outside
         x, y = (columns[patch] - shift[0]) * unit - center[0], (rows[patch] - shift[1]) * unit - center[1]
         x, y = (c * x + s * y) * (-1.0 if mirrored else 1.0), c * y - s * x
@@ -363,8 +362,7 @@ def _render(plan: Plan, dials: Dials, noise: np.ndarray, camera=(0, 0), moves=()
     image = image * light[..., None] + dials.noise * (2.0 * noise - 1.0)
     image = np.floor(255.0 * np.clip(image, 0.0, 1.0) + 0.5).astype(np.uint8)
     boxes = np.array([_box(instance == i + 1) for i in range(len(plan.things))], np.int64).reshape(-1, 4)
-    kinds = np.array([thing.kind for thing in plan.things], np.uint8)
-    return Scene(image, PART_CLASS[parts], instance, parts, boxes, kinds)
+    return Scene(image, PART_CLASS[parts], instance, parts, boxes, np.array([t.kind for t in plan.things], np.uint8))
 
 
 def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
@@ -381,11 +379,10 @@ def _dials(preset: str, changes: dict) -> Dials:
         if name not in known:
             raise ValueError(f"no dial {name!r}; there are {', '.join(known)}")
     dials = replace(Dials(), **{**PRESETS[preset], **changes})
-    ranges = dict(size=(16, 4096), things=(0, 254), radius=(0.01, 1), crowding=(0, 9), hue_bias=(0, 1),
-                  texture=(0, 1), light=(0, 1), noise=(0, 1), rarity=(0.01, 1))  # fmt: skip
-    for name, (low, high) in ranges.items():
-        value = getattr(dials, name)
-        pair = value if isinstance(value, tuple) else (value, value)
+    ranges = dict(size=(16, 4096), things=(0, 254), radius=(0.01, 1), crowding=(0, 9))
+    for name in known[:-1]:
+        value, (low, high) = getattr(dials, name), ranges.get(name, (0, 1))
+        pair = value if isinstance(value, (tuple, list)) else (value, value)
         if not low <= pair[0] <= pair[1] <= high:
             raise ValueError(f"the dial {name} goes from {low} to {high}, found {value}")
     if dials.layout not in ("anywhere", "centred", "road"):
@@ -439,9 +436,6 @@ class ToyImages:
 
     def __getitem__(self, index: int):
         return self.images[index]
-
-    def name(self, index: int) -> str:
-        return f"toy scene {index}"
 
 
 # -------------------------------------------------------------------------------- the audit: open shortcuts
