@@ -47,7 +47,7 @@ def palette(num_prototypes: int) -> np.ndarray:
     Starting from Okabe and Ito's seven, each next colour is the candidate whose nearest neighbour among those before
     it, seen by the vision that separates the two worst, is the farthest away.
     """
-    level = np.linspace(0, 255, 20).round()
+    level = np.linspace(0, 255, 17).round()
     candidates = np.stack(np.meshgrid(level, level, level, indexing="ij"), axis=-1).reshape(-1, 3)
     looks = appearance(candidates)
     middle = (looks[:, 0, 0] > 0.3) & (looks[:, 0, 0] < 0.93)  # lightness: visible on black and on white

@@ -93,7 +93,7 @@ def redden(image: Tensor, mask: Tensor) -> Tensor:
 
 def draw_retrieved(axis, image: Tensor, mask: Tensor) -> None:
     """A retrieved segment in red, with an arrow if it is small, as on the slide."""
-    axis.imshow(rearrange(redden(image, mask), "c y x -> y x c"), interpolation="nearest")
+    axis.imshow(rearrange(redden(image, mask), "c y x -> y x c").numpy(), interpolation="nearest")
     if 0 < mask.float().mean() < 0.03:
         places = mask.nonzero().float()  # rows of (y, x)
         y, x = places[(places - places.mean(dim=0)).square().sum(dim=1).argmin()].tolist()  # the middle one

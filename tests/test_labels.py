@@ -12,6 +12,8 @@ import labels
 import toy
 from metrics import IGNORE
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # pycocotools, older than numpy 2
+
 THING, STUFF = 0, 91  # fine ids: person, banner
 
 
