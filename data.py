@@ -13,6 +13,7 @@ import itertools
 import math
 import os
 import random
+import re
 import signal
 import stat
 import warnings
@@ -24,7 +25,14 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from views import Photometric, centre_square, draw_crop, normalize, overlap_boxes, resized_crop  # noqa: F401
+from views import (  # noqa: F401  Photometric and normalize for those who look for all that is done to images here
+    Photometric,
+    centre_square,
+    draw_crop,
+    normalize,
+    overlap_boxes,
+    resized_crop,
+)
 
 # --------------------------------------------------------------------------------------- finding photographs
 
@@ -276,6 +284,8 @@ class TwoCrops(Dataset):
 # ------------------------------------------------------------------------------ from images to batches
 
 class Batch(NamedTuple):
+    """What a step gets: two views of b images, and where they overlap."""
+
     views: torch.Tensor  # (b v 3 y x) uint8
     boxes: torch.Tensor  # (b v 4) float32: x1 y1 x2 y2 in 0..1 of each view
     flipped: torch.Tensor  # (b v) bool
@@ -283,6 +293,7 @@ class Batch(NamedTuple):
 
 
 def collate(items):
+    """Items of TwoCrops -> Batch."""
     views, boxes, flipped, failures = zip(*items)
     return Batch(default_collate(views), default_collate(boxes), default_collate(flipped),
                  list(itertools.chain(*failures)))
@@ -367,24 +378,20 @@ class Skipped:
         self.names = self._read()
 
     def _read(self):
-        if not self.file.exists():
-            return set()
-        lines = self.file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-        return {line.split("\t")[0] for line in lines}
+        return {line.split(b"\t")[0] for line in self.file.read_bytes().splitlines()} if self.file.exists() else set()
 
     def record(self, failures):
         """failures: (name, reason) pairs, repeated ones too. Raises ValueError once more than max_share are bad."""
-        lines = {name.replace("\n", " ").replace("\t", " "): reason for name, reason in failures}
-        if not lines.keys() - self.names:
+        reasons = {re.sub(rb"[\t\r\n]", b" ", os.fsencode(name)): reason.encode() for name, reason in failures}
+        if not reasons.keys() - self.names:
             return
         self.names |= self._read()
-        new = {name: reason for name, reason in lines.items() if name not in self.names}
-        with self.file.open("a", encoding="utf-8", errors="surrogateescape") as out:
-            out.writelines(f"{name}\t{reason}\n" for name, reason in new.items())
-        self.names |= new.keys()
+        with self.file.open("ab") as out:  # bytes, since a name need not be valid text
+            out.writelines(name + b"\t" + reason + b"\n" for name, reason in reasons.items() if name not in self.names)
+        self.names |= reasons.keys()
         if len(self.names) > self.max_share * self.num_images:
             raise ValueError(f"{len(self.names)} of {self.num_images} images could not be read, more than the share "
-                             f"of {self.max_share:g} that is allowed: see {self.file}")
+                             f"of {self.max_share:g} that is allowed; they are named in {self.file}")
 
 
 def check_images(root, paths, workers=0, progress=iter):
