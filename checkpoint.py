@@ -17,6 +17,7 @@ import io
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -100,7 +101,8 @@ def read(path: str | Path) -> dict[str, Any]:
         there = sorted(p.name for p in path.parent.glob("*.pth"))[:5] if path.parent.is_dir() else []
         raise ValueError(f"no checkpoint at {path}" + (f"; beside it: {', '.join(there)}" if there else ""))
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on old formats: what follows is the contents or one line
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.findall(r"GLOBAL ([\w.]+)", str(error))
@@ -150,15 +152,23 @@ def import_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def model_state(contents: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
     """The state dict of SlotCon (student, teacher, predictor, center) in a checkpoint of ours or of the release."""
     state = contents.get("model", contents)
-    state = state if isinstance(state, Mapping) else {}
-    if any(re.match(r"(module\.)?encoder_q\.", str(key)) for key in state):
+    state = tensors(state) if isinstance(state, Mapping) else {}
+    if any(re.match(r"(module\.)?encoder_q\.", key) for key in state):
         return import_released(state)
-    if any(str(key).startswith("student.") for key in state):
-        return dict(state)
-    if "conv1.weight" in state:
-        raise ValueError(f"{path} is a backbone only, without projector and prototypes; give last.pth of the same run")
-    raise ValueError(f"{path} holds no SlotCon: expected student.* or encoder_q.*, found "
-                     f"{some_keys(state or contents)}")
+    if any(key.startswith("student.") for key in state):
+        return state
+    try:
+        arch = architecture_of(state, path)
+    except ValueError:
+        raise ValueError(f"{path} holds no SlotCon: expected student.* or encoder_q.*, found "
+                         f"{some_keys(state or contents)}") from None
+    raise ValueError(f"{path} is a backbone only ({arch}), without projector and prototypes; give last.pth of the same "
+                     "run")
+
+
+def tensors(mapping: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """Its named tensors: whatever else a stranger has put beside them is left out."""
+    return {k: v for k, v in mapping.items() if isinstance(k, str) and isinstance(v, Tensor)}
 
 
 def some_keys(mapping: Mapping[str, Any]) -> str:
@@ -177,7 +187,8 @@ def load_network(
         raise ValueError(f"a checkpoint holds a student and a teacher, not {which!r}")
     contents = read(path)
     state = part(model_state(contents, path), f"{which}.")
-    config = dict(contents.get("config") or contents.get("args") or {})
+    config = contents.get("config") or contents.get("args")
+    config = dict(config) if isinstance(config, Mapping) else {}
     try:
         num_prototypes, dim_out = state["prototypes.weight"].shape
         dim_hidden = len(state["projector.mlp.0.weight"])
@@ -233,7 +244,7 @@ def restore(
     if changed:
         raise ValueError(f"{path} was made with other options ({'; '.join(changed)}): give another --output-dir, "
                          "--resume none to start over, or --force-resume")
-    load_strictly(model, saved["model"], path)
+    load_strictly(model, tensors(saved["model"]), path)
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(saved["optimizer"])

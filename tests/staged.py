@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import re
+import resource
 import signal
 import socket
 import sys
@@ -129,6 +130,7 @@ def _play(argv, place, accident, output, model_file):
     if accident:
         accident(place.get("RANK", 0))
     status = train.main(argv)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))  # if it was an accident
     if made:
         torch.save(made[0].state_dict(), model_file)
     sys.exit(status)
