@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import datetime
 import inspect
+import multiprocessing
 import os
 import re
 import signal
 import sys
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -116,7 +117,7 @@ class StopSignals:
     def note(self, number: int, _frame) -> None:
         self.interrupts += number == signal.SIGINT
         if self.interrupts > self.patience:
-            os._exit(130)
+            end_now(130)
         self.received = self.received or signal.Signals(number).name
 
 
@@ -141,12 +142,13 @@ def finish() -> None:
         dist.destroy_process_group()
 
 
-def leave(status: int) -> None:
-    """End this process now if it is one of many, without waiting for the others, who may be gone."""
-    if dist.is_available() and dist.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+def end_now(status: int) -> NoReturn:
+    """End this process and those that read images for it, and wait for nobody: other processes may be gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(status)
 
 
 def describe(place: Place) -> str:
