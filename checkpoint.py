@@ -245,7 +245,7 @@ def restore(
         raise ValueError(f"{path} was made with other options ({'; '.join(changed)}): give another --output-dir, "
                          "--resume none to start over, or --force-resume")
     load_strictly(model, tensors(saved["model"]), path)
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    settings = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(saved["optimizer"])
     except (ValueError, KeyError) as error:
