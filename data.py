@@ -265,7 +265,7 @@ class TwoCrops(Dataset):
         rng = random.Random(f"{self.seed} {epoch} {index}")  # text is hashed whole: no two streams are alike
         height, width = image.shape[1:]
         crop1 = draw_crop(height, width, rng, self.min_area)
-        crop2 = draw_crop(height, width, rng, self.min_area, crop1 if self.min_overlap else None, self.min_overlap)
+        crop2 = draw_crop(height, width, rng, self.min_area, crop1, self.min_overlap)
         flipped = [rng.random() < self.flip for _ in range(2)]
         views = [resized_crop(image, crop, self.image_size, flip) for crop, flip in zip((crop1, crop2), flipped)]
         return torch.stack(views), overlap_boxes(crop1, crop2, flipped), torch.tensor(flipped), failures
@@ -375,18 +375,16 @@ class Skipped:
 
     def __init__(self, file, num_images, max_share=0.01):
         self.file, self.num_images, self.max_share = Path(file), num_images, max_share
-        self.names = self._read()
-
-    def _read(self):
-        return {line.split(b"\t")[0] for line in self.file.read_bytes().splitlines()} if self.file.exists() else set()
+        self.names = set()  # as bytes, since a name need not be valid text
 
     def record(self, failures):
         """failures: (name, reason) pairs, repeated ones too. Raises ValueError once more than max_share are bad."""
         reasons = {re.sub(rb"[\t\r\n]", b" ", os.fsencode(name)): reason.encode() for name, reason in failures}
         if not reasons.keys() - self.names:
             return
-        self.names |= self._read()
-        with self.file.open("ab") as out:  # bytes, since a name need not be valid text
+        if self.file.exists():  # written by a run that this one resumes, or by another process of it
+            self.names |= {line.split(b"\t")[0] for line in self.file.read_bytes().splitlines()}
+        with self.file.open("ab") as out:
             out.writelines(name + b"\t" + reason + b"\n" for name, reason in reasons.items() if name not in self.names)
         self.names |= reasons.keys()
         if len(self.names) > self.max_share * self.num_images:

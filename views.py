@@ -179,7 +179,6 @@ class Photometric:
             solarize=solarize < _constant(self.p_solarize, device) if any(self.p_solarize) else None,
         )
 
-    @torch.no_grad()
     def apply(self, views, draw):
         """Changes every view as drawn, the same way every time. Shapes as in __call__; views stay as they are."""
         pixels = rearrange(views, "b v c y x -> (b v) c y x")

@@ -48,8 +48,7 @@ def with_torchvision(view, draw, photometric, i, v):
     if draw.gray is not None and draw.gray[i, v]:
         x = TF.rgb_to_grayscale(x, 3)
     if draw.sigma is not None and draw.sigma[i, v] > 0:
-        taps = 2 * photometric.blur_radius + 1
-        x = TF.gaussian_blur(x, [taps, taps], [draw.sigma[i, v].item()] * 2)
+        x = TF.gaussian_blur(x, [17, 17], [draw.sigma[i, v].item()] * 2)
     if draw.solarize is not None and draw.solarize[i, v]:
         x = TF.solarize(x, photometric.threshold)
     return TF.normalize(x, list(IMAGENET_MEAN), list(IMAGENET_STD))
