@@ -124,6 +124,7 @@ def _play(argv, place, accident, output, model_file):
     sys.stdout = sys.stderr = file
     os.environ.update({name: str(value) for name, value in place.items()})
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # for the processes that read images, as in a run from a shell
     import train
     made, make_model = [], train.make_model
     train.make_model = lambda c: made.append(make_model(c)) or made[0]
