@@ -280,6 +280,15 @@ def test_the_number_of_workers_changes_nothing():
             assert_same(batch, expected)
 
 
+def test_workers_stay_when_a_loader_is_read_again():
+    loader = make_loader(TwoCrops(noise(), 8, seed=0), RunSampler(11, 4, stop=2), 1, "cpu")
+    processes = []
+    for _ in range(2):
+        assert len(list(loader)) == 2
+        processes += [worker.pid for worker in loader._iterator._workers]
+    assert processes[0] == processes[1]
+
+
 def test_collate_joins_failures():
     tensors = TwoCrops(noise(), 8, 0)[0][:3]
     items = [(*tensors, []), (*tensors, [("a", "x"), ("b", "y")]), (*tensors, [("c", "z")])]
