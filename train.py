@@ -12,10 +12,12 @@ Read next: evaluate.py.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -29,9 +31,12 @@ from tqdm import tqdm
 import checkpoint
 import data
 import distributed
+import evaluate
+import labels
 import losses
 import options
 import toy
+import visualize
 from backbone import ARCHITECTURES
 from lars import LARS
 from options import option
@@ -51,6 +56,7 @@ class Config:
     dataset: str = option("folder", "layout of the folder; a preset's layout falls back to a plain folder, and says so",
                           choices=(*data.LAYOUTS, "toy"))
     toy_scenes: int = option(0, "toy scenes drawn for training, preset toy only", low=0)
+    toy_test_scenes: int = option(256, "toy scenes of another seed, for the result at the end", low=8, free=True)
     # the networks
     arch: str = option("resnet50", "trunk; `tiny` is for toy images of about 64 px", choices=ARCHITECTURES)
     image_size: int = option(224, "side of a view, px [P]; the map is 32 (tiny: 4) times smaller", low=32, high=4096)
@@ -193,8 +199,9 @@ def make_optimizer(model: SlotCon, c: Config, lr: float) -> torch.optim.Optimize
 # ------------------------------------------------------------------------------------------ the run
 
 
-def train(c: Config, given: set[str], signals: distributed.StopSignals) -> None:
+def train(c: Config, given: set[str], signals: distributed.StopSignals, at_end: contextlib.ExitStack) -> None:
     """The whole run. Raises ValueError, with one line, for what the person at the keyboard can change, and Stopped."""
+    began = time.perf_counter()
     # ---- who, what, how many
     place = distributed.start(c.device, c.timeout)
     chief, device, folder = place.rank == 0, place.device, Path(c.output_dir)
@@ -237,6 +244,7 @@ def train(c: Config, given: set[str], signals: distributed.StopSignals) -> None:
     sampler = data.RunSampler(len(images), c.batch_size, place.rank, place.world_size, c.seed, position, sys.maxsize)
     workers = distributed.cores_per_process() if c.workers < 0 else c.workers
     batches = data.on_device(data.make_loader(crops, sampler, workers, device), device)
+    at_end.callback(batches.close)  # whatever ends the run: workers ignore the signal Python would end them with
     photometric = data.Photometric(c.brightness, c.contrast, c.saturation, c.hue, c.p_jitter, c.p_gray, c.p_blur,
                                    p_solarize=c.p_solarize, solarize_threshold=c.solarize_threshold)
     luck = torch.Generator(device)
@@ -354,6 +362,23 @@ def train(c: Config, given: set[str], signals: distributed.StopSignals) -> None:
             raise Stopped(f"could not write {folder / 'backbone.pth'}: {error.strerror or error}; last.pth holds "
                           "everything, and the same command tries again") from None
         print(f"done     {step} steps; {folder / 'backbone.pth'} is the teacher's trunk under torchvision's names")
+        if c.dataset == "toy":
+            show_toy(c, model, folder, began)
+
+
+def show_toy(c: Config, model: SlotCon, folder: Path, began: float) -> None:
+    """What the prototypes found in scenes never trained on: result.json, a table, groups.png."""
+    scenes = toy.ToyImages(labels.UNSEEN, c.toy_test_scenes)
+    untrained = evaluate.untrained_like(dataclasses.asdict(c), "cpu", c.seed)
+    report = evaluate.toy_report(model.teacher, untrained, scenes.images, scenes.semantic, model.center.device)
+    report["seconds"] = round(time.perf_counter() - began, 1)
+    write_json(folder / "result.json", report)
+    shown, _ = evaluate.segment(model.teacher.eval(), scenes.images[:8])
+    visualize.save_groups(folder / "groups.png", scenes.images[:8], shown, scenes.semantic[:8], c.num_prototypes,
+                          toy.CLASS_NAMES, report["matching"], report["iou"])
+    print(f"\n{len(scenes)} scenes never trained on, {report['seconds']:.0f} s in all\n")
+    print(evaluate.format_table(report))
+    print(f"\nlook at  {folder / 'groups.png'}; the numbers are in {folder / 'result.json'}", flush=True)
 
 
 class Stopped(Exception):
@@ -576,8 +601,8 @@ def main(argv: list[str] | None = None) -> int:
         if c.check_data:
             check_data(c, given)
         else:
-            with distributed.StopSignals() as signals:
-                train(c, given, signals)
+            with distributed.StopSignals() as signals, contextlib.ExitStack() as at_end:
+                train(c, given, signals, at_end)
     except ValueError as error:
         return fail(error, 2)
     except Stopped as error:
@@ -595,9 +620,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def fail(reason: Exception | str, status: int) -> int:
-    """One line on stderr. One process of many ends here without a goodbye, for which it could wait in vain."""
+    """One line on stderr. One process of many ends at once: a goodbye to the others could wait for ever."""
     print(f"train.py: {reason}", file=sys.stderr, flush=True)
-    distributed.leave(status)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        distributed.end_now(status)
     return status
 
 
