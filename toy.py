@@ -153,8 +153,8 @@ def bricks(p, q, table):
     return np.where(mortar, -1.0, 0.2 + 0.6 * _cell(p, q, table))
 
 
-def rings(p, q, table):
-    return wave(np.sqrt(p * p + q * q))
+def gloss(p, q, table):
+    return wave(np.sqrt(p * p + q * q) + 0.25)  # bright in the middle
 
 
 def checks(p, q, table):
@@ -189,8 +189,8 @@ class Fill(NamedTuple):
 FISH = Fill(stripes, (3.0, 3.8), 0.03)
 FILLS = (  # in the order of PART_NAMES
     Fill(grain, (1.2, 1.6), 0.5), Fill(waves, (6.0, 8.0), 0.04), Fill(bricks, (5.0, 6.5), 0.02),
-    Fill(rings, (3.6, 4.6), 0.5), Fill(checks, (4.6, 5.6), 0.02), FISH, FISH,
-    Fill(dots, (4.0, 5.0), 0.5), Fill(leaves, (3.0, 4.0), 0.5), Fill(bark, (1.5, 2.0), 0.02))
+    Fill(gloss, (24.0, 32.0), 0.5), Fill(checks, (4.6, 5.6), 0.02), FISH, FISH,
+    Fill(dots, (6.0, 7.5), 0.5), Fill(leaves, (3.0, 4.0), 0.5), Fill(bark, (1.5, 2.0), 0.02))
 
 
 # ------------------------------------- shapes: (u, v) in radii from the centre, v down -> one mask (y x) per part
@@ -270,7 +270,7 @@ def _look(stream: Stream, dials: Dials, part: int, hue: float) -> Look:
     color = _color(hue, stream.uniform(0.25, 0.65), stream.uniform(0.45, 0.7))
     turn = direction(stream.uniform(-fill.tilt, fill.tilt))
     phase = (stream.uniform(0.0, 32.0), stream.uniform(0.0, 32.0))
-    phase = (0.0, 0.0) if fill.texture is rings else phase  # rings have a centre, the object's
+    phase = (0.0, 0.0) if fill.texture is gloss else phase  # gloss has a centre, the object's
     return Look(part, color, stream.uniform(*dials.texture), stream.uniform(*fill.period), turn, phase)
 
 

@@ -16,9 +16,9 @@ def digest(*arrays: np.ndarray) -> str:
 
 # Computed once; equal on every machine and numpy version, or the generator is broken.
 FROZEN = {
-    "scene": "f78d8d13191502b4",
-    "object_centric": "c8dac61245df3933",
-    "driving": "186952cce8c104a7",
+    "scene": "ed8e394d5a1c0cb3",
+    "object_centric": "0ce4dc50f7e5cb23",
+    "driving": "465a6255acf8e6b0",
     "flat": "2c4480c614577f7a",
 }
 
@@ -32,7 +32,7 @@ def test_scenes_are_the_same_on_every_machine(preset):
 
 def test_frame_pairs_are_the_same_on_every_machine():
     pair = toy.frame_pair(5, 3)
-    assert digest(*pair.first, *pair.second, pair.flow, pair.visible) == "d02d4a8448c8cfbc"
+    assert digest(*pair.first, *pair.second, pair.flow, pair.visible) == "838348dd684b3166"
 
 
 def test_the_stream_is_splitmix64():
