@@ -129,11 +129,18 @@ def lost(error: RuntimeError) -> str:
     """What is lost, in a few words, if this error says that another process is; else nothing."""
     line = re.sub(r"\[\S*/\S*\] *", "", str(error).strip().splitlines()[0])[:120]  # without the place in C++
     if line.startswith("DataLoader worker"):
-        return f"a process that reads images has died, often for want of memory ({line})"
+        return reader_died(line)
     many = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if many and (isinstance(error, dist.DistError) or GONE.search(line)):
         return f"process {os.environ['RANK']} has lost contact with another process ({line})"
     return ""
+
+
+def reader_died(line: str) -> str:
+    """The same for a process that reads images, said once: PyTorch would repeat it with a trace."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return f"a process that reads images has died, often for want of memory: try fewer --workers ({line})"
 
 
 def finish() -> None:

@@ -439,7 +439,7 @@ def next_batch(batches, skipped: data.Skipped, c: Config, b: int, device: torch.
     except (ValueError, RuntimeError, OSError) as error:
         black = data.Batch(torch.zeros(b, 2, 3, c.image_size, c.image_size, dtype=torch.uint8, device=device),
                            torch.zeros(b, 2, 4, device=device), torch.zeros(b, 2, dtype=torch.bool, device=device), [])
-        return black, f"no more images: {last_line(error)}"
+        return black, no_more_images(error)
     try:
         skipped.record(batch.failures)
     except ValueError as error:
@@ -449,10 +449,12 @@ def next_batch(batches, skipped: data.Skipped, c: Config, b: int, device: torch.
     return batch, ""
 
 
-def last_line(error: Exception) -> str:
-    """What a worker process died of: the end of the trace that it sends."""
-    line = str(error).strip().splitlines()[-1]
-    return line.partition("Error: ")[2] or line
+def no_more_images(error: Exception) -> str:
+    """What stopped the processes that read images: a ValueError is of the images, anything else of the processes."""
+    line = str(error).strip().splitlines()[-1]  # of the trace that a process sends
+    if isinstance(error, ValueError):
+        return f"no more images: {line.partition('ValueError: ')[2] or line}"
+    return distributed.reader_died(line)
 
 
 def check_position(path: Path, positions: list[int]) -> None:
