@@ -137,11 +137,11 @@ COCO = Config(dataset="coco")
 PRESETS = {
     # Every hyper-parameter may differ from the published recipe here, the method does not.
     "toy": dataclasses.replace(
-        COCO, preset="toy", dataset="toy", toy_scenes=768, arch="tiny", image_size=64, num_prototypes=16,
-        dim_hidden=128, dim_out=64, temp_teacher=0.03, min_area=0.2, brightness=0.5, contrast=0.5, saturation=0.3,
-        hue=0.5, p_jitter=1.0, p_blur=(0.0, 0.0), p_solarize=(0.5, 0.5), solarize_threshold=0, optimizer="adamw",
-        batch_size=32, base_lr=0.04, weight_decay=0.01, epochs=33, warmup_epochs=1.25, workers=1,
-        keep_every=0, save_every=10,
+        COCO, preset="toy", dataset="toy", toy_scenes=768, arch="tiny", image_size=48, num_prototypes=16,
+        dim_hidden=64, dim_out=32, temp_teacher=0.03, momentum_teacher_end=0.99, min_area=0.2, brightness=0.2,
+        contrast=0.2, saturation=0.3, hue=0.5, p_jitter=1.0, p_blur=(0.0, 0.0), p_solarize=(0.5, 0.5),
+        solarize_threshold=0, optimizer="adamw", batch_size=16, base_lr=0.16, weight_decay=0.01, epochs=30,
+        warmup_epochs=0.625, channels_last=True, workers=1, log_every=20, save_every=10, keep_every=0,
     ),
     "coco-r50": COCO,
     "cocoplus-r50": dataclasses.replace(COCO, preset="cocoplus-r50", dataset="cocoplus"),
