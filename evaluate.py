@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,7 @@ import labels
 import metrics
 import options
 import probes
+import toy
 from checkpoint import load_network
 from grouping import GroupingNetwork
 from segments import centre_view, open_pictures, segment, stream, winner
@@ -92,8 +94,10 @@ def rgb_kmeans(pixels: Tensor, num_groups: int, seed: int = 0) -> Segmenter:
     """k-means on colours alone, the baseline that anything learned must beat. pixels (n 3) uint8 to fit it to."""
     colors = pixels.double().numpy()
     distinct = len(np.unique(colors, axis=0))  # more centres than colours cannot be told apart
-    centers, _ = kmeans2(colors, min(num_groups, distinct), iter=20, minit="++", missing="warn",
-                         rng=np.random.default_rng(seed))
+    start = "++" if num_groups <= 64 else "points"  # scipy's k-means++ takes k * k * n steps: minutes from 256 on
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "One of the clusters is empty")  # then it keeps its place, and wins nothing
+        centers, _ = kmeans2(colors, min(num_groups, distinct), minit=start, rng=np.random.default_rng(seed), iter=20)
     tree = KDTree(centers)
 
     def segmenter(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,7 +138,7 @@ def compare(
 
 def toy_report(
     network: GroupingNetwork, untrained_network: GroupingNetwork, images: Tensor, labels: Tensor, device="cpu",
-    class_names: Sequence[str] = labels.toy.CLASS_NAMES, batch_size: int = 64,
+    class_names: Sequence[str] = toy.CLASS_NAMES, batch_size: int = 64,
 ) -> dict:  # fmt: skip
     """`compare` on pictures in memory: images (n 3 y x) uint8 and labels (n y x) of scenes never trained on."""
     networks = [each.to(device).eval() for each in (network, untrained_network)]
@@ -177,7 +181,7 @@ def segmentation(args: argparse.Namespace) -> dict:
     network, config = load_network(args.checkpoint, args.which, args.device)
     untrained = untrained_like(config, args.device)
     pictures = open_labelled(args, config)
-    sizes = args.size or ([config["image_size"]] if args.dataset == "toy" else [320, 224])  # 320 [P], 224 [U]
+    sizes = args.size or ([config.get("image_size", 224)] if args.dataset == "toy" else [320, 224])  # 320 [P], 224 [U]
     result = dict(notice=pictures.notice, classes=len(pictures.class_names), sizes={})
     by_color = None
     for size in sizes:
@@ -189,8 +193,9 @@ def segmentation(args: argparse.Namespace) -> dict:
             by_color = rgb_kmeans(sample_pixels(images for _, (images, _) in batches(spread, "k-means")),
                                   config["num_prototypes"])
         report = compare(network, untrained, by_color, batches(pictures, f"{size} px"), pictures.class_names)
-        print(f"\n{len(pictures)} pictures of {size} px, {pictures.notice or args.dataset}, "
-              f"k = {config['num_prototypes']}\n{format_table(report)}")
+        about = f"{args.dataset}: {pictures.notice}" if pictures.notice else args.dataset
+        print(f"\n{len(pictures)} pictures of {size} px, {about}, k = {config['num_prototypes']}")
+        print(format_table(report))
         for name, value in report.get("iou", {}).items():
             print(f"  {name:<18}{'absent' if value is None else f'{value:.3f}'}")
         result["sizes"][size] = report
@@ -215,7 +220,7 @@ def slot_counts(network: GroupingNetwork, batches: Iterable[tuple[Tensor, Tensor
 def slots(args: argparse.Namespace) -> dict:
     network, config = load_network(args.checkpoint, args.which, args.device)
     pictures = open_pictures(args.dataset, args.data_dir, args.limit)
-    view = centre_view(args.size or config["image_size"])
+    view = centre_view(args.size or config.get("image_size", 224))
     active, pictures_with = slot_counts(network, stream(pictures, view, args.batch_size, args.workers, "slots"))
     read = max(int(pictures_with.sum()), 1)
     order = active.argsort(descending=True, stable=True)
@@ -229,6 +234,7 @@ def slots(args: argparse.Namespace) -> dict:
           f"{len(seen)} of {len(active)} are active somewhere")
     for title, some in (("most often", top), ("least often, of those ever active", bottom)):
         print(f"{title}: " + ", ".join(f"prototype {each['prototype']} ({each['pictures']})" for each in some))
+    print(f"the plot is in {args.plot}; visualize.py prototypes --show extremes draws their best segments")
     return dict(**report, plot=args.plot)
 
 
@@ -278,7 +284,7 @@ def probe(args: argparse.Namespace) -> dict:
     if args.labelled:
         order = torch.randperm(len(seen), generator=torch.Generator().manual_seed(0))
         seen = seen.subset(order[: args.labelled].sort().values.tolist())
-    size = (args.size or [config["image_size"] if args.dataset == "toy" else 320])[0]
+    size = (args.size or [config.get("image_size", 224) if args.dataset == "toy" else 320])[0]
 
     def batches(pictures, title):
         return stream(pictures, partial(labels.square, size=size), args.batch_size, args.workers, title)
@@ -340,7 +346,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         add("--list", help="coco_stuff: file of picture ids, one per line; default: the curated ones, by rule")
         add("--num-classes", type=positive, help="folder: ids go from 0 to this - 1; default: classes.txt, or a look")
         add("--toy-scenes", type=positive, default=256, help="toy: how many (256)")
-        add("--toy-preset", choices=tuple(labels.toy.PRESETS), default="scene", help="toy: which kind (scene)")
+        add("--toy-preset", choices=tuple(toy.PRESETS), default="scene", help="toy: which kind (scene)")
         if run is probe:
             add("--labelled", type=whole, default=0, help="learn from N random labelled pictures only; 0: all")
     return parser.parse_args(argv)

@@ -170,9 +170,9 @@ def _coco_stuff(root: Path, split: str | None, list_file: str | Path | None = No
         names = [Path(line.strip()).stem for line in _lines(list_file) if line.strip()]
     if not names:
         raise ValueError(f"no picture of {labels} is curated: 360 px on both sides and 3/4 stuff")
-    notice = f"{len(names)} curated pictures"
+    notice = "curated pictures"
     if split == "val2017" and list_digest(names) != PUBLISHED_LIST:
-        notice += "; NOT the published list of 2,175, so the numbers compare with no paper"
+        notice += ", NOT the published list of 2,175: the numbers compare with no paper"
     fine = [labels / f"{name}.png" for name in names]
     images = _pictures(root / split, [f"{name}.jpg" for name in names], fine)
     return Labelled(images, partial(_coarse_of, fine), COARSE_NAMES, notice)
@@ -203,7 +203,7 @@ def _coco_things(root: Path, split: str | None) -> Labelled:
     pictures = sorted((p for p in coco.imgs.values() if coco.imgToAnns[p["id"]]), key=lambda p: p["file_name"])
     images = _pictures(root / split, [picture["file_name"] for picture in pictures])
     paint = partial(_things_of, coco, pictures)
-    return Labelled(images, paint, COARSE_NAMES[:FIRST_STUFF], f"{len(images)} pictures, things only")
+    return Labelled(images, paint, COARSE_NAMES[:FIRST_STUFF], "things only, everything else is left out")
 
 
 VOC_NAMES = (

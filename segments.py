@@ -162,9 +162,8 @@ class Retrieval:
         """indices (b) int64 of the pictures, ascending over all calls; similarity (b k h w)."""
         found = rearrange(segment_scores(similarity), "b k -> k b").float().cpu()
         self.active += found.isfinite().sum(dim=1)  # over b
-        # Stable, and with the older ones in front: topk would break ties anyhow.
+        # Stable, and with the older ones in front, so that at a tie the earlier picture stays, and at -inf the -1.
         scores, order = torch.cat([self.scores, found], dim=1).sort(dim=1, descending=True, stable=True)
         candidates = torch.cat([self.pictures, indices.expand_as(found)], dim=1)
         top = self.scores.shape[1]
-        self.scores, self.pictures = scores[:, :top].clone(), candidates.gather(1, order)[:, :top]
-        self.pictures = torch.where(self.scores.isfinite(), self.pictures, -1)
+        self.scores, self.pictures = scores[:, :top], candidates.gather(1, order)[:, :top]

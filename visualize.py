@@ -134,7 +134,7 @@ def save_prototypes(
 def prototypes(args: argparse.Namespace) -> dict:
     network, config = load_network(args.checkpoint, args.which, args.device)
     pictures = open_pictures("folder" if args.data_dir else "toy", args.data_dir, args.limit)
-    view = centre_view(args.size or config["image_size"])
+    view = centre_view(args.size or config.get("image_size", 224))
     found = retrieve(network, pictures, view, args.top, args.batch_size, args.workers)
     chosen = choose_prototypes(found.active, args.show, args.count)
     if not chosen:
@@ -234,8 +234,8 @@ def save_parts(file: Path, network: GroupingNetwork, images: Tensor, temperature
     slots = min(slots, k)
     figure = Figure((1.7 * (3 + slots), 1.95 * len(images) + 0.9), layout="constrained")
     figure.suptitle("Colours mean prototypes, the same in every row. A slot's map: how surely each place belongs to "
-                    "its prototype.\nFeatures: the first three principal components of the embeddings, alike where "
-                    "alike.", fontsize=9)
+                    "its prototype.\nFeatures: the first three principal components of the embeddings; like colours, "
+                    "like features.", fontsize=9)
     axes = figure.subplots(len(images), 3 + slots, squeeze=False)
     for row, image in zip(range(len(images)), images):
         picture = rearrange(image, "c y x -> y x c").numpy() / 255
@@ -255,7 +255,7 @@ def save_parts(file: Path, network: GroupingNetwork, images: Tensor, temperature
 
 def groups(args: argparse.Namespace) -> dict:
     network, config = load_network(args.checkpoint, args.which, args.device)
-    view = centre_view(args.size or config["image_size"])
+    view = centre_view(args.size or config.get("image_size", 224))
     if args.images:
         pictures = ImageFiles(".", np.array([str(Path(image).absolute()) for image in args.images]))
     else:

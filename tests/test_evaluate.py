@@ -50,7 +50,7 @@ def save_checkpoint(path, arch="tiny", **config):
     network = GroupingNetwork(arch, K, 12, 6)
     state = {f"{which}.{k}": v for which in ("student", "teacher") for k, v in network.state_dict().items()}
     checkpoint.save(path, dict(model=state, config=dict(dict(image_size=32, temp_teacher=0.07), **config)))
-    checkpoint.save(path.with_name("backbone.pth"), {"conv1.weight": torch.zeros(64, 3, 7, 7)})
+    checkpoint.save(path.with_name("backbone.pth"), checkpoint.backbone_state(state))
     return str(path)
 
 
