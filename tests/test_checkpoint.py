@@ -187,7 +187,7 @@ def test_the_model_is_found_in_our_checkpoints_in_released_ones_and_in_bare_stat
 
 
 def test_a_file_without_slotcon_is_refused_by_what_it_holds(model):
-    with pytest.raises(ValueError, match=r"a.pth is a backbone only, without projector and prototypes"):
+    with pytest.raises(ValueError, match=r"a.pth is a backbone only \(resnet18\), without projector"):
         checkpoint.model_state(torchvision.models.resnet18().state_dict(), "a.pth")
     with pytest.raises(ValueError, match=r"a.pth holds no SlotCon: expected student.\* or encoder_q.\*, found epoch"):
         checkpoint.model_state(dict(epoch=3, loss=1.0), "a.pth")
