@@ -217,22 +217,26 @@ def slot_counts(network: GroupingNetwork, batches: Iterable[tuple[Tensor, Tensor
     return active, pictures_with
 
 
+def slot_report(active: Tensor, pictures_with: Tensor) -> dict:
+    """The statistics of the slides from the counts of `slot_counts`; the least active of those ever active."""
+    read = max(int(pictures_with.sum()), 1)
+    seen = [int(k) for k in active.argsort(descending=True, stable=True) if active[k] > 0]
+    top, bottom = ([dict(prototype=k, pictures=int(active[k])) for k in some] for some in (seen[:5], seen[:-6:-1]))
+    return dict(pictures=read, num_prototypes=len(active), occupied_per_image=int(active.sum()) / read,
+                prototypes_used=len(seen), top=top, bottom=bottom, active=active.tolist(),
+                pictures_with=pictures_with.tolist())
+
+
 def slots(args: argparse.Namespace) -> dict:
     network, config = load_network(args.checkpoint, args.which, args.device)
     pictures = open_pictures(args.dataset, args.data_dir, args.limit)
     view = centre_view(args.size or config.get("image_size", 224))
-    active, pictures_with = slot_counts(network, stream(pictures, view, args.batch_size, args.workers, "slots"))
-    read = max(int(pictures_with.sum()), 1)
-    order = active.argsort(descending=True, stable=True)
-    seen = [int(k) for k in order if active[k] > 0]
-    top, bottom = ([dict(prototype=k, pictures=int(active[k])) for k in some] for some in (seen[:5], seen[:-6:-1]))
-    report = dict(pictures=read, num_prototypes=len(active), occupied_per_image=int(active.sum()) / read,
-                  prototypes_used=len(seen), top=top, bottom=bottom, active=active.tolist(),
-                  pictures_with=pictures_with[: int(pictures_with.nonzero().max()) + 1].tolist())
+    counts = slot_counts(network, stream(pictures, view, args.batch_size, args.workers, "slots"))
+    report = slot_report(*counts)
     plot_slots(Path(args.plot), report)
-    print(f"{report['occupied_per_image']:.2f} slots are active per picture, over {read} pictures; "
-          f"{len(seen)} of {len(active)} are active somewhere")
-    for title, some in (("most often", top), ("least often, of those ever active", bottom)):
+    print(f"{report['occupied_per_image']:.2f} slots are active per picture, over {report['pictures']} pictures; "
+          f"{report['prototypes_used']} of {report['num_prototypes']} are active somewhere")
+    for title, some in (("most often", report["top"]), ("least often, of those ever active", report["bottom"])):
         print(f"{title}: " + ", ".join(f"prototype {each['prototype']} ({each['pictures']})" for each in some))
     print(f"the plot is in {args.plot}; visualize.py prototypes --show extremes draws their best segments")
     return dict(**report, plot=args.plot)
@@ -244,7 +248,8 @@ def plot_slots(file: Path, report: dict) -> None:
 
     figure = Figure((10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.bar(range(len(report["pictures_with"])), report["pictures_with"], color="#0072B2")
+    most = max(number for number, pictures in enumerate(report["pictures_with"]) if pictures or number == 0)
+    left.bar(range(most + 1), report["pictures_with"][: most + 1], color="#0072B2")
     left.axvline(report["occupied_per_image"], color="#D55E00", label=f"mean {report['occupied_per_image']:.1f}")
     left.set(title="How many slots are active in a picture", xlabel="active slots", ylabel="pictures")
     left.legend(frameon=False)
