@@ -230,7 +230,8 @@ def test_slot_counts_are_those_of_a_loop_over_pictures():
 def test_the_least_active_slots_are_the_least_of_those_ever_active():
     report = evaluate.slot_report(torch.tensor([3, 0, 9, 9, 1, 2, 4, 0]), torch.tensor([1, 0, 4, 0, 5, 0, 0, 0, 0]))
     assert [each["prototype"] for each in report["top"]] == [2, 3, 6, 0, 5]
-    assert [(each["prototype"], each["pictures"]) for each in report["bottom"]] == [(4, 1), (5, 2), (0, 3), (6, 4), (3, 9)]
+    assert [each["prototype"] for each in report["bottom"]] == [4, 5, 0, 6, 3]
+    assert [each["pictures"] for each in report["bottom"]] == [1, 2, 3, 4, 9]
     assert report["prototypes_used"] == 6 and report["pictures"] == 10 and report["occupied_per_image"] == 2.8
 
 
@@ -284,9 +285,20 @@ def test_a_neighbour_votes_with_its_classes_and_the_nearer_the_more():
     assert scores[:, 1].tolist() == pytest.approx([0.25, 0.75], abs=1e-3)
 
 
+def test_a_probe_is_scored_by_the_names_it_gives():
+    images, label = colored()
+    network = ByColor()
+    network.backbone = torch.nn.Identity()  # its largest channel is the class
+    classifiers = dict(right=lambda maps: maps, turned=lambda maps: maps.roll(1, dims=1))
+    report = evaluate.score_probes(network, classifiers, [(None, (images, label))], NAMES)
+    assert report["right"]["miou"] == report["right"]["accuracy"] == 1 and report["right"]["iou"]["green"] == 1
+    assert report["turned"]["miou"] == report["turned"]["accuracy"] == 0
+
+
 def test_probe_compares_with_a_random_backbone_and_learns_from_few_labels(trained, capsys):
     code, result, out, _ = run("probe", trained, "--toy-scenes", 6, "--labelled", 3, capsys=capsys)
     assert code == 0 and result["labelled_pictures"] == 3 and result["pictures"] == 6 and "random backbone" in out
+    assert result["trained"] != result["random_backbone"]
     for row in ("trained", "random_backbone"):
         for kind in ("linear", "neighbors"):
             assert 0 < result[row][kind]["miou"] <= 1 and len(result[row][kind]["iou"]) == 8
