@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange, reduce
+from einops import rearrange, reduce, repeat
 
 # -------------------------------------------------------------------------------------- geometric covariance
 
@@ -270,8 +270,8 @@ def turn_hue(pixels, turns):
     hue = torch.lerp(hue, green - blue, red_leads) / (6 * chroma).clamp_(min=1e-12)  # grey has no hue: 0
     opposite = _constant((1 / 2, 1 / 6, -1 / 6), pixels.device)  # of red, green, blue, seen from the hue's zero
     distance = rearrange(hue, "n y x -> n 1 y x") + _per_view(turns) + opposite[:, None, None]
-    distance = (distance - distance.round()).abs_()
-    return torch.addcmul(top[:, None], chroma[:, None], (2 - 6 * distance).clamp_(0, 1), value=-1)
+    missing = (distance - distance.round()).abs_().mul_(-6).add_(2).clamp_(0, 1)  # in place: kind to the cache
+    return torch.addcmul(top[:, None], chroma[:, None], missing, value=-1)
 
 
 def gaussian_blur(pixels, sigma, radius):
@@ -280,7 +280,7 @@ def gaussian_blur(pixels, sigma, radius):
     pixels: (n 3 y x). sigma: (n) pixels, 0 = sharp. radius: taps on each side of the centre.
     """
     with torch.autocast(pixels.device.type, enabled=False):  # half precision would show as bands
-        matrices = {length: _blur_matrix(sigma, min(radius, length - 1), length) for length in pixels.shape[2:]}
+        matrices = {length: _blur_matrix(sigma, min(radius, length - 1), length) for length in {*pixels.shape[2:]}}
         for _ in range(2):  # along y, then along what was x: each pass swaps the two
             pixels = _blur_columns(pixels, matrices[pixels.shape[2]], radius)
     return pixels
@@ -300,12 +300,13 @@ def _blur_matrix(sigma, radius, length):
     tap = torch.arange(-radius, radius + 1, device=sigma.device)
     weights = torch.exp(-0.5 * (tap / sigma[:, None].clamp(min=1e-3)) ** 2)  # 1e-3: sharp, without 0 / 0
     weights = weights / weights.sum(dim=1, keepdim=True)  # over taps
-    return einsum(weights, _mirrored_taps(radius, length, sigma.device), "n tap, tap y i -> n y i")
+    source = repeat(_mirrored_taps(radius, length, sigma.device), "y tap -> n y tap", n=len(sigma))
+    matrix = torch.zeros(len(sigma), length, length, device=sigma.device)
+    return matrix.scatter_add_(2, source, repeat(weights, "n tap -> n y tap", y=length))  # over i
 
 
 @functools.lru_cache(maxsize=8)
 def _mirrored_taps(radius, length, device):
-    """(tap y i) 0 or 1: whether this tap of pixel y reads pixel i, counted back from a border it would cross."""
-    source = torch.arange(length)[None] + torch.arange(-radius, radius + 1)[:, None]
-    source = length - 1 - (length - 1 - source.abs()).abs()
-    return F.one_hot(source, length).float().to(device)
+    """(y tap): the pixel that this tap of pixel y reads, counted back from a border it would cross."""
+    source = torch.arange(length)[:, None] + torch.arange(-radius, radius + 1)
+    return (length - 1 - (length - 1 - source.abs()).abs()).to(device)
