@@ -96,14 +96,11 @@ def exchange(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
 class StopSignals:
     """SIGTERM, SIGINT and SIGUSR1 ask the run to end after its step; a second SIGINT ends it at once.
 
-    `torchrun` passes on the SIGINT that a terminal has sent to everybody, so under it the third is the second.
     Used as `with StopSignals() as signals`, after which signals mean what they did before.
     """
 
     def __init__(self):
-        self.received = ""
-        self.interrupts = 0
-        self.patience = 2 if "TORCHELASTIC_RUN_ID" in os.environ else 1
+        self.received, self.interrupted = "", False
 
     def __enter__(self) -> StopSignals:
         there = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]  # Windows has no SIGUSR1
@@ -115,9 +112,9 @@ class StopSignals:
             signal.signal(number, handler)
 
     def note(self, number: int, _frame) -> None:
-        self.interrupts += number == signal.SIGINT
-        if self.interrupts > self.patience:
+        if self.interrupted and number == signal.SIGINT:
             end_now(130)
+        self.interrupted = self.interrupted or number == signal.SIGINT
         self.received = self.received or signal.Signals(number).name
 
 
@@ -134,6 +131,14 @@ def lost(error: RuntimeError) -> str:
     if many and (isinstance(error, dist.DistError) or GONE.search(line)):
         return f"process {os.environ['RANK']} has lost contact with another process ({line})"
     return ""
+
+
+def out_of_memory(error: RuntimeError) -> str:
+    """What did not fit into the memory of a GPU or of the machine, in a few words, if this error says so."""
+    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        return ""
+    wanted = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+    return "out of memory" + (f" ({wanted[1]} more were wanted)" if wanted else "")
 
 
 def reader_died(line: str) -> str:

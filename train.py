@@ -61,8 +61,8 @@ class Config:
     arch: str = option("resnet50", "trunk; `tiny` is for toy images of about 64 px", choices=ARCHITECTURES)
     image_size: int = option(224, "side of a view, px [P]; the map is 32 (tiny: 4) times smaller", low=32, high=4096)
     num_prototypes: int = option(256, "k; 256 for COCO and COCO+, 2048 for ImageNet [P]", low=2, high=1_000_000)
-    dim_hidden: int = option(4096, "hidden width of projector and predictor [O]", low=1, high=1_000_000)
-    dim_out: int = option(256, "d, width of embeddings, prototypes and slots [O]", low=1, high=1_000_000)
+    dim_hidden: int = option(4096, "hidden width of projector and predictor [O]", low=1, high=65_536)
+    dim_out: int = option(256, "d, width of embeddings, prototypes and slots [O]", low=1, high=65_536)
     # the losses
     group_weight: float = option(0.5, "lambda of the group loss; the slot loss has 1 - lambda; at 1 it is skipped [P]",
                                  low=0, high=1)
@@ -612,6 +612,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return fail("interrupted", 130)
     except RuntimeError as error:
+        if distributed.out_of_memory(error):
+            return fail(f"{distributed.out_of_memory(error)}: take a smaller --batch-size, --image-size or network, or "
+                        "more passes by --accumulate", 2)
         if not distributed.lost(error):
             raise
         last = Path(c.output_dir) / "last.pth"

@@ -100,7 +100,8 @@ def test_the_help_names_every_option_and_where_its_value_comes_from(capsys):
 ABSURD = [
     ("--batch-size", "0"), ("--batch-size", "1"), ("--batch-size", "-4"), ("--batch-size", "four"),
     ("--epochs", "0"), ("--epochs", "-1"), ("--epochs", "1e3"), ("--image-size", "31"), ("--image-size", "100000"),
-    ("--num-prototypes", "1"), ("--dim-hidden", "0"), ("--dim-out", "-7"), ("--group-weight", "1.5"),
+    ("--num-prototypes", "1"), ("--dim-hidden", "0"), ("--dim-out", "-7"), ("--dim-hidden", "1000000"),
+    ("--group-weight", "1.5"),
     ("--temp-student", "0"), ("--temp-teacher", "-0.07"), ("--temp-slot", "nan"), ("--temp-pool", "nan"),
     ("--momentum-teacher", "1.01"), ("--momentum-center", "nan"), ("--base-lr", "-1"), ("--base-lr", "inf"),
     ("--weight-decay", "nan"), ("--warmup-epochs", "-5"), ("--hue", "0.6"), ("--min-area", "0"),
@@ -148,6 +149,29 @@ def test_what_cannot_be_is_one_line_with_status_2_and_nothing_is_written(
     assert out == ""
     assert len(err.splitlines()) == 1 and err.startswith("train.py: ") and says in err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+CPU_FULL = RuntimeError("[enforce fail at alloc.cpp:1] . DefaultCPUAllocator: can't allocate memory: you tried to "
+                        "allocate 4000000 bytes. Error code 12")
+GPU_FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of\nmuch")
+
+
+@pytest.mark.parametrize("error, says", [(CPU_FULL, "4000000 bytes"), (GPU_FULL, "2.50 GiB")])
+def test_a_full_memory_is_one_line_with_what_to_do(error, says, photographs, tmp_path, monkeypatch, capsys):
+    def full(_):
+        raise error
+
+    monkeypatch.setattr(train, "make_model", full)
+    assert train.main(staged.command_line(tmp_path / "out", photographs=photographs)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"train.py: out of memory ({says} more were wanted): take a smaller --batch-size")
+    assert len(err.splitlines()) == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_other_errors_of_the_program_are_not_hidden(photographs, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "make_model", lambda _: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError):
+        train.main(staged.command_line(tmp_path / "out", photographs=photographs))
 
 
 def test_a_real_process_says_one_line_too_and_ends_with_status_2(photographs, tmp_path):
