@@ -110,6 +110,8 @@ class Config:
                       choices=("auto", "bf16", "fp16", "off"), free=True)
     channels_last: bool | None = option(None, "memory format of the convolutions (default: on a CUDA GPU)", free=True)
     compile: bool = option(False, "torch.compile both networks: minutes at the start, faster steps", free=True)
+    threads: int = option(0, "of a CPU process for arithmetic, 0: torch's choice; results differ in the last bits", low=0,
+                          high=4096, free=True)
     workers: int = option(-1, "processes per rank that decode and crop; 0: none, -1: one per core up to 8", low=-1,
                           high=512, free=True)
     timeout: float = option(600.0, "seconds after which a silent process counts as lost", low=1, high=1e6, free=True)
@@ -141,7 +143,7 @@ PRESETS = {
         dim_hidden=64, dim_out=32, temp_teacher=0.03, momentum_teacher_end=0.99, min_area=0.2, brightness=0.2,
         contrast=0.2, saturation=0.3, hue=0.5, p_jitter=1.0, p_blur=(0.0, 0.0), p_solarize=(0.5, 0.5),
         solarize_threshold=0, optimizer="adamw", batch_size=16, base_lr=0.16, weight_decay=0.01, epochs=30,
-        warmup_epochs=0.625, channels_last=True, workers=1, log_every=20, save_every=10, keep_every=0,
+        warmup_epochs=0.625, channels_last=True, threads=1, workers=1, log_every=20, save_every=10, keep_every=0,
     ),
     "coco-r50": COCO,
     "cocoplus-r50": dataclasses.replace(COCO, preset="cocoplus-r50", dataset="cocoplus"),
@@ -203,6 +205,8 @@ def train(c: Config, given: set[str], signals: distributed.StopSignals, at_end: 
     """The whole run. Raises ValueError, with one line, for what the person at the keyboard can change, and Stopped."""
     began = time.perf_counter()
     # ---- who, what, how many
+    if c.threads:
+        torch.set_num_threads(c.threads)
     place = distributed.start(c.device, c.timeout)
     chief, device, folder = place.rank == 0, place.device, Path(c.output_dir)
     dtype = distributed.precision(c.amp, device)
