@@ -110,8 +110,8 @@ class Config:
                       choices=("auto", "bf16", "fp16", "off"), free=True)
     channels_last: bool | None = option(None, "memory format of the convolutions (default: on a CUDA GPU)", free=True)
     compile: bool = option(False, "torch.compile both networks: minutes at the start, faster steps", free=True)
-    threads: int = option(0, "of a CPU process for arithmetic, 0: torch's choice; results differ in the last bits", low=0,
-                          high=4096, free=True)
+    threads: int = option(0, "of a CPU process for arithmetic, 0: torch's choice; the last bits depend on it",
+                          low=0, high=4096, free=True)
     workers: int = option(-1, "processes per rank that decode and crop; 0: none, -1: one per core up to 8", low=-1,
                           high=512, free=True)
     timeout: float = option(600.0, "seconds after which a silent process counts as lost", low=1, high=1e6, free=True)
