@@ -1,0 +1,32 @@
+"""SlotCon learns: a third of the toy run finds groups that are classes, and the paper's temperature finds none."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def result_of(folder, *options) -> dict:
+    """result.json of ten epochs, 480 steps, of the toy preset."""
+    command = [sys.executable, "train.py", "--seed", "3", "--epochs", "10", "--output-dir", str(folder), *options]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_short_toy_run_beats_colour_and_chance(tmp_path):
+    result = result_of(tmp_path)
+    assert result["miou"] > 0.22 and result["nmi"] > 0.28
+    for baseline in ("untrained", "rgb_kmeans"):
+        assert result["miou"] > result[baseline]["miou"] + 0.08 and result["nmi"] > 3 * result[baseline]["nmi"]
+    assert result["prototypes_used"] >= 5
+
+
+@pytest.mark.slow
+def test_the_published_temperature_collapses_on_toy_scenes(tmp_path):
+    result = result_of(tmp_path, "--temp-teacher", "0.07")
+    assert result["miou"] < 0.15 and result["nmi"] < 0.15
