@@ -139,11 +139,11 @@ COCO = Config(dataset="coco")
 PRESETS = {
     # Every hyper-parameter differs from the published recipe here where a minute on a laptop asks for it, the method
     # does not. All [U]; what else was tried is in benchmarks/toy.md.
-    # The networks: 8 classes, so 16 prototypes; widths to match; a trunk that sees 17 px. The views are as large as the
-    #   mean crop of a 64 px scene: nothing is enlarged, and textures look as they do in the whole scenes shown at the end.
+    # The networks: 8 classes, so 16 prototypes; widths to match; a trunk that sees 17 px. A view has the size of a
+    #   typical crop of a 64 px scene: textures keep the scale that they have in the whole scenes shown at the end.
     # temp_teacher: a feature grows only if its correlation between the views exceeds temp_teacher / temp_student. 0.7,
-    #   as published, is more than an untrained trunk offers; the prototypes stay uniform for ever (loss 2 ln k).
-    # momentum_teacher_end: 1,440 steps are too few to slow the teacher down.
+    #   as published, is more than an untrained trunk offers.
+    # momentum_teacher_end: the teacher is as quick at the end as at the start, since things split off until the end.
     # The colours are the shortcut, so they say nothing: any hue, half of the views inverted (solarised from 0 up). The
     #   contrast is what untrained features see of a texture, so its jitter is mild, and nothing is blurred away.
     # The optimiser: many small steps, AdamW at 0.01. LARS (1.0 per 256) is made for large batches.
