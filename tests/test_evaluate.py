@@ -254,14 +254,17 @@ def test_cells_carry_the_shares_of_the_classes_they_cover():
     assert sorted(shares.tolist()) == [[0.0, 1.0, 0.0], [0.75, 0.0, 0.25]]
 
 
-def test_cells_without_a_label_are_dropped_and_memory_is_bounded():
+def test_cells_without_a_label_are_dropped_and_memory_is_bounded_with_every_picture_heard():
     backbone = torch.nn.AvgPool2d(2)
     backbone.register_parameter("unused", torch.nn.Parameter(torch.zeros(1)))
+    images = torch.arange(6).repeat_interleave(3 * 8 * 8).reshape(6, 3, 8, 8).to(torch.uint8)
     label = torch.full((6, 8, 8), IGNORE)
-    label[:, :2] = 1
-    batches = [(None, (torch.zeros(3, 3, 8, 8), label[:3]))] * 2
-    assert len(probes.collect_cells(backbone, batches, 6, 3)[0]) == 6 * 4
-    assert len(probes.collect_cells(backbone, batches, 6, 3, most=12)[0]) <= 12
+    label[:, :4] = 1
+    batches = [(None, (images[:3], label[:3])), (None, (images[3:], label[3:]))]
+    assert len(probes.collect_cells(backbone, batches, 6, 3)[0]) == 6 * 8
+    features, _ = probes.collect_cells(backbone, batches, 6, 3, most=48)
+    assert len(features) <= 48 and len(features[:, 0].unique()) == 6
+    assert len(probes.collect_cells(backbone, batches, 6, 3, most=2)[0]) <= 2
 
 
 def test_the_linear_probe_learns_what_is_linear_whatever_the_scale_of_the_features():
@@ -283,6 +286,9 @@ def test_a_neighbour_votes_with_its_classes_and_the_nearer_the_more():
     scores = probes.neighbor_probe(features, shares)(maps)[0, :, 0]  # (t, w)
     assert scores[:, 0].tolist() == pytest.approx([1, 0], abs=1e-3)
     assert scores[:, 1].tolist() == pytest.approx([0.25, 0.75], abs=1e-3)
+    between = torch.tensor([1.0, 1.1]).reshape(1, 2, 1, 1)  # the directions count, not the lengths
+    classify = probes.neighbor_probe(features * torch.tensor([[1.0], [9.0], [5.0]]), shares)
+    assert classify(between).equal(classify(between * 8)) and 0.3 < classify(between)[0, 0] < 0.9
 
 
 def test_a_probe_is_scored_by_the_names_it_gives():
