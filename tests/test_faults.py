@@ -32,6 +32,10 @@ import train
 from teacher import teacher_momentum
 
 
+def slowly_tested(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
     return draw_photographs(tmp_path_factory.mktemp("faults") / "photographs")
@@ -81,7 +85,7 @@ class Signals:
             time.sleep(0.01)  # or the system joins two into one
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", slowly_tested("SIGUSR1")])
 def test_all_processes_stop_at_the_step_at_which_one_was_asked_to(name, photographs, tmp_path):
     runs = play(tmp_path / "run", photographs=photographs, processes=2, accident=AtStep(4, Signal(name), rank=1))
     assert [run.process.exitcode for run in runs] == [0, 0]
@@ -102,9 +106,9 @@ def assert_equal_weights(runs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [(), ("--workers", "1")])
-def test_ctrl_c_under_torchrun_and_the_same_command_again(arguments, photographs, tmp_path):
-    """The terminal sends SIGINT to everybody, torchrun sends it once more: still a pause, and exactly resumed."""
+def test_ctrl_c_under_torchrun_and_the_same_command_again(photographs, tmp_path):
+    """torchrun passes the terminal's SIGINT on to all of its processes: a pause, and exactly resumed."""
+    arguments = "--workers", "1"
     whole = torchrun(tmp_path / "whole", photographs, *arguments)
     assert whole.wait(PATIENCE) == 0, whole.told.read_text()
     assert "Warning" not in whole.told.read_text()
@@ -138,7 +142,7 @@ def torchrun(folder, photographs, *arguments, slowly=False):
     with told.open("w") as file:
         process = subprocess.Popen(
             [*command, *command_line(folder, *arguments, photographs=photographs)], stdout=file, stderr=file,
-            start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1", "STAGED": str(folder)})
     process.told = told
     return process
 
@@ -161,7 +165,7 @@ def everything_that_moves(folder):
 
 @pytest.mark.parametrize("processes,where,value,amp", [
     (1, "views", math.nan, "off"), (1, "gradient", math.inf, "off"), (1, "gradient", math.nan, "fp16"),
-    (2, "views", math.nan, "off"), (2, "gradient", math.nan, "off")])
+    (2, "views", math.nan, "off"), slowly_tested(2, "gradient", math.nan, "off")])
 def test_a_step_with_bad_numbers_moves_nothing_on_any_process(processes, where, value, amp, photographs, tmp_path):
     """Two bad batches, a signal in the second of them: what is saved is the state before them."""
     run, options = tmp_path / "run", dict(photographs=photographs, processes=processes)
@@ -191,7 +195,7 @@ def test_a_step_with_bad_numbers_moves_nothing_on_any_process(processes, where, 
         assert line["momentum_teacher"] == teacher_momentum(line["step"], 18, 0.99, 1.0)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [slowly_tested(1), 2])
 def test_a_run_without_finite_numbers_stops_with_advice_and_its_last_good_checkpoint(processes, photographs, tmp_path):
     run, arguments = tmp_path / "run", ("--max-bad-steps", "4")
     bad = BadNumbers(STEPS_PER_EPOCH + 2, count=99, rank=processes - 1)
@@ -248,7 +252,7 @@ def test_too_many_bad_images_stop_all_processes(tmp_path):
     assert last_of(tmp_path / "run")["step"] == last_of(tmp_path / "run")["position"] < 18  # that step was not made
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, slowly_tested(1)])
 def test_images_that_disappear_during_the_run_stop_it_with_a_line_and_a_checkpoint(workers, tmp_path):
     photographs = draw_photographs(tmp_path / "photographs")
     away = AtStep(5, Disappear(photographs), rank=1)
@@ -300,7 +304,7 @@ def test_toy_scenes_need_no_check(capsys):
 # ------------------------------------------------------------------------------------------ lost processes
 
 
-@pytest.mark.parametrize("name,lost", [("SIGKILL", 1), ("SIGKILL", 0), ("SIGSTOP", 1)])
+@pytest.mark.parametrize("name,lost", [("SIGKILL", 1), slowly_tested("SIGKILL", 0), slowly_tested("SIGSTOP", 1)])
 def test_when_a_process_is_lost_the_other_says_so_and_ends_and_a_rerun_resumes(name, lost, photographs, tmp_path):
     """Killed, or silent for longer than the timeout."""
     run, arguments = tmp_path / "run", ("--timeout", "4" if name == "SIGSTOP" else "600")
@@ -318,6 +322,7 @@ def test_when_a_process_is_lost_the_other_says_so_and_ends_and_a_rerun_resumes(n
         assert [one.process.exitcode for one in again] == [0, 0] and "resumed" in again[0].output
 
 
+@pytest.mark.slow
 def test_a_process_that_never_comes_is_one_line_too(photographs, tmp_path):
     runs = start(tmp_path / "run", "--timeout", "2", photographs=photographs, processes=2, accident=dead_on_arrival)
     assert runs[0].wait() == 1
@@ -346,41 +351,28 @@ def test_a_process_killed_under_torchrun_ends_the_run_and_leaves_no_process_behi
     arguments = "--workers", "1", "--timeout", "60"
     process = torchrun(tmp_path / "run", photographs, *arguments, slowly=True)
     wait_for(process, r"step 4/18")
-    ranks = [pid for pid in group(process.pid) if b"slow_train.py\0--preset" in cmdline(pid) and rank_of(pid) == "1"]
-    os.kill(min(ranks), signal.SIGKILL)  # the process itself, not the reading one that it has started
+    os.kill(min(processes_of(tmp_path / "run", RANK="1")), signal.SIGKILL)  # not the reading one that it has started
     assert process.wait(PATIENCE) not in (0, None)
     assert "process 0 has lost contact with another process" in process.told.read_text()
     deadline = time.monotonic() + 60
-    while group(process.pid):
-        assert time.monotonic() < deadline, [cmdline(pid) for pid in group(process.pid)]
+    while left := processes_of(tmp_path / "run"):
+        assert time.monotonic() < deadline, [Path(f"/proc/{pid}/cmdline").read_text() for pid in left]
         time.sleep(0.2)
     again = torchrun(tmp_path / "run", photographs, *arguments)
     assert again.wait(PATIENCE) == 0 and "resumed" in again.told.read_text()
 
 
-def group(session):
-    """Living processes of a session."""
+def processes_of(folder, **variables):
+    """Living processes that were started for the run of this folder, whatever group they are in."""
+    expected = {f"{name}={value}".encode() for name, value in dict(variables, STAGED=folder).items()}
     found = []
-    for folder in Path("/proc").glob("[0-9]*"):
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            state, _, _, its_session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+            if expected <= set((process / "environ").read_bytes().split(b"\0")):  # empty for one that has ended
+                found.append(int(process.name))
         except OSError:
             continue
-        if int(its_session) == session and state != "Z":
-            found.append(int(folder.name))
     return found
-
-
-def cmdline(pid):
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
-
-
-def rank_of(pid):
-    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    return next((v.partition(b"=")[2].decode() for v in variables if v.startswith(b"RANK=")), "")
 
 
 # ------------------------------------------------------------------------------------------ a long run
@@ -406,7 +398,7 @@ def test_two_thousand_steps_need_no_more_memory_and_files_than_two_hundred(photo
 
 
 class Watch:
-    """Writes down private memory and open files of a process and of those that it has started, every 200 steps."""
+    """Writes down memory and open files of a process and of those that it has started, every 200 steps."""
 
     def __init__(self, file):
         self.file = file
@@ -424,8 +416,9 @@ class Look:
         import multiprocessing
         line = dict(step=self.step)
         for i, pid in enumerate([os.getpid(), *(child.pid for child in multiprocessing.active_children())]):
+            # Without files that are mapped, whose share depends on what else runs on the machine.
             rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-            line[f"memory of process {i}, kB"] = int(re.search(r"^Pss: +(\d+)", rollup, re.M)[1])
+            line[f"memory of process {i}, kB"] = int(re.search(r"^Anonymous: +(\d+)", rollup, re.M)[1])
             line[f"files of process {i}"] = len(os.listdir(f"/proc/{pid}/fd"))
         with self.file.open("a") as file:
             file.write(json.dumps(line) + "\n")
