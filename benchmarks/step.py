@@ -6,7 +6,7 @@
 
 Variants: `plain` is the step as one writes it first (one tensor at a time in teacher and LARS, a loop over images in
 the inverse augmentation, prototypes repeated for every image, all slots gathered, the loss read every step, NCHW, fp16
-on a GPU); `ours` is what train.py runs; `compile` adds torch.compile, `nchw` and `channels_last` force the memory format.
+on a GPU); `ours` is what train.py runs; `compile` adds torch.compile; `nchw`, `channels_last` force the memory format.
 They take turns within one run. The stages are timed in separate steps, since timing them makes the device wait.
 """
 
