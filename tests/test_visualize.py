@@ -256,17 +256,21 @@ def test_chance_is_what_a_network_that_knows_nothing_would_log():
     assert visualize.chance_lines([record(1)], {}) == {}
 
 
-def test_the_curves_are_drawn_with_and_without_a_configuration(tmp_path, capsys):
-    lines = [json.dumps(record(s)) for s in range(10, 60, 10)]
-    run = write_run(tmp_path / "run", lines)
-    assert visualize.main(["training", str(run), "--output", str(tmp_path / "a.png")]) == 0
-    assert "no config.json" in capsys.readouterr().out
-    write_run(run, lines, num_prototypes=16, batch_size=32, preset="toy")
-    assert visualize.main(["training", str(run), "--output", str(tmp_path / "b.png")]) == 0
-    plain, lined = pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png")
+def test_the_curves_are_drawn_with_their_chance_lines(tmp_path, monkeypatch):
+    records, config = [record(s) for s in range(10, 60, 10)], dict(num_prototypes=16, batch_size=32, preset="toy")
+    visualize.save_training(tmp_path / "lined.png", records, config)
+    monkeypatch.setattr(visualize, "chance_lines", lambda *_: {})
+    visualize.save_training(tmp_path / "plain.png", records, config)
+    lined, plain = pixels(tmp_path / "lined.png"), pixels(tmp_path / "plain.png")
     blue, orange = ([int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in (visualize.BLUE, visualize.ORANGE))
     assert min(share_of(lined, blue), share_of(lined, orange)) > 0.0005
-    assert share_of(lined, (0, 0, 0), 40) > share_of(plain, (0, 0, 0), 40)  # the dashed lines
+    assert share_of(lined, (0, 0, 0), 40) > 1.05 * share_of(plain, (0, 0, 0), 40)
+
+
+def test_a_log_without_a_configuration_is_drawn_and_says_what_is_missing(tmp_path, capsys):
+    run = write_run(tmp_path / "run", [json.dumps(record(s)) for s in (10, 20)])
+    assert visualize.main(["training", str(run), "--output", str(tmp_path / "a.png")]) == 0
+    assert "no config.json" in capsys.readouterr().out and (tmp_path / "a.png").is_file()
 
 
 # -------------------------------------------------------------------------------------- the program
