@@ -322,6 +322,7 @@ def test_the_report_holds_maps_before_and_after_alignment_and_no_graph():
 
 def test_the_statistics_of_the_log_are_counted_over_pixels():
     model = build().eval()
+    model.teacher.load_state_dict(model.student.state_dict())  # or they would never agree
     _, report = model(*two_views())
     found = statistics(report, model.center, 0.07)
     p = ((report.teacher_maps - model.center[:, None, None]) / 0.07).softmax(2)  # (v b k h w)
@@ -338,6 +339,9 @@ def test_the_statistics_of_the_log_are_counted_over_pixels():
         agreement=pytest.approx(sum(agreements).item() / 4),
     )
     assert all(type(value) in (int, float) for value in found.values())
+    same_view = [(s.argmax(0) == t.argmax(0)).double().mean() for s, t in
+                 zip(report.student_aligned[:, [0, 2]].flatten(0, 1), report.teacher_aligned[:, [0, 2]].flatten(0, 1))]
+    assert 0 < found["agreement"] < 1 and found["agreement"] != pytest.approx(sum(same_view).item() / 4)
 
 
 def test_without_overlap_there_is_no_agreement_and_no_division_by_zero():
