@@ -45,17 +45,20 @@ def palette(num_prototypes: int) -> np.ndarray:
     """The colours of prototypes 0..k-1: (k 3) uint8, not writable. Prototype i has the same colour for any k.
 
     Starting from Okabe and Ito's seven, each next colour is the candidate whose nearest neighbour among those before
-    it, seen by the vision that separates the two worst, is the farthest away.
+    it, seen by the vision that separates the two worst, is the farthest away. Usual vision, which most readers have,
+    must separate them better than the others: its squared distances count for a third.
     """
     level = np.linspace(0, 255, 17).round()
     candidates = np.stack(np.meshgrid(level, level, level, indexing="ij"), axis=-1).reshape(-1, 3)
     looks = appearance(candidates)
-    middle = (looks[:, 0, 0] > 0.3) & (looks[:, 0, 0] < 0.93)  # lightness: visible on black and on white
+    middle = (looks[:, 0, 0] > 0.25) & (looks[:, 0, 0] < 0.95)  # lightness: visible on black and on white
     candidates, looks = candidates[middle], looks[middle]
     chosen, nearest = list(FIRST[:num_prototypes]), np.full(len(candidates), np.inf)
+    weight = np.array([1 / 3 if vision == "usual" else 1 for vision in VISIONS])
 
     def distance(color) -> np.ndarray:
-        return np.square(looks - appearance(np.array([color]))).sum(axis=2).min(axis=1)  # over Oklab, over visions
+        by_vision = np.square(looks - appearance(np.array([color]))).sum(axis=2)  # over Oklab
+        return (by_vision * weight).min(axis=1)
 
     for color in chosen:
         nearest = np.minimum(nearest, distance(color))

@@ -262,9 +262,10 @@ def test_cells_without_a_label_are_dropped_and_memory_is_bounded_with_every_pict
     label[:, :4] = 1
     batches = [(None, (images[:3], label[:3])), (None, (images[3:], label[3:]))]
     assert len(probes.collect_cells(backbone, batches, 6, 3)[0]) == 6 * 8
-    features, _ = probes.collect_cells(backbone, batches, 6, 3, most=48)
-    assert len(features) <= 48 and len(features[:, 0].unique()) == 6
-    assert len(probes.collect_cells(backbone, batches, 6, 3, most=2)[0]) <= 2
+    batches = [(None, (some, torch.ones(3, 8, 8, dtype=torch.long))) for some in images.split(3)]
+    features, _ = probes.collect_cells(backbone, batches, 6, 3, most=12)
+    assert len(features) == 12 and len(features[:, 0].unique()) == 6
+    assert len(probes.collect_cells(backbone, batches, 6, 3, most=2)[0]) == 2
 
 
 def test_the_linear_probe_learns_what_is_linear_whatever_the_scale_of_the_features():
