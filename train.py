@@ -327,7 +327,7 @@ def train(c: Config, given: set[str], signals: distributed.StopSignals, at_end: 
             scaler.update()
         optimizer.zero_grad()
         diverged = bad_in_row == c.max_bad_steps
-        ended = "failure" if failed or diverged else "signal" if stop else ""
+        ended = "failure" if failed or diverged else "signal" if stop and step < last_step else ""
 
         # ---- what there is to say
         epoch, batches_into_epoch = divmod(position, steps_per_epoch)
@@ -366,14 +366,14 @@ def train(c: Config, given: set[str], signals: distributed.StopSignals, at_end: 
     if ended == "signal":
         if chief:
             print(f"stopped by {signals.received or 'another process'} after step {step} of {last_step}; "
-                  f"{folder / 'last.pth'} is written, and the same command goes on from there", flush=True)
+                  f"{folder / 'last.pth'} is written, and {same_command(c)} goes on from there", flush=True)
         return
     if chief:
         try:
             checkpoint.save(folder / "backbone.pth", checkpoint.backbone_state(model.state_dict()))
         except OSError as error:
             raise Stopped(f"could not write {folder / 'backbone.pth'}: {error.strerror or error}; last.pth holds "
-                          "everything, and the same command tries again") from None
+                          f"everything, and {same_command(c)} tries again") from None
         print(f"done     {step} steps; {folder / 'backbone.pth'} is the teacher's trunk under torchvision's names")
         if c.dataset == "toy":
             show_toy(c, model, folder, began)
@@ -475,6 +475,11 @@ def check_position(path: Path, positions: list[int]) -> None:
     if len(set(positions)) > 1:
         raise ValueError(f"the processes found different states of {path} (batches done: {positions}): every machine "
                          "must see the same --output-dir")
+
+
+def same_command(c: Config) -> str:
+    """How a person goes on with this run."""
+    return "the same command" if c.resume == "auto" else "the same command with --resume auto"
 
 
 def nothing_finite(steps: int, dtype: torch.dtype | None, last: Path) -> str:
@@ -632,7 +637,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         last = Path(c.output_dir) / "last.pth"
         intact = f"; {last} is intact" if last.exists() else ""
-        return fail(f"{distributed.lost(error)}{intact}: start the same command again, and it goes on", 1)
+        return fail(f"{distributed.lost(error)}{intact}, and {same_command(c)} goes on", 1)
     distributed.finish()
     return 0
 

@@ -62,6 +62,17 @@ def signal_while_images_are_found(rank):
     train.find_images = lambda *arguments: Signal("SIGTERM")() or find_images(*arguments)
 
 
+def test_a_signal_in_the_last_step_does_not_turn_the_end_into_a_pause(photographs, tmp_path):
+    [run] = play(tmp_path / "run", "--max-steps", "2", photographs=photographs, accident=AtStep(2, Signal("SIGTERM")))
+    assert run.process.exitcode == 0 and (tmp_path / "run" / "backbone.pth").exists() and "done     2" in run.output
+
+
+def test_the_line_does_not_send_a_run_back_to_where_it_was_told_to_start(photographs, tmp_path):
+    arguments = "--resume", "none"
+    [run] = play(tmp_path / "run", *arguments, photographs=photographs, accident=AtStep(2, Signal("SIGTERM")))
+    assert "is written, and the same command with --resume auto goes on from there\n" in run.output
+
+
 def test_a_second_sigint_ends_the_run_at_once(photographs, tmp_path):
     twice = AtStep(5, Signals("SIGINT", "SIGINT"))
     [run] = play(tmp_path / "run", photographs=photographs, accident=twice)
@@ -313,7 +324,7 @@ def test_when_a_process_is_lost_the_other_says_so_and_ends_and_a_rerun_resumes(n
     assert runs[1 - lost].wait() == 1
     runs[lost].process.kill()
     assert re.fullmatch(rf"train.py: process {1 - lost} has lost contact with another process \(.*\); "
-                        rf"{run / 'last.pth'} is intact: start the same command again, and it goes on",
+                        rf"{run / 'last.pth'} is intact, and the same command goes on",
                         runs[1 - lost].complaints[0])
     assert len(runs[1 - lost].complaints) == 1 and "Traceback" not in runs[1 - lost].output
     assert last_of(run)["step"] == STEPS_PER_EPOCH
