@@ -37,7 +37,7 @@ import probes
 import toy
 from checkpoint import load_network
 from grouping import GroupingNetwork
-from segments import centre_view, open_pictures, segment, stream, winner
+from segments import centre_view, open_pictures, picture_size, segment, stream, winner
 from slots import occupied
 from views import normalize
 
@@ -180,8 +180,8 @@ def format_table(report: dict) -> str:
 def segmentation(args: argparse.Namespace) -> dict:
     network, config = load_network(args.checkpoint, args.which, args.device)
     untrained = untrained_like(config, args.device)
-    pictures = open_labelled(args, config)
-    sizes = args.size or ([config.get("image_size", 224)] if args.dataset == "toy" else [320, 224])  # 320 [P], 224 [U]
+    pictures = open_labelled(args)
+    sizes = args.size or ([picture_size("toy", config)] if args.dataset == "toy" else [320, 224])  # 320 [P], 224 [U]
     result = dict(notice=pictures.notice, classes=len(pictures.class_names), sizes={})
     by_color = None
     for size in sizes:
@@ -230,7 +230,7 @@ def slot_report(active: Tensor, pictures_with: Tensor) -> dict:
 def slots(args: argparse.Namespace) -> dict:
     network, config = load_network(args.checkpoint, args.which, args.device)
     pictures = open_pictures(args.dataset, args.data_dir, args.limit)
-    view = centre_view(args.size or config.get("image_size", 224))
+    view = centre_view(args.size or picture_size(args.dataset, config))
     counts = slot_counts(network, stream(pictures, view, args.batch_size, args.workers, "slots"))
     report = slot_report(*counts)
     plot_slots(Path(args.plot), report)
@@ -282,14 +282,14 @@ def score_probes(network: GroupingNetwork, classifiers: dict[str, Callable], bat
 
 def probe(args: argparse.Namespace) -> dict:
     network, config = load_network(args.checkpoint, args.which, args.device)
-    seen, unseen = open_labelled(args, config, "train"), open_labelled(args, config, args.split)
+    seen, unseen = open_labelled(args, "train"), open_labelled(args, args.split)
     if not unseen.class_names:
         raise ValueError(f"a probe learns classes, and the segments of {args.dataset} have no names: "
                          "measure them with the subcommand segmentation")
     if args.labelled:
         order = torch.randperm(len(seen), generator=torch.Generator().manual_seed(0))
         seen = seen.subset(order[: args.labelled].sort().values.tolist())
-    size = (args.size or [config.get("image_size", 224) if args.dataset == "toy" else 320])[0]
+    size = (args.size or [picture_size("toy", config) if args.dataset == "toy" else 320])[0]
 
     def batches(pictures, title):
         return stream(pictures, partial(labels.square, size=size), args.batch_size, args.workers, title)
@@ -312,10 +312,10 @@ def probe(args: argparse.Namespace) -> dict:
 # ------------------------------------------------------------------------------------ command line
 
 
-def open_labelled(args: argparse.Namespace, config: dict, split: str | None = None) -> labels.Labelled:
-    """The labelled pictures that the options ask for; toy scenes have the size of the checkpoint's views."""
+def open_labelled(args: argparse.Namespace, split: str | None = None) -> labels.Labelled:
+    """The labelled pictures that the options ask for."""
     own = dict(
-        toy=dict(count=args.toy_scenes, preset=args.toy_preset, size=config.get("image_size", 64)),
+        toy=dict(count=args.toy_scenes, preset=args.toy_preset),
         coco_stuff=dict(list_file=args.list),
         folder=dict(num_classes=args.num_classes),
     )
@@ -342,12 +342,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         add("--json", help="also write the JSON object to this file")
         if run is slots:
             add("--dataset", choices=("folder", "toy"), help="default: folder with --data-dir, else toy")
-            add("--size", type=positive, help="side of the picture, px (default: as in training)")
+            add("--size", type=positive, help="side of the picture, px (default: as in training; toy scenes as drawn)")
             add("--plot", default="slots.png", help="picture of both statistics (slots.png)")
             continue
         add("--dataset", choices=tuple(labels.DATASETS), help="default: folder with --data-dir, else toy")
         add("--split", help="part to measure on; default: val, or everything of a folder without parts")
-        add("--size", type=positive, nargs="+", help="side of the centre square, px; default 320 224, toy: as trained")
+        add("--size", type=positive, nargs="+", help="side of the square, px; default 320 224, toy scenes as drawn")
         add("--list", help="coco_stuff: file of picture ids, one per line; default: the curated ones, by rule")
         add("--num-classes", type=positive, help="folder: ids go from 0 to this - 1; default: classes.txt, or a look")
         add("--toy-scenes", type=positive, default=256, help="toy: how many (256)")

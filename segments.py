@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
+import toy
 from data import BadImage, ImageFiles, find_images
 from grouping import GroupingNetwork
 from labels import ToyScenes
@@ -119,6 +120,11 @@ def open_pictures(dataset: str, data_dir: str | Path | None, limit: int = 0, **t
     folder = Path(data_dir or "")
     root, paths, _ = find_images(folder / "val2017" if (folder / "val2017").is_dir() else folder)
     return ImageFiles(root, paths[: limit or None])
+
+
+def picture_size(dataset: str, config: dict) -> int:
+    """The side at which a network is shown pictures, px: toy scenes as they are drawn, photographs as in training."""
+    return toy.Dials().size if dataset == "toy" else config.get("image_size", 224)
 
 
 def centre_view(size: int) -> Callable[[Tensor], Tensor]:

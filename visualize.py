@@ -35,7 +35,7 @@ from checkpoint import load_network
 from data import BadImage, ImageFiles
 from grouping import GroupingNetwork, assignment
 from palette import GREY, palette
-from segments import Retrieval, centre_view, open_pictures, stream, winner
+from segments import Retrieval, centre_view, open_pictures, picture_size, stream, winner
 from views import normalize
 
 RED = (255, 40, 30)  # of a retrieved segment, as on the slide
@@ -133,8 +133,9 @@ def save_prototypes(
 
 def prototypes(args: argparse.Namespace) -> dict:
     network, config = load_network(args.checkpoint, args.which, args.device)
-    pictures = open_pictures("folder" if args.data_dir else "toy", args.data_dir, args.limit)
-    view = centre_view(args.size or config.get("image_size", 224))
+    dataset = "folder" if args.data_dir else "toy"
+    pictures = open_pictures(dataset, args.data_dir, args.limit)
+    view = centre_view(args.size or picture_size(dataset, config))
     found = retrieve(network, pictures, view, args.top, args.batch_size, args.workers)
     chosen = choose_prototypes(found.active, args.show, args.count)
     if not chosen:
@@ -255,11 +256,12 @@ def save_parts(file: Path, network: GroupingNetwork, images: Tensor, temperature
 
 def groups(args: argparse.Namespace) -> dict:
     network, config = load_network(args.checkpoint, args.which, args.device)
-    view = centre_view(args.size or config.get("image_size", 224))
+    dataset = "folder" if args.images or args.data_dir else "toy"
+    view = centre_view(args.size or picture_size(dataset, config))
     if args.images:
         pictures = ImageFiles(".", np.array([str(Path(image).absolute()) for image in args.images]))
     else:
-        pictures = open_pictures("folder" if args.data_dir else "toy", args.data_dir, args.count)
+        pictures = open_pictures(dataset, args.data_dir, args.count)
     try:
         images = torch.stack([view(pictures[index]) for index in range(len(pictures))])
     except BadImage as bad:
@@ -393,7 +395,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             add("--batch-size", type=positive, default=16, help="pictures at a time (16)")
             add("--workers", type=whole, default=0, help="processes that decode; 2 to 8 help on a GPU (0)")
         add("--data-dir", help="folder of pictures, nested or flat (COCO: its val2017); without it toy scenes")
-        add("--size", type=positive, help="side of the centre square, px (default: as in training)")
+        add("--size", type=positive, help="side of the square, px; default: as in training, toy scenes as drawn")
         add("--which", choices=("teacher", "student"), default="teacher", help="network to look at (teacher)")
         add("--device", default="auto", help="auto, cpu, cuda, mps")
     return parser.parse_args(argv)

@@ -210,9 +210,9 @@ def test_the_command_goes_through_a_tree_of_coco_stuff(trained, tmp_path, capsys
     assert set(result["sizes"]["320"]["iou"]) == set(labels.COARSE_NAMES)
 
 
-def test_toy_scenes_need_no_folder_and_come_at_the_size_of_the_checkpoint(trained, capsys):
+def test_toy_scenes_need_no_folder_and_come_as_they_are_drawn_whatever_the_size_of_the_views(trained, capsys):
     code, result, _, _ = run("segmentation", trained, "--toy-scenes", 5, "--limit", 3, capsys=capsys)
-    assert code == 0 and result["dataset"] == "toy" and result["pictures"] == 3 and list(result["sizes"]) == ["32"]
+    assert code == 0 and result["dataset"] == "toy" and result["pictures"] == 3 and list(result["sizes"]) == ["64"]
 
 
 # -------------------------------------------------------------------------------------------- slots
