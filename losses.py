@@ -110,12 +110,12 @@ def sinkhorn(similarity: Tensor, temperature: float, iterations: int = 3) -> Ten
 
     similarity (b k h w) of this rank -> assignment (b k h w), summing to 1 over k; over all pixels of all ranks each
     prototype sums to nearly the same. Alternating normalisation (Cuturi, 2013; SwAV, 2020). SlotCon does not use it.
-    Raises ValueError for a temperature that is not positive or fewer than one iteration.
+    Raises ValueError for a temperature below 0.03 or fewer than one iteration.
     """
-    if temperature <= 0 or iterations < 1:
-        raise ValueError(f"Sinkhorn needs a positive temperature and an iteration, found {temperature}, {iterations}")
-    # exp(1 / 0.03) is 3e14: within float32, and only ratios matter.
-    q = ((similarity - 1) / temperature).exp()
+    if temperature < 0.03 or iterations < 1:
+        raise ValueError("Sinkhorn needs a temperature of at least 0.03, below which float32 underflows, and an "
+                         f"iteration; found {temperature} and {iterations}")
+    q = ((similarity - 1) / temperature).exp()  # exp(-2 / 0.03) is 1e-29; only ratios matter
     for _ in range(iterations):
         q = q / rearrange(sum_over_ranks(reduce(q, "b k h w -> k", "sum")), "k -> k 1 1")
         q = q / reduce(q, "b k h w -> b 1 h w", "sum")

@@ -143,13 +143,13 @@ def statistics(report: Report, center: Tensor, temp_teacher: float) -> dict[str,
     p = assignment(rearrange(report.teacher_maps, "v b k h w -> (v b) k h w") - center[:, None, None], temp_teacher)
     mean = losses.sum_over_ranks(reduce(p, "b k h w -> k", "mean")) / world_size
     same = [(report.student_aligned[i].argmax(1) == report.teacher_aligned[1 - i].argmax(1)) for i in (0, 1)]  # over k
-    same = reduce(torch.stack(same).double(), "v b h w -> b", "mean")
+    same = reduce(torch.stack(same).float(), "v b h w -> b", "mean")
     sums = losses.sum_over_ranks(torch.stack([
         report.teacher_occupied.sum() / (v * b),
         reduce(torch.special.entr(p), "b k h w -> b h w", "sum").mean(),
         (same * report.valid).sum(),
         report.valid.sum(),
-    ]).double())
+    ]).float())
     used = losses.sum_over_ranks(reduce(report.teacher_occupied.long(), "v b k -> k", "sum")) > 0
     return dict(
         occupied_per_image=sums[0].item() / world_size,

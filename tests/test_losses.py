@@ -180,9 +180,9 @@ def test_four_pixels_that_prefer_one_of_two_prototypes_are_split_evenly():
     assert losses.sinkhorn(torch.tensor([1.0, -1.0]).reshape(1, 2, 1, 1).expand(1, 2, 2, 2), 0.1).eq(0.5).all()
 
 
-@pytest.mark.parametrize("temperature, iterations", [(0, 3), (-1, 3), (0.1, 0)])
-def test_sinkhorn_needs_a_positive_temperature_and_a_round(temperature, iterations):
-    with pytest.raises(ValueError, match=f"found {temperature}, {iterations}"):
+@pytest.mark.parametrize("temperature, iterations", [(0, 3), (-1, 3), (0.02, 3), (0.1, 0)])
+def test_sinkhorn_needs_a_temperature_that_float32_can_hold_and_a_round(temperature, iterations):
+    with pytest.raises(ValueError, match=f"found {temperature} and {iterations}"):
         losses.sinkhorn(random(B, K, H, W), temperature, iterations)
 
 
