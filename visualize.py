@@ -92,8 +92,10 @@ def redden(image: Tensor, mask: Tensor) -> Tensor:
 
 
 def draw_retrieved(axis, image: Tensor, mask: Tensor) -> None:
-    """A retrieved segment in red, with an arrow if it is small, as on the slide."""
+    """A retrieved segment in red within a white line, with an arrow if it is small, as on the slide."""
     axis.imshow(rearrange(redden(image, mask), "c y x -> y x c").numpy(), interpolation="nearest")
+    if mask.any() and not mask.all():
+        axis.contour(mask.numpy(), levels=[0.5], colors="white", linewidths=0.7)
     if 0 < mask.float().mean() < 0.03:
         places = mask.nonzero().float()  # rows of (y, x)
         y, x = places[(places - places.mean(dim=0)).square().sum(dim=1).argmin()].tolist()  # the middle one
@@ -330,7 +332,7 @@ def save_training(file: Path, records: list[dict], config: dict) -> None:
         ("Student agrees with teacher", "rises far above chance", {"agreement": ""}, "agreement", "chance: 1 / k"),
         ("Gradient norm", "settles; no step is skipped", {"grad_norm": "norm", "skipped_steps": "skipped"},
          "", ""),
-        ("Schedules", "a warm-up, then a cosine; momentum up to 1", {"lr": "learning rate"}, "", ""),
+        ("Schedules", "the learning rate ends near 0, the momentum near 1", {"lr": "learning rate"}, "", ""),
         ("Speed", "steady; waiting for data near 0", {"images_per_second": "images / s"}, "", ""),
     ]
     figure = Figure((14, 6.8), layout="constrained")
