@@ -52,7 +52,7 @@ def scores_by_hand(confusion, naming):
     [(1, 1, None), (2, 3, None), (4, 4, 2), (7, 7, None), (3, 7, 5), (7, 4, None), (6, 5, 0)],
 )
 def test_matching_and_scores_equal_a_search_over_all_permutations(num_predicted, num_classes, empty_class):
-    for seed in range(3):
+    for seed in range(1 if num_predicted * num_classes > 40 else 3):  # 7! namings take a second each
         confusion = random_confusion(num_predicted, num_classes, seed, empty_class)
         found = match(confusion)
         right, mean_iou = scores_by_hand(confusion, found.tolist())
