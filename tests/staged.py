@@ -196,7 +196,7 @@ class Signal:
 
 
 class BadNumbers:
-    """From the nth batch on, for so many batches: NaN in the views, or in a gradient only, on one rank or on all."""
+    """From the nth batch on, for so many batches: NaN in the views, a gradient or the loss, on one rank or on all."""
 
     def __init__(self, n, count=1, rank=None, where="views", value=float("nan")):
         self.n, self.count, self.rank, self.where, self.value = n, count, rank, where, value
@@ -216,16 +216,21 @@ class BadNumbers:
             return plain(this, views, generator) * (self.value if self.where == "views" and now() else 1)
 
         data.Photometric.__call__ = photometric
-        if self.where == "gradient":
-            make_model = train.make_model
+        make_model = train.make_model
 
-            def hooked(c):
-                model = make_model(c)
+        def hooked(c):
+            model = make_model(c)
+            if self.where == "gradient":
                 weight = model.student.prototypes.weight
                 weight.register_hook(lambda gradient: gradient * self.value if now() else gradient)
-                return model
+            if self.where == "loss":
+                model.register_forward_hook(lambda _, __, returned: spoilt(*returned) if now() else returned)
+            return model
 
-            train.make_model = hooked
+        def spoilt(loss, report):
+            return loss, report._replace(losses=report.losses * self.value)
+
+        train.make_model = hooked
 
 
 class Several:

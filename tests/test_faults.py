@@ -176,7 +176,8 @@ def everything_that_moves(folder):
 
 @pytest.mark.parametrize("processes,where,value,amp", [
     (1, "views", math.nan, "off"), (1, "gradient", math.inf, "off"), (1, "gradient", math.nan, "fp16"),
-    (2, "views", math.nan, "off"), slowly_tested(2, "gradient", math.nan, "off")])
+    (2, "loss", math.nan, "off"), slowly_tested(2, "views", math.nan, "off"),
+    slowly_tested(2, "gradient", math.nan, "off")])
 def test_a_step_with_bad_numbers_moves_nothing_on_any_process(processes, where, value, amp, photographs, tmp_path):
     """Two bad batches, a signal in the second of them: what is saved is the state before them."""
     run, options = tmp_path / "run", dict(photographs=photographs, processes=processes)
