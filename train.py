@@ -151,7 +151,7 @@ PRESETS = {
         COCO, preset="toy", dataset="toy", toy_scenes=768, arch="tiny", image_size=48, num_prototypes=16,
         dim_hidden=64, dim_out=32, temp_teacher=0.03, momentum_teacher_end=0.99, min_area=0.2, brightness=0.2,
         contrast=0.2, saturation=0.3, hue=0.5, p_jitter=1.0, p_blur=(0.0, 0.0), p_solarize=(0.5, 0.5),
-        solarize_threshold=0, optimizer="adamw", batch_size=16, base_lr=0.16, weight_decay=0.01, epochs=30,
+        solarize_threshold=0, optimizer="adamw", batch_size=16, base_lr=0.16, weight_decay=0.01, epochs=36,
         warmup_epochs=0.625, channels_last=True, threads=1, workers=1, log_every=20, save_every=10, keep_every=0,
     ),
     "coco-r50": COCO,

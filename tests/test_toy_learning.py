@@ -20,13 +20,13 @@ def result_of(folder, *options) -> dict:
 @pytest.mark.slow
 def test_a_short_toy_run_beats_colour_and_chance(tmp_path):
     result = result_of(tmp_path)
-    assert result["miou"] > 0.22 and result["nmi"] > 0.28
+    assert result["miou"] > 0.17 and result["nmi"] > 0.2  # 0.27 and 0.39 were seen, 0.08 and 0.04 below
     for baseline in ("untrained", "rgb_kmeans"):
-        assert result["miou"] > result[baseline]["miou"] + 0.08 and result["nmi"] > 3 * result[baseline]["nmi"]
+        assert result["miou"] > result[baseline]["miou"] + 0.05 and result["nmi"] > 2 * result[baseline]["nmi"]
     assert result["prototypes_used"] >= 5
 
 
 @pytest.mark.slow
 def test_the_published_temperature_collapses_on_toy_scenes(tmp_path):
     result = result_of(tmp_path, "--temp-teacher", "0.07")
-    assert result["miou"] < 0.15 and result["nmi"] < 0.15
+    assert result["miou"] < 0.13 and result["nmi"] < 0.12
