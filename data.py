@@ -11,11 +11,13 @@ import collections
 import contextlib
 import itertools
 import math
+import multiprocessing
 import os
 import random
 import re
 import signal
 import stat
+import threading
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -346,8 +348,18 @@ def make_loader(dataset, sampler, workers, device):
 
 def _leave_signals_to_the_parent(_worker):
     """A cluster signals every process of a job; the run wants to finish its step, and needs its workers for that."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+    for name in ("SIGINT", "SIGUSR1"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_on_the_parents_word, daemon=True).start()
+
+
+def _end_on_the_parents_word():
+    """SIGTERM counts if the parent sent it: that is how Python ends its workers, and it then waits for them."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != multiprocessing.parent_process().pid:
+        pass
+    os._exit(0)
 
 
 def on_device(loader, device):

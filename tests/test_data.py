@@ -3,6 +3,8 @@
 import itertools
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -295,14 +297,32 @@ def test_collate_joins_failures():
     assert collate(items).failures == [("a", "x"), ("b", "y"), ("c", "z")]
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no such signals here")
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="no such signals here")
 def test_workers_go_on_when_the_whole_job_is_signalled():
     loader = iter(make_loader(TwoCrops(noise(), 24, 0), RunSampler(11, 4, stop=40), 2, "cpu"))
     next(loader)
-    for worker in loader._workers:
-        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            os.kill(worker.pid, name)
+    workers = [str(worker.pid) for worker in loader._workers]
+    for name in ("TERM", "INT", "USR1"):
+        subprocess.run(["kill", f"-{name}", *workers], check=True)  # not from the parent
     assert sum(1 for _ in loader) == 39
+
+
+def test_a_program_that_ends_in_the_middle_of_a_run_takes_its_workers_along():
+    program = """
+import sys, torch, data
+images = [torch.zeros(3, 9, 9, dtype=torch.uint8)] * 8
+loader = data.make_loader(data.TwoCrops(images, 8, 0), data.RunSampler(8, 2, stop=1000), 2, "cpu")
+batches = iter(loader)
+next(batches)
+print(*(worker.pid for worker in batches._workers))
+sys.exit(7)
+"""
+    here = Path(data.__file__).parent
+    ended = subprocess.run([sys.executable, "-c", program], cwd=here, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 7 and ended.stderr == ""
+    for worker in ended.stdout.split():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(worker), 0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
