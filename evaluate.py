@@ -335,39 +335,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         add("checkpoint", help="last.pth of a run, or a released one; sizes and k come from it, never from options")
         add("--which", choices=("teacher", "student"), default="teacher", help="network to measure (default teacher)")
         add("--data-dir", help="folder of the data set; not needed for toy scenes")
-        add("--limit", type=whole, default=0, help="use the first N pictures only, for a quick look; 0: all")
-        add("--batch-size", type=positive, default=16, help="pictures at a time; does not change the result (16)")
-        add("--workers", type=whole, default=0, help="processes that decode; 2 to 8 help on a GPU (0: none)")
+        add("--limit", type=options.whole, default=0, help="use the first N pictures only, for a quick look; 0: all")
+        add("--batch-size", type=options.positive, default=16, help="pictures at a time; changes no result (16)")
+        add("--workers", type=options.whole, default=0, help="processes that decode; 2 to 8 help on a GPU (0: none)")
         add("--device", default="auto", help="auto, cpu, cuda, mps")
         add("--json", help="also write the JSON object to this file")
         if run is slots:
             add("--dataset", choices=("folder", "toy"), help="default: folder with --data-dir, else toy")
-            add("--size", type=positive, help="side of the picture, px (default: as in training; toy scenes as drawn)")
+            add("--size", type=options.positive, help="side, px (default: as in training; toy scenes as drawn)")
             add("--plot", default="slots.png", help="picture of both statistics (slots.png)")
             continue
         add("--dataset", choices=tuple(labels.DATASETS), help="default: folder with --data-dir, else toy")
         add("--split", help="part to measure on; default: val, or everything of a folder without parts")
-        add("--size", type=positive, nargs="+", help="side of the square, px; default 320 224, toy scenes as drawn")
+        add("--size", type=options.positive, nargs="+", help="side, px; default 320 224, toy scenes as drawn")
         add("--list", help="coco_stuff: file of picture ids, one per line; default: the curated ones, by rule")
-        add("--num-classes", type=positive, help="folder: ids go from 0 to this - 1; default: classes.txt, or a look")
-        add("--toy-scenes", type=positive, default=256, help="toy: how many (256)")
+        add("--num-classes", type=options.positive, help="folder: ids are 0 to this - 1; default: classes.txt, or a look")
+        add("--toy-scenes", type=options.positive, default=256, help="toy: how many (256)")
         add("--toy-preset", choices=tuple(toy.PRESETS), default="scene", help="toy: which kind (scene)")
         if run is probe:
-            add("--labelled", type=whole, default=0, help="learn from N random labelled pictures only; 0: all")
+            add("--labelled", type=options.whole, default=0, help="learn from N random labelled pictures only; 0: all")
     return parser.parse_args(argv)
-
-
-def whole(text: str) -> int:
-    """A number from 0 on. argparse reports the ValueError of a type as one line."""
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return int(text)
-
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return int(text)
 
 
 def main(argv: list[str] | None = None) -> int:

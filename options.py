@@ -78,5 +78,18 @@ def as_list(value):
     return list(value) if isinstance(value, tuple) else value
 
 
+def whole(text: str) -> int:
+    """A number from 0 on. argparse reports the ValueError of a type as one line."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return int(text)
+
+
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")

@@ -386,34 +386,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         add("checkpoint", help="last.pth of a run, or a released one; sizes and k come from it, never from options")
         if run is groups:
             add("images", nargs="*", help="picture files; default: the first of --data-dir, else toy scenes")
-            add("--count", type=positive, default=6, help="pictures, where none is named (6)")
-            add("--slots", type=positive, default=4, help="soft assignments per picture, strongest first (4)")
+            add("--count", type=options.positive, default=6, help="pictures, where none is named (6)")
+            add("--slots", type=options.positive, default=4, help="soft assignments per picture, strongest first (4)")
         else:
             add("--show", nargs="+", default=["used"], help="used (most active), extremes (five most, five least), all "
                 "that are active, or numbers")
-            add("--count", type=positive, default=12, help="how many of the most used (12)")
-            add("--top", type=positive, default=5, help="segments per prototype (5, as on the slide)")
-            add("--limit", type=whole, default=0, help="look through the first N pictures only; 0: all")
-            add("--batch-size", type=positive, default=16, help="pictures at a time (16)")
-            add("--workers", type=whole, default=0, help="processes that decode; 2 to 8 help on a GPU (0)")
+            add("--count", type=options.positive, default=12, help="how many of the most used (12)")
+            add("--top", type=options.positive, default=5, help="segments per prototype (5, as on the slide)")
+            add("--limit", type=options.whole, default=0, help="look through the first N pictures only; 0: all")
+            add("--batch-size", type=options.positive, default=16, help="pictures at a time (16)")
+            add("--workers", type=options.whole, default=0, help="processes that decode; 2 to 8 help on a GPU (0)")
         add("--data-dir", help="folder of pictures, nested or flat (COCO: its val2017); without it toy scenes")
-        add("--size", type=positive, help="side of the square, px; default: as in training, toy scenes as drawn")
+        add("--size", type=options.positive, help="side, px; default: as in training, toy scenes as drawn")
         add("--which", choices=("teacher", "student"), default="teacher", help="network to look at (teacher)")
         add("--device", default="auto", help="auto, cpu, cuda, mps")
     return parser.parse_args(argv)
-
-
-def whole(text: str) -> int:
-    """A number from 0 on. argparse reports the ValueError of a type as one line."""
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return int(text)
-
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return int(text)
 
 
 def main(argv: list[str] | None = None) -> int:
