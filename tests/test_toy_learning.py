@@ -1,4 +1,4 @@
-"""SlotCon learns: ten of the toy run's 36 epochs find groups that are classes, and the paper's temperature finds none."""
+"""SlotCon learns: ten of the toy run's 36 epochs find classes, and the published temperature finds nothing."""
 
 import json
 import subprocess
