@@ -349,7 +349,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         add("--split", help="part to measure on; default: val, or everything of a folder without parts")
         add("--size", type=options.positive, nargs="+", help="side, px; default 320 224, toy scenes as drawn")
         add("--list", help="coco_stuff: file of picture ids, one per line; default: the curated ones, by rule")
-        add("--num-classes", type=options.positive, help="folder: ids are 0 to this - 1; default: classes.txt, or a look")
+        add("--num-classes", type=options.positive, help="folder: ids are below this; default: classes.txt or a look")
         add("--toy-scenes", type=options.positive, default=256, help="toy: how many (256)")
         add("--toy-preset", choices=tuple(toy.PRESETS), default="scene", help="toy: which kind (scene)")
         if run is probe:
