@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-import json
 import math
 import os
 import sys
@@ -38,6 +37,7 @@ import options
 import toy
 import visualize
 from backbone import ARCHITECTURES
+from journal import Log, brief, introduce, say, write_json
 from lars import LARS
 from options import option
 from slotcon import SlotCon, statistics
@@ -267,7 +267,9 @@ def train(c: Config, given: set[str], signals: distributed.StopSignals, at_end: 
     # ---- what is written
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        log = Log(c, chief, step)
+        log = Log(folder, step, c.tensorboard) if chief else None
+        if chief and position == 0:  # a new run names its own
+            (folder / "skipped.txt").unlink(missing_ok=True)
         skipped = data.Skipped(folder / "skipped.txt", len(images), c.max_bad_share)
         if chief:
             checkpoint.remove_leftovers(folder)
@@ -342,10 +344,11 @@ def train(c: Config, given: set[str], signals: distributed.StopSignals, at_end: 
                 momentum_teacher=momentum, **numbers, grad_norm=sums[3] / steps,
                 images_per_second=(step - timed) * c.batch_size / seconds, data_seconds=waited / (step - timed),
                 memory_gb=distributed.peak_memory_gb(device), skipped_steps=bad_steps)
-            log.write(record)
-            bar.set_postfix_str(brief(record))
-            if chief and bar.disable:
-                print(f"step {step}/{last_step}  {brief(record)}", flush=True)
+            if chief:
+                log.write(record)
+                bar.set_postfix_str(brief(record))
+                if bar.disable:
+                    print(f"step {step}/{last_step}  {brief(record)}", flush=True)
             logged, sums, waited, since, timed = step, [0.0] * 4, 0.0, time.perf_counter(), step
 
         # ---- what is kept: never a state that has led to bad numbers only, so after a bad step it waits for a good one
@@ -512,86 +515,6 @@ def keep(c: Config, folder: Path, state: dict, due: int, final: bool) -> str:
             return message
         say(message + ", and the run goes on")
     return ""
-
-
-def write_json(path: Path, contents: dict) -> None:
-    text = json.dumps(contents, indent=1) + "\n"
-    checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def introduce(c: Config, place: distributed.Place, about: str, model: SlotCon, steps_per_epoch: int, lr: float, dtype):
-    """What is about to happen, on one screen."""
-    def count(part: nn.Module) -> float:
-        return sum(p.numel() for p in part.parameters() if p.requires_grad) / 1e6
-
-    half = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "float32"}[dtype]
-    ln_k = math.log(c.num_prototypes)
-    print(f"device   {distributed.describe(place)}, {half}")
-    print(f"data     {about}")
-    print(f"network  {c.arch} {count(model.student.backbone):.2f} M, projector {count(model.student.projector):.2f} M, "
-          f"{c.num_prototypes} prototypes; {count(model):.2f} M parameters trained")
-    print(f"batch    {c.batch_size} = {c.batch_size // place.world_size} x {place.world_size} process(es); "
-          f"{steps_per_epoch} steps per epoch, {steps_per_epoch * c.epochs} in all")
-    print(f"lr       {lr:g} = {c.base_lr:g} x {c.batch_size} / 256, {c.optimizer}, warm-up {c.warmup_epochs:g} epochs")
-    print(f"chance   ln k = {ln_k:.4f}; the group loss, a sum of two directions, is {2 * ln_k:.4f} for a uniform "
-          "assignment", flush=True)
-
-
-def brief(record: dict) -> str:
-    return (f"loss {record['loss']:.3f} (group {record['group_loss']:.3f}, slot {record['slot_loss']:.3f})  "
-            f"occupied {record['occupied_per_image']:.1f}  in use {record['prototypes_used']}  "
-            f"agreement {record['agreement']:.2f}  {record['images_per_second']:.0f} images/s")
-
-
-class Log:
-    """log.jsonl, one object per line, on the first process only. A full disk costs lines, not the run.
-
-    step: where the run starts. Lines of later steps are of work that was lost, and go. Raises OSError if they cannot.
-    """
-
-    def __init__(self, c: Config, chief: bool, step: int):
-        self.file = Path(c.output_dir) / "log.jsonl" if chief else None
-        self.board = None
-        if chief:
-            self.forget_after(step)
-        if chief and c.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise ValueError("--tensorboard, but it is not installed: pip install tensorboard") from None
-            self.board = SummaryWriter(c.output_dir, purge_step=step + 1)
-
-    def forget_after(self, step: int) -> None:
-        if not self.file.exists():
-            return
-        lines = self.file.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if step_of(line) <= step]
-        if kept != lines:
-            checkpoint.write_atomically(self.file, lambda file: file.writelines(kept))
-
-    def write(self, record: dict) -> None:
-        if self.file is None:
-            return
-        try:
-            with open(self.file, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            say(f"could not write to {self.file}: {error.strerror or error}; the run goes on without this line")
-        for name, value in record.items() if self.board else ():
-            self.board.add_scalar(name, value, record["step"])
-
-
-def step_of(line: bytes) -> float:
-    """The step of a line of the log; infinite where the line was cut off."""
-    try:
-        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
-    except (ValueError, KeyError, TypeError):
-        return math.inf
-
-
-def say(line: str) -> None:
-    """A line above the progress bar."""
-    tqdm.write(line, file=sys.stderr)
 
 
 def check_data(c: Config, given: set[str]) -> None:
