@@ -239,7 +239,7 @@ def restore(
     saved = read(path)
     if not all(isinstance(saved.get(name), kind) for name, kind in TRAINING.items()):
         raise ValueError(f"{path} cannot be continued: it holds no training state of this program (found "
-                         f"{some_keys(saved)}); its network can be evaluated and exported")
+                         f"{some_keys(saved)}); its network can be evaluated")
     changed = differences(saved)
     if changed:
         raise ValueError(f"{path} was made with other options ({'; '.join(changed)}): give another --output-dir, "

@@ -349,7 +349,8 @@ def make_loader(dataset, sampler, workers, device):
 def _leave_signals_to_the_parent(_worker):
     """A cluster signals every process of a job; the run wants to finish its step, and needs its workers for that."""
     for name in ("SIGINT", "SIGUSR1"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+        if hasattr(signal, name):  # Windows has no SIGUSR1
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_on_the_parents_word, daemon=True).start()
@@ -363,17 +364,30 @@ def _end_on_the_parents_word():
 
 
 def on_device(loader, device):
-    """The loader's batches on the device. On a GPU the copy runs beside the step before, which is still busy."""
+    """The loader's batches on the device. On a GPU the next one is copied while the caller works on this one."""
     device = torch.device(device)
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    if device.type != "cuda":
+        for batch in loader:
+            yield Batch(*(tensor.to(device) for tensor in batch[:3]), batch.failures)
+        return
+    stream, waiting = torch.cuda.Stream(device), collections.deque()
     for batch in loader:
-        with torch.cuda.stream(stream):  # None: no stream, nothing happens
-            tensors = [tensor.to(device, non_blocking=True) for tensor in batch[:3]]
-        if stream is not None:
-            torch.cuda.current_stream(device).wait_stream(stream)
-            for tensor in tensors:
-                tensor.record_stream(torch.cuda.current_stream(device))  # or its memory is given away too early
-        yield Batch(*tensors, batch.failures)
+        with torch.cuda.stream(stream):
+            copied = Batch(*(tensor.to(device, non_blocking=True) for tensor in batch[:3]), batch.failures)
+        waiting.append((copied, stream.record_event()))
+        if len(waiting) > 1:
+            yield _arrived(*waiting.popleft(), device)
+    while waiting:
+        yield _arrived(*waiting.popleft(), device)
+
+
+def _arrived(batch, copied, device):
+    """The batch, once the device has it: what is launched from now on waits for the copy, the host does not."""
+    current = torch.cuda.current_stream(device)
+    current.wait_event(copied)
+    for tensor in batch[:3]:
+        tensor.record_stream(current)  # or its memory is given away too early
+    return batch
 
 
 # ------------------------------------------------------------------------------------- what was skipped

@@ -282,10 +282,15 @@ def score_probes(network: GroupingNetwork, classifiers: dict[str, Callable], bat
 
 def probe(args: argparse.Namespace) -> dict:
     network, config = load_network(args.checkpoint, args.which, args.device)
-    seen, unseen = open_labelled(args, "train"), open_labelled(args, args.split)
+    if args.split == "train":
+        raise ValueError("a probe learns on the split train: test it on another one, or leave --split out")
+    seen, unseen = open_labelled(args, "train"), open_labelled(args, args.split or "val")
     if not unseen.class_names:
         raise ValueError(f"a probe learns classes, and the segments of {args.dataset} have no names: "
                          "measure them with the subcommand segmentation")
+    if seen.class_names != unseen.class_names:
+        raise ValueError(f"the split train has {len(seen.class_names)} classes and the one to test on "
+                         f"{len(unseen.class_names)}: say how many there are by --num-classes or classes.txt")
     if args.labelled:
         order = torch.randperm(len(seen), generator=torch.Generator().manual_seed(0))
         seen = seen.subset(order[: args.labelled].sort().values.tolist())
@@ -338,7 +343,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         add("--limit", type=options.whole, default=0, help="use the first N pictures only, for a quick look; 0: all")
         add("--batch-size", type=options.positive, default=16, help="pictures at a time; changes no result (16)")
         add("--workers", type=options.whole, default=0, help="processes that decode; 2 to 8 help on a GPU (0: none)")
-        add("--device", default="auto", help="auto, cpu, cuda, mps")
+        add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="auto: a GPU if there is one")
         add("--json", help="also write the JSON object to this file")
         if run is slots:
             add("--dataset", choices=("folder", "toy"), help="default: folder with --data-dir, else toy")

@@ -50,4 +50,6 @@ def adapt(weights: list[Tensor], weight_decay: float, coefficient: float) -> Non
     gradient_norms = torch.stack(torch._foreach_norm(gradients))
     usable = (weight_norms > 0) & (gradient_norms > 0)
     ratios = torch.where(usable, coefficient * weight_norms / gradient_norms, 1.0)
+    # Factors that stay on the device are one launch per weight: no multi-tensor product takes them, and reading them
+    # would make the host wait.
     torch._foreach_mul_(gradients, list(ratios.unbind()))

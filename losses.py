@@ -91,7 +91,7 @@ def mean_over_pixels(teacher: list[Tensor]) -> Tensor:
 
     teacher: un-aligned maps [(b k h w), ...], one per view -> (k).
     """
-    mean = reduce(torch.stack(teacher), "v b k h w -> k", "mean")
+    mean = sum(reduce(maps, "b k h w -> k", "mean") for maps in teacher) / len(teacher)
     return sum_over_ranks(mean) / rank_and_world_size()[1]
 
 

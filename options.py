@@ -38,7 +38,7 @@ def parse(presets: Mapping[str, T], argv: list[str] | None, description: str) ->
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for f in dataclasses.fields(first):
         arguments: dict[str, Any] = dict(default=argparse.SUPPRESS)
-        arguments["help"] = f"{f.metadata['help']} (published: {f.default})".replace("%", "%%")
+        arguments["help"] = f"{f.metadata['help']}{defaults(presets, f)}".replace("%", "%%")
         if types[f.name] in (bool, bool | None):
             arguments["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(types[f.name]) is tuple:
@@ -51,6 +51,19 @@ def parse(presets: Mapping[str, T], argv: list[str] | None, description: str) ->
     settings = dataclasses.replace(presets[given.get("preset", next(iter(presets)))], **given)
     check_ranges(settings)
     return settings, set(given)
+
+
+def defaults(presets: Mapping[str, Any], f: dataclasses.Field) -> str:
+    """The value of a field without its option: one where the presets agree, else that of each."""
+    values = {name: getattr(preset, f.name) for name, preset in presets.items()}
+    if f.name == "preset":
+        return f" (default: {next(iter(presets))})"
+    if len(set(values.values())) == 1:
+        value = next(iter(values.values()))
+        return "" if value in ("", None) else f" (default: {value})"
+    usual = max(values.values(), key=list(values.values()).count)
+    others = ", ".join(f"{name}: {value}" for name, value in values.items() if value != usual)
+    return f" (default: {usual}; {others})"
 
 
 def check_ranges(settings) -> None:

@@ -37,9 +37,9 @@ def collect_cells(
         maps = backbone(normalize(images.to(device)))
         h, w = maps.shape[-2:]
         known = F.one_hot(torch.where(label == IGNORE, num_classes, label), num_classes + 1)
-        share = F.adaptive_avg_pool2d(rearrange(known, "b y x k -> b k y x").float(), (h, w))[:, :num_classes]
+        share = F.adaptive_avg_pool2d(rearrange(known, "b y x t -> b t y x").float(), (h, w))[:, :num_classes]
         for cells, share_of in zip(rearrange(maps, "b c h w -> b (h w) c").cpu(),
-                                   rearrange(share, "b k h w -> b (h w) k")):
+                                   rearrange(share, "b t h w -> b (h w) t")):
             kept = torch.randperm(h * w, generator=generator)[: max(most // num_pictures, 1)]
             kept = kept[share_of[kept].sum(1) > 0]
             features.append(cells[kept])
@@ -70,7 +70,7 @@ def linear_probe(features: Tensor, shares: Tensor, decay: float = 1e-4) -> Calla
 
     def classify(maps: Tensor) -> Tensor:
         scaled = (maps - mean[:, None, None]) / std[:, None, None]
-        return einsum(scaled, weight.detach(), "b c h w, c k -> b k h w") + bias.detach()[:, None, None]
+        return einsum(scaled, weight.detach(), "b c h w, c t -> b t h w") + bias.detach()[:, None, None]
 
     return classify
 
@@ -83,8 +83,8 @@ def neighbor_probe(features: Tensor, shares: Tensor) -> Callable[[Tensor], Tenso
         votes = []
         for cells in rearrange(F.normalize(maps, dim=1), "b c h w -> b (h w) c"):  # one picture at a time
             cosine, neighbor = (cells @ bank.T).topk(min(NEIGHBORS, len(bank)), dim=1)  # over the bank
-            weight = (cosine / NEIGHBOR_TEMPERATURE).softmax(dim=1)  # over m, the neighbours
-            votes.append(einsum(weight, shares[neighbor], "n m, n m k -> n k"))
-        return rearrange(torch.stack(votes), "b (h w) k -> b k h w", h=maps.shape[2])
+            weight = (cosine / NEIGHBOR_TEMPERATURE).softmax(dim=1)  # over i, the neighbours
+            votes.append(einsum(weight, shares[neighbor], "n i, n i t -> n t"))
+        return rearrange(torch.stack(votes), "b (h w) t -> b t h w", h=maps.shape[2])
 
     return classify

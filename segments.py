@@ -117,7 +117,9 @@ def open_pictures(dataset: str, data_dir: str | Path | None, limit: int = 0, **t
     """
     if dataset == "toy":
         return ToyScenes(count=limit or 256, **toy_scenes)
-    folder = Path(data_dir or "")
+    if not data_dir:
+        raise ValueError("--data-dir is missing: the folder of pictures to look at")
+    folder = Path(data_dir)
     root, paths, _ = find_images(folder / "val2017" if (folder / "val2017").is_dir() else folder)
     return ImageFiles(root, paths[: limit or None])
 

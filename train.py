@@ -1,6 +1,6 @@
 """Pretrain SlotCon: student, teacher, centre and two losses, on toy scenes or on a folder of photographs.
 
-    python train.py                                                  toy scenes, three minutes on a laptop
+    python train.py                                                  toy scenes, two minutes on a laptop
     python train.py --preset coco-r50 --data-dir COCO                the published recipe, one process
     torchrun --nproc-per-node=8 train.py --preset coco-r50 --data-dir COCO      the same on eight GPUs
 
@@ -77,14 +77,15 @@ class Config:
     image_loss: bool = option(False, "add the image-level objective (table 8d)")
     momentum_center: float = option(0.9, "momentum of the centre [O]", low=0, high=1)
     momentum_teacher: float = option(0.99, "the teacher's momentum at the first step [P]", low=0, high=1)
-    momentum_teacher_end: float = option(1.0, "and at the last, along a cosine [P]", low=0, high=1)
+    momentum_teacher_end: float = option(1.0, "the teacher's momentum at the last step, reached along a cosine [P]",
+                                         low=0, high=1)
     # the views
     geometric: bool = option(True, "random crops and flips; off: both views are the centre square (table 8e)")
     min_area: float = option(0.08, "smallest crop, as a share of the image [O]", low=0.001, high=1)
     min_overlap: float = option(0.01, "least overlap, as a share of the second crop [O]", low=0, high=1)
-    brightness: float = option(0.4, "strength of the jitter: factor in 1 +- this [O]", low=0, high=1)
-    contrast: float = option(0.4, "likewise [O]", low=0, high=1)
-    saturation: float = option(0.2, "likewise [O]", low=0, high=1)
+    brightness: float = option(0.4, "strength of the brightness jitter: factor in 1 +- this [O]", low=0, high=1)
+    contrast: float = option(0.4, "strength of the contrast jitter: factor in 1 +- this [O]", low=0, high=1)
+    saturation: float = option(0.2, "strength of the saturation jitter: factor in 1 +- this [O]", low=0, high=1)
     hue: float = option(0.1, "largest rotation of the hue, in turns [O]", low=0, high=0.5)
     p_jitter: float = option(0.8, "probability of the jitter [O]", low=0, high=1)
     p_gray: float = option(0.2, "probability of grey [O]", low=0, high=1)
@@ -110,7 +111,7 @@ class Config:
                       choices=("auto", "bf16", "fp16", "off"), free=True)
     channels_last: bool | None = option(None, "memory format of the convolutions (default: on a CUDA GPU)", free=True)
     compile: bool = option(False, "torch.compile both networks: minutes at the start, faster steps", free=True)
-    threads: int = option(0, "of a CPU process for arithmetic, 0: torch's choice; the last bits depend on it",
+    threads: int = option(0, "threads of a CPU process for arithmetic, 0: torch's choice; the last bits depend on it",
                           low=0, high=4096, free=True)
     workers: int = option(-1, "processes per rank that decode and crop; 0: none, -1: one per core up to 8", low=-1,
                           high=512, free=True)
@@ -122,7 +123,7 @@ class Config:
     log_every: int = option(10, "steps between lines of log.jsonl", low=1, high=1_000_000, free=True)
     save_every: int = option(1, "epochs between two writings of last.pth", low=1, high=1_000_000, free=True)
     keep_every: int = option(100, "keep epoch_N.pth at every such epoch, 0: none", low=0, high=1_000_000, free=True)
-    keep_last: int = option(0, "keep the newest of these too", low=0, high=1_000_000, free=True)
+    keep_last: int = option(0, "keep the newest epoch_N.pth too, so many", low=0, high=1_000_000, free=True)
     max_steps: int = option(0, "stop after this many optimiser steps in all, 0: at the end; schedules do not change",
                             low=0, high=10**9, free=True)
     max_bad_share: float = option(0.01, "stop when more than this share of the images cannot be read", low=0, high=1,
@@ -237,12 +238,14 @@ def train(c: Config, given: set[str], signals: distributed.StopSignals, at_end: 
     optimizer = make_optimizer(model, c, peak_lr)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, position = 0, 0  # optimiser steps taken, batches consumed: more, since a step without finite numbers is none
+    earlier = 0.0  # seconds that this run has taken before it was interrupted
     logged, sums, bad_steps = 0, [0.0] * 4, 0  # step of the last line in the log, and what adds up for the next one
     last = folder / "last.pth" if c.resume == "auto" else Path(c.resume)
     if c.resume != "none" and (c.resume != "auto" or last.exists()):
         saved = checkpoint.restore(last, model, optimizer, scaler, lambda s: differences(c, len(images), s))
         step, position = saved["step"], saved["position"]
         logged, sums, bad_steps = saved["logged"], saved["sums"], saved["bad_steps"]
+        earlier = saved["seconds"]
         if chief:
             print(f"resumed  {last} after step {step}" + change_of_processes(saved["world_size"], place.world_size))
     if c.compile:
@@ -251,14 +254,15 @@ def train(c: Config, given: set[str], signals: distributed.StopSignals, at_end: 
     check_position(last, losses.gather_rows(torch.tensor([position], device=device), [1] * place.world_size).tolist())
     wrapped = distributed.wrap(model, place)
     trained = [p for p in model.parameters() if p.requires_grad]
-    buffers = [b for b in model.buffers() if b is not model.center]  # what batch norms count
-    before = [b.clone() for b in buffers]
+    # What batch norms count, sums apart from integers: a list of one type is copied in one launch.
+    buffers = [[b for b in model.buffers() if b is not model.center and b.is_floating_point() == floating]
+               for floating in (True, False)]
+    before = [[b.clone() for b in group] for group in buffers]
 
     # ---- batches: more than steps, since one without a finite gradient is made up for
     crops = data.TwoCrops(images, c.image_size, c.seed, c.min_area, c.min_overlap, geometric=c.geometric)
     sampler = data.RunSampler(len(images), c.batch_size, place.rank, place.world_size, c.seed, position, sys.maxsize)
-    workers = distributed.cores_per_process() if c.workers < 0 else c.workers
-    batches = data.on_device(data.make_loader(crops, sampler, workers, device), device)
+    batches = data.on_device(data.make_loader(crops, sampler, readers(c), device), device)
     at_end.callback(batches.close)  # whatever ends the run: workers ignore the signal Python would end them with
     photometric = data.Photometric(c.brightness, c.contrast, c.saturation, c.hue, c.p_jitter, c.p_gray, c.p_blur,
                                    p_solarize=c.p_solarize, solarize_threshold=c.solarize_threshold)
@@ -291,7 +295,8 @@ def train(c: Config, given: set[str], signals: distributed.StopSignals, at_end: 
         views = photometric(batch.views, luck.manual_seed(seed_of(c.seed, position, place.rank)))
 
         # ---- loss and gradient
-        torch._foreach_copy_(before, buffers)
+        for then, now in zip(before, buffers):
+            torch._foreach_copy_(then, now)
         reports = []
         share = len(views) // c.accumulate
         for start in range(0, len(views), share):
@@ -324,7 +329,8 @@ def train(c: Config, given: set[str], signals: distributed.StopSignals, at_end: 
             sums, bad_in_row = [a + b for a, b in zip(sums, values)], 0
             bar.update()
         else:
-            torch._foreach_copy_(buffers, before)
+            for then, now in zip(before, buffers):
+                torch._foreach_copy_(now, then)
             bad_steps, bad_in_row = bad_steps + (not failed), bad_in_row + (not failed)
         if not failed:  # else a rerun must meet this batch again
             position += 1
@@ -359,7 +365,8 @@ def train(c: Config, given: set[str], signals: distributed.StopSignals, at_end: 
         elif chief and (final or (due and moved)):
             state = dict(format=checkpoint.FORMAT, config=dataclasses.asdict(c), step=step, position=position,
                          num_images=len(images), world_size=place.world_size, logged=logged, sums=sums,
-                         bad_steps=bad_steps, model=model.state_dict(), optimizer=optimizer.state_dict(),
+                         bad_steps=bad_steps, seconds=earlier + time.perf_counter() - began,
+                         model=model.state_dict(), optimizer=optimizer.state_dict(),
                          scaler=scaler.state_dict())
             trouble = keep(c, folder, state, due, final)
             failure, due = failure or trouble, 0
@@ -381,7 +388,7 @@ def train(c: Config, given: set[str], signals: distributed.StopSignals, at_end: 
                           f"everything, and {same_command(c)} tries again") from None
         print(f"done     {step} steps; {folder / 'backbone.pth'} is the teacher's trunk under torchvision's names")
         if c.dataset == "toy":
-            show_toy(c, model, folder, began)
+            show_toy(c, model, folder, began - earlier)
 
 
 def show_toy(c: Config, model: SlotCon, folder: Path, began: float) -> None:
@@ -410,6 +417,11 @@ def find_images(c: Config, given: set[str]):
     # A layout that was asked for by name must be there; a preset's layout may turn out to be any folder of images.
     root, paths, notice = data.find_images(c.data_dir, c.dataset, strict="dataset" in given)
     return data.ImageFiles(root, paths), f"{len(paths)} images: " + (notice or f"{c.data_dir}, layout {c.dataset}")
+
+
+def readers(c: Config) -> int:
+    """How many processes decode and crop for this one."""
+    return distributed.cores_per_process() if c.workers < 0 else c.workers
 
 
 def check_batch(c: Config, place: distributed.Place, num_images: int) -> None:
@@ -524,7 +536,7 @@ def check_data(c: Config, given: set[str]) -> None:
     images, about = find_images(c, given)
     print(about)
     bar = lambda results: tqdm(results, total=len(images), unit="image", disable=not sys.stderr.isatty())  # noqa: E731
-    found = data.check_images(images.root, images.paths, distributed.cores_per_process(), bar)
+    found = data.check_images(images.root, images.paths, readers(c), bar)
     total, bad = found["images"], found["bad"]
     for name, reason in bad:
         print(f"bad      {name}: {reason}")

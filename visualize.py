@@ -305,7 +305,8 @@ def chance_lines(records: list[dict], config: dict) -> dict[str, list[float]]:
     k = config.get("num_prototypes")
     if not k:
         return {}
-    keys = [max(record["occupied_per_image"] * config["batch_size"], 1) for record in records]
+    images = config["batch_size"] / config.get("accumulate", 1)  # those of one pass are contrasted
+    keys = [max(record["occupied_per_image"] * images, 1) for record in records]
     chance = dict(
         group_loss=[2 * math.log(k)] * len(records), prototypes_used=[k] * len(records),
         entropy=[math.log(k)] * len(records), agreement=[1 / k] * len(records),
@@ -399,7 +400,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         add("--data-dir", help="folder of pictures, nested or flat (COCO: its val2017); without it toy scenes")
         add("--size", type=options.positive, help="side, px; default: as in training, toy scenes as drawn")
         add("--which", choices=("teacher", "student"), default="teacher", help="network to look at (teacher)")
-        add("--device", default="auto", help="auto, cpu, cuda, mps")
+        add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="auto: a GPU if there is one")
     return parser.parse_args(argv)
 
 

@@ -5,8 +5,9 @@
     python benchmarks/step.py --updates                                                teacher update and LARS alone
 
 Variants: `plain` is the step as one writes it first (one tensor at a time in teacher and LARS, a loop over images in
-the inverse augmentation, prototypes repeated for every image, all slots gathered, the loss read every step, NCHW, fp16
-on a GPU); `ours` is what train.py runs; `compile` adds torch.compile; `nchw`, `channels_last` force the memory format.
+the inverse augmentation, prototypes repeated for every image, all slots gathered, NCHW, fp16 on a GPU); `ours` is what
+train.py runs, with its guard against bad numbers; `compile` adds torch.compile; `nchw`, `channels_last` force the
+memory format.
 They take turns within one run. The stages are timed in separate steps, since timing them makes the device wait.
 """
 
@@ -105,6 +106,10 @@ class Step:
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = (PlainLARS if self.plain else LARS)(trained, 0.1)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        buffers = [b for b in self.model.buffers() if b is not self.model.center]
+        self.buffers = [[b for b in buffers if b.is_floating_point() == floating] for floating in (True, False)]
+        self.before = [[b.clone() for b in group] for group in self.buffers]
+        self.trained = trained
         self.views = torch.randn(a.batch, 2, 3, a.image_size, a.image_size, device=device)
         self.boxes = torch.tensor([[0.1, 0.2, 0.9, 0.8], [0.0, 0.3, 0.7, 1.0]], device=device).expand(a.batch, 2, 4)
         self.flipped = torch.rand(a.batch, 2, device=device) < 0.5
@@ -118,6 +123,8 @@ class Step:
     def __call__(self, watch: Stopwatch | None = None) -> torch.Tensor:
         time_of = watch.stage if watch else lambda _: contextlib.nullcontext()
         with self.patches(), watch.spying(self) if watch else contextlib.nullcontext():
+            for then, now in zip(self.before, self.buffers) if not self.plain else ():
+                torch._foreach_copy_(then, now)
             with time_of("teacher update"):
                 self.model.update_teacher(0.99)
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
@@ -131,6 +138,8 @@ class Step:
                     loss.item()
                 else:
                     self.scaler.unscale_(self.optimizer)
+                    norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained])
+                    torch.cat([report.losses, norm[None]]).tolist()  # the host looks before anything moves
                     self.optimizer.step()
                     losses.update_center(self.model.center, report.center_mean, 0.9)
                 self.scaler.update()

@@ -297,7 +297,7 @@ def test_a_training_state_is_put_back_whole(tmp_path):
 def test_what_cannot_be_continued_is_refused_before_anything_is_touched(model, tmp_path):
     module, optimizer, scaler = trained(2)
     before = module.weight.detach().clone()
-    no_state = ("cannot be continued: it holds no training state", "its network can be evaluated and exported")
+    no_state = ("cannot be continued: it holds no training state", "its network can be evaluated")
     for contents, reasons, parts in (
         (dict(model=released(model)), [], no_state),
         ({k: v for k, v in saved_state(1).items() if k != "position"}, [], no_state),

@@ -343,6 +343,29 @@ def test_wrong_input_ends_with_one_line_and_exit_code_2(case, workers, trained, 
     assert code == 2 and message in err and err.startswith("evaluate.py: ") and err.count("\n") == 1 and not out
 
 
+def test_a_probe_never_meets_a_picture_in_the_test_that_it_learned_from(trained, folder, capsys, monkeypatch):
+    opened, open_labelled = [], evaluate.open_labelled
+    monkeypatch.setattr(evaluate, "open_labelled", lambda *a: opened.append(open_labelled(*a)) or opened[-1])
+    code, result, _, _ = run("probe", trained, "--data-dir", folder, "--dataset", "folder", "--size", 32, capsys=capsys)
+    seen, unseen = ({each.images.name(i) for i in each.indices} for each in opened)
+    assert code == 0 and not seen & unseen and len(seen | unseen) == 7
+    assert (result["labelled_pictures"], result["pictures"]) == (len(seen), len(unseen))
+    again = ["probe", trained, "--data-dir", folder, "--dataset", "folder", "--split", "train"]
+    code, _, _, err = run(*again, capsys=capsys)
+    assert code == 2 and "learns on the split train" in err
+
+
+def test_a_probe_whose_parts_disagree_on_the_classes_is_one_line(trained, folder, capsys):
+    for part, ids in (("train", (0, 6)), ("val", (0, 2))):
+        for kind, name in (("images", "0.png"), ("labels", "0.png")):
+            (folder / kind / part).mkdir()
+            pixels = np.full((34, 40, 3) if kind == "images" else (34, 40), ids[0], np.uint8)
+            pixels[5:] = ids[1]
+            Image.fromarray(pixels).save(folder / kind / part / name)
+    code, _, _, err = run("probe", trained, "--data-dir", folder, "--dataset", "folder", capsys=capsys)
+    assert code == 2 and "the split train has 7 classes and the one to test on 3" in err and err.count("\n") == 1
+
+
 def test_a_probe_of_segments_without_names_is_refused(trained, tmp_path, capsys):
     for split in ("train", "val"):
         for kind in ("images", "segments"):

@@ -84,7 +84,7 @@ def test_the_help_says_each_option_its_default_and_a_percent_sign(capsys):
     assert end.value.code == 0
     for f in dataclasses.fields(Dials):
         assert options.flag(f.name) in text
-    assert "how many, 50 % more on Sundays (published: 10)" in text
+    assert "how many, 50 % more on Sundays (default: 10" in text
 
 
 def test_ranges_and_choices_hold_also_for_what_no_command_line_wrote():
