@@ -26,9 +26,11 @@ from lars import LARS
 from losses import update_center
 from teacher import teacher_momentum
 
-FILE = Path(os.environ.get("SLOTCON_REFERENCE_NUMBERS", Path(__file__).with_name("official_numbers.json")))
+OWN = Path(__file__).with_name("official_numbers.json")
+FILE = Path(os.environ.get("SLOTCON_REFERENCE_NUMBERS", OWN))
 NUMBERS = json.loads(FILE.read_text())
-RELATIVE = 1e-9  # what float64 leaves after two steps; a first implementation reached 1e-11
+# What float64 leaves after the two steps of our own file (it reaches 1e-11); deeper networks and more steps leave less.
+RELATIVE, RELATIVE_HEAD = (1e-9, 1e-10) if json.loads(OWN.read_text()) == NUMBERS else (1e-7, 1e-7)
 
 section = lambda name: pytest.mark.skipif(name not in NUMBERS, reason=f"{FILE.name} has no {name}")  # noqa: E731
 
@@ -161,7 +163,7 @@ def test_every_step_equals_the_released_code_to_1e_9():
             close(head(gradients[name]), numbers["head"])
         for name, numbers in expected["parameters_after_step"].items():
             close(parameters[name].norm(), numbers["l2"])
-            close(head(parameters[name]), numbers["head"], relative=1e-10)  # a LARS that norms before it decays fails
+            close(head(parameters[name]), numbers["head"], RELATIVE_HEAD)  # a LARS that norms before it decays fails
         for name, numbers in expected["teacher_after_ema"].items():
             close(teacher[name].norm(), numbers["l2"])
             close(head(teacher[name]), numbers["head"])
