@@ -13,7 +13,7 @@ the loss of the joined batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -86,10 +86,10 @@ def group_consistency(
 
 
 @torch.no_grad()
-def mean_over_pixels(teacher: list[Tensor]) -> Tensor:
+def mean_over_pixels(teacher: Sequence[Tensor]) -> Tensor:
     """The mean similarity of every prototype over all pixels, views and ranks: what the centre follows.
 
-    teacher: un-aligned maps [(b k h w), ...], one per view -> (k).
+    teacher: un-aligned maps (b k h w), one per view -> (k).
     """
     mean = sum(reduce(maps, "b k h w -> k", "mean") for maps in teacher) / len(teacher)
     return sum_over_ranks(mean) / rank_and_world_size()[1]

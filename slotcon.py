@@ -24,9 +24,9 @@ class Report(NamedTuple):
 
     losses: Tensor  # (3) total, group, slot: this rank's share
     center_mean: Tensor  # (k) mean teacher similarity over all pixels, views and ranks
-    student_aligned: Tensor  # (v b k h w) similarity maps after inverse augmentation
-    teacher_aligned: Tensor  # (v b k h w)
-    teacher_maps: Tensor  # (v b k h w) before it
+    student_aligned: tuple[Tensor, ...]  # one per view: (b k h w) similarity maps after inverse augmentation
+    teacher_aligned: tuple[Tensor, ...]
+    teacher_maps: tuple[Tensor, ...]  # before it
     teacher_occupied: Tensor  # (v b k) bool
     valid: Tensor  # (b) bool: the crops overlap
 
@@ -90,8 +90,8 @@ class SlotCon(nn.Module):
             loss = loss + self.image_term(s_features, t_features)
 
         seen = torch.stack([loss, group, torch.zeros_like(group) if slot is None else slot]).detach()
-        return loss, Report(seen, losses.mean_over_pixels(list(t_maps)), torch.stack(s_aligned).detach(),
-                            torch.stack(t_aligned), torch.stack(t_maps), torch.stack(t_occupied), valid)
+        return loss, Report(seen, losses.mean_over_pixels(t_maps), tuple(m.detach() for m in s_aligned),
+                            tuple(t_aligned), t_maps, torch.stack(t_occupied), valid)
 
     def align(self, network, embeddings, maps, boxes, flipped) -> list[Tensor]:
         """Similarity maps of the part of the scene that both views share: cut from the maps, or from the embeddings."""
@@ -140,7 +140,8 @@ def statistics(report: Report, center: Tensor, temp_teacher: float) -> dict[str,
     """Is it learning? Over the images of all ranks, for the log; the README has the glossary. Waits for the device."""
     v, b, _ = report.teacher_occupied.shape
     world_size = losses.rank_and_world_size()[1]
-    p = assignment(rearrange(report.teacher_maps, "v b k h w -> (v b) k h w") - center[:, None, None], temp_teacher)
+    maps = rearrange(list(report.teacher_maps), "v b k h w -> (v b) k h w")
+    p = assignment(maps - center[:, None, None], temp_teacher)
     mean = losses.sum_over_ranks(reduce(p, "b k h w -> k", "mean")) / world_size
     same = [(report.student_aligned[i].argmax(1) == report.teacher_aligned[1 - i].argmax(1)) for i in (0, 1)]  # over k
     same = reduce(torch.stack(same).float(), "v b h w -> b", "mean")

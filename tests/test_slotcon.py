@@ -290,23 +290,28 @@ def test_under_autocast_networks_run_in_half_precision_and_losses_in_single(sett
         assert slotcon.look(model.student, views[0][:, 0])[1].dtype == torch.bfloat16
     loss.backward()
     assert loss.dtype == torch.float32
-    assert {x.dtype for x in report if x.is_floating_point()} == {torch.float32}
+    assert {x.dtype for x in tensors_of(report) if x.is_floating_point()} == {torch.float32}
     assert loss.item() == pytest.approx(model(*views)[0].item(), rel=0.03)
     assert all(p.grad.dtype == torch.float32 for p in model.student.parameters())
 
 
 def test_double_precision_stays_double():
     loss, report = build(image_loss=True)(*two_views())
-    assert {x.dtype for x in (loss, *report) if x.is_floating_point()} == {torch.float64}
+    assert {x.dtype for x in (loss, *tensors_of(report)) if x.is_floating_point()} == {torch.float64}
 
 
 # ------------------------------------------------------------------------------------------ the report
 
 
+def tensors_of(report):
+    """One view after the other where there is a tensor per view."""
+    return [tensor for part in report for tensor in (part if isinstance(part, tuple) else (part,))]
+
+
 def test_the_report_holds_maps_before_and_after_alignment_and_no_graph():
     model, (views, boxes, flipped) = build().eval(), two_views()
     _, report = model(views, boxes, flipped)
-    assert not any(x.requires_grad for x in report)
+    assert not any(x.requires_grad for x in tensors_of(report))
     assert report.valid.tolist() == [True, False, True]
     for v in (0, 1):
         maps = model.teacher(views[:, v])[1]
@@ -317,7 +322,7 @@ def test_the_report_holds_maps_before_and_after_alignment_and_no_graph():
         aligned = cut(model.student(views[:, v])[1], boxes[:, v], flipped[:, v])
         assert torch.allclose(report.student_aligned[v][overlapping], aligned[overlapping], rtol=1e-8)
         assert report.teacher_occupied[v].tolist() == [[k in m.argmax(0) for k in range(K)] for m in maps]
-    assert torch.allclose(report.center_mean, report.teacher_maps.mean((0, 1, 3, 4)))
+    assert torch.allclose(report.center_mean, torch.stack(report.teacher_maps).mean((0, 1, 3, 4)))
 
 
 def test_the_statistics_of_the_log_are_counted_over_pixels():
@@ -325,11 +330,11 @@ def test_the_statistics_of_the_log_are_counted_over_pixels():
     model.teacher.load_state_dict(model.student.state_dict())  # or they would never agree
     _, report = model(*two_views())
     found = statistics(report, model.center, 0.07)
-    p = ((report.teacher_maps - model.center[:, None, None]) / 0.07).softmax(2)  # (v b k h w)
+    p = ((torch.stack(report.teacher_maps) - model.center[:, None, None]) / 0.07).softmax(2)  # (v b k h w)
     entropies = [-sum(x * math.log(x) for x in p[v, b, :, h, w].tolist())
                  for v in range(2) for b in range(B) for h in range(H) for w in range(W)]
     mean = p.mean((0, 1, 3, 4)).tolist()
-    agreements = [(report.student_aligned[v, b].argmax(0) == report.teacher_aligned[1 - v, b].argmax(0)).double().mean()
+    agreements = [(report.student_aligned[v][b].argmax(0) == report.teacher_aligned[1 - v][b].argmax(0)).double().mean()
                   for v in range(2) for b in (0, 2)]
     assert found == dict(
         occupied_per_image=pytest.approx(report.teacher_occupied.sum().item() / (2 * B)),
@@ -340,7 +345,8 @@ def test_the_statistics_of_the_log_are_counted_over_pixels():
     )
     assert all(type(value) in (int, float) for value in found.values())
     same_view = [(s.argmax(0) == t.argmax(0)).double().mean() for s, t in
-                 zip(report.student_aligned[:, [0, 2]].flatten(0, 1), report.teacher_aligned[:, [0, 2]].flatten(0, 1))]
+                 zip(torch.stack(report.student_aligned)[:, [0, 2]].flatten(0, 1),
+                     torch.stack(report.teacher_aligned)[:, [0, 2]].flatten(0, 1))]
     assert 0 < found["agreement"] < 1 and found["agreement"] != pytest.approx(sum(same_view).item() / 4)
 
 
