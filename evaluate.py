@@ -29,17 +29,14 @@ from scipy.cluster.vq import kmeans2
 from scipy.spatial import KDTree
 from torch import Tensor
 
-import distributed
-import labels
-import metrics
-import options
-import probes
 import toy
-from checkpoint import load_network
+from engine import options, processes
+from engine.weights import load_network
 from grouping import GroupingNetwork
-from segments import centre_view, open_pictures, picture_size, segment, stream, winner
+from measures import labels, metrics, probes
+from measures.segments import centre_view, open_pictures, picture_size, segment, stream, winner
+from photometric import normalize
 from slots import occupied
-from views import normalize
 
 Segmenter = Callable[[Tensor], tuple[Tensor, Tensor]]  # images (b 3 y x) -> segments (b y x), occupied (b k)
 
@@ -365,7 +362,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     try:
         args = parse(argv)
-        args.device = distributed.start(args.device, timeout=600).device
+        args.device = processes.start(args.device, timeout=600).device
         args.dataset = args.dataset or ("folder" if args.data_dir else "toy")
         result = dict(command=args.command, checkpoint=args.checkpoint, which=args.which, dataset=args.dataset,
                       data_dir=args.data_dir, **args.run(args))  # fmt: skip

@@ -17,49 +17,14 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from einops import einsum, rearrange, reduce
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from engine.ranks import gather_rows, rank_and_world_size, sum_over_ranks
+
 MOST_LOGITS = 2**22  # [U] logits of the slot contrast held at once: 16 MB in float32
-
-# ------------------------------------------------------------------------------------------ other ranks
-
-
-def rank_and_world_size() -> tuple[int, int]:
-    """(0, 1) for a process on its own."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-
-@torch.no_grad()  # all_reduce has no gradient; the losses are built so that none is needed
-def sum_over_ranks(x: Tensor) -> Tensor:
-    """x summed over all ranks, a new tensor; x itself in a process on its own."""
-    if rank_and_world_size()[1] > 1:
-        x = x.clone()
-        dist.all_reduce(x)
-    return x
-
-
-@torch.no_grad()  # keys carry no gradient, so the gather needs none
-def gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
-    """The rows of all ranks, in the order of the ranks.
-
-    rows (n ...): this rank's; counts: n of every rank, known to all -> (sum of counts ...). Alone: rows itself.
-    On the wire: max(counts) rows per rank, since a gather moves equal pieces.
-    """
-    rank, world_size = rank_and_world_size()
-    if len(counts) != world_size or counts[rank] != len(rows):
-        raise ValueError(f"rank {rank} of {world_size} holds {len(rows)} rows, but the counts say {counts}")
-    if world_size == 1:
-        return rows
-    padded = rows.new_zeros(max(counts), *rows.shape[1:])
-    padded[: len(rows)] = rows
-    pieces = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(pieces, padded)
-    return torch.cat([piece[:count] for piece, count in zip(pieces, counts)])
-
 
 # ------------------------------------------------------------------------------------------ group consistency
 

@@ -14,6 +14,7 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 
 import losses
+from engine import ranks
 from grouping import GroupingNetwork, assignment, inverse_augmentation, similarity
 from slots import SlotPredictor, attentive_pooling, occupied
 from teacher import make_teacher, update_teacher
@@ -139,19 +140,19 @@ def look(network: GroupingNetwork, images: Tensor) -> tuple[Tensor, Tensor, Tens
 def statistics(report: Report, center: Tensor, temp_teacher: float) -> dict[str, float]:
     """Is it learning? Over the images of all ranks, for the log; the README has the glossary. Waits for the device."""
     v, b, _ = report.teacher_occupied.shape
-    world_size = losses.rank_and_world_size()[1]
+    world_size = ranks.rank_and_world_size()[1]
     maps = rearrange(list(report.teacher_maps), "v b k h w -> (v b) k h w")
     p = assignment(maps - center[:, None, None], temp_teacher)
-    mean = losses.sum_over_ranks(reduce(p, "b k h w -> k", "mean")) / world_size
+    mean = ranks.sum_over_ranks(reduce(p, "b k h w -> k", "mean")) / world_size
     same = [(report.student_aligned[i].argmax(1) == report.teacher_aligned[1 - i].argmax(1)) for i in (0, 1)]  # over k
     same = reduce(torch.stack(same).float(), "v b h w -> b", "mean")
-    sums = losses.sum_over_ranks(torch.stack([
+    sums = ranks.sum_over_ranks(torch.stack([
         report.teacher_occupied.sum() / (v * b),
         reduce(torch.special.entr(p), "b k h w -> b h w", "sum").mean(),
         (same * report.valid).sum(),
         report.valid.sum(),
     ]).float())
-    used = losses.sum_over_ranks(reduce(report.teacher_occupied.long(), "v b k -> k", "sum")) > 0
+    used = ranks.sum_over_ranks(reduce(report.teacher_occupied.long(), "v b k -> k", "sum")) > 0
     return dict(
         occupied_per_image=sums[0].item() / world_size,
         prototypes_used=int(used.sum()),

@@ -27,19 +27,19 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-import checkpoint
 import data
-import distributed
 import evaluate
-import labels
 import losses
-import options
+import photometric
 import toy
 import visualize
 from backbone import ARCHITECTURES
-from journal import Log, brief, introduce, say, write_json
-from lars import LARS
-from options import option
+from engine import checkpoint, files, loader, options, processes, ranks, weights
+from engine.images import LAYOUTS, ImageFiles, find_images
+from engine.journal import Log, brief, introduce, say, write_json
+from engine.lars import LARS
+from engine.options import option
+from measures import labels
 from slotcon import SlotCon, statistics
 from teacher import teacher_momentum
 
@@ -54,7 +54,7 @@ class Config:
     preset: str = option("coco-r50", "named recipe that sets all other defaults", free=True)
     data_dir: str = option("", "folder of images, flat or nested, no labels needed, or a text file of paths", free=True)
     dataset: str = option("folder", "layout of the folder; a preset's layout falls back to a plain folder, and says so",
-                          choices=(*data.LAYOUTS, "toy"))
+                          choices=(*LAYOUTS, "toy"))
     toy_scenes: int = option(0, "toy scenes drawn for training, preset toy only", low=0)
     toy_test_scenes: int = option(256, "toy scenes of another seed, for the result at the end", low=8, free=True)
     # the networks
@@ -213,15 +213,15 @@ def make_optimizer(model: SlotCon, c: Config, lr: float) -> torch.optim.Optimize
 # ------------------------------------------------------------------------------------------ the run
 
 
-def train(c: Config, given: set[str], signals: distributed.StopSignals, at_end: contextlib.ExitStack) -> None:
+def train(c: Config, given: set[str], signals: processes.StopSignals, at_end: contextlib.ExitStack) -> None:
     """The whole run. Raises ValueError, with one line, for what the person at the keyboard can change, and Stopped."""
     began = time.perf_counter()
     # ---- who, what, how many
     if c.threads:
         torch.set_num_threads(c.threads)
-    place = distributed.start(c.device, c.timeout)
+    place = processes.start(c.device, c.timeout)
     chief, device, folder = place.rank == 0, place.device, Path(c.output_dir)
-    dtype = distributed.precision(c.amp, device)
+    dtype = processes.precision(c.amp, device)
     images, about = find_images(c, given)
     check_batch(c, place, len(images))
     steps_per_epoch = len(images) // c.batch_size
@@ -251,8 +251,8 @@ def train(c: Config, given: set[str], signals: distributed.StopSignals, at_end: 
     if c.compile:
         for part in (model.student.backbone, model.student.projector, model.teacher.backbone, model.teacher.projector):
             part.compile()
-    check_position(last, losses.gather_rows(torch.tensor([position], device=device), [1] * place.world_size).tolist())
-    wrapped = distributed.wrap(model, place)
+    check_position(last, ranks.gather_rows(torch.tensor([position], device=device), [1] * place.world_size).tolist())
+    wrapped = processes.wrap(model, place)
     trained = [p for p in model.parameters() if p.requires_grad]
     # What batch norms count, sums apart from integers: a list of one type is copied in one launch.
     buffers = [[b for b in model.buffers() if b is not model.center and b.is_floating_point() == floating]
@@ -261,10 +261,10 @@ def train(c: Config, given: set[str], signals: distributed.StopSignals, at_end: 
 
     # ---- batches: more than steps, since one without a finite gradient is made up for
     crops = data.TwoCrops(images, c.image_size, c.seed, c.min_area, c.min_overlap, geometric=c.geometric)
-    sampler = data.RunSampler(len(images), c.batch_size, place.rank, place.world_size, c.seed, position, sys.maxsize)
-    batches = data.on_device(data.make_loader(crops, sampler, readers(c), device), device)
+    sampler = loader.RunSampler(len(images), c.batch_size, place.rank, place.world_size, c.seed, position, sys.maxsize)
+    batches = loader.on_device(loader.make_loader(crops, sampler, readers(c), device), device)
     at_end.callback(batches.close)  # whatever ends the run: workers ignore the signal Python would end them with
-    photometric = data.Photometric(c.brightness, c.contrast, c.saturation, c.hue, c.p_jitter, c.p_gray, c.p_blur,
+    photometric = photometric.Photometric(c.brightness, c.contrast, c.saturation, c.hue, c.p_jitter, c.p_gray, c.p_blur,
                                    p_solarize=c.p_solarize, solarize_threshold=c.solarize_threshold)
     luck = torch.Generator(device)
 
@@ -274,9 +274,9 @@ def train(c: Config, given: set[str], signals: distributed.StopSignals, at_end: 
         log = Log(folder, step, c.tensorboard) if chief else None
         if chief and position == 0:  # a new run names its own
             (folder / "skipped.txt").unlink(missing_ok=True)
-        skipped = data.Skipped(folder / "skipped.txt", len(images), c.max_bad_share)
+        skipped = loader.Skipped(folder / "skipped.txt", len(images), c.max_bad_share)
         if chief:
-            checkpoint.remove_leftovers(folder)
+            files.remove_leftovers(folder)
             write_json(folder / "config.json", dataclasses.asdict(c))
     except OSError as error:
         raise ValueError(f"--output-dir {folder} cannot be written to: {error.strerror or error}") from None
@@ -301,7 +301,7 @@ def train(c: Config, given: set[str], signals: distributed.StopSignals, at_end: 
         share = len(views) // c.accumulate
         for start in range(0, len(views), share):
             some = slice(start, start + share)
-            with distributed.exchange(wrapped, last=start + share == len(views)):
+            with processes.exchange(wrapped, last=start + share == len(views)):
                 with torch.autocast(device.type, dtype, enabled=dtype is not None):
                     loss, report = wrapped(views[some], batch.boxes[some], batch.flipped[some])
                 scaler.scale(loss / c.accumulate).backward()
@@ -312,7 +312,7 @@ def train(c: Config, given: set[str], signals: distributed.StopSignals, at_end: 
         # ---- all processes read the same numbers: here the host waits for the device
         seen = torch.stack([r.losses for r in reports]).mean(0)
         wishes = torch.tensor([bool(signals.received), bool(failure)], device=device)
-        *values, stop, failed = losses.sum_over_ranks(torch.cat([seen, norm[None], wishes])).tolist()
+        *values, stop, failed = ranks.sum_over_ranks(torch.cat([seen, norm[None], wishes])).tolist()
         values = [value / place.world_size for value in values]
 
         # ---- everything that moves, moves here; without a finite loss and gradient nothing does
@@ -349,7 +349,7 @@ def train(c: Config, given: set[str], signals: distributed.StopSignals, at_end: 
                 group_loss=sums[1] / steps, slot_loss=sums[2] / steps, lr=optimizer.param_groups[0]["lr"],
                 momentum_teacher=momentum, **numbers, grad_norm=sums[3] / steps,
                 images_per_second=(step - timed) * c.batch_size / seconds, data_seconds=waited / (step - timed),
-                memory_gb=distributed.peak_memory_gb(device), skipped_steps=bad_steps)
+                memory_gb=processes.peak_memory_gb(device), skipped_steps=bad_steps)
             if chief:
                 log.write(record)
                 bar.set_postfix_str(brief(record))
@@ -382,7 +382,7 @@ def train(c: Config, given: set[str], signals: distributed.StopSignals, at_end: 
         return
     if chief:
         try:
-            checkpoint.save(folder / "backbone.pth", checkpoint.backbone_state(model.state_dict()))
+            checkpoint.save(folder / "backbone.pth", weights.backbone_state(model.state_dict()))
         except OSError as error:
             raise Stopped(f"could not write {folder / 'backbone.pth'}: {error.strerror or error}; last.pth holds "
                           f"everything, and {same_command(c)} tries again") from None
@@ -415,16 +415,16 @@ def find_images(c: Config, given: set[str]):
     if c.dataset == "toy":
         return toy.ToyImages(c.seed, c.toy_scenes), f"{c.toy_scenes} toy scenes, drawn here"
     # A layout that was asked for by name must be there; a preset's layout may turn out to be any folder of images.
-    root, paths, notice = data.find_images(c.data_dir, c.dataset, strict="dataset" in given)
-    return data.ImageFiles(root, paths), f"{len(paths)} images: " + (notice or f"{c.data_dir}, layout {c.dataset}")
+    root, paths, notice = find_images(c.data_dir, c.dataset, strict="dataset" in given)
+    return ImageFiles(root, paths), f"{len(paths)} images: " + (notice or f"{c.data_dir}, layout {c.dataset}")
 
 
 def readers(c: Config) -> int:
     """How many processes decode and crop for this one."""
-    return distributed.cores_per_process() if c.workers < 0 else c.workers
+    return processes.cores_per_process() if c.workers < 0 else c.workers
 
 
-def check_batch(c: Config, place: distributed.Place, num_images: int) -> None:
+def check_batch(c: Config, place: processes.Place, num_images: int) -> None:
     """The batch fits the processes and the images. Raises ValueError."""
     parts = place.world_size * c.accumulate
     if c.batch_size % parts:
@@ -458,7 +458,7 @@ def differences(c: Config, num_images: int, saved: dict) -> list[str]:
     return [] if c.force_resume else changed
 
 
-def next_batch(batches, skipped: data.Skipped, c: Config, b: int, device: torch.device) -> tuple[data.Batch, str]:
+def next_batch(batches, skipped: loader.Skipped, c: Config, b: int, device: torch.device) -> tuple[data.Batch, str]:
     """The next b images, and what should stop the run, or nothing.
 
     Where no batch can be made, black images stand in for it until all processes have agreed to stop: the others wait
@@ -484,7 +484,7 @@ def no_more_images(error: Exception) -> str:
     line = str(error).strip().splitlines()[-1]  # of the trace that a process sends
     if isinstance(error, ValueError):
         return f"no more images: {line.partition('ValueError: ')[2] or line}"
-    return distributed.reader_died(line)
+    return processes.reader_died(line)
 
 
 def check_position(path: Path, positions: list[int]) -> None:
@@ -536,7 +536,7 @@ def check_data(c: Config, given: set[str]) -> None:
     images, about = find_images(c, given)
     print(about)
     bar = lambda results: tqdm(results, total=len(images), unit="image", disable=not sys.stderr.isatty())  # noqa: E731
-    found = data.check_images(images.root, images.paths, readers(c), bar)
+    found = loader.check_images(images.root, images.paths, readers(c), bar)
     total, bad = found["images"], found["bad"]
     for name, reason in bad:
         print(f"bad      {name}: {reason}")
@@ -558,7 +558,7 @@ def main(argv: list[str] | None = None) -> int:
         if c.check_data:
             check_data(c, given)
         else:
-            with distributed.StopSignals() as signals, contextlib.ExitStack() as at_end:
+            with processes.StopSignals() as signals, contextlib.ExitStack() as at_end:
                 train(c, given, signals, at_end)
     except ValueError as error:
         return fail(error, 2)
@@ -567,15 +567,15 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return fail("interrupted", 130)
     except RuntimeError as error:
-        if distributed.out_of_memory(error):
-            return fail(f"{distributed.out_of_memory(error)}: take a smaller --batch-size, --image-size or network, or "
+        if processes.out_of_memory(error):
+            return fail(f"{processes.out_of_memory(error)}: take a smaller --batch-size, --image-size or network, or "
                         "more passes by --accumulate", 2)
-        if not distributed.lost(error):
+        if not processes.lost(error):
             raise
         last = Path(c.output_dir) / "last.pth"
         intact = f"; {last} is intact" if last.exists() else ""
-        return fail(f"{distributed.lost(error)}{intact}, and {same_command(c)} goes on", 1)
-    distributed.finish()
+        return fail(f"{processes.lost(error)}{intact}, and {same_command(c)} goes on", 1)
+    processes.finish()
     return 0
 
 
@@ -583,7 +583,7 @@ def fail(reason: Exception | str, status: int) -> int:
     """One line on stderr. One process of many ends at once: a goodbye to the others could wait for ever."""
     print(f"train.py: {reason}", file=sys.stderr, flush=True)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        distributed.end_now(status)
+        processes.end_now(status)
     return status
 
 

@@ -28,15 +28,14 @@ from matplotlib.patches import Patch
 from torch import Tensor
 from torchvision.utils import draw_segmentation_masks
 
-import distributed
-import metrics
-import options
-from checkpoint import load_network
-from data import BadImage, ImageFiles
+from engine import options, processes
+from engine.images import BadImage, ImageFiles
+from engine.weights import load_network
 from grouping import GroupingNetwork, assignment
-from palette import GREY, palette
-from segments import Retrieval, centre_view, open_pictures, picture_size, stream, winner
-from views import normalize
+from measures import metrics
+from measures.palette import GREY, palette
+from measures.segments import Retrieval, centre_view, open_pictures, picture_size, stream, winner
+from photometric import normalize
 
 RED = (255, 40, 30)  # of a retrieved segment, as on the slide
 BLUE, ORANGE = "#0072B2", "#D55E00"
@@ -408,7 +407,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parse(argv)
         if "device" in args:
-            args.device = distributed.start(args.device, timeout=600).device
+            args.device = processes.start(args.device, timeout=600).device
         result = dict(command=args.command, **args.run(args))
     except (ValueError, OSError) as error:
         print(f"visualize.py: {error}", file=sys.stderr)

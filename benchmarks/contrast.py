@@ -24,6 +24,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from engine import ranks
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import losses
 from slots import SlotPredictor
@@ -39,7 +41,7 @@ def pretend(world_size: int, wire: list[int]) -> None:
         for rank, piece in enumerate(pieces):
             piece.copy_(x.roll(rank, dims=-1) if x.is_floating_point() else x)  # counts are alike on all ranks
 
-    losses.rank_and_world_size = lambda: (0, world_size)
+    ranks.rank_and_world_size = lambda: (0, world_size)
     losses.dist.all_gather = all_gather
 
 

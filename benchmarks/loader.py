@@ -7,7 +7,7 @@
 Three ways of preparing the same two views of an image, taken in turn so that a busy machine is busy for all:
     plain     Pillow and torchvision transforms, image by image, to two float tensors; the usual pipeline
     ours      data.py: uint8 crops and boxes; the photometric part is left to the device
-    finished  ours, and views.Photometric in the same worker, for a machine without a GPU
+    finished  ours, and photometric.Photometric in the same worker, for a machine without a GPU
 A second is one of the worker's own processor time, so that other programs on the machine do not count; the rate by the
 clock on the wall stands beside it and is the same where nothing else runs.
 """
@@ -32,6 +32,10 @@ from PIL import Image, ImageFilter, ImageOps
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import transforms as T
 from torchvision.transforms import functional as TF
+
+import photometric
+from engine import loader
+from engine.images import ImageFiles, find_images
 
 sys.path.insert(0, os.fspath(Path(__file__).resolve().parent.parent))
 import data
@@ -60,10 +64,10 @@ class PlainTwoCrops(Dataset):
         clock("read")
         image = Image.open(io.BytesIO(content)).convert("RGB")
         clock("decode")
-        crop1 = views.draw_crop(image.height, image.width, random)
-        crop2 = views.draw_crop(image.height, image.width, random, other=crop1)
+        crop1 = data.draw_crop(image.height, image.width, random)
+        crop2 = data.draw_crop(image.height, image.width, random, other=crop1)
         flipped = [random.random() < 0.5 for _ in range(2)]
-        boxes = views.overlap_boxes(crop1, crop2, flipped)
+        boxes = data.overlap_boxes(crop1, crop2, flipped)
         clock("boxes")
         pair = [TF.resized_crop(image, *crop, (self.size, self.size), TF.InterpolationMode.BICUBIC)
                 for crop in (crop1, crop2)]
@@ -95,9 +99,9 @@ class Clock:
 
 
 def finished(items):
-    batch = data.collate(items)
+    batch = loader.collate(items)
     seed = int(torch.randint(2 ** 31, ()))
-    return batch._replace(views=views.Photometric()(batch.views, torch.Generator().manual_seed(seed)))
+    return batch._replace(views=photometric.Photometric()(batch.views, torch.Generator().manual_seed(seed)))
 
 
 def stamped(collate, items):
@@ -109,9 +113,9 @@ def worker_rates(variant, root, paths, args):
     if variant == PLAIN:
         dataset, collate = PlainTwoCrops(root, paths, args.image_size), default_collate
     else:
-        dataset = data.TwoCrops(data.ImageFiles(root, paths), args.image_size, seed=0)
-        collate = data.collate if variant == OURS else finished
-    sampler = data.RunSampler(len(paths), args.batch_size, stop=args.batches + 1)
+        dataset = data.TwoCrops(ImageFiles(root, paths), args.image_size, seed=0)
+        collate = loader.collate if variant == OURS else finished
+    sampler = loader.RunSampler(len(paths), args.batch_size, stop=args.batches + 1)
     loader = DataLoader(dataset, batch_sampler=sampler, num_workers=1, collate_fn=functools.partial(stamped, collate))
     stamps = [stamp for _, *stamp in loader]
     return tuple(args.batches * args.batch_size / (last - first) for first, last in zip(stamps[0], stamps[-1]))
@@ -121,7 +125,7 @@ def our_stages(root, paths, args):
     """ms per image of each stage in this process. Reading and decoding are one call in data.py: read alone is
     timed on a file that the system then has in memory, and taken off."""
     seconds = dict.fromkeys(("read", "decode", "boxes", "crops", "collate"), 0.0)
-    images, rng, items = data.ImageFiles(root, paths), random.Random(0), []
+    images, rng, items = ImageFiles(root, paths), random.Random(0), []
     for index in range(args.batch_size):
         clock = Clock(seconds)
         Path(root, str(paths[index])).read_bytes()
@@ -129,17 +133,17 @@ def our_stages(root, paths, args):
         image = images[index]
         clock("decode")
         height, width = image.shape[-2:]
-        crop1 = views.draw_crop(height, width, rng)
-        crop2 = views.draw_crop(height, width, rng, other=crop1)
+        crop1 = data.draw_crop(height, width, rng)
+        crop2 = data.draw_crop(height, width, rng, other=crop1)
         flipped = [rng.random() < 0.5 for _ in range(2)]
-        boxes = views.overlap_boxes(crop1, crop2, flipped)
+        boxes = data.overlap_boxes(crop1, crop2, flipped)
         clock("boxes")
-        pair = torch.stack([views.resized_crop(image, crop, args.image_size, flip)
+        pair = torch.stack([data.resized_crop(image, crop, args.image_size, flip)
                             for crop, flip in zip((crop1, crop2), flipped)])
         clock("crops")
         items.append((pair, boxes, torch.tensor(flipped), []))
     clock = Clock(seconds)
-    batch = data.collate(items)
+    batch = loader.collate(items)
     clock("collate")
     seconds["decode"] -= seconds["read"]
     return {stage: 1e3 * value / args.batch_size for stage, value in seconds.items()}, batch
@@ -155,9 +159,9 @@ def plain_stages(root, paths, args):
 
 
 def photometric_ms(batch, device):
-    """ms per image of views.Photometric for a batch that is on the device already."""
+    """ms per image of photometric.Photometric for a batch that is on the device already."""
     on_device, generator = batch.views.to(device), torch.Generator(device).manual_seed(0)
-    photometric, clock, wait = views.Photometric(), time.process_time, lambda: None
+    photometric, clock, wait = photometric.Photometric(), time.process_time, lambda: None
     if device.type == "cuda":
         clock, wait = time.perf_counter, torch.cuda.synchronize
     photometric(on_device[:2], generator)  # the first call prepares the blur's table
@@ -197,7 +201,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         if args.images is None:
             draw_photographs(folder, 64)
-        measure(args, *data.find_images(args.images or folder)[:2])
+        measure(args, *find_images(args.images or folder)[:2])
 
 
 def measure(args, root, paths):

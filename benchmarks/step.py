@@ -28,11 +28,11 @@ import torchvision
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import distributed
 import losses
 import slotcon
 import teacher
-from lars import LARS
+from engine import processes
+from engine.lars import LARS
 
 # ------------------------------------------------------------------------------------------ the plain form
 
@@ -95,7 +95,7 @@ class Step:
         torch.manual_seed(0)
         self.variant, self.device, self.plain = variant, device, variant == "plain"
         cuda = device.type == "cuda"
-        self.dtype = distributed.precision("fp16" if self.plain and cuda else a.amp, device)
+        self.dtype = processes.precision("fp16" if self.plain and cuda else a.amp, device)
         self.model = slotcon.SlotCon(a.arch, a.k, a.dim_hidden, 256).to(device).train()
         if variant == "channels_last" or (cuda and variant in ("ours", "compile")):
             self.model = self.model.to(memory_format=torch.channels_last)
@@ -308,10 +308,10 @@ def main() -> None:
                         choices=("plain", "ours", "compile", "nchw", "channels_last"))
     parser.add_argument("--updates", action="store_true", help="only the teacher update and LARS")
     a = parser.parse_args()
-    place = distributed.start(a.device, 600)
-    print(distributed.describe(place))
+    place = processes.start(a.device, 600)
+    print(processes.describe(place))
     result = (updates if a.updates else steps)(a, place.device)
-    print(json.dumps(dict(settings=vars(a), device=distributed.describe(place), torch=torch.__version__, **result)))
+    print(json.dumps(dict(settings=vars(a), device=processes.describe(place), torch=torch.__version__, **result)))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+import photometric
+
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 180  # seconds: for a busy machine; a healthy run takes a few
 NUM_IMAGES, STEPS_PER_EPOCH = 14, 3
@@ -202,11 +204,10 @@ class BadNumbers:
         self.n, self.count, self.rank, self.where, self.value = n, count, rank, where, value
 
     def __call__(self, rank):
-        import data
         import train
         if self.rank not in (None, rank):
             return
-        taken, plain = [], data.Photometric.__call__
+        taken, plain = [], photometric.Photometric.__call__
 
         def now():
             return self.n <= len(taken) < self.n + self.count
@@ -215,7 +216,7 @@ class BadNumbers:
             taken.append(1)
             return plain(this, views, generator) * (self.value if self.where == "views" and now() else 1)
 
-        data.Photometric.__call__ = photometric
+        photometric.Photometric.__call__ = photometric
         make_model = train.make_model
 
         def hooked(c):

@@ -15,8 +15,8 @@ import pytest
 import torch
 from staged import command_line, draw_photographs, last_of, play
 
-import checkpoint
 import train
+from engine import checkpoint, files, weights
 from grouping import GroupingNetwork
 from slotcon import SlotCon
 
@@ -42,7 +42,7 @@ def test_a_killed_save_leaves_the_old_checkpoint_or_the_new_one(tmp_path):
         assert all((tensor == number).all() for tensor in loaded["tensors"])
     assert interrupted, "no save was ever interrupted: this test shows nothing"
     (tmp_path / ".last.pth.1.tmp").write_bytes(b"half a save")  # one at least, however the fifty fell
-    checkpoint.remove_leftovers(tmp_path)
+    files.remove_leftovers(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["last.pth"]
 
 
@@ -83,7 +83,7 @@ def test_a_save_needs_little_more_memory_than_the_checkpoint_has(tmp_path):
 def test_leftovers_of_other_programs_stay(tmp_path):
     for name in (".last.pth.123.tmp", ".mine.tmp", "last.pth.tmp", "last.pth"):
         (tmp_path / name).touch()
-    assert [path.name for path in checkpoint.remove_leftovers(tmp_path)] == [".last.pth.123.tmp"]
+    assert [path.name for path in files.remove_leftovers(tmp_path)] == [".last.pth.123.tmp"]
 
 
 @pytest.mark.parametrize("keep_last,keep_every,expected", [
@@ -203,7 +203,7 @@ def good(photographs, tmp_path_factory):
 def complaint(path):
     """The one line of load_network."""
     with pytest.raises(ValueError) as caught:
-        checkpoint.load_network(path)
+        weights.load_network(path)
     line = str(caught.value)
     assert "\n" not in line and str(path) in line and len(line) < 400
     return line
@@ -247,7 +247,7 @@ def test_whatever_is_broken_in_a_file_is_one_line_or_still_a_network(good, tmp_p
             broken[place] = luck.randrange(256)
         path.write_bytes(broken)
         try:
-            checkpoint.load_network(path)
+            weights.load_network(path)
         except ValueError as error:
             assert "\n" not in str(error)
 
@@ -314,7 +314,7 @@ def test_a_tensor_of_another_size_is_refused(good, tmp_path):
 def test_what_is_loaded_is_what_was_saved_and_its_sizes_come_from_the_tensors(good, tmp_path):
     path = changed(good, tmp_path / "wrong_words.pth", config=dict(arch="resnet50", num_prototypes=9))
     for which in ("student", "teacher"):
-        network, config = checkpoint.load_network(path, which)
+        network, config = weights.load_network(path, which)
         assert not network.training and config == MODEL
         saved = checkpoint.part(torch.load(good, weights_only=True)["model"], f"{which}.")
         assert all(torch.equal(value, saved[key]) for key, value in network.state_dict().items())
@@ -333,7 +333,7 @@ def test_a_released_checkpoint_loads_with_its_namespace(tmp_path):
             key = theirs + key.removeprefix(ours) if key.startswith(ours) else key
         state["module." + key] = value[None] if key == "center" else value
     torch.save(dict(args=argparse.Namespace(arch="tiny", epochs=800), model=state, epoch=800), tmp_path / "theirs.pth")
-    network, config = checkpoint.load_network(tmp_path / "theirs.pth")
+    network, config = weights.load_network(tmp_path / "theirs.pth")
     assert config == {**MODEL, "epochs": 800} and isinstance(network, GroupingNetwork)
     assert torch.equal(network.prototypes.weight, model.teacher.prototypes.weight)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import BadImage, ImageFiles, RunSampler, Skipped, TwoCrops, check_images, find_images, make_loader
+from engine.images import BadImage, ImageFiles, RunSampler, Skipped, TwoCrops, check_images, find_images, make_loader
 
 GRADIENT = np.linspace(0, 255, 12 * 16).reshape(12, 16).astype(np.uint8)
 

@@ -13,8 +13,8 @@ import torch
 import torchvision
 from torch import nn
 
-import checkpoint
 from backbone import build_trunk
+from engine import checkpoint, files, weights
 from slotcon import SlotCon
 
 K, D, HIDDEN = 5, 7, 9
@@ -64,14 +64,14 @@ def test_what_is_saved_is_read_back_and_leaves_no_other_file(tmp_path):
 
 def test_a_writer_that_fails_leaves_the_old_content_and_no_neighbour(tmp_path):
     path = tmp_path / "config.json"
-    checkpoint.write_atomically(path, lambda file: file.write(b"old"))
+    files.write_atomically(path, lambda file: file.write(b"old"))
 
     def half(file):
         file.write(b"ne")
         raise OSError("no space left")
 
     with pytest.raises(OSError, match="no space left"):
-        checkpoint.write_atomically(path, half)
+        files.write_atomically(path, half)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -85,7 +85,7 @@ def test_a_reader_never_sees_half_a_file(tmp_path):
         file.flush()
         assert path.read_bytes() == b"old"
 
-    checkpoint.write_atomically(path, slowly)
+    files.write_atomically(path, slowly)
     assert path.read_bytes() == b"new"
 
 
@@ -94,7 +94,7 @@ def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
     folder.mkdir()
     for name in ("last.pth", ".last.pth.123.tmp", "notes.tmp", ".hidden"):
         (folder / name).write_bytes(b"x")
-    assert checkpoint.remove_leftovers(folder) == [folder / ".last.pth.123.tmp"]
+    assert files.remove_leftovers(folder) == [folder / ".last.pth.123.tmp"]
     assert sorted(p.name for p in folder.iterdir()) == [".hidden", "last.pth", "notes.tmp"]
 
 
@@ -166,7 +166,7 @@ def test_the_command_line_in_a_released_checkpoint_becomes_a_dictionary(tmp_path
 
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_a_released_state_dict_comes_in_under_our_names(model, prefix):
-    found, own = checkpoint.import_released(released(model, prefix)), model.state_dict()
+    found, own = weights.import_released(released(model, prefix)), model.state_dict()
     assert found.keys() == own.keys()
     assert all(found[key].equal(own[key]) for key in own)
     assert found["center"].shape == (K,)
@@ -174,25 +174,25 @@ def test_a_released_state_dict_comes_in_under_our_names(model, prefix):
 
 def test_a_state_dict_of_something_else_is_not_imported():
     with pytest.raises(ValueError, match=r"expected encoder_q.\*, found head.weight"):
-        checkpoint.import_released({"head.weight": torch.zeros(2)})
+        weights.import_released({"head.weight": torch.zeros(2)})
     with pytest.raises(ValueError, match="found nothing"):
-        checkpoint.import_released({})
+        weights.import_released({})
 
 
 def test_the_model_is_found_in_our_checkpoints_in_released_ones_and_in_bare_state_dicts(model):
     own = model.state_dict()
     for contents in (dict(model=own, step=3), dict(model=released(model)), own, released(model, "")):
-        found = checkpoint.model_state(contents, "a.pth")
+        found = weights.model_state(contents, "a.pth")
         assert found.keys() == own.keys() and all(found[key].equal(own[key]) for key in own)
 
 
 def test_a_file_without_slotcon_is_refused_by_what_it_holds(model):
     with pytest.raises(ValueError, match=r"a.pth is a backbone only \(resnet18\), without projector"):
-        checkpoint.model_state(torchvision.models.resnet18().state_dict(), "a.pth")
+        weights.model_state(torchvision.models.resnet18().state_dict(), "a.pth")
     with pytest.raises(ValueError, match=r"a.pth holds no SlotCon: expected student.\* or encoder_q.\*, found epoch"):
-        checkpoint.model_state(dict(epoch=3, loss=1.0), "a.pth")
+        weights.model_state(dict(epoch=3, loss=1.0), "a.pth")
     with pytest.raises(ValueError, match=r"holds no SlotCon"):
-        checkpoint.model_state(dict(model="gone"), "a.pth")
+        weights.model_state(dict(model="gone"), "a.pth")
 
 
 # ------------------------------------------------------------------------------------------ networks
@@ -203,7 +203,7 @@ def test_a_file_without_slotcon_is_refused_by_what_it_holds(model):
 def test_a_network_is_rebuilt_from_its_tensors_alone(model, tmp_path, which, ours):
     state = model.state_dict() if ours else released(model)
     torch.save(dict(model=state, config=dict(arch="wrong", num_prototypes=99, image_size=64)), tmp_path / "a.pth")
-    network, config = checkpoint.load_network(tmp_path / "a.pth", which)
+    network, config = weights.load_network(tmp_path / "a.pth", which)
     assert config == dict(arch="tiny", num_prototypes=K, dim_hidden=HIDDEN, dim_out=D, image_size=64)
     assert not network.training
     expected = getattr(model, which).state_dict()
@@ -214,10 +214,10 @@ def test_a_network_is_rebuilt_from_its_tensors_alone(model, tmp_path, which, our
 
 def test_the_teacher_is_loaded_unless_asked_otherwise_and_other_names_are_refused(model, tmp_path):
     torch.save(dict(model=model.state_dict()), tmp_path / "a.pth")
-    network, _ = checkpoint.load_network(tmp_path / "a.pth")
+    network, _ = weights.load_network(tmp_path / "a.pth")
     assert network.prototypes.weight.equal(model.teacher.prototypes.weight)
     with pytest.raises(ValueError, match="holds a student and a teacher, not 'parent'"):
-        checkpoint.load_network(tmp_path / "a.pth", "parent")
+        weights.load_network(tmp_path / "a.pth", "parent")
 
 
 @pytest.mark.parametrize("spoil, complaint", [
@@ -234,7 +234,7 @@ def test_an_incomplete_network_is_never_filled_up_at_random(model, tmp_path, spo
     spoil(state)
     torch.save(dict(model=state), tmp_path / "a.pth")
     with pytest.raises(ValueError) as error:
-        checkpoint.load_network(tmp_path / "a.pth")
+        weights.load_network(tmp_path / "a.pth")
     one_line(error, str(tmp_path / "a.pth"), complaint)
 
 
@@ -242,10 +242,10 @@ def test_an_incomplete_network_is_never_filled_up_at_random(model, tmp_path, spo
 def test_the_architecture_is_read_off_names_and_shapes(arch):
     with torch.device("meta"):
         state = build_trunk(arch).state_dict()
-        assert checkpoint.architecture_of(state, "a.pth") == arch
-        assert checkpoint.architecture_of(state | {"fc.bias": torch.zeros(3)}, "a.pth") == arch
+        assert weights.architecture_of(state, "a.pth") == arch
+        assert weights.architecture_of(state | {"fc.bias": torch.zeros(3)}, "a.pth") == arch
         with pytest.raises(ValueError, match=r"the backbone in a.pth \(0 tensors.*is none of tiny, resnet18"):
-            checkpoint.architecture_of({}, "a.pth")
+            weights.architecture_of({}, "a.pth")
 
 
 def test_strict_loading_names_every_kind_of_difference_and_touches_nothing():
@@ -327,10 +327,10 @@ def test_torchvision_loads_the_backbone_and_misses_only_its_classifier():
     model = SlotCon("resnet18", K, HIDDEN, D)
     nn.init.constant_(model.teacher.backbone.bn1.weight, 3.0)
     theirs = torchvision.models.resnet18()
-    missing, unexpected = theirs.load_state_dict(checkpoint.backbone_state(model.state_dict()), strict=False)
+    missing, unexpected = theirs.load_state_dict(weights.backbone_state(model.state_dict()), strict=False)
     assert (missing, unexpected) == (["fc.weight", "fc.bias"], [])
     assert theirs.bn1.weight.eq(3).all()  # the teacher's
-    assert checkpoint.backbone_state(model.state_dict(), "student")["bn1.weight"].eq(1).all()
+    assert weights.backbone_state(model.state_dict(), "student")["bn1.weight"].eq(1).all()
 
 
 def test_a_part_of_a_state_dict_is_named_without_its_prefix():

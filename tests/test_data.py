@@ -14,7 +14,7 @@ from PIL import Image
 
 import data
 from data import Batch, ImageFiles, RunSampler, TwoCrops, collate, find_images, make_loader, on_device
-from views import centre_square, resized_crop
+from views import center_square, resized_crop
 
 PHOTOGRAPHS = pytest.mark.skipif("SLOTCON_TINY_COCO" not in os.environ, reason="SLOTCON_TINY_COCO names no folder")
 
@@ -208,7 +208,7 @@ def test_the_second_crop_overlaps_the_first_only_if_it_must():
 def test_without_geometry_both_views_are_the_whole_centre():
     images = noise()
     views, boxes, flipped, _ = TwoCrops(images, 24, seed=0, geometric=False)[11 + 3]
-    assert torch.equal(views[0], views[1]) and torch.equal(views[0], centre_square(images[3], 24))
+    assert torch.equal(views[0], views[1]) and torch.equal(views[0], center_square(images[3], 24))
     assert boxes.tolist() == [[0, 0, 1, 1]] * 2 and not flipped.any()
 
 
@@ -311,7 +311,7 @@ def test_a_program_that_ends_in_the_middle_of_a_run_takes_its_workers_along():
     program = """
 import sys, torch, data
 images = [torch.zeros(3, 9, 9, dtype=torch.uint8)] * 8
-loader = data.make_loader(data.TwoCrops(images, 8, 0), data.RunSampler(8, 2, stop=1000), 2, "cpu")
+loader = loader.make_loader(data.TwoCrops(images, 8, 0), loader.RunSampler(8, 2, stop=1000), 2, "cpu")
 batches = iter(loader)
 next(batches)
 print(*(worker.pid for worker in batches._workers))

@@ -10,12 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoint
 import evaluate
-import labels
-import probes
+from engine import checkpoint, weights
 from grouping import GroupingNetwork
-from metrics import IGNORE
+from measures import labels, probes
+from measures.metrics import IGNORE
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # pycocotools, older than numpy 2
 
@@ -50,7 +49,7 @@ def save_checkpoint(path, arch="tiny", **config):
     network = GroupingNetwork(arch, K, 12, 6)
     state = {f"{which}.{k}": v for which in ("student", "teacher") for k, v in network.state_dict().items()}
     checkpoint.save(path, dict(model=state, config=dict(dict(image_size=32, temp_teacher=0.07), **config)))
-    checkpoint.save(path.with_name("backbone.pth"), checkpoint.backbone_state(state))
+    checkpoint.save(path.with_name("backbone.pth"), weights.backbone_state(state))
     return str(path)
 
 

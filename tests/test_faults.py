@@ -1,4 +1,4 @@
-"""What a cluster and a disk do to a run: signals, bad numbers, bad images, lost processes. train.py, distributed.py."""
+"""What a cluster and a disk do to a run: signals, bad numbers, bad images, lost processes. train.py, processes.py."""
 
 import json
 import math

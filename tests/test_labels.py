@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-import labels
 import toy
-from metrics import IGNORE
+from measures import labels
+from measures.metrics import IGNORE
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # pycocotools, older than numpy 2
 

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from lars import LARS
+from engine.lars import LARS
 
 SHAPES = ((5, 3, 2, 4), (7, 6), (8,), ())
 

@@ -1,7 +1,7 @@
 """losses.py: what is asked of the student, in one process.
 
 Promised: each loss is its formula; invalid images and missing queries leave a zero that still has a gradient, never an
-exception; the teacher gets none; the order of the prototypes does not matter. Several processes: test_distributed.py.
+exception; the teacher gets none; the order of the prototypes does not matter. Several processes: test_processes.py.
 """
 
 import math
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import losses
+from engine import ranks
 from slots import SlotPredictor
 
 B, K, D, H, W = 3, 5, 7, 4, 6
@@ -31,15 +32,15 @@ def two_maps():
 
 def test_a_process_on_its_own_is_the_first_of_one_and_exchanges_nothing():
     x = random(B, D)
-    assert losses.rank_and_world_size() == (0, 1)
-    assert losses.sum_over_ranks(x) is x
-    assert losses.gather_rows(x, [B]) is x
+    assert ranks.rank_and_world_size() == (0, 1)
+    assert ranks.sum_over_ranks(x) is x
+    assert ranks.gather_rows(x, [B]) is x
 
 
 @pytest.mark.parametrize("counts", [[B - 1], [B, B], []])
 def test_rows_are_gathered_only_where_the_counts_are_right(counts):
     with pytest.raises(ValueError, match="rank 0 of 1 holds 3 rows, but the counts say"):
-        losses.gather_rows(random(B, D), counts)
+        ranks.gather_rows(random(B, D), counts)
 
 
 # ------------------------------------------------------------------------------------------ group consistency

@@ -5,7 +5,7 @@ from itertools import permutations
 import pytest
 import torch
 
-from metrics import (
+from measures.metrics import (
     IGNORE,
     UNMATCHED,
     adjusted_rand_index,

@@ -8,8 +8,8 @@ import dataclasses
 
 import pytest
 
-import options
-from options import option
+from engine import options
+from engine.options import option
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,13 +16,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoint
+import data
 import losses
 import slotcon
 import train
-import views
+from engine import checkpoint, weights
+from engine.lars import LARS
 from grouping import inverse_augmentation
-from lars import LARS
 from losses import update_center
 from teacher import teacher_momentum
 
@@ -98,7 +98,7 @@ def released_model() -> slotcon.SlotCon:
     given = NUMBERS["config"]
     same = ("arch", "num_prototypes", "dim_hidden", "dim_out", "temp_student", "temp_teacher", "temp_slot")
     model = slotcon.SlotCon(group_weight=given["group_loss_weight"], **{name: given[name] for name in same})
-    state = checkpoint.import_released(released_checkpoint(model))
+    state = weights.import_released(released_checkpoint(model))
     checkpoint.load_strictly(model.double().train(), state, "the reference")
     return model
 
@@ -193,7 +193,7 @@ def test_the_teachers_momentum_is_the_released_schedule():
 @section("overlap_boxes")
 def test_overlap_boxes_are_the_released_ones():
     for case in NUMBERS["overlap_boxes"]:
-        boxes = views.overlap_boxes(case["crop1_top_left_height_width"], case["crop2_top_left_height_width"],
+        boxes = data.overlap_boxes(case["crop1_top_left_height_width"], case["crop2_top_left_height_width"],
                                    case["flipped"])
         close(boxes, case["boxes_x1y1x2y2"], relative=0, absolute=1e-6)
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import segments
 from grouping import GroupingNetwork
-from labels import ToyScenes
+from measures import segments
+from measures.labels import ToyScenes
 
 B, K, H, W = 3, 7, 4, 5
 

@@ -3,7 +3,7 @@
 Promised: published presets; one clear line and exit status 2 for every command line that cannot be, with nothing
 written; a loop that takes the steps of the paper in the order of the released code; the same numbers from the same seed
 whatever prepares the images; a log, a configuration and weights that other programs can read.
-Interrupted and continued runs: test_resume.py. Several processes: test_distributed.py, and slowly here.
+Interrupted and continued runs: test_resume.py. Several processes: test_processes.py, and slowly here.
 """
 
 import contextlib
@@ -21,12 +21,13 @@ import staged
 import torch
 import torchvision
 
-import checkpoint
 import data
 import losses
+import photometric
 import train
-from distributed import Place
-from lars import LARS
+from engine import checkpoint, loader, weights
+from engine.lars import LARS
+from engine.processes import Place
 from teacher import teacher_momentum
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -320,7 +321,7 @@ def test_the_checkpoint_is_tensors_and_plain_values_and_holds_the_network(short)
     saved = staged.last_of(folder)  # weights_only
     assert (saved["step"], saved["position"], saved["num_images"], saved["world_size"]) == (5, 5, 14, 1)
     assert saved["config"]["arch"] == "tiny"
-    network, c = checkpoint.load_network(folder / "last.pth")
+    network, c = weights.load_network(folder / "last.pth")
     assert c["image_size"] == 32 and network.prototypes.weight.equal(saved["model"]["teacher.prototypes.weight"])
     backbone = torch.load(folder / "backbone.pth", weights_only=True)
     assert staged.difference(backbone, checkpoint.part(saved["model"], "teacher.backbone.")) == ""
@@ -331,14 +332,14 @@ def test_the_steps_are_those_of_the_paper_in_the_order_of_the_released_code(shor
     c, given = train.parse(staged.command_line("unused", photographs=photographs))
     images, _ = train.find_images(c, given)
     crops = data.TwoCrops(images, c.image_size, c.seed, c.min_area, c.min_overlap)
-    batches = data.make_loader(crops, data.RunSampler(len(images), c.batch_size, seed=c.seed, stop=5), 0, "cpu")
+    batches = loader.make_loader(crops, loader.RunSampler(len(images), c.batch_size, seed=c.seed, stop=5), 0, "cpu")
     model = train.make_model(c).train()
     optimizer = LARS([p for p in model.parameters() if p.requires_grad], 0.0, weight_decay=c.weight_decay)
     total = c.epochs * 3
     found = []
     for t, batch in enumerate(batches):
         model.update_teacher(teacher_momentum(t, total))  # with the student of before this step's gradient
-        views = data.Photometric()(batch.views, torch.Generator().manual_seed(train.seed_of(c.seed, t, 0)))
+        views = photometric.Photometric()(batch.views, torch.Generator().manual_seed(train.seed_of(c.seed, t, 0)))
         loss, report = model(views, batch.boxes, batch.flipped)
         optimizer.zero_grad()
         loss.backward()

@@ -13,8 +13,8 @@ import torch
 from torchvision.transforms import v2 as T
 from torchvision.transforms.v2 import functional as TF
 
-import views
-from views import centre_square, draw_crop, intersection, overlap_boxes, resized_crop
+import photometric
+from views import center_square, draw_crop, intersection, overlap_boxes, resized_crop
 
 REFERENCE = os.environ.get("SLOTCON_REFERENCE_NUMBERS", Path(__file__).parent / "official_numbers.json")
 
@@ -211,23 +211,23 @@ def test_both_views_show_the_same_place_at_the_same_place_of_their_boxes():
 
 
 @pytest.mark.parametrize("height, width", [(300, 421), (421, 300), (57, 57)])
-def test_the_centre_square_is_resize_256_and_centre_crop_224(height, width):
+def test_the_center_square_is_resize_256_and_centre_crop_224(height, width):
     image = picture(height, width)
     steps = T.Compose([T.Resize(256, T.InterpolationMode.BICUBIC, antialias=True), T.CenterCrop(224)])
-    assert torch.equal(centre_square(image, 224), steps(image))
+    assert torch.equal(center_square(image, 224), steps(image))
 
 
-def test_the_centre_square_keeps_its_share_at_other_sizes():
-    assert centre_square(picture(90, 120), 112).shape == (3, 112, 112)
+def test_the_center_square_keeps_its_share_at_other_sizes():
+    assert center_square(picture(90, 120), 112).shape == (3, 112, 112)
     ramp = torch.arange(256, dtype=torch.uint8).expand(3, 256, 256)
-    view = centre_square(ramp, 28)
+    view = center_square(ramp, 28)
     assert abs(int(view[0, 0, 0]) - 16) <= 4 and abs(int(view[0, 0, -1]) - 239) <= 4
 
 
-def test_the_centre_square_of_a_panorama_is_that_of_its_middle(monkeypatch):
+def test_the_center_square_of_a_panorama_is_that_of_its_middle(monkeypatch):
     image, resized = picture(2, 6000), []
-    monkeypatch.setattr(views.F, "interpolate", lambda *args, **named: resized.append(args) or resize(*args, **named))
-    square = centre_square(image, 28)
-    assert torch.equal(square, centre_square(image[:, :, 2996:3004], 28))
+    monkeypatch.setattr(photometric.F, "interpolate", lambda *args, **named: resized.append(args) or resize(*args, **named))
+    square = center_square(image, 28)
+    assert torch.equal(square, center_square(image[:, :, 2996:3004], 28))
     assert resized[0][1] == (32, 128)
-    assert centre_square(picture(6000, 1), 28).shape == (3, 28, 28)
+    assert center_square(picture(6000, 1), 28).shape == (3, 28, 28)

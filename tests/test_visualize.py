@@ -9,11 +9,11 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-import checkpoint
-import palette
 import visualize
+from engine import checkpoint
 from grouping import GroupingNetwork
-from segments import Retrieval, centre_view
+from measures import palette
+from measures.segments import Retrieval, centre_view
 
 K = 5
 

@@ -22,11 +22,12 @@ from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
 import toy
-from data import BadImage, ImageFiles, find_images
+from data import center_square
+from engine.images import BadImage, ImageFiles, find_images
 from grouping import GroupingNetwork
-from labels import ToyScenes
+from measures.labels import ToyScenes
+from photometric import normalize
 from slots import occupied
-from views import centre_square, normalize
 
 # ------------------------------------------------------------------------- segments of pictures
 
@@ -135,7 +136,7 @@ def centre_view(size: int) -> Callable[[Tensor], Tensor]:
 
 
 def _centre_view(image: Tensor, size: int) -> Tensor:
-    return image if image.shape[-2:] == (size, size) else centre_square(image, size)
+    return image if image.shape[-2:] == (size, size) else center_square(image, size)
 
 
 # ----------------------------------------------------------------------------------- retrieval

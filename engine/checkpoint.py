@@ -12,7 +12,6 @@ of the seed and of the position.
 from __future__ import annotations
 
 import argparse
-import glob
 import io
 import os
 import pickle
@@ -20,63 +19,22 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from backbone import ARCHITECTURES, build_trunk
-from grouping import GroupingNetwork
+from engine.files import write_atomically
 
 FORMAT = 1
 TRAINING = dict(config=Mapping, step=int, position=int, num_images=int, world_size=int, logged=int, sums=list,
                 bad_steps=int, model=Mapping, optimizer=Mapping, scaler=Mapping)  # what a run needs to go on
-
-# ------------------------------------------------------------------------------------------ writing
-
-
-def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file so that `path` holds the old content or the new one at any moment, whatever dies when.
-
-    write(file) fills a temporary neighbour, which is flushed to the disk and renamed. Raises OSError (disk full, folder
-    not writable) with `path` untouched and the neighbour removed.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    # The rename itself must survive a power cut; some file systems cannot open a folder, and need not.
-    try:
-        folder = os.open(path.parent, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
 
 def save(path: str | Path, contents: Any) -> None:
     """torch.save, atomically. Raises OSError where the disk refuses."""
     buffer = io.BytesIO()  # torch's own writer hides "no space left" behind an internal assertion
     torch.save(contents, buffer)
     write_atomically(path, lambda file: file.write(buffer.getbuffer()))
-
-
-def remove_leftovers(folder: str | Path) -> list[Path]:
-    """Delete temporary files that a killed process left in the folder; returns their paths."""
-    found = [Path(p) for p in glob.glob(str(Path(glob.escape(str(folder))) / ".*.[0-9]*.tmp"))]
-    for path in found:
-        path.unlink(missing_ok=True)
-    return found
-
 
 def keep_newest(folder: str | Path, keep_last: int, keep_every: int) -> None:
     """Of `epoch_0007.pth` and its like keep the last `keep_last` and every `keep_every`-th; delete the others."""
@@ -120,52 +78,6 @@ def read(path: str | Path) -> dict[str, Any]:
     return {k: vars(v) if isinstance(v, argparse.Namespace) else v for k, v in contents.items()}
 
 
-# name in the released code -> name here. The released `_k` networks are the teacher.
-RELEASED_NAMES = (
-    (r"^module\.", ""),
-    (r"^encoder_q\.", "student.backbone."),
-    (r"^encoder_k\.", "teacher.backbone."),
-    (r"^projector_q\.", "student.projector."),
-    (r"^projector_k\.", "teacher.projector."),
-    (r"^grouping_q\.slot_embed\.", "student.prototypes."),
-    (r"^grouping_k\.slot_embed\.", "teacher.prototypes."),
-    (r"^predictor_slot\.", "predictor."),
-)
-
-
-def import_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of the released SlotCon under our names; `center` (1 k) becomes (k).
-
-    state: keys `encoder_q.*` ..., with or without the `module.` of DistributedDataParallel.
-    Raises ValueError when it is none.
-    """
-    ours = {}
-    for key, value in state.items():
-        for pattern, name in RELEASED_NAMES:
-            key = re.sub(pattern, name, key)
-        ours[key] = value.reshape(-1) if key == "center" else value
-    if not any(key.startswith("student.") for key in ours):
-        raise ValueError(f"not a state dict of the released SlotCon: expected encoder_q.*, found {some_keys(state)}")
-    return ours
-
-
-def model_state(contents: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
-    """The state dict of SlotCon (student, teacher, predictor, center) in a checkpoint of ours or of the release."""
-    state = contents.get("model", contents)
-    state = tensors(state) if isinstance(state, Mapping) else {}
-    if any(re.match(r"(module\.)?encoder_q\.", key) for key in state):
-        return import_released(state)
-    if any(key.startswith("student.") for key in state):
-        return state
-    try:
-        arch = architecture_of(state, path)
-    except ValueError:
-        raise ValueError(f"{path} holds no SlotCon: expected student.* or encoder_q.*, found "
-                         f"{some_keys(state or contents)}") from None
-    raise ValueError(f"{path} is a backbone only ({arch}), without projector and prototypes; give last.pth of the same "
-                     "run")
-
-
 def tensors(mapping: Mapping[Any, Any]) -> dict[str, Tensor]:
     """Its named tensors: whatever else a stranger has put beside them is left out."""
     return {k: v for k, v in mapping.items() if isinstance(k, str) and isinstance(v, Tensor)}
@@ -173,45 +85,6 @@ def tensors(mapping: Mapping[Any, Any]) -> dict[str, Tensor]:
 
 def some_keys(mapping: Mapping[str, Any]) -> str:
     return ", ".join(str(key) for key in list(mapping)[:3]) or "nothing"
-
-
-def load_network(
-    path: str | Path, which: str = "teacher", device: torch.device | str = "cpu"
-) -> tuple[GroupingNetwork, dict[str, Any]]:
-    """The student's or the teacher's grouping network of a checkpoint, in evaluation mode, and its configuration.
-
-    Sizes come from the tensors themselves, never from flags; the configuration has at least arch, num_prototypes,
-    dim_hidden and dim_out. Raises ValueError with one line for any file that does not hold one whole network.
-    """
-    if which not in ("student", "teacher"):
-        raise ValueError(f"a checkpoint holds a student and a teacher, not {which!r}")
-    contents = read(path)
-    state = part(model_state(contents, path), f"{which}.")
-    config = contents.get("config") or contents.get("args")
-    config = dict(config) if isinstance(config, Mapping) else {}
-    try:
-        num_prototypes, dim_out = state["prototypes.weight"].shape
-        dim_hidden = len(state["projector.mlp.0.weight"])
-    except (KeyError, ValueError):
-        raise ValueError(f"{path} holds no prototypes or projector of the {which}: found {some_keys(state)}") from None
-    arch = architecture_of(part(state, "backbone."), path)
-    network = GroupingNetwork(arch, num_prototypes, dim_hidden, dim_out)
-    load_strictly(network, state, path)
-    config.update(arch=arch, num_prototypes=num_prototypes, dim_hidden=dim_hidden, dim_out=dim_out)
-    return network.to(device).eval(), config
-
-
-def architecture_of(trunk_state: Mapping[str, Tensor], path: str | Path) -> str:
-    """The architecture whose parameters have exactly these names and shapes. Raises ValueError if there is none."""
-    shapes = {k: tuple(v.shape) for k, v in trunk_state.items() if not k.startswith("fc.")}
-    for arch in ARCHITECTURES:
-        with torch.device("meta"):  # names and shapes, no memory
-            expected = build_trunk(arch).state_dict()
-        if shapes == {k: tuple(v.shape) for k, v in expected.items()}:
-            return arch
-    raise ValueError(f"the backbone in {path} ({len(shapes)} tensors: {some_keys(shapes)} ...) is none of "
-                     f"{', '.join(ARCHITECTURES)}")
-
 
 def load_strictly(module: torch.nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
     """load_state_dict that refuses any difference with one line: never a silently random network."""
@@ -255,11 +128,6 @@ def restore(
     if scaler.is_enabled() and saved["scaler"]:
         scaler.load_state_dict(saved["scaler"])
     return saved
-
-
-def backbone_state(model: Mapping[str, Tensor], which: str = "teacher") -> dict[str, Tensor]:
-    """The trunk alone under torchvision's names: `resnet50().load_state_dict(..., strict=False)` misses only fc.*."""
-    return part(model, f"{which}.backbone.")
 
 
 def part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

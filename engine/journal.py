@@ -15,18 +15,17 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-import checkpoint
-import distributed
+from engine import files, processes
 
 
-def introduce(c, place: distributed.Place, about: str, model: nn.Module, steps_per_epoch: int, lr: float, dtype):
+def introduce(c, place: processes.Place, about: str, model: nn.Module, steps_per_epoch: int, lr: float, dtype):
     """What is about to happen, on one screen. c: the configuration; about: the data in words; dtype: of autocast."""
     def count(part: nn.Module) -> float:
         return sum(p.numel() for p in part.parameters() if p.requires_grad) / 1e6
 
     half = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "float32"}[dtype]
     ln_k = math.log(c.num_prototypes)
-    print(f"device   {distributed.describe(place)}, {half}")
+    print(f"device   {processes.describe(place)}, {half}")
     print(f"data     {about}")
     print(f"network  {c.arch} {count(model.student.backbone):.2f} M, projector {count(model.student.projector):.2f} M, "
           f"{c.num_prototypes} prototypes; {count(model):.2f} M parameters trained")
@@ -67,7 +66,7 @@ class Log:
         lines = self.file.read_bytes().splitlines(keepends=True)
         kept = [line for line in lines if step_of(line) <= step]
         if kept != lines:
-            checkpoint.write_atomically(self.file, lambda file: file.writelines(kept))
+            files.write_atomically(self.file, lambda file: file.writelines(kept))
 
     def write(self, record: dict) -> None:
         try:
@@ -95,4 +94,4 @@ def say(line: str) -> None:
 def write_json(path: Path, contents: dict) -> None:
     """Atomically, like a checkpoint."""
     text = json.dumps(contents, indent=1) + "\n"
-    checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
+    files.write_atomically(path, lambda file: file.write(text.encode()))

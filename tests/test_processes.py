@@ -1,4 +1,4 @@
-"""Two processes with half a batch each are one process with the whole batch; and distributed.py's small decisions.
+"""Two processes with half a batch each are one process with the whole batch; and processes.py's small decisions.
 
 Promised: loss, gradients, centre, teacher and the log's numbers do not depend on how a batch is split, whatever each
 half holds: unequal numbers of overlapping crops, no overlap, no query, in one process or in both. No process waits for
@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-import distributed
 import losses
-from distributed import Place
-from lars import LARS
+from engine import processes, ranks
+from engine.lars import LARS
+from engine.processes import Place
 from slotcon import SlotCon, statistics
 from slots import SlotPredictor
 
@@ -81,7 +81,7 @@ def step(model, wrapped, batch, passes=1):
     optimizer = LARS(list(trained.values()), 0.3)
     loss_sum, queries, parts = 0.0, [], [x.chunk(passes) for x in batch]
     for i, part in enumerate(zip(*parts)):
-        with distributed.exchange(wrapped, last=i == passes - 1):
+        with processes.exchange(wrapped, last=i == passes - 1):
             loss, report = wrapped(*part)
             (loss / passes).backward()
         loss_sum += loss.item() / passes
@@ -115,27 +115,27 @@ def one_of_two(rank, folder):
     place, found = Place(torch.device("cpu"), rank, 2), {}
     for name, (settings, valid, flat) in CASES.items():
         model = build(settings, alike=bool(flat))
-        found[name] = step(model, distributed.wrap(model, place), of_rank(joined_batch(valid, flat), rank))
+        found[name] = step(model, processes.wrap(model, place), of_rank(joined_batch(valid, flat), rank))
 
     model = build({}, alike=False)
-    wrapped = distributed.wrap(model, place)
+    wrapped = processes.wrap(model, place)
     found["accumulated"] = step(model, wrapped, of_rank(joined_batch(SOME, NOISE), rank), passes=2)
     found["exchanges"] = []
     for last in (False, True):
-        with distributed.exchange(wrapped, last):
+        with processes.exchange(wrapped, last):
             found["exchanges"].append(wrapped.require_backward_grad_sync)
 
     model = build({}, alike=True).train()  # batch norms that know this process's rows only
-    found["training"] = step(model, distributed.wrap(model, place), of_rank(joined_batch(ALL, SECOND_FLAT), rank))
+    found["training"] = step(model, processes.wrap(model, place), of_rank(joined_batch(ALL, SECOND_FLAT), rank))
 
-    found["rank"] = losses.rank_and_world_size()
+    found["rank"] = ranks.rank_and_world_size()
     x = torch.tensor([1.0, 10.0]) + rank
-    found["sum"], found["kept"] = losses.sum_over_ranks(x), x
+    found["sum"], found["kept"] = ranks.sum_over_ranks(x), x
     rows = random(5, D)
-    found["rows"] = [losses.gather_rows(rows[:2] if rank == 0 else rows[2:], [2, 3]),
-                     losses.gather_rows(rows[:0] if rank == 0 else rows, [0, 5])]
+    found["rows"] = [ranks.gather_rows(rows[:2] if rank == 0 else rows[2:], [2, 3]),
+                     ranks.gather_rows(rows[:0] if rank == 0 else rows, [0, 5])]
     try:
-        losses.gather_rows(rows, [2, 3])
+        ranks.gather_rows(rows, [2, 3])
     except ValueError as error:
         found["complaint"] = str(error)
     found["sinkhorn"] = losses.sinkhorn(of_rank([random(2 * B, K, H, W).tanh()], rank)[0], 0.3)
@@ -147,7 +147,7 @@ def one_of_two(rank, folder):
     found["one query"] = (pairs.num_queries, len(pairs.queries), lone.item(), slots.grad.abs().max().item(),
                           [p.grad.abs().max().item() for p in predictor.parameters()])
     torch.save(found, f"{folder}/{rank}.pth")
-    distributed.finish()
+    processes.finish()
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +253,7 @@ def test_a_single_query_in_all_processes_is_a_zero_that_is_connected_in_each(fou
         assert parameters == [0] * 10
 
 
-# ------------------------------------------------------------------------------------------ distributed.py, alone
+# ------------------------------------------------------------------------------------------ processes.py, alone
 
 
 @pytest.fixture
@@ -264,7 +264,7 @@ def alone(monkeypatch):
 
 
 def test_without_a_launcher_this_is_the_only_process(alone):
-    assert distributed.start("cpu", 60) == Place(torch.device("cpu"), 0, 1)
+    assert processes.start("cpu", 60) == Place(torch.device("cpu"), 0, 1)
     assert not dist.is_initialized()
 
 
@@ -273,21 +273,21 @@ def test_a_gpu_that_is_not_there_is_one_line_and_no_crash(alone, gpus, local_ran
     alone.setattr(torch.cuda, "device_count", lambda: gpus)
     alone.setenv("LOCAL_RANK", str(local_rank))
     with pytest.raises(ValueError) as error:
-        distributed.start("cuda", 60)
+        processes.start("cuda", 60)
     assert f"asks for GPU {local_rank}, found {gpus}" in str(error.value) and advice in str(error.value)
 
 
 def test_an_apple_gpu_that_is_not_there_is_one_line_too(alone):
-    alone.setattr(distributed, "mps_available", lambda: False)
+    alone.setattr(processes, "mps_available", lambda: False)
     with pytest.raises(ValueError, match="--device mps, but this machine has no Apple GPU: use --device auto"):
-        distributed.start("mps", 60)
+        processes.start("mps", 60)
 
 
 @pytest.mark.parametrize("cuda, mps, processes, expected", [(False, False, 1, "cpu"), (False, True, 1, "mps")])
 def test_auto_takes_the_best_device_there_is(alone, cuda, mps, processes, expected):
     alone.setattr(torch.cuda, "is_available", lambda: cuda)
-    alone.setattr(distributed, "mps_available", lambda: mps)
-    assert distributed.start("auto", 60).device.type == expected
+    alone.setattr(processes, "mps_available", lambda: mps)
+    assert processes.start("auto", 60).device.type == expected
 
 
 @pytest.mark.parametrize("amp, device, has_bf16, expected", [
@@ -296,37 +296,37 @@ def test_auto_takes_the_best_device_there_is(alone, cuda, mps, processes, expect
     ("fp16", "cuda", True, torch.float16), ("off", "cuda", True, None)])
 def test_the_precision_is_what_the_device_can_do(monkeypatch, amp, device, has_bf16, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
-    assert distributed.precision(amp, torch.device(device)) == expected
+    assert processes.precision(amp, torch.device(device)) == expected
 
 
 def test_bf16_on_a_gpu_without_it_is_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Old GPU")
     with pytest.raises(ValueError, match="--amp bf16, but Old GPU has no bf16: use --amp fp16"):
-        distributed.precision("bf16", torch.device("cuda"))
+        processes.precision("bf16", torch.device("cuda"))
 
 
 def test_a_process_on_its_own_is_not_wrapped_and_exchanges_nothing():
     model = nn.Linear(2, 3)
-    assert distributed.wrap(model, Place(torch.device("cpu"), 0, 1)) is model
+    assert processes.wrap(model, Place(torch.device("cpu"), 0, 1)) is model
     for last in (True, False):
-        assert isinstance(distributed.exchange(model, last), contextlib.nullcontext)
+        assert isinstance(processes.exchange(model, last), contextlib.nullcontext)
 
 
 def test_a_signal_is_noted_and_afterwards_means_what_it_did_before(alone):
-    before = {name: signal.getsignal(getattr(signal, name)) for name in distributed.SIGNALS}
-    with distributed.StopSignals() as signals:
+    before = {name: signal.getsignal(getattr(signal, name)) for name in processes.SIGNALS}
+    with processes.StopSignals() as signals:
         assert signals.received == ""
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGTERM)
         assert signals.received == "SIGUSR1"  # the first counts
-    assert {name: signal.getsignal(getattr(signal, name)) for name in distributed.SIGNALS} == before
+    assert {name: signal.getsignal(getattr(signal, name)) for name in processes.SIGNALS} == before
 
 
 def test_a_person_who_insists_ends_the_run_at_once(monkeypatch):
     ended = []
-    monkeypatch.setattr(distributed, "end_now", ended.append)
-    signals = distributed.StopSignals()
+    monkeypatch.setattr(processes, "end_now", ended.append)
+    signals = processes.StopSignals()
     for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
         signals.note(number, None)
         assert ended == []
@@ -336,20 +336,20 @@ def test_a_person_who_insists_ends_the_run_at_once(monkeypatch):
 
 def test_cores_are_shared_among_the_processes_of_a_machine_and_at_least_one(alone):
     alone.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
-    assert distributed.cores_per_process() == 8 and distributed.cores_per_process(most=20) == 12
+    assert processes.cores_per_process() == 8 and processes.cores_per_process(most=20) == 12
     alone.setenv("LOCAL_WORLD_SIZE", "4")
-    assert distributed.cores_per_process() == 3
+    assert processes.cores_per_process() == 3
     alone.setenv("LOCAL_WORLD_SIZE", "50")
-    assert distributed.cores_per_process() == 1
+    assert processes.cores_per_process() == 1
 
 
 def test_a_place_is_described_in_a_few_words():
-    assert "cpu" in distributed.describe(Place(torch.device("cpu"), 0, 1))
-    assert distributed.describe(Place(torch.device("cpu"), 0, 1)).endswith("1 process")
-    assert distributed.describe(Place(torch.device("mps"), 1, 2)) == "mps, 2 processes"
+    assert "cpu" in processes.describe(Place(torch.device("cpu"), 0, 1))
+    assert processes.describe(Place(torch.device("cpu"), 0, 1)).endswith("1 process")
+    assert processes.describe(Place(torch.device("mps"), 1, 2)) == "mps, 2 processes"
 
 
 def test_the_peak_of_memory_never_falls_and_is_in_gigabytes():
-    before = distributed.peak_memory_gb(torch.device("cpu"))
+    before = processes.peak_memory_gb(torch.device("cpu"))
     ballast = torch.ones(3, 10_000_000)
-    assert 0.05 < before <= distributed.peak_memory_gb(torch.device("cpu")) < 1000 and ballast.sum() > 0
+    assert 0.05 < before <= processes.peak_memory_gb(torch.device("cpu")) < 1000 and ballast.sum() > 0

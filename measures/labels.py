@@ -26,8 +26,8 @@ from torchvision.transforms import InterpolationMode
 from tqdm import tqdm
 
 import toy
-from data import BadImage, ImageFiles, find_images
-from metrics import IGNORE
+from engine.images import BadImage, ImageFiles, find_images
+from measures.metrics import IGNORE
 
 # ------------------------------------------------------------------- the table of COCO-Stuff
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
-from metrics import IGNORE
-from views import normalize
+from measures.metrics import IGNORE
+from photometric import normalize
 
 NEIGHBORS, NEIGHBOR_TEMPERATURE = 20, 0.07  # as DINO's nearest-neighbour classifier
 

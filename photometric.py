@@ -1,96 +1,20 @@
-"""Two views of a photograph: places move with the geometry, what they show survives the photometry.
+"""What a view looks like may change, what it shows may not: colors, blur and solarization of a whole batch.
 
-Slide "Prior 1: geometric covariance, photometric invariance"; paper: section 3.1, implementation details.
-Differs from the released code: crops are resized as uint8 tensors; crops that share nothing get the box 0 0 0 0.
-Its photometric operations round to whole grey levels between any two steps, ours stay in float32 (about one grey
-level brighter); its blur is an approximation by boxes, ours the Gaussian itself, cut at 4 sigma. They happen to a
-whole batch at once, on the device, with parameters of its own for every view.
-Read next: grouping.py, where the boxes bring two views back together.
+Slide: "Prior 1: geometric covariance, photometric invariance". Paper: section 3.1, implementation details.
+Differs: the released code rounds to whole gray levels between any two steps, here they stay float32 (about one gray
+level brighter); its blur is an approximation by boxes, here it is the Gaussian itself, cut at 4 sigma. A whole batch
+is changed at once, on the device, with parameters of its own for every view.
+Read next: train.py.
 """
+
+from __future__ import annotations
 
 import functools
 import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
-
-# -------------------------------------------------------------------------------------- geometric covariance
-
-RATIO = (3 / 4, 4 / 3)  # of a crop's width to its height [O]
-TRIES = 10  # draws before a crop gives in [O]
-
-
-def draw_crop(height, width, rng, min_area=0.08, other=None, min_overlap=0.01):
-    """A crop (top, left, height, width): area U(min_area, 1) of the image, ratio log-uniform in RATIO, place uniform.
-
-    Without other: up to TRIES draws until one fits, else the largest centred crop whose ratio is allowed.
-    With other, a crop: it must also share min_overlap of its own area, as drawn and not yet rounded to pixels [O],
-    with other; if no draw does, other is forgotten.
-    """
-    for _ in range(TRIES):
-        area = rng.uniform(min_area, 1) * height * width
-        ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            crop = rng.randint(0, height - h), rng.randint(0, width - w), h, w
-            if other is None or intersection(crop, other) >= min_overlap * area:
-                return crop
-    if other is not None:
-        return draw_crop(height, width, rng, min_area)
-    h, w = min(height, round(width / RATIO[0])), min(width, round(height * RATIO[1]))
-    return (height - h) // 2, (width - w) // 2, h, w
-
-
-def intersection(crop1, crop2):
-    """Pixels that two crops (top, left, height, width) share."""
-    sides = (min(a + size_a, b + size_b) - max(a, b) for a, b, size_a, size_b
-             in zip(crop1[:2], crop2[:2], crop1[2:], crop2[2:]))
-    return math.prod(max(0, side) for side in sides)
-
-
-def overlap_boxes(crop1, crop2, flipped=(False, False)):
-    """Where two crops of one image overlap, seen from each: what inverse augmentation needs besides the flips.
-
-    crop1, crop2: (top, left, height, width) in pixels. flipped: whether each view is mirrored afterwards.
-    Returns (v 4) float32: x1 y1 x2 y2 in 0..1 of the (mirrored) view; 0 0 0 0 if the crops share nothing [U].
-    """
-    top, left = max(crop1[0], crop2[0]), max(crop1[1], crop2[1])
-    bottom = min(crop1[0] + crop1[2], crop2[0] + crop2[2])
-    right = min(crop1[1] + crop1[3], crop2[1] + crop2[3])
-    if right <= left or bottom <= top:
-        return torch.zeros(2, 4)
-    boxes = []
-    for (y, x, h, w), mirrored in zip((crop1, crop2), flipped):
-        x1, x2 = (left - x) / w, (right - x) / w
-        x1, x2 = (1 - x2, 1 - x1) if mirrored else (x1, x2)
-        boxes.append((x1, (top - y) / h, x2, (bottom - y) / h))
-    return torch.tensor(boxes)
-
-
-def resized_crop(image, crop, size, flipped):
-    """image (3 y x) uint8, crop (top, left, height, width) -> (3 size size) uint8: bicubic, antialiased, mirrored."""
-    top, left, height, width = crop
-    window = image[None, :, top:top + height, left:left + width]
-    view = F.interpolate(window, (size, size), mode="bicubic", antialias=True)[0]
-    return view.flip(-1) if flipped else view
-
-
-def centre_square(image, size):
-    """image (3 y x) uint8 -> (3 size size): the short side resized to 8/7 of size (256 for 224), centre cut out."""
-    longest = 4 * min(image.shape[1:])  # of a panorama only this much is resized, or it would fill the memory [U]
-    skip_y, skip_x = (max(0, length - longest) // 2 for length in image.shape[1:])
-    image = image[:, skip_y:skip_y + longest, skip_x:skip_x + longest]
-    height, width = image.shape[1:]
-    short = round(size * 256 / 224)
-    h, w = (short, short * width // height) if height <= width else (short * height // width, short)
-    resized = F.interpolate(image[None], (h, w), mode="bicubic", antialias=True)[0]
-    top, left = round((h - size) / 2), round((w - size) / 2)
-    return resized[:, top:top + size, left:left + size].contiguous()
-
-
-# ------------------------------------------------------------------------------ photometric invariance
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # what torchvision's weights, and so everybody downstream, expect
 IMAGENET_STD = (0.229, 0.224, 0.225)
