@@ -1,4 +1,4 @@
-"""Every pixel is assigned to the prototypes it resembles: pixel-level deep clustering, and its geometry.
+"""Every pixel is assigned to the prototypes that it resembles: pixel-level deep clustering, and its geometry.
 
 Slide: "Semantic grouping with pixel-level deep clustering". Paper: section 3.1.
 Differs: the similarity is computed in float32 under mixed precision (the released code leaves it to autocast); the
@@ -30,7 +30,7 @@ def similarity(embeddings: Tensor, prototypes: Tensor) -> Tensor:
     similarity[b,k,h,w] = <p_k, z_bhw> / (|p_k| |z_bhw|). Slide: "similar assignment scores w.r.t. the same set of
     cluster centers (prototypes)".
     """
-    # A float32 island: half precision resolves a cosine to 1/256 only, which temperature 0.07 turns into 6 %.
+    # In float32: half precision resolves a cosine to 1/256 only, which temperature 0.07 turns into 6 %.
     with torch.autocast(embeddings.device.type, enabled=False):
         z = F.normalize(full_precision(embeddings), dim=1)  # over d
         p = F.normalize(full_precision(prototypes), dim=1)  # over d
@@ -70,7 +70,7 @@ def inverse_augmentation(maps: Tensor, boxes: Tensor, flipped: Tensor) -> Tensor
 
 
 class GroupingNetwork(nn.Module):
-    """Backbone, projector and prototypes: all of the student that the teacher copies and the verbs load.
+    """Backbone, projector and prototypes: the part of the student that has a teacher, and that is evaluated.
 
     arch: a name of `backbone.ARCHITECTURES`; num_prototypes: k; dim_hidden: width of the projector; dim_out: d.
     Prototypes start from N(0, 1) [O]. Raises ValueError for a size below 1.
@@ -85,11 +85,12 @@ class GroupingNetwork(nn.Module):
         self.projector = Projector(self.backbone.out_channels, dim_hidden, dim_out)
         self.prototypes = nn.Embedding(num_prototypes, dim_out)
 
-    def embed(self, images: Tensor) -> Tensor:
-        """images (b 3 y x) normalised -> pixel embeddings (b d h w)."""
-        return self.projector(self.backbone(images))
+    def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images (b 3 y x) normalized -> backbone map (b c h w), pixel embeddings (b d h w)."""
+        features = self.backbone(images)
+        return features, self.projector(features)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images (b 3 y x) normalised -> embeddings (b d h w), similarity (b k h w) in [-1, 1]."""
-        embeddings = self.embed(images)
+        """images (b 3 y x) normalized -> embeddings (b d h w), similarity (b k h w) in [-1, 1]."""
+        _, embeddings = self.embed(images)
         return embeddings, similarity(embeddings, self.prototypes.weight)

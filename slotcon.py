@@ -1,8 +1,9 @@
-"""SlotCon: student, teacher, centre and the two losses, put together.
+"""SlotCon: student, teacher, center and the two losses, put together.
 
 Slide: "Together: solving segmentation & representation jointly". Paper: section 3, figure 2.
-Differs: the teacher and the centre are moved by whoever calls, in plain sight, not inside the forward.
-Read next: train.py.
+Differs: the forward moves neither the teacher nor the center. The training loop does, after the optimizer's step; the
+released code moves the teacher at the start of its next step, which is the same student and the same teacher.
+Read next: data.py.
 """
 
 from __future__ import annotations
@@ -10,30 +11,41 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from einops import rearrange, reduce
+from einops import reduce
 from torch import Tensor, nn
 
 import losses
-from engine import ranks
-from grouping import GroupingNetwork, assignment, inverse_augmentation, similarity
+from grouping import GroupingNetwork, inverse_augmentation, similarity
 from slots import SlotPredictor, attentive_pooling, occupied
 from teacher import make_teacher, update_teacher
 
 
+class View(NamedTuple):
+    """One view of b images, as one network describes it. The letters are those of the whole repository."""
+
+    features: Tensor  # (b c h w) the backbone's map
+    embeddings: Tensor  # (b d h w) of the pixels, not normalized
+    similarity: Tensor  # (b k h w) with the prototypes, of the whole view
+    aligned: Tensor  # (b k h w) of the part of the scene that both views show, not mirrored
+    slots: Tensor | None  # (b k d); None where there is no slot loss
+    occupied: Tensor  # (b k) bool: the prototype is the nearest one of some pixel
+
+
 class Report(NamedTuple):
-    """What a forward says besides its loss; all without gradient."""
+    """What a forward computes besides its loss; all without gradient. Directions: (s1, t2), then (s2, t1)."""
 
     losses: Tensor  # (3) total, group, slot: this rank's share
+    group_losses: Tensor  # (2) by direction
+    slot_losses: Tensor  # (2) by direction; zeros where there is no slot loss
     center_mean: Tensor  # (k) mean teacher similarity over all pixels, views and ranks
-    student_aligned: tuple[Tensor, ...]  # one per view: (b k h w) similarity maps after inverse augmentation
-    teacher_aligned: tuple[Tensor, ...]
-    teacher_maps: tuple[Tensor, ...]  # before it
-    teacher_occupied: Tensor  # (v b k) bool
+    student: tuple[View, View]  # by view
+    teacher: tuple[View, View]
+    pairs: list[losses.SlotPairs]  # by direction; empty where there is no slot loss
     valid: Tensor  # (b) bool: the crops overlap
 
 
 class SlotCon(nn.Module):
-    """Student, teacher, predictor and centre; called on two views it returns the loss. It holds no clock.
+    """Student, teacher, predictor and center; called on two views it returns the loss.
 
     arch, num_prototypes (k), dim_hidden, dim_out (d): sizes of the networks. group_weight: lambda; at 1 the slot loss
     is skipped. temp_student, temp_teacher: of the assignments; temp_pool: of attentive pooling, 0 for the teacher's;
@@ -64,63 +76,76 @@ class SlotCon(nn.Module):
             self.image_teacher = make_teacher(self.image_projector)
 
     def forward(self, views: Tensor, boxes: Tensor, flipped: Tensor) -> tuple[Tensor, Report]:
-        """views (b v 3 y x) normalised; boxes (b v 4) x1 y1 x2 y2 in each view's unit frame; flipped (b v) bool
-        -> this rank's share of the loss, and a report. The teacher is used as it is: `update_teacher` comes before."""
-        images, boxes, flipped = views.unbind(1), boxes.unbind(1), flipped.unbind(1)  # over v
-        # One view after the other, view 1 first: joined, they would share their batch statistics [O].
-        s_features, s_embeddings, s_maps = zip(*[look(self.student, x) for x in images])
+        """views (b v 3 y x) normalized; boxes (b v 4) x1 y1 x2 y2 in each view's unit frame; flipped (b v) bool
+        -> this rank's share of the loss, and a report."""
+        s1, s2 = self.look(self.student, views, boxes, flipped)
         with torch.no_grad():
-            t_features, t_embeddings, t_maps = zip(*[look(self.teacher, x) for x in images])
+            t1, t2 = self.look(self.teacher, views, boxes, flipped)
+        valid = (boxes[:, 0, 2] > boxes[:, 0, 0]) & (boxes[:, 0, 3] > boxes[:, 0, 1])
 
         # Pixels that lie in the same location should have similar assignments.
-        s_aligned = self.align(self.student, s_embeddings, s_maps, boxes, flipped)
-        with torch.no_grad():
-            t_aligned = self.align(self.teacher, t_embeddings, t_maps, boxes, flipped)
-        valid = (boxes[0][:, 2] > boxes[0][:, 0]) & (boxes[0][:, 3] > boxes[0][:, 1])
-        group = sum(
-            losses.group_consistency(s_aligned[i], t_aligned[1 - i], self.center, self.temp_student, self.temp_teacher,
-                                     valid)
-            for i in (0, 1)
+        group12, group21 = self.consistency(s1, t2, valid), self.consistency(s2, t1, valid)
+        group = group12 + group21
+        slot12 = slot21 = torch.zeros_like(group)
+        loss, pairs = group, []
+        if self.predictor is not None:
+            # A slot should find itself in the other view, among all slots of all images.
+            pairs = losses.pair_slots([s1.occupied, s2.occupied], [t2.occupied, t1.occupied])
+            slot12, slot21 = self.contrast(s1, t2, pairs[0]), self.contrast(s2, t1, pairs[1])
+            loss = self.group_weight * group + (1 - self.group_weight) * (slot12 + slot21)
+        if self.image_loss:
+            loss = loss + self.image_term((s1, s2), (t1, t2))
+
+        by_direction = torch.stack([group12, group21, slot12, slot21]).detach()
+        return loss, Report(
+            torch.stack([loss, group, slot12 + slot21]).detach(), by_direction[:2], by_direction[2:],
+            losses.mean_over_pixels([t1.similarity, t2.similarity]), (detached(s1), detached(s2)), (t1, t2), pairs,
+            valid,
         )
 
-        # A slot should find itself in the other view, among all slots of all images.
-        t_occupied = [occupied(m) for m in t_maps]
-        slot = self.slot_term(s_embeddings, t_embeddings, s_maps, t_maps, t_occupied)
-        loss = group if slot is None else self.group_weight * group + (1 - self.group_weight) * slot
-        if self.image_loss:
-            loss = loss + self.image_term(s_features, t_features)
+    def look(self, network: GroupingNetwork, views: Tensor, boxes: Tensor, flipped: Tensor) -> list[View]:
+        """All that one network computes of both views; arguments as in `forward`."""
+        # One view after the other, view 1 first: joined, they would share their batch statistics [O].
+        embedded = []
+        for images in views.unbind(1):  # over v
+            features, embeddings = network.embed(images)
+            embedded.append((features, embeddings, similarity(embeddings, network.prototypes.weight)))
+        return [self.describe(network, *embedded[i], boxes[:, i], flipped[:, i]) for i in (0, 1)]
 
-        seen = torch.stack([loss, group, torch.zeros_like(group) if slot is None else slot]).detach()
-        return loss, Report(seen, losses.mean_over_pixels(t_maps), tuple(m.detach() for m in s_aligned),
-                            tuple(t_aligned), t_maps, torch.stack(t_occupied), valid)
-
-    def align(self, network, embeddings, maps, boxes, flipped) -> list[Tensor]:
-        """Similarity maps of the part of the scene that both views share: cut from the maps, or from the embeddings."""
+    def describe(
+        self, network: GroupingNetwork, features: Tensor, embeddings: Tensor, maps: Tensor, boxes: Tensor,
+        flipped: Tensor,
+    ) -> View:
+        """The record of one view from what the network computed: boxes (b 4), flipped (b)."""
         if self.where_aligned == "asgn":
-            return [inverse_augmentation(m, box, flip) for m, box, flip in zip(maps, boxes, flipped)]
-        aligned = [inverse_augmentation(z, box, flip) for z, box, flip in zip(embeddings, boxes, flipped)]
-        return [similarity(z, network.prototypes.weight) for z in aligned]
+            aligned = inverse_augmentation(maps, boxes, flipped)
+        else:
+            aligned = similarity(inverse_augmentation(embeddings, boxes, flipped), network.prototypes.weight)
+        slots = None if self.predictor is None else attentive_pooling(embeddings, maps, self.temp_pool)
+        return View(features, embeddings, maps, aligned, slots, occupied(maps))
 
-    def slot_term(self, s_embeddings, t_embeddings, s_maps, t_maps, t_occupied) -> Tensor | None:
-        """Both directions of the slot loss; None at lambda 1, where it is skipped."""
-        if self.predictor is None:
-            return None
-        s_slots = [attentive_pooling(z, m, self.temp_pool) for z, m in zip(s_embeddings, s_maps)]
-        with torch.no_grad():
-            t_slots = [attentive_pooling(z, m, self.temp_pool) for z, m in zip(t_embeddings, t_maps)]
-        pairs = losses.pair_slots([occupied(m) for m in s_maps], t_occupied[::-1])
+    def consistency(self, student: View, teacher: View, valid: Tensor) -> Tensor:
+        """One direction of the group loss."""
+        return losses.group_consistency(
+            student.aligned, teacher.aligned, self.center, self.temp_student, self.temp_teacher, valid)
+
+    def contrast(self, student: View, teacher: View, pairs: losses.SlotPairs) -> Tensor:
+        """One direction of the slot loss."""
         if self.slot_loss == "reg":
-            return sum(losses.slot_regression(s_slots[i], t_slots[1 - i], self.predictor, pairs[i]) for i in (0, 1))
-        return sum(losses.slot_contrast(s_slots[i], t_slots[1 - i], self.predictor, pairs[i], self.temp_slot)
-                   for i in (0, 1))
+            return losses.slot_regression(student.slots, teacher.slots, self.predictor, pairs)
+        return losses.slot_contrast(student.slots, teacher.slots, self.predictor, pairs, self.temp_slot)
 
-    def image_term(self, s_features, t_features) -> Tensor:
+    def image_term(self, student: tuple[View, View], teacher: tuple[View, View]) -> Tensor:
         """Both directions of the image-level objective, on global average pools of the backbone map."""
-        predictions = [self.image_predictor(self.image_projector(reduce(f, "b c h w -> b c", "mean")))
-                       for f in s_features]
+        pooled = [reduce(view.features, "b c h w -> b c", "mean") for view in student]
+        predictions = [self.image_predictor(self.image_projector(x)) for x in pooled]
         with torch.no_grad():
-            targets = [self.image_teacher(reduce(f, "b c h w -> b c", "mean")) for f in t_features]
-        return sum(losses.image_contrast(predictions[i], targets[1 - i]) for i in (0, 1))
+            targets = [self.image_teacher(reduce(view.features, "b c h w -> b c", "mean")) for view in teacher]
+        return losses.image_contrast(predictions[0], targets[1]) + losses.image_contrast(predictions[1], targets[0])
+
+    def update_center(self, mean: Tensor, momentum: float) -> None:
+        """center <- momentum center + (1 - momentum) mean, both (k)."""
+        losses.update_center(self.center, mean, momentum)
 
     def update_teacher(self, momentum: float) -> None:
         """The teacher follows the student: all parameters, no buffers."""
@@ -129,34 +154,6 @@ class SlotCon(nn.Module):
             update_teacher(self.image_teacher, self.image_projector, momentum)
 
 
-def look(network: GroupingNetwork, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """images (b 3 y x) -> backbone map (b c h w), embeddings (b d h w), similarity (b k h w)."""
-    features = network.backbone(images)
-    embeddings = network.projector(features)
-    return features, embeddings, similarity(embeddings, network.prototypes.weight)
-
-
-@torch.no_grad()
-def statistics(report: Report, center: Tensor, temp_teacher: float) -> dict[str, float]:
-    """Is it learning? Over the images of all ranks, for the log; the README has the glossary. Waits for the device."""
-    v, b, _ = report.teacher_occupied.shape
-    world_size = ranks.rank_and_world_size()[1]
-    maps = rearrange(list(report.teacher_maps), "v b k h w -> (v b) k h w")
-    p = assignment(maps - center[:, None, None], temp_teacher)
-    mean = ranks.sum_over_ranks(reduce(p, "b k h w -> k", "mean")) / world_size
-    same = [(report.student_aligned[i].argmax(1) == report.teacher_aligned[1 - i].argmax(1)) for i in (0, 1)]  # over k
-    same = reduce(torch.stack(same).float(), "v b h w -> b", "mean")
-    sums = ranks.sum_over_ranks(torch.stack([
-        report.teacher_occupied.sum() / (v * b),
-        reduce(torch.special.entr(p), "b k h w -> b h w", "sum").mean(),
-        (same * report.valid).sum(),
-        report.valid.sum(),
-    ]).float())
-    used = ranks.sum_over_ranks(reduce(report.teacher_occupied.long(), "v b k -> k", "sum")) > 0
-    return dict(
-        occupied_per_image=sums[0].item() / world_size,
-        prototypes_used=int(used.sum()),
-        entropy_teacher=sums[1].item() / world_size,
-        entropy_mean=torch.special.entr(mean).sum().item(),
-        agreement=(sums[2] / sums[3].clamp(min=1)).item(),
-    )
+def detached(view: View) -> View:
+    """The same record without gradient."""
+    return View(*(None if x is None else x.detach() for x in view))

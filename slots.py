@@ -1,10 +1,9 @@
-"""Pixels pool into slots, one feature vector per group; and the two attention mechanisms the slots descend from.
+"""Pixels pool into slots: one feature vector per prototype and image.
 
-Slides: "Together: solving segmentation & representation jointly" (attentive pooling over the feature maps) and "On
-object discovery: the Slot Attention mechanism". Paper: section 3.2.
-Differs: the predictor sees only the rows it is given; `SlotAttention` and `IndependentQueries` are for comparison and
-are not part of SlotCon.
-Read next: losses.py.
+Slide: "Together: solving segmentation & representation jointly" (attentive pooling over the feature maps).
+Paper: section 3.2.
+Differs: the predictor is given only the rows that it must predict.
+Read next: losses.py. Side trip: slot_attention.py, the mechanism from which the name comes.
 """
 
 from __future__ import annotations
@@ -13,34 +12,34 @@ import torch
 from einops import einsum, rearrange, reduce
 from torch import Tensor, nn
 
-EPSILON = 1e-6  # [O] every pixel gives every slot at least this much, so that no slot divides by zero
+from grouping import assignment
+
+EPSILON = 1e-6  # [O] the least weight of a pixel in a slot, so that no slot divides by zero
 
 
 def attentive_pooling(embeddings: Tensor, similarity: Tensor, temperature: float) -> Tensor:
-    """One feature vector per prototype and image: the mean of the pixels, weighted by how much they belong.
+    """One feature vector per prototype and image: the mean of its pixels, weighted by their assignment.
 
     embeddings (b d h w) not normalised [O]; similarity (b k h w) in [-1, 1]; temperature: the teacher's, for student
     and teacher alike [O] -> slots (b k d). The maps are those of the whole view, not the aligned ones.
     a = softmax_k(similarity / temperature) + 1e-6; slot_k = sum_hw a_k z / sum_hw a_k.
     Raises ValueError for a temperature that is not positive or maps of different sizes.
     """
-    if temperature <= 0:
-        raise ValueError(f"the pooling temperature must be positive, found {temperature}")
     if embeddings.shape[-2:] != similarity.shape[-2:]:
         raise ValueError(f"embeddings {tuple(embeddings.shape)} and similarity {tuple(similarity.shape)} "
                          "are maps of different sizes")
-    # A float32 island under mixed precision: a slot is a sum over all pixels.
+    # In float32 under mixed precision too: a slot is a sum over all pixels.
     with torch.autocast(similarity.device.type, enabled=False):
-        attention = (similarity / temperature).softmax(dim=1) + EPSILON  # over k
+        attention = assignment(similarity, temperature) + EPSILON
         attention = attention / reduce(attention, "b k h w -> b k 1 1", "sum")
         return einsum(attention, embeddings.to(attention.dtype), "b k h w, b d h w -> b k d")
 
 
-@torch.no_grad()  # an argmax has no gradient; this only says so early
+@torch.no_grad()
 def occupied(similarity: Tensor) -> Tensor:
-    """Which prototypes own at least one pixel of the view: the nearest one of some pixel.
+    """Which slots are occupied: the prototype is the nearest one of at least one pixel. The slides say "active".
 
-    similarity (b k h w) raw: no temperature, no centre, for the teacher too [O] -> (b k) bool.
+    similarity (b k h w) raw: no temperature, no center, for the teacher too [O] -> (b k) bool.
     """
     nearest = rearrange(similarity.argmax(dim=1), "b h w -> b (h w)")  # over k
     owned = torch.zeros(similarity.shape[:2], dtype=torch.bool, device=similarity.device)

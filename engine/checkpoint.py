@@ -1,12 +1,11 @@
-"""What is kept on disk: written whole or not at all, read without running a stranger's code.
+"""Checkpoints: reading without running a stranger's code, and putting a training state back.
 
-Paper: none. Differs: the released code writes its checkpoints in place and reads them with the full unpickler.
-Read next: train.py.
+Slide: none. Paper: none. Differs: the released code reads its checkpoints with the full unpickler.
 
-A training checkpoint (`last.pth`) is a dictionary of tensors and plain values: `format`, `config`, `step` (optimiser
-steps taken), `position` (batches consumed), `num_images`, `world_size`, `model`, `optimizer`, `scaler`, and what is
-summed up for the log: `logged`, `sums`, `bad_steps`. There is no random state in it: every random choice is a function
-of the seed and of the position.
+A training checkpoint (`last.pth`) is a dictionary of tensors and plain values: `format`, `config`, `step` (optimizer
+steps taken), `position` (batches consumed), `num_images`, `world_size`, `seconds`, `model`, `optimizer`, `scaler`, and
+what adds up for the log: `logged`, `sums`, `bad_steps`. There is no random state in it: every random choice is a
+function of the seed and of the position.
 """
 
 from __future__ import annotations
@@ -26,15 +25,17 @@ from torch import Tensor
 
 from engine.files import write_atomically
 
-FORMAT = 1
-TRAINING = dict(config=Mapping, step=int, position=int, num_images=int, world_size=int, logged=int, sums=list,
-                bad_steps=int, model=Mapping, optimizer=Mapping, scaler=Mapping)  # what a run needs to go on
+FORMAT = 1  # goes up when older programs could not continue from a file
+TRAINING = dict(format=int, config=Mapping, step=int, position=int, num_images=int, world_size=int, logged=int,
+                sums=list, bad_steps=int, seconds=(int, float), model=Mapping, optimizer=Mapping, scaler=Mapping)
+
 
 def save(path: str | Path, contents: Any) -> None:
     """torch.save, atomically. Raises OSError where the disk refuses."""
     buffer = io.BytesIO()  # torch's own writer hides "no space left" behind an internal assertion
     torch.save(contents, buffer)
     write_atomically(path, lambda file: file.write(buffer.getbuffer()))
+
 
 def keep_newest(folder: str | Path, keep_last: int, keep_every: int) -> None:
     """Of `epoch_0007.pth` and its like keep the last `keep_last` and every `keep_every`-th; delete the others."""
@@ -104,7 +105,7 @@ def restore(
     path: str | Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
     differences: Callable[[Mapping[str, Any]], list[str]],
 ) -> dict[str, Any]:
-    """Put a training checkpoint back into model, optimiser and gradient scaler; returns its contents.
+    """Put a training checkpoint back into model, optimizer and gradient scaler; returns its contents.
 
     differences(contents) names what has changed and must not; it is empty where the run may continue.
     Raises ValueError with one line, before anything is touched, if the file is no training state or something changed.
@@ -113,6 +114,9 @@ def restore(
     if not all(isinstance(saved.get(name), kind) for name, kind in TRAINING.items()):
         raise ValueError(f"{path} cannot be continued: it holds no training state of this program (found "
                          f"{some_keys(saved)}); its network can be evaluated")
+    if saved["format"] > FORMAT:
+        raise ValueError(f"{path} was written by a newer version of this program (format {saved['format']}, this one "
+                         f"reads up to {FORMAT}): take the newer version")
     changed = differences(saved)
     if changed:
         raise ValueError(f"{path} was made with other options ({'; '.join(changed)}): give another --output-dir, "
@@ -122,7 +126,7 @@ def restore(
     try:
         optimizer.load_state_dict(saved["optimizer"])
     except (ValueError, KeyError) as error:
-        raise ValueError(f"{path} was made with another optimiser ({error}): give another --output-dir") from None
+        raise ValueError(f"{path} was made with another optimizer ({error}): give another --output-dir") from None
     for group, own in zip(optimizer.param_groups, settings):
         group.update(own)  # what was learned comes from the file, what was asked for, as the weight decay, from here
     if scaler.is_enabled() and saved["scaler"]:

@@ -1,7 +1,7 @@
-"""What a run says: on the screen before it starts, in the log while it runs.
+"""What a run says while it runs: one JSON object per line in log.jsonl, a progress bar or plain lines on the screen.
 
-Paper: none. Differs: the released code logs the sum of the losses as text.
-Read next: train.py; the README says what each key of the log means.
+Slide: none. Paper: none. Differs: the released code logs the sum of the losses as text.
+The README says what each key of the log means.
 """
 
 from __future__ import annotations
@@ -9,45 +9,55 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import nn
 from tqdm import tqdm
 
-from engine import files, processes
+from engine import files
 
 
-def introduce(c, place: processes.Place, about: str, model: nn.Module, steps_per_epoch: int, lr: float, dtype):
-    """What is about to happen, on one screen. c: the configuration; about: the data in words; dtype: of autocast."""
-    def count(part: nn.Module) -> float:
-        return sum(p.numel() for p in part.parameters() if p.requires_grad) / 1e6
+class Journal:
+    """The log and the screen of the main process; on every other rank all calls do nothing.
 
-    half = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "float32"}[dtype]
-    ln_k = math.log(c.num_prototypes)
-    print(f"device   {processes.describe(place)}, {half}")
-    print(f"data     {about}")
-    print(f"network  {c.arch} {count(model.student.backbone):.2f} M, projector {count(model.student.projector):.2f} M, "
-          f"{c.num_prototypes} prototypes; {count(model):.2f} M parameters trained")
-    print(f"batch    {c.batch_size} = {c.batch_size // place.world_size} x {place.world_size} process(es); "
-          f"{steps_per_epoch} steps per epoch, {steps_per_epoch * c.epochs} in all")
-    print(f"lr       {lr:g} = {c.base_lr:g} x {c.batch_size} / 256, {c.optimizer}, warm-up {c.warmup_epochs:g} epochs")
-    print(f"chance   ln k = {ln_k:.4f}; the group loss, a sum of two directions, is {2 * ln_k:.4f} for a uniform "
-          "assignment", flush=True)
+    folder: of the run; step: where the run starts, lines of later steps are of work that was lost and are removed;
+    last_step: where it ends. Raises OSError if the lines cannot be removed, ValueError where TensorBoard is wanted and
+    not installed.
+    """
 
+    def __init__(self, folder: Path, step: int, last_step: int, is_main: bool = True, tensorboard: bool = False):
+        self.is_main, self.last_step = is_main, last_step
+        self.log = Log(folder, step, tensorboard) if is_main else None
+        self.bar = tqdm(total=last_step, initial=step, disable=not (is_main and sys.stderr.isatty()), unit="step")
 
-def brief(record: dict) -> str:
-    """A line of the log for the eye."""
-    return (f"loss {record['loss']:.3f} (group {record['group_loss']:.3f}, slot {record['slot_loss']:.3f})  "
-            f"occupied {record['occupied_per_image']:.1f}  in use {record['prototypes_used']}  "
-            f"agreement {record['agreement']:.2f}  {record['images_per_second']:.0f} images/s")
+    def advance(self) -> None:
+        """One step was taken."""
+        self.bar.update()
+
+    def write(self, record: Mapping[str, Any], brief: str) -> None:
+        """A line of the log, and the same in brief for the eye."""
+        if not self.is_main:
+            return
+        self.log.write(record)
+        self.bar.set_postfix_str(brief)
+        if self.bar.disable:
+            print(f"step {record['step']}/{self.last_step}  {brief}", flush=True)
+
+    def print(self, text: str) -> None:
+        """Plain text on stdout, from one process of many."""
+        if self.is_main:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        self.bar.close()
 
 
 class Log:
     """log.jsonl, one object per line; also TensorBoard's, if asked for. A full disk costs lines, not the run.
 
-    step: where the run starts. Lines of later steps are of work that was lost, and go. Raises OSError if they cannot,
-    ValueError where TensorBoard is not installed.
+    step: where the run starts. Lines of later steps are of work that was lost, and are removed. Raises OSError if they
+    cannot be, ValueError where TensorBoard is not installed.
     """
 
     def __init__(self, folder: Path, step: int, tensorboard: bool = False):
@@ -61,6 +71,7 @@ class Log:
             self.board = SummaryWriter(folder, purge_step=step + 1)
 
     def forget_after(self, step: int) -> None:
+        """Remove the lines of later steps."""
         if not self.file.exists():
             return
         lines = self.file.read_bytes().splitlines(keepends=True)
@@ -68,7 +79,8 @@ class Log:
         if kept != lines:
             files.write_atomically(self.file, lambda file: file.writelines(kept))
 
-    def write(self, record: dict) -> None:
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Add a line."""
         try:
             with open(self.file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
@@ -89,9 +101,3 @@ def step_of(line: bytes) -> float:
 def say(line: str) -> None:
     """A line above the progress bar."""
     tqdm.write(line, file=sys.stderr)
-
-
-def write_json(path: Path, contents: dict) -> None:
-    """Atomically, like a checkpoint."""
-    text = json.dumps(contents, indent=1) + "\n"
-    files.write_atomically(path, lambda file: file.write(text.encode()))

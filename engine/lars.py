@@ -1,8 +1,7 @@
 """LARS: momentum SGD in which every weight tensor moves by a fixed fraction of its own norm.
 
-Paper: the optimisation paragraph of the experiments; You et al., 2017.
+Slide: none. Paper: the optimisation paragraph of the experiments; You et al., 2017.
 Differs: the arithmetic of the released code, on all tensors at once instead of one after another, and in place.
-Read next: train.py.
 """
 
 from __future__ import annotations
@@ -53,3 +52,13 @@ def adapt(weights: list[Tensor], weight_decay: float, coefficient: float) -> Non
     # Factors that stay on the device are one launch per weight: no multi-tensor product takes them, and reading them
     # would make the host wait.
     torch._foreach_mul_(gradients, list(ratios.unbind()))
+
+
+def make_optimizer(name: str, parameters: Iterable[Tensor], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """"lars" or "adamw", over the parameters that need a gradient; biases and norms are not decayed."""
+    trained = [p for p in parameters if p.requires_grad]
+    if name == "lars":
+        return LARS(trained, lr, weight_decay=weight_decay)
+    groups = [dict(params=[p for p in trained if p.ndim != 1]),
+              dict(params=[p for p in trained if p.ndim == 1], weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr, weight_decay=weight_decay)

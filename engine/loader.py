@@ -14,6 +14,7 @@ import os
 import random
 import re
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
+from tqdm import tqdm
 
 from engine.images import BadImage, ImageFiles
 
@@ -213,19 +215,21 @@ class Skipped:
                              f"of {self.max_share:g} that is allowed; they are named in {self.file}")
 
 
-def check_images(
-    root: str | Path, paths: np.ndarray, workers: int = 0, progress: Callable[[Iterable], Iterable] = iter
-) -> dict[str, Any]:
-    """Reads every file once, in worker processes. progress: wraps the loader of results, for example in a bar.
-
-    Returns a dict: images, bad [(name, reason)], sizes {(height, width): count}, smallest and largest (by pixels).
-    """
-    results = list(progress(DataLoader(_SizeOrReason(root, paths), batch_size=None, num_workers=workers)))
-    bad = [(str(name), result) for name, result in zip(paths, results) if isinstance(result, str)]
-    sizes = collections.Counter(tuple(result) for result in results if not isinstance(result, str))
-    by_pixels = sorted(sizes, key=math.prod) or [None]
-    return dict(images=len(paths), bad=bad, sizes=dict(sizes.most_common()),
-                smallest=by_pixels[0], largest=by_pixels[-1])
+def report_check(images: ImageFiles, workers: int = 0) -> int:
+    """Read every file once, in worker processes, and print what was found; returns how many cannot be read."""
+    results = DataLoader(_SizeOrReason(images.root, images.paths), batch_size=None, num_workers=workers)
+    results = list(tqdm(results, total=len(images), unit="image", disable=not sys.stderr.isatty()))
+    bad = [(str(name), reason) for name, reason in zip(images.paths, results) if isinstance(reason, str)]
+    sizes = collections.Counter(tuple(size) for size in results if not isinstance(size, str))
+    for name, reason in bad:
+        print(f"bad      {name}: {reason}")
+    if sizes:
+        by_pixels = sorted(sizes, key=math.prod)
+        (smallest, largest), [((height, width), times)] = (by_pixels[0], by_pixels[-1]), sizes.most_common(1)
+        print(f"sizes    {len(sizes)} different, from {smallest[0]} x {smallest[1]} to {largest[0]} x {largest[1]} "
+              f"(height x width); most often {height} x {width}, {times} times")
+    print(f"checked  {len(images)} images: {len(images) - len(bad)} can be read, {len(bad)} cannot")
+    return len(bad)
 
 
 class _SizeOrReason(ImageFiles):

@@ -1,8 +1,7 @@
-"""One process or many: where this one runs, in what precision, and how all of them agree to stop.
+"""One process or many: where this one runs, in what precision, which signals it was sent, what it has lost.
 
-Paper: the implementation paragraph of the experiments (8 GPUs, mixed precision).
-Differs: needs no launcher and no environment variables; `torchrun` is recognised where it is used.
-Read next: train.py.
+Slide: none. Paper: section 4.1 (8 GPUs, mixed precision).
+Differs: needs no launcher and no environment variables; `torchrun` is recognized where it is used.
 """
 
 from __future__ import annotations
@@ -174,6 +173,11 @@ def cores_per_process(most: int = 8) -> int:
     """How many cores this process may use, between 1 and `most`: those it is allowed, shared with its neighbours."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(most, allowed // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def workers_of(workers: int) -> int:
+    """How many processes read images for this one; -1: one per core."""
+    return cores_per_process() if workers < 0 else workers
 
 
 def peak_memory_gb(device: torch.device) -> float:

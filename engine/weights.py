@@ -68,7 +68,8 @@ def load_network(
 ) -> tuple[GroupingNetwork, dict[str, Any]]:
     """The student's or the teacher's grouping network of a checkpoint, in evaluation mode, and its configuration.
 
-    Sizes come from the tensors themselves, never from flags; the configuration has at least arch, num_prototypes,
+    Sizes come from the tensors themselves, the architecture from the configuration that was saved; a released
+    checkpoint's from the names and shapes of its tensors. The configuration has at least arch, num_prototypes,
     dim_hidden and dim_out. Raises ValueError with one line for any file that does not hold one whole network.
     """
     if which not in ("student", "teacher"):
@@ -82,7 +83,8 @@ def load_network(
         dim_hidden = len(state["projector.mlp.0.weight"])
     except (KeyError, ValueError):
         raise ValueError(f"{path} holds no prototypes or projector of the {which}: found {some_keys(state)}") from None
-    arch = architecture_of(part(state, "backbone."), path)
+    # What was saved is right; shapes are read where nothing was saved, as in released checkpoints.
+    arch = config.get("arch") if config.get("arch") in ARCHITECTURES else architecture_of(part(state, "backbone."), path)
     network = GroupingNetwork(arch, num_prototypes, dim_hidden, dim_out)
     load_strictly(network, state, path)
     config.update(arch=arch, num_prototypes=num_prototypes, dim_hidden=dim_hidden, dim_out=dim_out)

@@ -1,0 +1,33 @@
+"""A step with bad numbers must leave no trace: what its forward has touched returns, bit for bit.
+
+Slide: none. Paper: none. Differs: not in the released code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+class Undo:
+    """Copies of tensors that a forward changes, such as the statistics of batch norms; all in one launch per type."""
+
+    def __init__(self, tensors: Iterable[Tensor]):
+        tensors = list(tensors)
+        # A list of one type is copied in one launch, so sums are kept apart from whole-number counts.
+        self.now = [[t for t in tensors if t.is_floating_point() == floating] for floating in (True, False)]
+        self.before = [[t.clone() for t in group] for group in self.now]
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Before the forward."""
+        for before, now in zip(self.before, self.now):
+            torch._foreach_copy_(before, now)
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Return to what was remembered."""
+        for before, now in zip(self.before, self.now):
+            torch._foreach_copy_(now, before)
