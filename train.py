@@ -18,7 +18,7 @@ import functools
 import inspect
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ def train(run: Run, signals: processes.StopSignals) -> None:
             run.meter.add(verdict.values)
             run.journal.advance()
             end_of_epoch = progress.position % schedule.steps_per_epoch == 0
-            if progress.step % c.log_every == 0 or end_of_epoch or progress.finished:
+            if progress.step % c.log_every == 0 or end_of_epoch or progress.step == schedule.last_step:
                 log(run, report)
         run.keeper.keep(progress, verdict.good, run.state)
     run.journal.close()
@@ -261,8 +261,8 @@ def check_data(c: Config, given: set[str]) -> None:
                       "allows: a run would stop")
 
 
-def main(argv: list[str] | None = None, prepared=None) -> int:
-    """prepared(run): called before the first step, for those who look on. Returns the exit status."""
+def start(argv: list[str] | None, prepared: Callable[[Run], None] | None = None) -> int:
+    """From the command line to the end of the run, or to a pause."""
     c, given = recipes.parse(argv, __doc__)
     if c.check_data:
         check_data(c, given)
@@ -281,5 +281,10 @@ def main(argv: list[str] | None = None, prepared=None) -> int:
     return 0
 
 
+def main(argv: list[str] | None = None, prepared: Callable[[Run], None] | None = None) -> int:
+    """prepared(run): called before the first step, for those who look on. Returns the exit status."""
+    return run_program("train.py", functools.partial(start, prepared=prepared), argv)
+
+
 if __name__ == "__main__":
-    sys.exit(run_program("train.py", main))
+    sys.exit(main())

@@ -21,7 +21,8 @@ import losses
 from engine import processes, ranks
 from engine.lars import LARS
 from engine.processes import Place
-from slotcon import SlotCon, statistics
+from measures.course import statistics
+from slotcon import SlotCon
 from slots import SlotPredictor
 
 K, D, HIDDEN, H, W = 6, 7, 9, 4, 5
@@ -138,7 +139,6 @@ def one_of_two(rank, folder):
         ranks.gather_rows(rows, [2, 3])
     except ValueError as error:
         found["complaint"] = str(error)
-    found["sinkhorn"] = losses.sinkhorn(of_rank([random(2 * B, K, H, W).tanh()], rank)[0], 0.3)
     predictor = SlotPredictor(D, D, HIDDEN)
     (pairs,) = losses.pair_slots(*[[of_rank([mask], rank)[0]] for mask in half_masks()])
     slots = torch.randn(B, K, D, requires_grad=True)
@@ -241,11 +241,6 @@ def test_unequal_numbers_of_rows_are_gathered_in_the_order_of_the_ranks_even_non
         assert "of 2 holds 5 rows, but the counts say [2, 3]" in rank["complaint"]
 
 
-def test_sinkhorn_balances_over_the_pixels_of_all_ranks(found):
-    whole = losses.sinkhorn(random(2 * B, K, H, W).tanh(), 0.3)
-    assert torch.allclose(torch.cat([rank["sinkhorn"] for rank in found]), whole, rtol=1e-9)
-
-
 def test_a_single_query_in_all_processes_is_a_zero_that_is_connected_in_each(found):
     for r, rank in enumerate(found):
         in_all, here, loss, slots, parameters = rank["one query"]
@@ -283,8 +278,8 @@ def test_an_apple_gpu_that_is_not_there_is_one_line_too(alone):
         processes.start("mps", 60)
 
 
-@pytest.mark.parametrize("cuda, mps, processes, expected", [(False, False, 1, "cpu"), (False, True, 1, "mps")])
-def test_auto_takes_the_best_device_there_is(alone, cuda, mps, processes, expected):
+@pytest.mark.parametrize("cuda, mps, expected", [(False, False, "cpu"), (False, True, "mps")])
+def test_auto_takes_the_best_device_there_is(alone, cuda, mps, expected):
     alone.setattr(torch.cuda, "is_available", lambda: cuda)
     alone.setattr(processes, "mps_available", lambda: mps)
     assert processes.start("auto", 60).device.type == expected
