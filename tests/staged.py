@@ -209,16 +209,16 @@ class BadNumbers:
     def __call__(self, rank, run):
         if self.rank not in (None, rank):
             return
-        taken, photometric = [], run.photometric
+        taken, compute = [], run.gradient.compute
 
         def now():
             return self.n <= len(taken) < self.n + self.count
 
-        def changed(views, generator):
+        def changed(views, boxes, flipped):
             taken.append(1)
-            return photometric(views, generator) * (self.value if self.where == "views" and now() else 1)
+            return compute(views * (self.value if self.where == "views" and now() else 1), boxes, flipped)
 
-        run.photometric = changed
+        run.gradient.compute = changed
         if self.where == "gradient":
             weight = run.model.student.prototypes.weight
             weight.register_hook(lambda gradient: gradient * self.value if now() else gradient)

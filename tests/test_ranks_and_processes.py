@@ -339,9 +339,9 @@ def test_cores_are_shared_among_the_processes_of_a_machine_and_at_least_one(alon
 
 
 def test_a_place_is_described_in_a_few_words():
-    assert "cpu" in processes.describe(Place(torch.device("cpu"), 0, 1))
-    assert processes.describe(Place(torch.device("cpu"), 0, 1)).endswith("1 process")
-    assert processes.describe(Place(torch.device("mps"), 1, 2)) == "mps, 2 processes"
+    assert "cpu" in processes.describe(Place(torch.device("cpu"), 0, 1), None)
+    assert processes.describe(Place(torch.device("cpu"), 0, 1), None).endswith("1 process, float32")
+    assert processes.describe(Place(torch.device("mps"), 1, 2), torch.float16) == "mps, 2 processes, fp16"
 
 
 def test_the_peak_of_memory_never_falls_and_is_in_gigabytes():

@@ -27,13 +27,11 @@ import recipes
 import train
 from engine import checkpoint, loader, options, processes, weights
 from engine.lars import LARS, make_optimizer
-from engine.processes import Place
 from engine.progress import seed_of
 from engine.schedule import learning_rate
 from teacher import teacher_momentum
 
 ROOT = Path(__file__).resolve().parent.parent
-SINGLE = Place(torch.device("cpu"), 0, 1)
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +237,7 @@ def test_a_run_without_warm_up_or_with_nothing_else_has_a_learning_rate():
 
 def test_a_seed_makes_one_model_and_another_seed_another():
     small = dict(arch="tiny", num_prototypes=5, dim_hidden=9, dim_out=7)
-    one, again, other = (train.make_model(config(seed=seed, **small), SINGLE) for seed in (1, 1, 2))
+    one, again, other = (recipes.model_of(config(seed=seed, **small)) for seed in (1, 1, 2))
     assert staged.difference(one.state_dict(), again.state_dict()) == ""
     assert staged.difference(one.state_dict(), other.state_dict()) != ""
     assert (one.temp_slot, one.temp_pool, one.group_weight) == (0.2, 0.07, 0.5)
@@ -248,7 +246,7 @@ def test_a_seed_makes_one_model_and_another_seed_another():
 @pytest.mark.parametrize("optimizer", ["lars", "adamw"])
 def test_the_optimiser_trains_student_and_predictor_and_decays_no_bias_or_norm(optimizer):
     c = config(arch="tiny", num_prototypes=5, dim_hidden=9, dim_out=7, optimizer=optimizer, weight_decay=0.1)
-    model = train.make_model(c, SINGLE)
+    model = recipes.model_of(c)
     made = make_optimizer(optimizer, model.parameters(), 0.5, 0.1)
     trained = {id(p) for group in made.param_groups for p in group["params"]}
     assert trained == {id(p) for part in (model.student, model.predictor) for p in part.parameters()}
@@ -284,7 +282,7 @@ def test_a_run_writes_a_configuration_a_log_a_checkpoint_and_a_backbone(short):
 
 def test_a_run_first_says_where_it_runs_and_what_it_will_do(short):
     _, said = short
-    for words in ("device   cpu", "1 process", "float32", "14 images", "3 steps per epoch, 18 in all", "tiny 0.06 M",
+    for words in ("device   cpu", "1 process, float32", "14 images", "3 steps per epoch, 18 in all", "tiny 0.06 M",
                   "5 prototypes", "batch    4 = 4 x 1", "lr       0.0625 = 4 x 4 / 256", "ln k = 1.6094", "3.2189",
                   "step 5/5", "done     5 steps"):
         assert words in said, words
@@ -330,11 +328,11 @@ def test_the_checkpoint_is_tensors_and_plain_values_and_holds_the_network(short)
 
 def test_the_steps_are_those_of_the_paper_in_the_order_of_the_released_code(short, photographs):
     """The same five steps, written down once more without precautions."""
-    c, given = recipes.parse(staged.command_line("unused", photographs=photographs), "")
-    images, _ = train.open_images(c, given)
+    c, _ = recipes.parse(staged.command_line("unused", photographs=photographs), "")
+    images, _ = recipes.images_of(c)
     samples = loader.Samples(images, data.TwoCrops(c.image_size, c.min_area, c.min_overlap), c.seed)
     batches = loader.make_loader(samples, loader.RunSampler(len(images), c.batch_size, seed=c.seed, stop=5), 0, "cpu")
-    model = train.make_model(c, SINGLE)
+    model = recipes.model_of(c)
     optimizer = LARS([p for p in model.parameters() if p.requires_grad], 0.0, weight_decay=c.weight_decay)
     total = c.epochs * 3
     found = []
