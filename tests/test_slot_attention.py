@@ -14,7 +14,7 @@ def random(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-# ------------------------------------------------------------------------------------------ attention mechanisms
+# ----------------------------------------------------------------------------- attention mechanisms
 
 
 def test_competing_queries_share_each_pixel_and_lone_queries_share_their_own_gaze():
@@ -23,8 +23,14 @@ def test_competing_queries_share_each_pixel_and_lone_queries_share_their_own_gaz
         found = query_attention(queries, keys, compete, temperature=0.5)
         assert found.shape == (B, K, N)
         for b in range(B):
-            logits = [[sum(queries[b, k, i] * keys[b, n, i] for i in range(D)).item() / (math.sqrt(D) * 0.5)
-                       for n in range(N)] for k in range(K)]
+            logits = [
+                [
+                    sum(queries[b, k, i] * keys[b, n, i] for i in range(D)).item()
+                    / (math.sqrt(D) * 0.5)
+                    for n in range(N)
+                ]
+                for k in range(K)
+            ]
             for k in range(K):
                 for n in range(N):
                     rivals = [logits[j][n] for j in range(K)] if compete else logits[k]
@@ -40,7 +46,9 @@ def test_a_weighted_mean_is_the_mean_of_the_pixels_a_slot_won():
             weights = [attention[b, k, n].item() + 1e-6 for n in range(N)]
             expected = sum(weight * values[b, n] for n, weight in enumerate(weights)) / sum(weights)
             assert torch.allclose(found[b, k], expected, rtol=1e-9)
-    assert torch.allclose(weighted_mean(torch.zeros(B, K, N), values.float()), values.float().mean(1)[:, None])
+    assert torch.allclose(
+        weighted_mean(torch.zeros(B, K, N), values.float()), values.float().mean(1)[:, None]
+    )
 
 
 def layer_norm(x):
@@ -68,7 +76,9 @@ def test_slot_attention_is_its_published_algorithm():
         state = list(start[b])
         for attention in history:
             queries = [module.to_query.weight @ layer_norm(slot) for slot in state]
-            logits = torch.stack([torch.stack([(module.to_key.weight @ x) @ q for x in inputs]) for q in queries])
+            logits = torch.stack(
+                [torch.stack([(module.to_key.weight @ x) @ q for x in inputs]) for q in queries]
+            )
             shares = (logits / math.sqrt(D)).exp()
             shares = shares / shares.sum(0)
             assert torch.allclose(attention[b], shares, rtol=1e-8)
@@ -76,7 +86,9 @@ def test_slot_attention_is_its_published_algorithm():
                 weights = (shares[k] + 1e-6) / (shares[k] + 1e-6).sum()
                 update = sum(a * (module.to_value.weight @ x) for a, x in zip(weights, inputs))
                 moved = gru_slowly(module.gru, update, state[k])
-                hidden = (module.mlp[0].weight @ layer_norm(moved) + module.mlp[0].bias).clamp(min=0)
+                hidden = (module.mlp[0].weight @ layer_norm(moved) + module.mlp[0].bias).clamp(
+                    min=0
+                )
                 state[k] = moved + module.mlp[2].weight @ hidden + module.mlp[2].bias
         assert torch.allclose(slots[b], torch.stack(state), rtol=1e-8)
 
@@ -99,7 +111,10 @@ def test_independent_queries_pool_what_each_looks_at_and_share_nothing():
     for b in range(B):
         for k in range(K):
             query = module.to_query.weight @ module.queries[k]
-            weights = [math.exp((query @ (module.to_key.weight @ x)).item() / math.sqrt(D)) for x in pixels[b]]
+            weights = [
+                math.exp((query @ (module.to_key.weight @ x)).item() / math.sqrt(D))
+                for x in pixels[b]
+            ]
             shares = [weight / sum(weights) for weight in weights]
             assert attention[b, k].tolist() == pytest.approx(shares, rel=1e-9)
             expected = sum(a * (module.to_value.weight @ x) for a, x in zip(shares, pixels[b]))
