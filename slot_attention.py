@@ -2,7 +2,8 @@
 
 Slides: "On object discovery: the Slot Attention mechanism"; "Slot Attention works well on toy
 data". Locatello et al., 2020, section 2. Differs: none known in the attention; not part of SlotCon,
-here to be compared with it."""
+here to be compared with it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ class SlotAttention(nn.Module):
     """Slots compete for the pixels of one image, over and over (Locatello et al., 2020).
 
     dim: d of pixels and slots; num_slots: k; iterations: rounds of attention. Unlike prototypes,
-    slots start from noise in every image, so that slot 3 of two images has nothing in common."""
+    slots start from noise in every image, so that slot 3 of two images has nothing in common.
+    """
 
     def __init__(self, dim: int, num_slots: int, iterations: int = 3, dim_hidden: int = 128):
         super().__init__()
@@ -89,7 +91,8 @@ def query_attention(
 
     queries (b k d), keys (b n d) -> (b k n): softmax of <q, k> / (sqrt(d) temperature) over k where
     the queries compete for pixels (Slot Attention), over n where each query is on its own
-    (Transformer decoder)."""
+    (Transformer decoder).
+    """
     logits = einsum(queries, keys, "b k d, b n d -> b k n") / (
         queries.shape[-1] ** 0.5 * temperature
     )

@@ -38,7 +38,8 @@ def parse(presets: Mapping[str, T], argv: list[str] | None, description: str) ->
 
     presets: name -> instance of one dataclass with a field `preset`; the first is the default.
     Raises ValueError with one line for an unknown option, preset or choice, and for a number out of
-    range."""
+    range.
+    """
     first = next(iter(presets.values()))
     types = typing.get_type_hints(type(first))
     parser = Parser(

@@ -4,7 +4,8 @@ Promised: published presets; one clear line and exit status 2 for every command 
 with nothing written; a loop that takes the steps of the paper in the order of the released code;
 the same numbers from the same seed whatever prepares the images; a log, a configuration and weights
 that other programs can read. Interrupted and continued runs: test_resume.py. Several processes:
-test_processes.py, and slowly here."""
+test_processes.py, and slowly here.
+"""
 
 import contextlib
 import dataclasses
