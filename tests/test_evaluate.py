@@ -33,7 +33,7 @@ class ByColor(torch.nn.Module):
     def forward(self, images):
         similarity = torch.zeros(len(images), K, *images.shape[-2:])
         if self.eyes:
-            similarity.scatter_(1, 4 - images.argmax(1, keepdim=True), 1.0)  # over colours
+            similarity.scatter_(1, 4 - images.argmax(1, keepdim=True), 1.0)  # over colors
         else:
             similarity[:, 4] = 1
         return None, similarity
@@ -84,7 +84,7 @@ def run(*argv, capsys):
 def test_a_network_that_understands_scores_one_and_a_blind_one_the_largest_class():
     images, label = colored()
     report = evaluate.toy_report(ByColor(), ByColor(eyes=False), images, label, class_names=NAMES)
-    for numbers in (report, report["rgb_kmeans"]):  # here colour is all there is to know
+    for numbers in (report, report["rgb_kmeans"]):  # here color is all there is to know
         for key in ("nmi", "miou", "accuracy", "miou_many_to_one", "accuracy_many_to_one"):
             assert numbers[key] == pytest.approx(1)
     largest = label.flatten().bincount().max() / label.numel()
@@ -157,7 +157,7 @@ def test_the_rand_index_of_segments_without_names_is_a_mean_over_pictures():
 
 
 @pytest.mark.parametrize("num_groups", [9, 2000])
-def test_kmeans_finds_three_colours_and_survives_more_centres_than_colours_or_pixels(num_groups):
+def test_kmeans_finds_three_colors_and_survives_more_centers_than_colors_or_pixels(num_groups):
     images, label = colored()
     segmenter = evaluate.rgb_kmeans(evaluate.sample_pixels(images.split(2)), num_groups)
     segments, present = segmenter(images)
@@ -184,7 +184,7 @@ def test_the_untrained_network_is_random_always_the_same_and_leaves_the_generato
     assert one.prototypes.weight.equal(two.prototypes.weight) and one.prototypes.weight.shape == (K, 6)
 
 
-def test_the_command_measures_any_labelled_folder_whatever_the_batch_and_the_workers(trained, folder, tmp_path, capsys):
+def test_the_command_measures_any_labeled_folder_whatever_the_batch_and_the_workers(trained, folder, tmp_path, capsys):
     results = []
     for options in (["--batch-size", 1], ["--batch-size", 3, "--workers", 1]):
         code, result, out, _ = run("segmentation", trained, "--data-dir", folder, "--size", 32, *options,
@@ -279,7 +279,7 @@ def test_the_linear_probe_learns_what_is_linear_whatever_the_scale_of_the_featur
         assert classify(maps).shape == (1, 3, 300, 1) and accuracy > 0.95
 
 
-def test_a_neighbour_votes_with_its_classes_and_the_nearer_the_more():
+def test_a_neighbor_votes_with_its_classes_and_the_nearer_the_more():
     features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
     shares = torch.tensor([[1.0, 0.0], [0.25, 0.75], [0.0, 1.0]])
     maps = torch.tensor([[2.0, 0.1], [0.1, 3.0]]).T.reshape(1, 2, 1, 2)
@@ -302,8 +302,8 @@ def test_a_probe_is_scored_by_the_names_it_gives():
 
 
 def test_probe_compares_with_a_random_backbone_and_learns_from_few_labels(trained, capsys):
-    code, result, out, _ = run("probe", trained, "--toy-scenes", 6, "--labelled", 3, capsys=capsys)
-    assert code == 0 and result["labelled_pictures"] == 3 and result["pictures"] == 6 and "random backbone" in out
+    code, result, out, _ = run("probe", trained, "--toy-scenes", 6, "--labeled", 3, capsys=capsys)
+    assert code == 0 and result["labeled_pictures"] == 3 and result["pictures"] == 6 and "random backbone" in out
     assert result["trained"] != result["random_backbone"]
     for row in ("trained", "random_backbone"):
         for kind in ("linear", "neighbors"):
@@ -343,12 +343,12 @@ def test_wrong_input_ends_with_one_line_and_exit_code_2(case, workers, trained, 
 
 
 def test_a_probe_never_meets_a_picture_in_the_test_that_it_learned_from(trained, folder, capsys, monkeypatch):
-    opened, open_labelled = [], evaluate.open_labelled
-    monkeypatch.setattr(evaluate, "open_labelled", lambda *a: opened.append(open_labelled(*a)) or opened[-1])
+    opened, open_labeled = [], evaluate.open_labeled
+    monkeypatch.setattr(evaluate, "open_labeled", lambda *a: opened.append(open_labeled(*a)) or opened[-1])
     code, result, _, _ = run("probe", trained, "--data-dir", folder, "--dataset", "folder", "--size", 32, capsys=capsys)
     seen, unseen = ({each.images.name(i) for i in each.indices} for each in opened)
     assert code == 0 and not seen & unseen and len(seen | unseen) == 7
-    assert (result["labelled_pictures"], result["pictures"]) == (len(seen), len(unseen))
+    assert (result["labeled_pictures"], result["pictures"]) == (len(seen), len(unseen))
     again = ["probe", trained, "--data-dir", folder, "--dataset", "folder", "--split", "train"]
     code, _, _, err = run(*again, capsys=capsys)
     assert code == 2 and "learns on the split train" in err

@@ -83,7 +83,7 @@ def coco_stuff_tree(root, split="val2017"):
 
 
 def test_coco_stuff_is_read_with_the_curated_list_rebuilt_in_order(tmp_path):
-    found = labels.open_labelled("coco_stuff", coco_stuff_tree(tmp_path))
+    found = labels.open_labeled("coco_stuff", coco_stuff_tree(tmp_path))
     assert [found.images.name(i) for i in range(len(found))] == [f"000000000{n}.jpg" for n in (100, 200, 300)]
     image, label = found[0]
     assert image.shape == (3, 366, 360) and label.unique().tolist() == [24, 255]
@@ -93,10 +93,10 @@ def test_coco_stuff_is_read_with_the_curated_list_rebuilt_in_order(tmp_path):
 def test_coco_stuff_takes_a_list_from_a_file_and_knows_the_published_one(tmp_path, monkeypatch):
     root = coco_stuff_tree(tmp_path)
     (tmp_path / "ids.txt").write_text("000000000300\n000000000400\n")
-    found = labels.open_labelled("coco_stuff", root, list_file=tmp_path / "ids.txt")
+    found = labels.open_labeled("coco_stuff", root, list_file=tmp_path / "ids.txt")
     assert [found.images.name(i) for i in range(len(found))] == ["000000000300.jpg", "000000000400.jpg"]
     monkeypatch.setattr(labels, "PUBLISHED_LIST", labels.list_digest(["000000000300", "000000000400"]))
-    assert "NOT" not in labels.open_labelled("coco_stuff", root, list_file=tmp_path / "ids.txt").notice
+    assert "NOT" not in labels.open_labeled("coco_stuff", root, list_file=tmp_path / "ids.txt").notice
 
 
 def test_the_published_list_is_the_one_of_the_protocol():
@@ -108,7 +108,7 @@ def test_unknown_fine_ids_are_refused(tmp_path):
     write(root / "stuffthingmaps_trainval2017" / "val2017" / "000000000100.png", np.full((366, 360), 200))
     (tmp_path / "ids.txt").write_text("000000000100\n")
     with pytest.raises(ValueError, match=r"000000000100.jpg has id -1|id 200"):
-        labels.open_labelled("coco_stuff", root, list_file=tmp_path / "ids.txt")[0]
+        labels.open_labeled("coco_stuff", root, list_file=tmp_path / "ids.txt")[0]
 
 
 def test_coco_things_are_painted_small_over_large(tmp_path):
@@ -122,7 +122,7 @@ def test_coco_things_are_painted_small_over_large(tmp_path):
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations" / "instances_val2017.json").write_text(json.dumps(contents))
     write(tmp_path / "val2017" / "a.jpg", picture(16, 20))
-    found = labels.open_labelled("coco_things", tmp_path)
+    found = labels.open_labeled("coco_things", tmp_path)
     _, label = found[0]
     assert len(found) == 1 and len(found.class_names) == 12
     assert label[6, 6] == labels.COARSE_NAMES.index("person") and label[2, 2] == labels.COARSE_NAMES.index("vehicle")
@@ -139,19 +139,19 @@ def test_voc_labels_are_palette_indices_of_the_listed_pictures(tmp_path):
     (root / "ImageSets" / "Segmentation").mkdir(parents=True)
     (root / "ImageSets" / "Segmentation" / "val.txt").write_text("x\n")
     for start in (tmp_path, root):
-        found = labels.open_labelled("voc", start)
+        found = labels.open_labeled("voc", start)
         assert found[0][1].unique().tolist() == [20] and found.class_names[20] == "tvmonitor"
 
 
 def test_bsds_segments_have_no_names_and_any_number(tmp_path):
     write(tmp_path / "images" / "val" / "p.jpg", picture(9, 11))
     write(tmp_path / "segments" / "val" / "p.png", np.arange(99).reshape(9, 11))
-    found = labels.open_labelled("bsds", tmp_path)
+    found = labels.open_labeled("bsds", tmp_path)
     assert found.class_names == () and found[0][1].max() == 98
 
 
 def test_any_folder_pairs_equal_names_and_finds_the_number_of_classes(tmp_path):
-    found = labels.open_labelled("folder", folder_of(tmp_path))
+    found = labels.open_labeled("folder", folder_of(tmp_path))
     assert len(found) == 2 and found.class_names == ("class 0", "class 1", "class 2")
     image, label = found[1]
     assert image[0, 0, 0] == 20 and label[0].tolist() == [2, 2, 2, 2, 255, 255, 255, 255]
@@ -160,35 +160,35 @@ def test_any_folder_pairs_equal_names_and_finds_the_number_of_classes(tmp_path):
 def test_a_folder_names_its_classes_in_a_file(tmp_path):
     folder_of(tmp_path)
     (tmp_path / "classes.txt").write_text("sky\nsea\nsand\n")
-    assert labels.open_labelled("folder", tmp_path).class_names == ("sky", "sea", "sand")
+    assert labels.open_labeled("folder", tmp_path).class_names == ("sky", "sea", "sand")
 
 
 def test_a_folder_without_parts_is_split_into_fifths_that_share_no_picture(tmp_path):
     folder_of(tmp_path, [(0, 1)] * 11)
-    train, val = (labels.open_labelled("folder", tmp_path, split) for split in ("train", "val"))
+    train, val = (labels.open_labeled("folder", tmp_path, split) for split in ("train", "val"))
     assert sorted(train.indices + val.indices) == list(range(11)) and val.indices == (0, 5, 10)
-    assert len(labels.open_labelled("folder", tmp_path)) == 11
+    assert len(labels.open_labeled("folder", tmp_path)) == 11
 
 
 def test_a_folder_with_parts_is_read_by_part(tmp_path):
     for part in ("train", "val"):
         write(tmp_path / "images" / part / f"{part}.png", picture(6, 8))
         write(tmp_path / "labels" / part / f"{part}.png", np.zeros((6, 8)))
-    assert labels.open_labelled("folder", tmp_path, "val").images.name(0) == "val.png"
+    assert labels.open_labeled("folder", tmp_path, "val").images.name(0) == "val.png"
 
 
 def test_a_subset_of_a_subset_keeps_its_places(tmp_path):
-    found = labels.open_labelled("folder", folder_of(tmp_path, [(i, i) for i in range(7)]))
+    found = labels.open_labeled("folder", folder_of(tmp_path, [(i, i) for i in range(7)]))
     assert [int(pair[1][0, 0]) for pair in found.subset([6, 4, 2]).subset([2, 0])] == [2, 6]
 
 
 def test_toy_scenes_come_with_their_own_truth_and_from_seeds_no_run_has():
-    found = labels.open_labelled("toy", None, count=3, size=32)
+    found = labels.open_labeled("toy", None, count=3, size=32)
     image, label = found[2]
     scene = toy.scene(labels.UNSEEN, 2, size=32)
     assert (image.numpy() == scene.image.transpose(2, 0, 1)).all() and (label.numpy() == scene.semantic).all()
     assert labels.UNSEEN > 2**31
-    assert not labels.open_labelled("toy", None, "train", count=3, size=32)[2][0].equal(image)
+    assert not labels.open_labeled("toy", None, "train", count=3, size=32)[2][0].equal(image)
 
 
 def test_the_square_keeps_picture_and_label_on_the_same_pixels():
@@ -216,22 +216,22 @@ def test_labels_shrink_as_pillow_does_it():
          r"0\.png is 8 x 6 but its label is 9 x 6"),
         (lambda root: write(root / "labels" / "day" / "0.png", np.full((6, 8), 3)),
          r"label of day/0\.png has id 3, outside 0\.\.2"),
-        (lambda root: write(root / "labels" / "day" / "0.png", picture(6, 8)), r"0\.png holds colours \(RGB\)"),
+        (lambda root: write(root / "labels" / "day" / "0.png", picture(6, 8)), r"0\.png holds colors \(RGB\)"),
         (lambda root: (root / "labels" / "day" / "0.png").write_text("x"), r"cannot read the label .*0\.png"),
         (lambda root: (root / "images" / "day" / "0.png").write_bytes(b"\x89PNG no"), r"cannot read day/0\.png"),
     ],
 )  # fmt: skip
-def test_spoilt_pictures_and_labels_are_named_in_one_line(tmp_path, spoil, message):
+def test_spoiled_pictures_and_labels_are_named_in_one_line(tmp_path, spoil, message):
     spoil(folder_of(tmp_path))
     with pytest.raises(ValueError, match=message) as caught:
-        labels.open_labelled("folder", tmp_path, num_classes=3)[0]
+        labels.open_labeled("folder", tmp_path, num_classes=3)[0]
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("dataset", [name for name in labels.DATASETS if name != "toy"])
 def test_a_wrong_folder_is_answered_with_the_expected_tree(tmp_path, dataset):
     with pytest.raises(ValueError, match="expected") as caught:
-        labels.open_labelled(dataset, tmp_path / "nowhere")
+        labels.open_labeled(dataset, tmp_path / "nowhere")
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="--data-dir is missing"):
-        labels.open_labelled(dataset, None)
+        labels.open_labeled(dataset, None)

@@ -172,7 +172,7 @@ def test_rand_index_of_one_segment_against_one_segment_is_one_and_of_large_pictu
     assert adjusted_rand_index(torch.tensor([[10**6, 0], [0, 10**6]])) == pytest.approx(1)
 
 
-def test_no_labelled_pixel_scores_zero():
+def test_no_labeled_pixel_scores_zero():
     nothing = confusion_matrix(torch.zeros(6, dtype=torch.long), torch.full((6,), IGNORE), 3, 2)
     assert nothing.sum() == 0
     assert miou(nothing, match(nothing)) == pixel_accuracy(nothing, match(nothing)) == nmi(nothing) == 0

@@ -75,7 +75,7 @@ def test_an_unreadable_picture_is_named_and_left_out_and_the_others_keep_their_n
         Image.fromarray(np.full((8, 8, 3), i, dtype=np.uint8)).save(tmp_path / f"{i}.png")
     (tmp_path / "1.png").write_bytes(b"torn")
     pictures = segments.open_pictures("folder", tmp_path)
-    found = list(segments.stream(pictures, segments.centre_view(8), 2, workers))
+    found = list(segments.stream(pictures, segments.center_view(8), 2, workers))
     assert [indices.tolist() for indices, _ in found] == [[0], [2, 3]]
     assert "left out 1.png" in capsys.readouterr().err
 
@@ -105,12 +105,12 @@ def test_pictures_come_from_a_folder_from_its_val2017_or_are_drawn(tmp_path):
     assert isinstance(segments.open_pictures("toy", None), ToyScenes)
 
 
-def test_a_square_of_the_right_size_is_left_alone_and_others_are_cut_from_the_centre():
+def test_a_square_of_the_right_size_is_left_alone_and_others_are_cut_from_the_center():
     image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
-    assert segments.centre_view(64)(image).equal(image)
+    assert segments.center_view(64)(image).equal(image)
     wide = torch.zeros(3, 70, 210, dtype=torch.uint8)
     wide[:, :, 70:140] = 200
-    view = segments.centre_view(56)(wide)
+    view = segments.center_view(56)(wide)
     assert view.shape == (3, 56, 56) and view.float().mean() == 200
 
 

@@ -110,7 +110,7 @@ def test_driving_has_its_layout_and_its_long_tail():
     assert np.corrcoef(middles, heights)[0, 1] > 0.6  # the nearer, the lower and the larger
 
 
-def test_flat_objects_have_one_colour_per_part():
+def test_flat_objects_have_one_color_per_part():
     scene = toy.scene(0, 4, "flat")
     for number in range(1, scene.instance.max() + 1):
         for part in np.unique(scene.parts[scene.instance == number]):
@@ -149,7 +149,7 @@ def test_dial_crowding_keeps_things_apart():
     assert sum(len(scene.things) for scene in near) > sum(len(scene.things) for scene in far)  # no place was free
 
 
-def test_dial_hue_bias_lets_colour_give_the_class_away():
+def test_dial_hue_bias_lets_color_give_the_class_away():
     results = []
     for bias in (0.0, 1.0):
         scenes = [toy.scene(3, index, hue_bias=bias) for index in range(120)]
@@ -170,7 +170,7 @@ def test_dials_texture_and_noise_roughen_the_picture():
 def test_dial_light_tilts_the_brightness():
     dark, lit = turned("light", 0.0, 0.6, preset="flat")
     ratio = np.stack([s.image for s in lit]).astype(float) / np.maximum(np.stack([s.image for s in dark]), 1)
-    corners = ratio[:, [0, 0, -1, -1], [0, -1, 0, -1]].mean(axis=-1)  # over colours
+    corners = ratio[:, [0, 0, -1, -1], [0, -1, 0, -1]].mean(axis=-1)  # over colors
     assert np.mean(corners.max(axis=1) - corners.min(axis=1)) > 0.4
 
 
@@ -193,7 +193,7 @@ def test_mirrored_scenes_belong_to_the_same_classes():
     totals, sizes = np.zeros(8), np.zeros(8)
     for index in range(250):
         scene = toy.scene(6, index, light=0, noise=0)
-        gray = scene.image.mean(axis=-1)  # over colours
+        gray = scene.image.mean(axis=-1)  # over colors
         gy, gx = np.gradient(gray)
         for kind in np.unique(scene.semantic):
             mask = scene.semantic == kind
@@ -242,12 +242,12 @@ def test_a_lookup_table_finds_what_there_is_and_nothing_else():
     assert toy.lookup_accuracy(np.zeros_like(labels), labels) == pytest.approx(1 / 8)
 
 
-def test_kmeans_finds_classes_that_have_a_colour_each():
+def test_kmeans_finds_classes_that_have_a_color_each():
     labels = np.stack([toy.scene(1, index).semantic for index in range(40)])
     assert toy.kmeans_miou(toy.CLASS_COLORS[labels], labels, seed=1) > 0.4
 
 
-def test_neither_colour_nor_position_solves_the_default():
+def test_neither_color_nor_position_solves_the_default():
     shortcuts = toy.audit(seed=1, count=64)
     assert shortcuts["position"] < 0.17 and shortcuts["rgb_kmeans_miou"] < 0.16
     assert shortcuts["color"] < 0.30 < shortcuts["random_convolutions"] < 0.7

@@ -18,7 +18,7 @@ def result_of(folder, *options) -> dict:
 
 
 @pytest.mark.slow
-def test_a_short_toy_run_beats_colour_and_chance(tmp_path):
+def test_a_short_toy_run_beats_color_and_chance(tmp_path):
     result = result_of(tmp_path)
     assert result["miou"] > 0.17 and result["nmi"] > 0.2  # 0.27 and 0.39 were seen, 0.08 and 0.04 below
     for baseline in ("untrained", "rgb_kmeans"):

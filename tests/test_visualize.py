@@ -13,7 +13,7 @@ import visualize
 from engine import checkpoint
 from grouping import GroupingNetwork
 from measures import palette
-from measures.segments import Retrieval, centre_view
+from measures.segments import Retrieval, center_view
 
 K = 5
 
@@ -46,25 +46,25 @@ def pixels(file):
 
 
 def share_of(image, color, tolerance=3):
-    """Share of the pixels of image (y x 3) with this colour."""
+    """Share of the pixels of image (y x 3) with this color."""
     return float((np.abs(image - np.array(color)).max(axis=2) <= tolerance).mean())
 
 
 # ------------------------------------------------------------------------------------------ palette
 
 
-def test_a_prototype_has_the_same_colour_whatever_their_number():
+def test_a_prototype_has_the_same_color_whatever_their_number():
     whole = palette.palette(300)
     for k in (1, 3, 16, 27):
         assert (palette.palette(k) == whole[:k]).all()
 
 
-def test_2048_prototypes_have_2048_colours():
+def test_2048_prototypes_have_2048_colors():
     colors = palette.palette(2048)
     assert colors.shape == (2048, 3) and len(np.unique(colors, axis=0)) == 2048
 
 
-def test_the_first_27_colours_differ_for_every_kind_of_colour_vision():
+def test_the_first_27_colors_differ_for_every_kind_of_color_vision():
     looks = palette.appearance(palette.palette(27))
     distance = np.sqrt(np.square(looks[:, None] - looks[None]).sum(axis=3))  # (27 27 vision)
     assert distance[~np.eye(27, dtype=bool)].min() > 0.05  # in Oklab a difference of 0.02 is just seen
@@ -78,7 +78,7 @@ def test_red_and_green_of_equal_lightness_look_alike_to_two_visions_and_not_to_t
     assert distance["protanopia"] < distance["usual"] / 2 and distance["deuteranopia"] < distance["usual"] / 2
 
 
-def test_white_black_and_grey_are_where_oklab_has_them():
+def test_white_black_and_gray_are_where_oklab_has_them():
     looks = palette.appearance(np.array([[255, 255, 255], [0, 0, 0], [119, 119, 119]]))
     assert looks[:, 0, 0] == pytest.approx([1, 0, 0.5676], abs=2e-3)
     assert np.abs(looks[:, 0, 1:]).max() < 1e-3
@@ -126,15 +126,15 @@ def red_pixels(image):
 
 def test_the_grid_highlights_the_region_of_each_columns_prototype(tmp_path):
     pictures = [torch.full((3, 36, 36), 128, dtype=torch.uint8)] * 3
-    found = visualize.retrieve(BySide(), pictures, centre_view(36), top=3, batch_size=2, workers=0)
+    found = visualize.retrieve(BySide(), pictures, center_view(36), top=3, batch_size=2, workers=0)
     assert found.active.tolist() == [0, 0, 3, 0, 3] and found.pictures[2].tolist() == [0, 1, 2]
-    file, = visualize.save_prototypes(tmp_path / "p.png", BySide(), pictures, centre_view(36), found, [2, 4])
+    file, = visualize.save_prototypes(tmp_path / "p.png", BySide(), pictures, center_view(36), found, [2, 4])
     image = pixels(file)
-    image = image[image.shape[0] // 3 :]  # below the titles and the stripes of colour
-    grey = np.abs(image - 128).max(axis=2) < 8
+    image = image[image.shape[0] // 3 :]  # below the titles and the stripes of color
+    gray = np.abs(image - 128).max(axis=2) < 8
     first = [slice(0, image.shape[1] // 4), slice(image.shape[1] // 4, image.shape[1] // 2)]  # of four columns
     for column, share, side in zip(first, (2 / 3, 1 / 3), (-1, 1)):
-        red, rest = red_pixels(image[:, column]), grey[:, column]
+        red, rest = red_pixels(image[:, column]), gray[:, column]
         assert red.sum() / (red.sum() + rest.sum()) == pytest.approx(share, abs=0.06)
         assert np.sign(red.nonzero()[1].mean() - rest.nonzero()[1].mean()) == side
 
@@ -171,7 +171,7 @@ def test_prototypes_are_chosen_by_use_by_extremes_or_by_number():
 # ------------------------------------------------------------------------------------------- groups
 
 
-def test_groups_and_truth_wear_the_colours_of_the_prototypes(tmp_path):
+def test_groups_and_truth_wear_the_colors_of_the_prototypes(tmp_path):
     images = torch.full((2, 3, 8, 8), 128, dtype=torch.uint8)
     groups = torch.full((2, 8, 8), 3)
     groups[:, :, 4:] = 1
@@ -186,7 +186,7 @@ def test_groups_and_truth_wear_the_colours_of_the_prototypes(tmp_path):
     assert all(share_of(image, colors[k]) < 0.001 for k in (0, 2))
 
 
-def test_a_given_matching_decides_the_colours_of_the_truth(tmp_path):
+def test_a_given_matching_decides_the_colors_of_the_truth(tmp_path):
     images, groups = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.full((2, 8, 8), 3)
     truth = torch.zeros(2, 8, 8, dtype=torch.uint8)
     visualize.save_groups(tmp_path / "g.png", images, groups, truth, K, ("a", "b"), matching=dict(a=0, b=None))
@@ -196,7 +196,7 @@ def test_a_given_matching_decides_the_colours_of_the_truth(tmp_path):
     assert share_of(pixels(tmp_path / "g.png"), palette.GREY) > 0.05
 
 
-def test_painted_segments_have_the_colour_of_their_prototype():
+def test_painted_segments_have_the_color_of_their_prototype():
     painted = visualize.paint(torch.tensor([[0, 4], [2, 2]]), K)
     assert painted.shape == (2, 2, 3) and (painted[0, 1] == palette.palette(K)[4]).all()
 
@@ -208,7 +208,7 @@ def test_the_strongest_slots_have_the_most_assignment():
 
 
 @pytest.mark.parametrize("d", [2, 3, 7])
-def test_equal_features_get_equal_colours_and_unlike_ones_unlike_colours(d):
+def test_equal_features_get_equal_colors_and_unlike_ones_unlike_colors(d):
     generator = torch.Generator().manual_seed(0)
     kinds = torch.randn(2, d, generator=generator)
     which = torch.randint(0, 2, (3, 4, 5), generator=generator)
@@ -219,7 +219,7 @@ def test_equal_features_get_equal_colours_and_unlike_ones_unlike_colours(d):
     assert apart.abs().max() > 0.9 and colors[which == 0].std(0)[apart.abs().argmax()] < 0.05
 
 
-def test_the_colours_of_features_do_not_flip_with_their_order():
+def test_the_colors_of_features_do_not_flip_with_their_order():
     embeddings = torch.randn(3, 7, 4, 5, generator=torch.Generator().manual_seed(1))
     one, two = (visualize.principal_colors(each, (8, 10)) for each in (embeddings, embeddings.flip(0)))
     assert torch.allclose(one, two.flip(0), atol=1e-4)
