@@ -114,7 +114,7 @@ def commands() -> Commands:
     add_output(parser, "prototypes.png beside the checkpoint")
 
     parser = known.add("groups", show_groups,
-                       "for some images: groups, soft assignments, PCA of the features")
+                       "for some images: groups, soft assignments, PCA of the features", "images")
     add_checkpoint(parser)
     parser.add_argument("images", nargs="*", type=path,
                         help="image files (default: the first of --data-dir, else toy scenes)")
@@ -127,7 +127,7 @@ def commands() -> Commands:
     add_output(parser, "groups_NAME.png beside the checkpoint")
 
     parser = known.add("training", show_training,
-                       "the curves of a run beside chance, or several runs in one figure")
+                       "the curves of a run beside chance, or several runs in one figure", "runs")
     parser.add_argument("runs", nargs="+", type=path, metavar="RUN",
                         help="output directory of a run, or its log.jsonl")
     add_output(parser, "training.png in the folder of the first run")

@@ -32,10 +32,15 @@ class Commands:
         self.parser = Parser(program, description=description, formatter_class=raw)
         self.subparsers = self.parser.add_subparsers(dest="command", required=True)
 
-    def add(self, name: str, command: Command, text: str) -> argparse.ArgumentParser:
-        """A subcommand; text: what it does, one line. Returns its parser, to add options to."""
+    def add(
+        self, name: str, command: Command, text: str, paths: str = ""
+    ) -> argparse.ArgumentParser:
+        """A subcommand; text: what it does, one line. Returns its parser, to add options to.
+
+        paths: the name of its positional list of paths, if it has one.
+        """
         parser = self.subparsers.add_parser(name, help=text, description=text, allow_abbrev=False)
-        parser.set_defaults(run=command)
+        parser.set_defaults(run=command, paths=paths)
         parser.add_argument("--json", type=path, metavar="FILE",
                             help="write the result as JSON; -: to stdout, tables to stderr")
         return parser
@@ -44,6 +49,10 @@ class Commands:
         """The options. Raises ValueError with one line."""
         self.subparsers.metavar = " | ".join(self.subparsers.choices)
         args, unknown = self.parser.parse_known_args(argv)
+        if args.paths and not any(word.startswith("-") for word in unknown):
+            # argparse fills a positional list from one place only: "a --size 9 b c" leaves b and c.
+            getattr(args, args.paths).extend(path(word) for word in unknown)
+            unknown = []
         if unknown:
             more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
             raise ValueError(f"unrecognized arguments: {unknown[0]}{more}")

@@ -149,7 +149,7 @@ def draw_run(run: Run) -> Figure:
 
 def head(axis: Axes, title: str, note: str) -> None:
     """Title, a small note under it, no frame, and a scale from 0."""
-    axis.set_title(title, fontsize=10, loc="left", pad=24)
+    axis.set_title(title, fontsize=10, loc="left", pad=24 if note else 6)
     axis.text(0, 1.02, note, transform=axis.transAxes, fontsize=7.5, color="0.3")
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_ylim(bottom=0)
@@ -160,7 +160,9 @@ def draw_right(axis: Axes, panel: Panel, step: list[float], curve: list[float]) 
     other = axis.twinx()
     other.plot(step, curve, color=ORANGE)
     other.spines["top"].set_visible(False)
-    if panel.right_top is not None:
+    if panel.right_top is None:
+        other.set_ylim(bottom=0)
+    else:
         low = min((value for value in curve if math.isfinite(value)), default=0.0)
         margin = max(0.05 * (panel.right_top - low), 0.001)
         other.set_ylim(low - margin, panel.right_top)
@@ -215,7 +217,8 @@ def draw_comparison(runs: Sequence[Run]) -> Figure:
                 axis.plot(step, chance[key], "--", color=color, lw=0.7)
         handles.append(line)
     for axis, title in zip(axes, COMPARED.values()):
-        head(axis, title, "")
+        head(axis, title, note="")
+    for axis in axes[4:]:  # a label of the figure would cover the legend
+        axis.set_xlabel("optimizer step", fontsize=9)
     figure.legend(handles, legend_of(runs), loc="outside lower center", fontsize=8.5, frameon=False)
-    figure.supxlabel("optimizer step", fontsize=9)
     return figure

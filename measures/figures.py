@@ -217,9 +217,9 @@ def principal_colors(embeddings: Tensor, size: tuple[int, int]) -> Tensor:
 
 def tint(image: np.ndarray, color: np.ndarray, sure: np.ndarray) -> np.ndarray:
     """A pale gray copy of image (y x 3) in 0..1, colored where `sure` (y x) in 0..1 is high."""
-    pale = 0.45 + 0.55 * image.mean(axis=2, keepdims=True)  # over rgb; 0.45: dark photographs too
+    pale = 0.6 + 0.4 * image.mean(axis=2, keepdims=True)  # over rgb; dark photographs stay light
     sure = sure[..., None]
-    return pale * (1 - sure) + (0.25 * pale + 0.75 * color) * sure
+    return (pale * (1 - sure) + (0.25 * pale + 0.75 * color) * sure).clip(0, 1)
 
 
 @torch.no_grad()
