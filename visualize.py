@@ -18,6 +18,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -85,7 +86,7 @@ def name_of(args: argparse.Namespace) -> str:
     return args.images[0].stem + more
 
 
-def written(files: list[Path], **result) -> dict:
+def written(files: list[Path], **result: Any) -> dict:
     """Print where the figures are; the result for the JSON."""
     print("\n".join(f"figure: {file}" for file in files))
     return dict(files=[str(file) for file in files], **result)

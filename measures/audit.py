@@ -8,6 +8,7 @@ A scene teaches grouping only if simpler clues do not solve it. `shortcuts` meas
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,9 @@ from measures import metrics
 from toy import CLASS_NAMES, Stream, scene
 
 
-def shortcuts(seed: int = 0, count: int = 128, preset: str = "scene", **dials) -> dict[str, float]:
+def shortcuts(
+    seed: int = 0, count: int = 128, preset: str = "scene", **dials: Any
+) -> dict[str, float]:
     """The score of every shortcut on scenes of this seed.
 
     count: scenes to learn from, and as many to test on; dials: as in `toy.scene`. Returns balanced

@@ -159,7 +159,7 @@ def square(pair: tuple[Tensor, Tensor], size: int) -> tuple[Tensor, Tensor]:
 
 
 def open_labeled(
-    dataset: str, data_dir: str | Path | None, split: str | None = None, **options
+    dataset: str, data_dir: str | Path | None, split: str | None = None, **options: Any
 ) -> Labeled:
     """The labeled images of a data set.
 
@@ -322,7 +322,7 @@ class ToyScenes:
     The default seed is one that no training run can have.
     """
 
-    def __init__(self, count: int, seed: int = UNSEEN, preset: str = "scene", **dials):
+    def __init__(self, count: int, seed: int = UNSEEN, preset: str = "scene", **dials: Any):
         self.seed, self.count, self.preset, self.dials = seed, count, preset, dials
 
     def __len__(self) -> int:
@@ -339,7 +339,7 @@ class ToyScenes:
 
 
 def _toy(
-    split: str | None, count: int = 256, seed: int = UNSEEN, preset: str = "scene", **dials
+    split: str | None, count: int = 256, seed: int = UNSEEN, preset: str = "scene", **dials: Any
 ) -> Labeled:
     """Toy scenes with their 8 classes; split "train" is the next seed."""
     scenes = ToyScenes(count, seed + (split == "train"), preset, **dials)
