@@ -22,7 +22,14 @@ from typing import Any
 
 from torch import Tensor
 
-from engine.command_line import Commands, add_checkpoint, add_images, add_output, output_file
+from engine.command_line import (
+    Commands,
+    add_checkpoint,
+    add_images,
+    add_output,
+    folder,
+    output_file,
+)
 from engine.options import positive
 from engine.program import path, run_program
 from measures import curves, figures, retrieval
@@ -59,7 +66,7 @@ def show_groups(args: argparse.Namespace) -> dict:
 
 def show_training(args: argparse.Namespace) -> dict:
     """The curves of one run, or of several in one figure."""
-    runs = [curves.read_run(folder) for folder in args.runs]
+    runs = [curves.read_run(run) for run in args.runs]
     first = args.runs[0] if args.runs[0].is_dir() else args.runs[0].parent
     others = "_".join(run.name for run in runs[1:4])
     file = output_file(args.output, first / f"training{'_with_' if others else ''}{others}.png")
@@ -119,7 +126,7 @@ def commands() -> Commands:
     add_checkpoint(parser)
     parser.add_argument("images", nargs="*", type=path,
                         help="image files (default: the first of --data-dir, else toy scenes)")
-    parser.add_argument("--data-dir", type=path, help="folder of images, nested or flat")
+    parser.add_argument("--data-dir", type=folder, help="folder of images, nested or flat")
     parser.add_argument("--count", type=positive, default=6,
                         help="images, where none is named (default: 6)")
     parser.add_argument("--slots", type=positive, default=4,

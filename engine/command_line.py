@@ -110,7 +110,7 @@ def add_output(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def output_file(chosen: Path | None, default: Path) -> Path:
-    """Where the figure goes: the default, or what --output says; in a folder, the default's name.
+    """Where the figure goes: the default, or --output; in a folder, the default's name.
 
     Raises ValueError, before any work is done, where the file cannot be written.
     """

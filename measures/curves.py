@@ -95,7 +95,7 @@ class Panel(NamedTuple):
     """One panel of the figure of one run."""
 
     title: str
-    healthy: str  # how it should look
+    healthy: str  # the shape of the curves in a good run
     keys: dict[str, str]  # key of the log -> label; the first is blue, the second orange
     chance: str = ""  # key of `chance_lines`
     chance_label: str = ""

@@ -264,7 +264,7 @@ def _bsds(root: Path, split: str | None) -> Labeled:
 def _folder(root: Path, split: str | None, num_classes: int | None = None) -> Labeled:
     """Any images/ + labels/ with equal names.
 
-    classes.txt (one name per line), else num_classes, says what the ids mean; without both the ids
+    classes.txt (one name per line), else num_classes, defines the classes; without both the ids
     are counted. split: a folder within both, if they have it; else "train" and "val" are four
     fifths and one fifth, and None is all.
     """
@@ -310,7 +310,7 @@ def count_classes(files: Sequence[Path]) -> tuple[int, str]:
     return count, (
         f"{count} classes counted from the ids, but {missing} in no label, and {after} first in "
         f"{first[after]}: if that is a mistake, correct the file; --num-classes "
-        f"{before + 1 or count} says how many there are")
+        f"{before + 1 or count} sets their number")
 
 
 UNSEEN = 2**32  # seeds of training runs end at 2^31

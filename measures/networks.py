@@ -21,7 +21,7 @@ def open_network(
 ) -> tuple[GroupingNetwork, dict[str, Any]]:
     """The student's or the teacher's grouping network, for evaluation, and its configuration.
 
-    Raises ValueError with one line for everything else; of a backbone it says what can be measured.
+    Raises ValueError with one line; for a backbone, the line names what can be measured.
     """
     try:
         return weights.load_network(path, which, device)

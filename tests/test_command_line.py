@@ -120,13 +120,6 @@ def test_interrupting_ends_with_one_line_and_status_130(trained, capsys):
     assert capsys.readouterr().err == "draw.py: interrupted\n"
 
 
-def test_every_shared_option_has_a_help_text(commands):
-    parser = commands.subparsers.choices["draw"]
-    shown = [action for action in parser._actions if action.help != argparse.SUPPRESS
-             and action.dest != "files"]
-    assert len(shown) == 10 and all(action.help for action in shown)
-
-
 def test_the_formats_of_figures_are_known_to_matplotlib():
     from matplotlib.figure import Figure
 

@@ -82,7 +82,11 @@ def test_many_images_go_to_several_files(trained, photo, capsys):
 def test_runs_are_compared_in_one_figure(tmp_path, capsys):
     runs = [str(write_run(tmp_path / name, [json.dumps(record(s)) for s in (10, 20)], seed=i))
             for i, name in enumerate(("a", "b", "c"))]
-    assert files_of("training", *runs, capsys=capsys) == [tmp_path / "a" / "training_with_b_c.png"]
+    compared, = files_of("training", *runs, capsys=capsys)
+    assert compared == tmp_path / "a" / "training_with_b_c.png"
+    single, = files_of("training", runs[0], capsys=capsys)
+    heights = [Image.open(file).height for file in (compared, single)]
+    assert heights[0] > heights[1]  # the legend of the runs
 
 
 def test_a_log_without_a_configuration_is_drawn_and_the_output_names_what_is_missing(
