@@ -14,6 +14,8 @@ Read next: visualize.py.
 
 from __future__ import annotations
 
+import engine.interrupt  # noqa: F401  first: Ctrl-C while the others are loaded
+
 import argparse
 import sys
 

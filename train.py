@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import functools
 import sys
+import time
 from collections.abc import Callable
 
 import torch
@@ -158,10 +159,11 @@ def finish(c: Config, run: Run) -> None:
     done = f"done     {run.progress.step} steps"
     print(f"{done}; {file} is the teacher's trunk under torchvision's names")
     if c.dataset == "toy":
+        seconds = time.perf_counter() - run.began
+        teacher = run.model.teacher
         toy_result.show(
-            run.model.teacher, c.arch, c.num_prototypes, c.dim_hidden, c.dim_out, c.seed,
-            c.toy_test_scenes, run.folder, run.began,
-        )  # fmt: skip
+            teacher, c.arch, c.dim_hidden, c.seed, c.toy_test_scenes, run.folder, seconds
+        )
 
 
 def check_data(c: Config, given: set[str]) -> None:

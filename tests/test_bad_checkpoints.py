@@ -146,7 +146,8 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_the_run_goes_on(photograph
     assert run.process.exitcode == 1 and "Traceback" not in run.output
     assert run.complaints == [
         f"train.py: could not write {tmp_path / 'run' / 'last.pth'} after step 18: File too "
-        f"large; what stood there before is intact. {tmp_path / 'run' / 'last.pth'} holds step 6, and "
+        f"large; what stood there before is intact. {tmp_path / 'run' / 'last.pth'} holds step 6, "
+        "and "
         "the same command goes on from there"
     ]
     assert not list((tmp_path / "run").glob(".*"))
@@ -162,7 +163,8 @@ def test_a_full_disk_stops_the_run_if_that_is_asked_for(photographs, tmp_path):
     assert [run.process.exitcode for run in runs] == [1, 1]
     assert runs[0].complaints == [
         f"train.py: could not write {tmp_path / 'run' / 'last.pth'} after step 9: File too "
-        f"large; what stood there before is intact. {tmp_path / 'run' / 'last.pth'} holds step 6, and "
+        f"large; what stood there before is intact. {tmp_path / 'run' / 'last.pth'} holds step 6, "
+        "and "
         "the same command goes on from there"
     ]
     assert last_of(tmp_path / "run")["step"] == 6
@@ -190,8 +192,7 @@ def test_a_read_only_folder_is_survived_too(photographs, tmp_path):
     [run] = play(tmp_path / "run", photographs=photographs, accident=read_only)
     assert (
         "after step 9: Read-only file system; what stood there before is intact, and the run goes "
-        "on"
-        in run.output
+        "on" in run.output
     )
     assert last_of(tmp_path / "run")["step"] == 6 and "Traceback" not in run.output
 
