@@ -59,6 +59,7 @@ class Scene(NamedTuple):
     parts: np.ndarray  # (y x) uint8, index into PART_NAMES
     boxes: np.ndarray  # (objects 4) int64, x1 y1 x2 y2 of the visible pixels, ends exclusive; zeros if hidden
     things: np.ndarray  # (objects) uint8, their classes
+    depth: np.ndarray  # (y x) uint8, the order of drawing, far to near: 0 the stuff, 255 the nearest object
 
 
 class FramePair(NamedTuple):
@@ -362,7 +363,9 @@ def _render(plan: Plan, dials: Dials, noise: np.ndarray, camera=(0, 0), moves=()
     image = image * light[..., None] + dials.noise * (2.0 * noise - 1.0)
     image = np.floor(255.0 * np.clip(image, 0.0, 1.0) + 0.5).astype(np.uint8)
     boxes = np.array([_box(instance == i + 1) for i in range(len(plan.things))], np.int64).reshape(-1, 4)
-    return Scene(image, PART_CLASS[parts], instance, parts, boxes, np.array([t.kind for t in plan.things], np.uint8))
+    depth = (255 * instance.astype(np.int64) // max(len(plan.things), 1)).astype(np.uint8)
+    return Scene(image, PART_CLASS[parts], instance, parts, boxes,
+                 np.array([t.kind for t in plan.things], np.uint8), depth)
 
 
 def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
@@ -421,15 +424,17 @@ def frame_pair(seed: int, index: int, preset: str = "scene", speed: int = 4, **d
 class ToyImages:
     """`count` scenes, drawn once: for the trainer a sequence of uint8 images (3 y x), with the truth beside it.
 
-    images (n 3 y x) uint8 tensor; semantic, instance, parts (n y x) uint8 tensors; n counts scenes.
+    images (n 3 y x) uint8 tensor; semantic, instance, parts, depth (n y x) uint8 tensors; n counts scenes.
     """
 
     def __init__(self, seed: int, count: int, preset: str = "scene", **dials):
         import torch  # only here: the generator itself needs nothing but numpy
 
-        images, *labels, _boxes, _things = zip(*(scene(seed, index, preset, **dials) for index in range(count)))
+        images, *labels, _boxes, _things, depth = zip(
+            *(scene(seed, index, preset, **dials) for index in range(count)))
         self.images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-        self.semantic, self.instance, self.parts = (torch.from_numpy(np.stack(each)) for each in labels)
+        self.semantic, self.instance, self.parts, self.depth = (
+            torch.from_numpy(np.stack(each)) for each in (*labels, depth))
 
     def __len__(self) -> int:
         return len(self.images)
