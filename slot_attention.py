@@ -1,14 +1,17 @@
-"""Slots that compete for the pixels of one image, and queries that do not.
+"""Slots that compete for the pixels of one image, queries that do not, the decoder that reconstructs.
 
-Slides: "On object discovery: the Slot Attention mechanism"; "Slot Attention works well on toy data". Locatello et al.,
-2020, section 2. Differs: none known in the attention; not part of SlotCon, here to be compared with it.
+Slides: "On object discovery: the Slot Attention mechanism"; "Slot Attention works well on toy data".
+Papers: Locatello et al., NeurIPS 2020, section 2; Watters et al., 2019, for the decoder.
+Differs: nothing known in the attention; the decoder has three 3x3 convolutions where Locatello et al.
+have four 5x5, and paints at twice the size of its grid. Not part of SlotCon: comparisons/ uses it.
+Side trip: it stands beside slots.py.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange
+from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 
 from slots import EPSILON
@@ -84,3 +87,51 @@ def weighted_mean(attention: Tensor, values: Tensor) -> Tensor:
     """attention (b k n) >= 0, values (b n d) -> (b k d): every slot the mean of the pixels it won."""
     attention = F.normalize(attention + EPSILON, p=1, dim=2)  # over n
     return einsum(attention, values, "b k n, b n d -> b k d")
+
+
+class PositionEmbedding(nn.Module):
+    """Adds to every cell a linear function of its distances from the four borders (Locatello, E.2)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.project = nn.Linear(4, channels)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """maps (b c h w) -> (b c h w); distances run from 0 to 1 between the outermost cells."""
+        h, w = maps.shape[-2:]
+        down = torch.linspace(0, 1, h, device=maps.device, dtype=maps.dtype)
+        right = torch.linspace(0, 1, w, device=maps.device, dtype=maps.dtype)
+        v, u = torch.meshgrid(down, right, indexing="ij")
+        position = self.project(torch.stack([v, u, 1 - v, 1 - u], dim=-1))
+        return maps + rearrange(position, "h w c -> c h w")
+
+
+class SpatialBroadcastDecoder(nn.Module):
+    """Slots paint an image together: the decoder that reconstructs (Watters et al., 2019).
+
+    Each slot is repeated in every cell of a grid, is told where each cell is, and becomes, by the
+    same convolutions, an image and a mask. The masks compete: a softmax over slots.
+    dim: d of the slots; channels: of the image; width: of the convolutions. It paints at twice the
+    size of the grid.
+    """
+
+    def __init__(self, dim: int, channels: int, width: int = 32):
+        super().__init__()
+        self.position = PositionEmbedding(dim)
+        self.paint = nn.Sequential(
+            nn.Conv2d(dim, width, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1), nn.ReLU(),
+            nn.Upsample(scale_factor=2),
+            nn.Conv2d(width, channels + 1, 3, padding=1),
+        )
+
+    def forward(self, slots: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """slots (b k d), grid h w -> image (b c y x) and masks (b k y x), which sum to 1 over k.
+
+        image = sum_k mask_k image_k.
+        """
+        cells = repeat(slots, "b k d -> (b k) d h w", h=grid[0], w=grid[1])
+        painted = self.paint(self.position(cells))
+        painted = rearrange(painted, "(b k) c y x -> b k c y x", k=slots.shape[1])
+        masks = painted[:, :, -1].softmax(dim=1)  # over k
+        return einsum(masks, painted[:, :, :-1], "b k y x, b k c y x -> b c y x"), masks
