@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from comparisons.common import System
 from comparisons.dense import Dense
@@ -42,9 +43,19 @@ SYSTEMS: dict[str, type[System]] = {  # file name -> class, in the order of the 
     "self_distillation": SelfDistillation,
     "slotcon": WholeMethod,
 }
-VARIANTS: dict[str, tuple[str, ...]] = {  # rows of one system; all others have one row
-    "given_masks": ("grid", "color", "truth"),  # where the masks come from
-    "slot_attention": ("scene", "flat"),  # presets of toy.py: with textures, plain colors
+
+
+class Variant(NamedTuple):
+    """One row of a system that has several."""
+
+    label: str = ""
+    arguments: Mapping[str, Any] = MappingProxyType({})
+    preset: str = "scene"  # of toy.py
+
+
+VARIANTS: dict[str, tuple[Variant, ...]] = {  # all other systems have one row
+    "given_masks": tuple(Variant(kind, {"masks": kind}) for kind in ("grid", "color", "truth")),
+    "slot_attention": (Variant("scene"), Variant("flat", preset="flat")),
 }
 
 
