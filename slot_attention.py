@@ -119,10 +119,10 @@ class SpatialBroadcastDecoder(nn.Module):
         super().__init__()
         self.position = PositionEmbedding(dim)
         self.paint = nn.Sequential(
-            nn.Conv2d(dim, width, 3, padding=1), nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(dim, width, 3, padding=1, padding_mode="replicate"), nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1, padding_mode="replicate"), nn.ReLU(),
             nn.Upsample(scale_factor=2),
-            nn.Conv2d(width, channels + 1, 3, padding=1),
+            nn.Conv2d(width, channels + 1, 3, padding=1, padding_mode="replicate"),
         )
 
     def forward(self, slots: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -153,40 +153,6 @@ def test_a_center_of_momentum_one_stays_and_of_momentum_zero_jumps():
         assert torch.allclose(center, expected)
 
 
-# ------------------------------------------------------------------------------------------ Sinkhorn
-
-
-def test_sinkhorn_alternates_between_equal_prototypes_and_whole_pixels():
-    maps = random(B, K, H, W).tanh()
-    q = np.exp(maps.numpy() / 0.3)
-    for _ in range(2):
-        for k in range(K):
-            q[:, k] /= q[:, k].sum()
-        for b in range(B):
-            for h in range(H):
-                for w in range(W):
-                    q[b, :, h, w] /= q[b, :, h, w].sum()
-    assert torch.allclose(losses.sinkhorn(maps, 0.3, iterations=2), torch.from_numpy(q), rtol=1e-9)
-
-
-def test_after_many_rounds_every_prototype_owns_the_same_share_of_all_pixels():
-    maps = random(B, K, H, W).tanh()
-    maps[:, 1] += 0.5  # everybody's favourite
-    q = losses.sinkhorn(maps, 0.2, iterations=300)
-    assert torch.allclose(q.sum(1), torch.ones(B, H, W, dtype=torch.float64))
-    assert torch.allclose(q.sum((0, 2, 3)), torch.full((K,), B * H * W / K, dtype=torch.float64))
-
-
-def test_four_pixels_that_prefer_one_of_two_prototypes_are_split_evenly():
-    assert losses.sinkhorn(torch.tensor([1.0, -1.0]).reshape(1, 2, 1, 1).expand(1, 2, 2, 2), 0.1).eq(0.5).all()
-
-
-@pytest.mark.parametrize("temperature, iterations", [(0, 3), (-1, 3), (0.02, 3), (0.1, 0)])
-def test_sinkhorn_needs_a_temperature_that_float32_can_hold_and_a_round(temperature, iterations):
-    with pytest.raises(ValueError, match=f"found {temperature} and {iterations}"):
-        losses.sinkhorn(random(B, K, H, W), temperature, iterations)
-
-
 # ------------------------------------------------------------------------------------------ who is contrasted
 
 

@@ -138,7 +138,6 @@ def one_of_two(rank, folder):
         ranks.gather_rows(rows, [2, 3])
     except ValueError as error:
         found["complaint"] = str(error)
-    found["sinkhorn"] = losses.sinkhorn(of_rank([random(2 * B, K, H, W).tanh()], rank)[0], 0.3)
     predictor = SlotPredictor(D, D, HIDDEN)
     (pairs,) = losses.pair_slots(*[[of_rank([mask], rank)[0]] for mask in half_masks()])
     slots = torch.randn(B, K, D, requires_grad=True)
@@ -239,11 +238,6 @@ def test_unequal_numbers_of_rows_are_gathered_in_the_order_of_the_ranks_even_non
     for rank in found:
         assert all(rows.equal(random(5, D)) for rows in rank["rows"])
         assert "of 2 holds 5 rows, but the counts say [2, 3]" in rank["complaint"]
-
-
-def test_sinkhorn_balances_over_the_pixels_of_all_ranks(found):
-    whole = losses.sinkhorn(random(2 * B, K, H, W).tanh(), 0.3)
-    assert torch.allclose(torch.cat([rank["sinkhorn"] for rank in found]), whole, rtol=1e-9)
 
 
 def test_a_single_query_in_all_processes_is_a_zero_that_is_connected_in_each(found):
