@@ -11,6 +11,7 @@ features stands in, and the result says so. The Rand index needs no names, so it
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -97,7 +98,10 @@ def cluster_maps(features: Tensor, k: int, seed: int = 0) -> Tensor:
     rows = rearrange(directions, "n c h w -> (n h w) c")
     rng = np.random.default_rng(seed)
     some = rows[torch.from_numpy(rng.permutation(len(rows))[:SAMPLE])].double().numpy()
-    centers, _ = kmeans2(some, k, minit="points", rng=rng, iter=20, missing="warn")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "One of the clusters is empty")  # it keeps its place
+        start = "++" if k <= 64 else "points"  # k-means++ takes k * k * n steps
+        centers, _ = kmeans2(some, k, minit=start, rng=rng, iter=20)
     centers = torch.from_numpy(centers).to(rows.dtype)
     dots = einsum(centers, directions, "k c, n c h w -> n k h w")
     return 2 * dots - centers.square().sum(1)[:, None, None]  # over c; |direction|^2 is the same for all
