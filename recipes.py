@@ -10,18 +10,25 @@ Origins of a value: [P]aper, [O]fficial code, [U]s.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+import toy
 from backbone import ARCHITECTURES
+from data import TwoCrops
 from engine import options
-from engine.images import LAYOUTS
+from engine.images import LAYOUTS, ImageFiles, find_images
 from engine.options import option
+from engine.run import Options
 from engine.schedule import Schedule
+from photometric import Photometric
+from slotcon import SlotCon
 
 # ------------------------------------------------------------------------------------ configuration
 
@@ -227,6 +234,45 @@ def parse(argv: Sequence[str] | None, description: str) -> tuple[Config, set[str
     if c.dataset == "toy" and c.toy_scenes < c.batch_size:
         raise ValueError(f"--toy-scenes {c.toy_scenes} are fewer than --batch-size {c.batch_size}: draw more")
     return dataclasses.replace(c, output_dir=c.output_dir or f"runs/{c.preset}"), given
+
+
+def images_of(c: Config, strict: bool = False) -> tuple[Sequence[Tensor], str]:
+    """The training images, a sequence of uint8 tensors (3 y x), and a line that says what they are.
+
+    strict: a layout that was asked for by name must be there; a preset's layout may turn out to be any folder.
+    """
+    if c.dataset == "toy":
+        return toy.ToyImages(c.seed, c.toy_scenes), f"{c.toy_scenes} toy scenes, drawn here"
+    root, paths, notice = find_images(c.data_dir, c.dataset, strict)
+    return ImageFiles(root, paths), f"{len(paths)} images: " + (notice or f"{c.data_dir}, layout {c.dataset}")
+
+
+def model_of(c: Config, device: torch.device | str = "cpu", synchronized: bool = False) -> SlotCon:
+    """The model with random weights, the same on every process. synchronized: batch norms count all ranks' rows."""
+    device = torch.device(device)
+    torch.manual_seed(c.seed)
+    names = inspect.signature(SlotCon).parameters
+    model = SlotCon(**{name: getattr(c, name) for name in names}).to(device).train()
+    if synchronized and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # on a CPU it raises
+    channels_last = device.type == "cuda" if c.channels_last is None else c.channels_last
+    return model.to(memory_format=torch.channels_last) if channels_last else model
+
+
+def crops_of(c: Config) -> TwoCrops:
+    """What cuts two views out of an image."""
+    return TwoCrops(c.image_size, c.min_area, c.min_overlap, geometric=c.geometric)
+
+
+def photometric_of(c: Config) -> Photometric:
+    """What changes the colors of a batch."""
+    return Photometric(c.brightness, c.contrast, c.saturation, c.hue, c.p_jitter, c.p_gray, c.p_blur,
+                       p_solarize=c.p_solarize, solarize_threshold=c.solarize_threshold)
+
+
+def run_options(c: Config) -> Options:
+    """The part of the configuration that is about any run."""
+    return Options(**{f.name: getattr(c, f.name) for f in dataclasses.fields(Options)})
 
 
 def check_batch(c: Config, world_size: int, num_images: int) -> None:

@@ -95,8 +95,8 @@ def nothing_finite(steps: int, half_precision: bool, last: Path) -> str:
     return f"{steps} steps in a row had no finite loss and gradient; none of them changed the weights. {go_on}"
 
 
-def lost_line(error: RuntimeError, folder: Path, resume: str) -> str:
+def lost_line(error: RuntimeError, folder: str | Path, resume: str) -> str:
     """What is said where another process is lost."""
-    last = folder / "last.pth"
+    last = Path(folder) / "last.pth"
     intact = f"; {last} is intact" if last.exists() else ""
     return f"{processes.lost(error)}{intact}, and {same_command(resume)} goes on"

@@ -162,11 +162,13 @@ def end_now(status: int) -> NoReturn:
     os._exit(status)
 
 
-def describe(place: Place) -> str:
-    """One line for a person: device, processes."""
+def describe(place: Place, dtype: torch.dtype | None) -> str:
+    """One line for a person: device, processes, precision."""
+    precision_name = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "float32"}[dtype]
     name = torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else (
         f"{place.device.type}, {torch.get_num_threads()} threads" if place.device.type == "cpu" else place.device.type)
-    return f"{name}, {place.world_size} process" + ("es" if place.world_size > 1 else "")
+    processes = "1 process" if place.world_size == 1 else f"{place.world_size} processes"
+    return f"{name}, {processes}, {precision_name}"
 
 
 def cores_per_process(most: int = 8) -> int:

@@ -30,5 +30,10 @@ class Schedule:
     last_step: int
     peak: float
 
+    def ends_epoch(self, position: int) -> bool:
+        """Whether so many batches are whole epochs."""
+        return position % self.steps_per_epoch == 0
+
     def learning_rate(self, step: int) -> float:
+        """Of the step that follows so many."""
         return learning_rate(step, self.total_steps, self.warmup_steps, self.peak)

@@ -18,8 +18,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-import photometric
-
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 180  # seconds: for a busy machine; a healthy run takes a few
 NUM_IMAGES, STEPS_PER_EPOCH = 14, 3
@@ -85,14 +83,15 @@ class Played:
         return torch.load(self.model_file)
 
 
-def start(folder, *arguments, photographs, processes=1, accident=None):
-    """Starts a small run that writes to `folder`; accident(rank) is called in each process before it."""
+def start(folder, *arguments, photographs, processes=1, accident=None, before=None):
+    """Starts a small run that writes to `folder`; accident(rank, run) is called in each process before the
+    first step, before(rank, argv) -> argv before everything else."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["train", "staged"])
-    before = os.environ.get("PYTHONPATH", "")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), before])
+    python_path = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), python_path])
     multiprocessing.forkserver.ensure_running()
-    os.environ["PYTHONPATH"] = before
+    os.environ["PYTHONPATH"] = python_path
     argv = command_line(folder, *arguments, photographs=photographs)
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
@@ -105,7 +104,7 @@ def start(folder, *arguments, photographs, processes=1, accident=None):
         # Out of the run's folder, which some tests make unwritable or look through.
         output, model = (folder.with_name(f"{folder.name}.{rank}.{kind}") for kind in ("txt", "pth"))
         output.touch()
-        process = server.Process(target=_play, args=(argv, place, accident, output, model))
+        process = server.Process(target=_play, args=(argv, place, accident, before, output, model))
         process.start()
         played.append(Played(process, output, model))
     return played
@@ -119,7 +118,7 @@ def play(folder, *arguments, **options):
     return played
 
 
-def _play(argv, place, accident, output, model_file):
+def _play(argv, place, accident, before, output, model_file):
     file = open(output, "w", buffering=1)  # noqa: SIM115, it is open until the process ends
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)
@@ -128,11 +127,16 @@ def _play(argv, place, accident, output, model_file):
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # for the processes that read images, as in a run from a shell
     import train
-    made, make_model = [], train.make_model
-    train.make_model = lambda c: made.append(make_model(c)) or made[0]
-    if accident:
-        accident(place.get("RANK", 0))
-    status = train.main(argv)
+    made = []
+
+    def prepared(run):
+        made.append(run.model)
+        if accident:
+            accident(place.get("RANK", 0), run)
+
+    if before:
+        argv = before(place.get("RANK", 0), argv)
+    status = train.main(argv, prepared)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))  # if it was an accident
     if made:
         torch.save(made[0].state_dict(), model_file)
@@ -172,19 +176,18 @@ class AtStep:
     def __init__(self, n, what, rank=None):
         self.n, self.what, self.rank = n, what, rank
 
-    def __call__(self, rank):
-        import train
+    def __call__(self, rank, run):
         if self.rank not in (None, rank):
             return
-        taken, next_batch = [], train.next_batch
+        taken, next_batch = [], run.batches.next
 
-        def counted(*arguments):
+        def counted():
             taken.append(1)
             if len(taken) == self.n:
                 self.what()
-            return next_batch(*arguments)
+            return next_batch()
 
-        train.next_batch = counted
+        run.batches.next = counted
 
 
 class Signal:
@@ -203,41 +206,33 @@ class BadNumbers:
     def __init__(self, n, count=1, rank=None, where="views", value=float("nan")):
         self.n, self.count, self.rank, self.where, self.value = n, count, rank, where, value
 
-    def __call__(self, rank):
-        import train
+    def __call__(self, rank, run):
         if self.rank not in (None, rank):
             return
-        taken, plain = [], photometric.Photometric.__call__
+        taken, compute = [], run.gradient.compute
 
         def now():
             return self.n <= len(taken) < self.n + self.count
 
-        def photometric(this, views, generator):
+        def changed(views, boxes, flipped):
             taken.append(1)
-            return plain(this, views, generator) * (self.value if self.where == "views" and now() else 1)
+            return compute(views * (self.value if self.where == "views" and now() else 1), boxes, flipped)
 
-        photometric.Photometric.__call__ = photometric
-        make_model = train.make_model
-
-        def hooked(c):
-            model = make_model(c)
-            if self.where == "gradient":
-                weight = model.student.prototypes.weight
-                weight.register_hook(lambda gradient: gradient * self.value if now() else gradient)
-            if self.where == "loss":
-                model.register_forward_hook(lambda _, __, returned: spoilt(*returned) if now() else returned)
-            return model
+        run.gradient.compute = changed
+        if self.where == "gradient":
+            weight = run.model.student.prototypes.weight
+            weight.register_hook(lambda gradient: gradient * self.value if now() else gradient)
+        if self.where == "loss":
+            run.model.register_forward_hook(lambda _, __, returned: spoilt(*returned) if now() else returned)
 
         def spoilt(loss, report):
             return loss, report._replace(losses=report.losses * self.value)
-
-        train.make_model = hooked
 
 
 class Several:
     def __init__(self, *accidents):
         self.accidents = accidents
 
-    def __call__(self, rank):
+    def __call__(self, rank, run):
         for accident in self.accidents:
-            accident(rank)
+            accident(rank, run)

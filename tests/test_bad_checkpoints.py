@@ -109,16 +109,16 @@ class FullDisk:
     def __init__(self, n):
         self.n = n
 
-    def __call__(self, rank):
-        saves, save = [], checkpoint.save
+    def __call__(self, rank, run):
+        saves, write = [], run.keeper.write
 
-        def limited(path, contents):
-            saves.append(path)
+        def limited(state, final=False):
+            saves.append(state["step"])
             if len(saves) == self.n:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-            save(path, contents)
+            write(state, final)
 
-        checkpoint.save = limited
+        run.keeper.write = limited
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_and_the_run_goes_on(photographs, tmp_path):
@@ -144,22 +144,21 @@ def test_a_full_disk_stops_the_run_if_that_is_asked_for(photographs, tmp_path):
     assert last_of(tmp_path / "run")["step"] == 6
 
 
-def read_only(rank):
+def read_only(rank, run):
     """As on a read-only disk: root, as which tests may run, is not held back by permissions."""
-    import builtins
     import errno
-    plain, rename, saves, save = builtins.open, os.replace, [], checkpoint.save
+    rename, saves, write = os.replace, [], run.keeper.write
 
     def refuse(*_):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    def limited(path, contents):
-        saves.append(path)
-        checkpoint.open = plain if len(saves) < 3 else refuse
+    def limited(state, final=False):
+        saves.append(state["step"])
         os.replace = rename if len(saves) < 3 else refuse
-        save(path, contents)
+        write(state, final)
+        os.replace = rename
 
-    checkpoint.save = limited
+    run.keeper.write = limited
 
 
 def test_a_read_only_folder_is_survived_too(photographs, tmp_path):
@@ -311,8 +310,14 @@ def test_a_tensor_of_another_size_is_refused(good, tmp_path):
     assert "has projector.mlp.6.weight as (8, 12, 1, 1) where (7, 12, 1, 1) is needed" in line
 
 
-def test_what_is_loaded_is_what_was_saved_and_its_sizes_come_from_the_tensors(good, tmp_path):
+def test_the_architecture_that_was_saved_is_right_and_tensors_that_do_not_fit_it_are_refused(good, tmp_path):
     path = changed(good, tmp_path / "wrong_words.pth", config=dict(arch="resnet50", num_prototypes=9))
+    with pytest.raises(ValueError, match="is of another architecture or size"):
+        weights.load_network(path)
+
+
+def test_what_is_loaded_is_what_was_saved_and_its_sizes_come_from_the_tensors(good, tmp_path):
+    path = changed(good, tmp_path / "wrong_words.pth", config=dict(num_prototypes=9))
     for which in ("student", "teacher"):
         network, config = weights.load_network(path, which)
         assert not network.training and config == MODEL
@@ -343,7 +348,7 @@ BAD_TO_CONTINUE = {
     "it holds no training state": dict(step="four"),
     "made with other options (num_prototypes: 6 then, 5 now": dict(config=dict(num_prototypes=6)),
     "is of another architecture or size": dict(model=dict(center=torch.zeros(5))),
-    "was made with another optimiser": dict(optimizer=dict(state={}, param_groups=[])),
+    "was made with another optimizer": dict(optimizer=dict(state={}, param_groups=[])),
 }
 
 

@@ -1,4 +1,4 @@
-"""data.py: files of every kind, used correctly or skipped and named once."""
+"""engine/images.py and engine/loader.py: files of every kind, used correctly or skipped and named once."""
 
 import io
 import os
@@ -11,7 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.images import BadImage, ImageFiles, RunSampler, Skipped, TwoCrops, check_images, find_images, make_loader
+from data import TwoCrops
+from engine.images import BadImage, ImageFiles, find_images
+from engine.loader import RunSampler, Samples, Skipped, make_loader, report_check
 
 GRADIENT = np.linspace(0, 255, 12 * 16).reshape(12, 16).astype(np.uint8)
 
@@ -22,6 +24,11 @@ def photograph(height=12, width=16, seed=0):
 
 def read(path):
     return ImageFiles(path.parent, np.array([path.name]))[0]
+
+
+def samples_of(images, size, seed=0, **settings):
+    """What a run sees of these images."""
+    return Samples(images, TwoCrops(size, **settings), seed)
 
 
 def assert_pixels(path, expected, tolerance=0):
@@ -109,9 +116,9 @@ def test_broken_metadata_costs_no_photograph(tmp_path):
 @pytest.mark.parametrize("height, width", [(1, 1), (1, 5000), (5000, 1)])
 def test_tiny_and_thin_pictures_have_two_views(tmp_path, height, width):
     Image.new("RGB", (width, height), (10, 200, 90)).save(tmp_path / "thin.png")
-    crops = TwoCrops(ImageFiles(tmp_path, np.array(["thin.png"])), 24, seed=0)
+    crops = samples_of(ImageFiles(tmp_path, np.array(["thin.png"])), 24)
     for sample in range(20):
-        views, boxes, _, failures = crops[sample]
+        (views, boxes, _), failures = crops[sample]
         assert failures == [] and torch.isfinite(boxes).all() and boxes.min() >= 0 and boxes.max() <= 1
         assert (views.float() - torch.tensor([10.0, 200, 90])[:, None, None]).abs().max() <= 1
 
@@ -195,37 +202,37 @@ def folder_with_bad(tmp_path, bad, count=9):
 
 
 def colour(item):
-    return round(item[0].float().mean().item() / 20)
+    return round(item[0].views.float().mean().item() / 20)
 
 
 def test_the_next_readable_neighbour_stands_in_and_all_on_the_way_are_named(tmp_path):
-    crops = TwoCrops(folder_with_bad(tmp_path, {2, 3, 8}), 8, seed=0)
+    crops = samples_of(folder_with_bad(tmp_path, {2, 3, 8}), 8)
     for index, stand_in, failed in [(1, 1, []), (2, 4, ["2.png", "3.png"]), (3, 4, ["3.png"]), (8, 0, ["8.png"])]:
         item = crops[9 + index]
-        assert colour(item) == stand_in and item[3] == [(name, "empty file") for name in failed]
-        assert torch.equal(item[0], crops[9 + index][0])
+        assert colour(item) == stand_in and item[1] == [(name, "empty file") for name in failed]
+        assert torch.equal(item[0].views, crops[9 + index][0].views)
 
 
 def test_a_stand_in_has_the_luck_of_the_sample_and_not_of_its_own(tmp_path):
-    crops = TwoCrops(folder_with_bad(tmp_path, {2}), 8, seed=0)
+    crops = samples_of(folder_with_bad(tmp_path, {2}), 8)
     whole = tmp_path / "whole"
     whole.mkdir()
-    assert torch.equal(crops[2][1], TwoCrops(folder_with_bad(whole, {}), 8, seed=0)[2][1])
-    assert not torch.equal(crops[2][1], crops[3][1])
+    assert torch.equal(crops[2][0].boxes, samples_of(folder_with_bad(whole, {}), 8)[2][0].boxes)
+    assert not torch.equal(crops[2][0].boxes, crops[3][0].boxes)
 
 
 def test_a_file_that_disappears_while_training_is_replaced(tmp_path):
     images = folder_with_bad(tmp_path, {})
-    loader = iter(make_loader(TwoCrops(images, 8, 0), RunSampler(9, 3, stop=30), 1, "cpu"))
-    assert next(loader).failures == []
+    loader = iter(make_loader(samples_of(images, 8), RunSampler(9, 3, stop=30), 1, "cpu"))
+    assert next(loader)[1] == []
     (tmp_path / "4.png").unlink()
-    failures = [failure for batch in loader for failure in batch.failures]
+    failures = [failure for _, failed in loader for failure in failed]
     assert set(failures) == {("4.png", "no such file or directory")}
 
 
 def test_nothing_but_bad_files_ends_the_run_with_one_of_them(tmp_path):
     with pytest.raises(ValueError, match=r"^3 images in a row could not be read; 0\.png: empty file$"):
-        TwoCrops(folder_with_bad(tmp_path, range(3), count=3), 8, seed=0)[1]
+        samples_of(folder_with_bad(tmp_path, range(3), count=3), 8)[1]
 
 
 def test_each_bad_file_is_written_once(tmp_path):
@@ -268,16 +275,11 @@ def test_more_than_the_allowed_share_ends_the_run(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_checking_reads_every_file_and_reports(tmp_path, workers):
-    images, seen = folder_with_bad(tmp_path, {2, 5}), []
+def test_checking_reads_every_file_and_reports(tmp_path, workers, capsys):
+    images = folder_with_bad(tmp_path, {2, 5})
     photograph(40, 30).save(tmp_path / "7.png")
-
-    def progress(results):
-        for result in results:
-            seen.append(result)
-            yield result
-
-    report = check_images(tmp_path, images.paths, workers, progress)
-    assert report == dict(images=9, bad=[("2.png", "empty file"), ("5.png", "empty file")],
-                          sizes={(12, 16): 6, (40, 30): 1}, smallest=(12, 16), largest=(40, 30))
-    assert len(seen) == 9
+    assert report_check(images, workers) == 2
+    assert capsys.readouterr().out.splitlines() == [
+        "bad      2.png: empty file", "bad      5.png: empty file",
+        "sizes    2 different, from 12 x 16 to 40 x 30 (height x width); most often 12 x 16, 6 times",
+        "checked  9 images: 7 can be read, 2 cannot"]

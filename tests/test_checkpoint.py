@@ -278,7 +278,7 @@ def trained(seed):
 def saved_state(seed):
     module, optimizer, scaler = trained(seed)
     return dict(format=checkpoint.FORMAT, config={}, step=7, position=8, num_images=30, world_size=1, logged=6,
-                sums=[1.0, 2.0, 3.0, 4.0], bad_steps=1, model=module.state_dict(), optimizer=optimizer.state_dict(),
+                sums=[1.0, 2.0, 3.0, 4.0], bad_steps=1, seconds=5.0, model=module.state_dict(), optimizer=optimizer.state_dict(),
                 scaler=scaler.state_dict())
 
 
@@ -317,7 +317,7 @@ def test_another_optimiser_is_named_as_the_reason(tmp_path):
     optimizer = torch.optim.SGD([dict(params=[module.weight]), dict(params=[module.bias])], 0.1)
     with pytest.raises(ValueError) as error:
         checkpoint.restore(tmp_path / "last.pth", module, optimizer, scaler, lambda saved: [])
-    one_line(error, "was made with another optimiser")
+    one_line(error, "was made with another optimizer")
 
 
 # ------------------------------------------------------------------------------------------ export
@@ -336,3 +336,22 @@ def test_torchvision_loads_the_backbone_and_misses_only_its_classifier():
 def test_a_part_of_a_state_dict_is_named_without_its_prefix():
     assert checkpoint.part({"a.b": 1, "a.c.d": 2, "ab": 3, "x.a.b": 4}, "a.") == {"b": 1, "c.d": 2}
     assert checkpoint.some_keys({"a": 1, "b": 2, "c": 3, "d": 4}) == "a, b, c"
+
+
+@pytest.mark.parametrize("missing", list(checkpoint.TRAINING))
+def test_a_state_that_lacks_anything_a_run_needs_is_one_line(missing, tmp_path):
+    state = saved_state(0)
+    del state[missing]
+    torch.save(state, tmp_path / "last.pth")
+    module, optimizer, scaler = trained(1)
+    with pytest.raises(ValueError) as error:
+        checkpoint.restore(tmp_path / "last.pth", module, optimizer, scaler, lambda _: [])
+    one_line(error, "cannot be continued: it holds no training state of this program")
+
+
+def test_a_state_of_a_newer_program_is_refused(tmp_path):
+    torch.save(dict(saved_state(0), format=checkpoint.FORMAT + 1), tmp_path / "last.pth")
+    module, optimizer, scaler = trained(1)
+    with pytest.raises(ValueError) as error:
+        checkpoint.restore(tmp_path / "last.pth", module, optimizer, scaler, lambda _: [])
+    one_line(error, "newer version of this program (format 2, this one reads up to 1)")

@@ -1,4 +1,4 @@
-"""data.py: finding images, two crops of each, and the batches of a whole run."""
+"""data.py and engine/loader.py: finding images, two crops of each, and the batches of a whole run."""
 
 import itertools
 import os
@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 import data
-from data import Batch, ImageFiles, RunSampler, TwoCrops, collate, find_images, make_loader, on_device
-from views import center_square, resized_crop
+from data import Batch, TwoCrops, center_square, resized_crop
+from engine.images import ImageFiles, find_images
+from engine.loader import RunSampler, Samples, collate, make_loader, on_device
 
 PHOTOGRAPHS = pytest.mark.skipif("SLOTCON_TINY_COCO" not in os.environ, reason="SLOTCON_TINY_COCO names no folder")
 
@@ -33,6 +34,11 @@ def tree(root, *names):
 def noise(count=11, height=37, width=53):
     generator = torch.Generator().manual_seed(0)
     return list(torch.randint(0, 256, (count, 3, height, width), generator=generator, dtype=torch.uint8))
+
+
+def samples_of(images, size, seed=0, **settings):
+    """What a run sees of these images."""
+    return Samples(images, TwoCrops(size, **settings), seed)
 
 
 # --------------------------------------------------------------------------------------- finding images
@@ -146,38 +152,38 @@ def test_photographs_of_coco_are_found_and_read():
 # -------------------------------------------------------------------------------------------- two crops
 
 def assert_same(item, other):
-    assert all(torch.equal(a, b) for a, b in zip(item[:3], other[:3])) and item[3] == other[3]
+    assert all(torch.equal(a, b) for a, b in zip(item[0], other[0])) and item[1] == other[1]
 
 
 def test_an_item_has_the_promised_shapes():
-    views, boxes, flipped, failures = TwoCrops(noise(), image_size=24, seed=0)[3]
+    (views, boxes, flipped), failures = samples_of(noise(), 24)[3]
     assert (views.shape, views.dtype, views.is_contiguous()) == ((2, 3, 24, 24), torch.uint8, True)
     assert (boxes.shape, boxes.dtype, flipped.shape, flipped.dtype) == ((2, 4), torch.float32, (2,), torch.bool)
     assert failures == []
 
 
 def test_crops_are_a_function_of_seed_epoch_and_index_alone():
-    crops, again = TwoCrops(noise(), 24, seed=5), TwoCrops(noise(), 24, seed=5)
+    crops, again = samples_of(noise(), 24, 5), samples_of(noise(), 24, 5)
     for sample in (0, 7, 11 + 7, 22 + 7):
         assert_same(crops[sample], again[sample])
     again[9]  # what was asked before does not matter
     assert_same(crops[7], again[7])
-    drawn = [crops[7], crops[8], crops[11 + 7], TwoCrops(noise(), 24, seed=6)[7]]
+    drawn = [crops[7], crops[8], crops[11 + 7], samples_of(noise(), 24, 6)[7]]
     for one, other in itertools.combinations(drawn, 2):
-        assert not torch.equal(one[1], other[1])
+        assert not torch.equal(one[0].boxes, other[0].boxes)
 
 
 def test_every_view_has_its_own_flip_and_a_flip_mirrors_view_and_box():
     images = noise()
-    never, always = TwoCrops(images, 24, seed=0, flip=0), TwoCrops(images, 24, seed=0, flip=1)
+    never, always = samples_of(images, 24, flip=0), samples_of(images, 24, flip=1)
     for sample in range(11):
-        plain, mirrored = never[sample], always[sample]
+        (plain, _), (mirrored, _) = never[sample], always[sample]
         assert not plain[2].any() and mirrored[2].all()
         assert torch.equal(mirrored[0], plain[0].flip(-1))
         x1, y1, x2, y2 = plain[1].unbind(1)
         torch.testing.assert_close(mirrored[1], torch.stack([1 - x2, y1, 1 - x1, y2], 1))
-    half = TwoCrops(images, 4, seed=0)
-    flips = torch.stack([half[sample][2] for sample in range(11 * 40)]).float()
+    half = samples_of(images, 4)
+    flips = torch.stack([half[sample][0].flipped for sample in range(11 * 40)]).float()
     assert flips.mean(0).tolist() == pytest.approx([0.5, 0.5], abs=0.08)
     assert (flips[:, 0] == flips[:, 1]).float().mean().item() == pytest.approx(0.5, abs=0.08)
 
@@ -190,7 +196,7 @@ def test_views_are_the_crops_that_draw_crop_draws(monkeypatch):
         return (1, 2, 30, 40) if len(drawn) == 1 else (5, 6, 20, 25)
 
     monkeypatch.setattr(data, "draw_crop", draw_crop)
-    views, _, _, _ = TwoCrops(images, 24, seed=0, min_area=0.2, min_overlap=0.3, flip=0)[4]
+    (views, _, _), _ = samples_of(images, 24, min_area=0.2, min_overlap=0.3, flip=0)[4]
     assert torch.equal(views[0], resized_crop(images[4], (1, 2, 30, 40), 24, False))
     assert torch.equal(views[1], resized_crop(images[4], (5, 6, 20, 25), 24, False))
     (height, width, _, area), (_, _, _, _, other, overlap) = drawn
@@ -200,14 +206,14 @@ def test_views_are_the_crops_that_draw_crop_draws(monkeypatch):
 def test_the_second_crop_overlaps_the_first_only_if_it_must():
     images, empty = noise(), []
     for min_overlap in (0, 0.01):
-        crops = TwoCrops(images, 4, seed=0, min_overlap=min_overlap)
-        empty.append(sum(not crops[sample][1].any() for sample in range(700)))
+        crops = samples_of(images, 4, min_overlap=min_overlap)
+        empty.append(sum(not crops[sample][0].boxes.any() for sample in range(700)))
     assert empty[0] > 5 and empty[1] == 0
 
 
 def test_without_geometry_both_views_are_the_whole_centre():
     images = noise()
-    views, boxes, flipped, _ = TwoCrops(images, 24, seed=0, geometric=False)[11 + 3]
+    (views, boxes, flipped), _ = samples_of(images, 24, geometric=False)[11 + 3]
     assert torch.equal(views[0], views[1]) and torch.equal(views[0], center_square(images[3], 24))
     assert boxes.tolist() == [[0, 0, 1, 1]] * 2 and not flipped.any()
 
@@ -216,7 +222,7 @@ def test_without_geometry_both_views_are_the_whole_centre():
     {"image_size": 0}, {"min_area": 0}, {"min_area": 1.5}, {"min_overlap": -1}, {"flip": 2}])
 def test_impossible_crops_are_refused(settings):
     with pytest.raises(ValueError, match=f"found .*{next(iter(settings.values()))}"):
-        TwoCrops(noise(), **{"image_size": 24, "seed": 0, **settings})
+        TwoCrops(**{"image_size": 24, **settings})
 
 
 # -------------------------------------------------------------------------------------------------- run
@@ -263,16 +269,16 @@ def test_impossible_runs_are_refused(arguments, words):
 
 
 def batches_of(workers, images=None, stop=5):
-    crops = TwoCrops(noise() if images is None else images, 24, seed=0)
+    crops = samples_of(noise() if images is None else images, 24)
     return list(on_device(make_loader(crops, RunSampler(11, 4, stop=stop), workers, "cpu"), "cpu"))
 
 
 def test_batches_are_the_sampled_items_in_order():
-    crops = TwoCrops(noise(), 24, seed=0)
-    for batch, samples in zip(batches_of(0), RunSampler(11, 4, stop=5), strict=True):
+    crops = samples_of(noise(), 24)
+    for (batch, failures), samples in zip(batches_of(0), RunSampler(11, 4, stop=5), strict=True):
         assert isinstance(batch, Batch) and batch.views.shape == (4, 2, 3, 24, 24) and batch.boxes.shape == (4, 2, 4)
         for i, sample in enumerate(samples):
-            assert_same((*(part[i] for part in batch[:3]), []), crops[sample])
+            assert_same((Batch(*(part[i] for part in batch)), failures), crops[sample])
 
 
 def test_the_number_of_workers_changes_nothing():
@@ -283,7 +289,7 @@ def test_the_number_of_workers_changes_nothing():
 
 
 def test_workers_stay_when_a_loader_is_read_again():
-    loader = make_loader(TwoCrops(noise(), 8, seed=0), RunSampler(11, 4, stop=2), 1, "cpu")
+    loader = make_loader(samples_of(noise(), 8), RunSampler(11, 4, stop=2), 1, "cpu")
     processes = []
     for _ in range(2):
         assert len(list(loader)) == 2
@@ -292,14 +298,14 @@ def test_workers_stay_when_a_loader_is_read_again():
 
 
 def test_collate_joins_failures():
-    tensors = TwoCrops(noise(), 8, 0)[0][:3]
-    items = [(*tensors, []), (*tensors, [("a", "x"), ("b", "y")]), (*tensors, [("c", "z")])]
-    assert collate(items).failures == [("a", "x"), ("b", "y"), ("c", "z")]
+    views, _ = samples_of(noise(), 8)[0]
+    items = [(views, []), (views, [("a", "x"), ("b", "y")]), (views, [("c", "z")])]
+    assert collate(items)[1] == [("a", "x"), ("b", "y"), ("c", "z")]
 
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="no such signals here")
 def test_workers_go_on_when_the_whole_job_is_signalled():
-    loader = iter(make_loader(TwoCrops(noise(), 24, 0), RunSampler(11, 4, stop=40), 2, "cpu"))
+    loader = iter(make_loader(samples_of(noise(), 24), RunSampler(11, 4, stop=40), 2, "cpu"))
     next(loader)
     workers = [str(worker.pid) for worker in loader._workers]
     for name in ("TERM", "INT", "USR1"):
@@ -309,9 +315,11 @@ def test_workers_go_on_when_the_whole_job_is_signalled():
 
 def test_a_program_that_ends_in_the_middle_of_a_run_takes_its_workers_along():
     program = """
-import sys, torch, data
+import sys, torch
+from data import TwoCrops
+from engine.loader import RunSampler, Samples, make_loader
 images = [torch.zeros(3, 9, 9, dtype=torch.uint8)] * 8
-loader = loader.make_loader(data.TwoCrops(images, 8, 0), loader.RunSampler(8, 2, stop=1000), 2, "cpu")
+loader = make_loader(Samples(images, TwoCrops(8), 0), RunSampler(8, 2, stop=1000), 2, "cpu")
 batches = iter(loader)
 next(batches)
 print(*(worker.pid for worker in batches._workers))
@@ -327,15 +335,15 @@ sys.exit(7)
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_the_batches_are_the_same():
-    crops = TwoCrops(noise(), 24, seed=0)
+    crops = samples_of(noise(), 24)
     loader = make_loader(crops, RunSampler(11, 4, stop=5), 2, "cuda")
-    for batch, expected in zip(on_device(loader, "cuda"), batches_of(0), strict=True):
+    for (batch, _), expected in zip(on_device(loader, "cuda"), batches_of(0), strict=True):
         assert batch.views.is_cuda
-        assert_same((*(part.cpu() for part in batch[:3]), []), expected)
+        assert_same((Batch(*(part.cpu() for part in batch)), []), expected)
 
 
 @PHOTOGRAPHS
 def test_photographs_become_batches():
     root, paths, _ = find_images(os.environ["SLOTCON_TINY_COCO"], "coco")
-    batch = collate([TwoCrops(ImageFiles(root, paths), 64, seed=0)[sample] for sample in range(4)])
-    assert batch.views.shape == (4, 2, 3, 64, 64) and 60 < batch.views.float().mean() < 180 and batch.failures == []
+    batch, failures = collate([samples_of(ImageFiles(root, paths), 64)[sample] for sample in range(4)])
+    assert batch.views.shape == (4, 2, 3, 64, 64) and 60 < batch.views.float().mean() < 180 and failures == []

@@ -29,6 +29,7 @@ from staged import (
 )
 
 import train
+from engine.schedule import learning_rate
 from teacher import teacher_momentum
 
 
@@ -53,13 +54,12 @@ def test_a_signal_ends_the_run_after_its_step_saved_and_with_a_line_that_says_ho
 
 
 def test_a_signal_before_the_first_step_is_not_lost(photographs, tmp_path):
-    [run] = play(tmp_path / "run", photographs=photographs, accident=signal_while_images_are_found)
+    [run] = play(tmp_path / "run", photographs=photographs, accident=signal_before_the_first_batch)
     assert run.process.exitcode == 0 and last_of(tmp_path / "run")["step"] == 1
 
 
-def signal_while_images_are_found(rank):
-    find_images = train.find_images
-    train.find_images = lambda *arguments: Signal("SIGTERM")() or find_images(*arguments)
+def signal_before_the_first_batch(rank, run):
+    Signal("SIGTERM")()
 
 
 def test_a_signal_in_the_last_step_does_not_turn_the_end_into_a_pause(photographs, tmp_path):
@@ -145,9 +145,10 @@ def torchrun(folder, photographs, *arguments, slowly=False):
     if slowly:
         program = folder.with_name("slow_train.py")
         program.write_text(f"import sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport train\n"
-                           "plain = train.next_batch\n"
-                           "train.next_batch = lambda *arguments: time.sleep(0.5) or plain(*arguments)\n"
-                           "sys.exit(train.main())\n")
+                           "def slowly(run):\n"
+                           "    plain = run.batches.next\n"
+                           "    run.batches.next = lambda: time.sleep(0.5) or plain()\n"
+                           "sys.exit(train.main(prepared=slowly))\n")
     told = folder.with_name(f"{folder.name}.txt")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
     with told.open("w") as file:
@@ -203,7 +204,7 @@ def test_a_step_with_bad_numbers_moves_nothing_on_any_process(processes, where, 
     assert lines[-1]["step"] == 18 and lines[-1]["skipped_steps"] >= saved["bad_steps"]
     assert lines[-1]["epoch"] == round((18 + lines[-1]["skipped_steps"]) / STEPS_PER_EPOCH, 4)
     for line in lines:
-        assert line["lr"] == train.learning_rate(line["step"] - 1, 18, STEPS_PER_EPOCH, 4 * 4 / 256)
+        assert line["lr"] == learning_rate(line["step"] - 1, 18, STEPS_PER_EPOCH, 4 * 4 / 256)
         assert line["momentum_teacher"] == teacher_momentum(line["step"], 18, 0.99, 1.0)
 
 
@@ -336,15 +337,16 @@ def test_when_a_process_is_lost_the_other_says_so_and_ends_and_a_rerun_resumes(n
 
 @pytest.mark.slow
 def test_a_process_that_never_comes_is_one_line_too(photographs, tmp_path):
-    runs = start(tmp_path / "run", "--timeout", "2", photographs=photographs, processes=2, accident=dead_on_arrival)
+    runs = start(tmp_path / "run", "--timeout", "2", photographs=photographs, processes=2, before=dead_on_arrival)
     assert runs[0].wait() == 1
     assert "process 0 has lost contact with another process" in runs[0].complaints[0]
     assert "Traceback" not in runs[0].output
 
 
-def dead_on_arrival(rank):
+def dead_on_arrival(rank, argv):
     if rank == 1:
         os._exit(0)
+    return argv
 
 
 def test_a_reading_process_that_dies_is_one_line(photographs, tmp_path):
@@ -415,9 +417,9 @@ class Watch:
     def __init__(self, file):
         self.file = file
 
-    def __call__(self, rank):
+    def __call__(self, rank, run):
         for step in range(200, 2001, 200):
-            AtStep(step, Look(self.file, step))(rank)
+            AtStep(step, Look(self.file, step))(rank, run)
 
 
 class Look:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from backbone import Projector
+from data import overlap_boxes
 from grouping import GroupingNetwork, assignment, full_precision, inverse_augmentation, similarity
-from views import overlap_boxes
 
 B, K, D, H, W = 3, 5, 7, 4, 6
 
@@ -216,7 +216,7 @@ def test_the_grouping_network_is_trunk_then_projector_then_cosine():
     embeddings, maps = network(images)
     assert embeddings.shape == (B, D, 4, 6) and maps.shape == (B, K, 4, 6)
     assert embeddings.equal(network.projector(network.backbone(images)))
-    assert embeddings.equal(network.embed(images))
+    assert embeddings.equal(network.embed(images)[1])
     assert maps.equal(similarity(embeddings, network.prototypes.weight))
     assert isinstance(network.projector, Projector)
 

@@ -6,7 +6,6 @@ exception; the teacher gets none; the order of the prototypes does not matter. S
 
 import math
 
-import numpy as np
 import pytest
 import torch
 

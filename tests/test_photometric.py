@@ -1,4 +1,4 @@
-"""views.py, photometry: one vectorised chain, equal to torchvision's operations one by one."""
+"""photometric.py: one vectorised chain, equal to torchvision's operations one by one."""
 
 import colorsys
 import itertools
@@ -9,8 +9,8 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as TF
 
-import views
-from views import (
+import photometric
+from photometric import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Draw,
@@ -150,10 +150,10 @@ def test_blur_gives_each_view_its_own_width_and_keeps_plain_areas():
 
 def test_blur_in_blocks_is_blur_at_once(monkeypatch):
     pixels, sigma = torch.rand(2, 3, 50, 33, generator=luck()), torch.tensor([2.0, 1.0])
-    monkeypatch.setattr(views, "CPU_BLOCK", 1000)
+    monkeypatch.setattr(photometric, "CPU_BLOCK", 1000)
     at_once = gaussian_blur(pixels, sigma, 8)
     for block in (1, 7, 32):
-        monkeypatch.setattr(views, "CPU_BLOCK", block)
+        monkeypatch.setattr(photometric, "CPU_BLOCK", block)
         torch.testing.assert_close(gaussian_blur(pixels, sigma, 8), at_once, rtol=0, atol=1e-6)
 
 
@@ -224,15 +224,15 @@ def test_factors_never_become_negative():
 
 
 def test_a_view_does_not_depend_on_its_company(monkeypatch):
-    photometric, images = Photometric(p_blur=(0.5, 0.5), p_solarize=(0.5, 0.5)), batch()
-    draw = photometric.draw(B, luck())
-    together = photometric.apply(images, draw)
+    change, images = Photometric(p_blur=(0.5, 0.5), p_solarize=(0.5, 0.5)), batch()
+    draw = change.draw(B, luck())
+    together = change.apply(images, draw)
     order = torch.tensor([3, 0, 4, 1, 2])
-    exchanged = photometric.apply(images[order], Draw(*(t[order] for t in draw)))
+    exchanged = change.apply(images[order], Draw(*(t[order] for t in draw)))
     torch.testing.assert_close(exchanged, together[order], rtol=0, atol=1e-6)
     for pixels in (1, 3 * Y * X, 1000 * Y * X):
-        monkeypatch.setattr(views, "CPU_CHUNK", pixels)
-        torch.testing.assert_close(photometric.apply(images, draw), together, rtol=0, atol=1e-6)
+        monkeypatch.setattr(photometric, "CPU_CHUNK", pixels)
+        torch.testing.assert_close(change.apply(images, draw), together, rtol=0, atol=1e-6)
 
 
 def test_the_order_of_the_steps_matters():
@@ -262,18 +262,18 @@ def test_views_that_lie_otherwise_in_memory_give_the_same():
 
 def test_what_can_never_happen_is_neither_drawn_nor_computed(monkeypatch):
     for name in ("blend", "turn_hue", "luma", "gaussian_blur"):
-        monkeypatch.setattr(views, name, lambda *_: pytest.fail("computed"))
-    photometric = Photometric(p_jitter=0, p_gray=0, p_blur=(0, 0), p_solarize=(0, 0))
-    assert all(part is None for part in photometric.draw(B, luck()))
-    torch.testing.assert_close(photometric(batch(), luck()), normalize(batch()))
+        monkeypatch.setattr(photometric, name, lambda *_: pytest.fail("computed"))
+    change = Photometric(p_jitter=0, p_gray=0, p_blur=(0, 0), p_solarize=(0, 0))
+    assert all(part is None for part in change.draw(B, luck()))
+    torch.testing.assert_close(change(batch(), luck()), normalize(batch()))
 
 
 def test_on_a_cpu_a_step_is_left_out_where_no_view_needs_it(monkeypatch):
-    monkeypatch.setattr(views, "turn_hue", lambda *_: pytest.fail("computed"))
-    monkeypatch.setattr(views, "gaussian_blur", lambda *_: pytest.fail("computed"))
-    photometric = Photometric()
-    draw = photometric.draw(B, luck())
-    photometric.apply(batch(), draw._replace(hue=torch.zeros(B, V), sigma=torch.zeros(B, V)))
+    monkeypatch.setattr(photometric, "turn_hue", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr(photometric, "gaussian_blur", lambda *_: pytest.fail("computed"))
+    change = Photometric()
+    draw = change.draw(B, luck())
+    change.apply(batch(), draw._replace(hue=torch.zeros(B, V), sigma=torch.zeros(B, V)))
 
 
 def test_an_empty_batch_stays_empty():

@@ -115,7 +115,7 @@ def test_two_processes_go_on_as_two_exactly_and_one_is_told_of_the_difference(ph
     [one] = play(alone, photographs=photographs)
     assert one.process.exitcode == 0
     assert ("after step 4 of 2 process(es), now 1: the same images in every step, but not the same bits, since batch "
-            "statistics and random colours are per process") in one.output
+            "statistics and random colors are per process") in one.output
     assert log_of(alone)[-1]["lr"] == log_of(whole)[-1]["lr"] and last_of(alone)["position"] == 18
 
 
@@ -166,13 +166,10 @@ def test_forcing_does_not_put_weights_where_they_do_not_fit(whole, photographs, 
 
 def test_processes_that_see_different_checkpoints_do_not_start(whole, photographs, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
-    runs = play(tmp_path / "run", photographs=photographs, processes=2, accident=other_folder_on_rank_1)
+    runs = play(tmp_path / "run", photographs=photographs, processes=2, before=other_folder_on_rank_1)
     assert [run.process.exitcode for run in runs] == [2, 2]
     assert "the processes found different states of" in runs[0].output and "[18, 0]" in runs[0].output
 
 
-def other_folder_on_rank_1(rank):
-    import train
-    parse = train.parse
-    if rank == 1:
-        train.parse = lambda argv: parse([*argv, "--output-dir", argv[argv.index("--output-dir") + 1] + "-elsewhere"])
+def other_folder_on_rank_1(rank, argv):
+    return [*argv, "--output-dir", argv[argv.index("--output-dir") + 1] + "-elsewhere"] if rank == 1 else argv

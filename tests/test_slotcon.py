@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import slotcon
-from slotcon import SlotCon, statistics
+from measures.course import statistics
+from slotcon import SlotCon
 
 B, K, D, HIDDEN, H, W = 3, 5, 7, 9, 8, 12
 ABLATIONS = [{}, dict(slot_loss="reg"), dict(align="proj"), dict(image_loss=True), dict(group_weight=1.0)]
@@ -150,7 +150,7 @@ def test_identical_views_with_equal_temperatures_and_no_center_give_twice_the_en
     views, boxes, flipped = two_views()
     views, boxes, flipped = (x[:, :1].expand_as(x) for x in (views, boxes, flipped))
     loss, report = model(views, boxes, flipped)
-    p = (report.teacher_aligned[0][report.valid] / 0.1).softmax(1)
+    p = (report.teacher[0].aligned[report.valid] / 0.1).softmax(1)
     assert loss.item() == pytest.approx(-2 * (p * p.log()).sum(1).mean().item(), rel=1e-9)
 
 
@@ -287,10 +287,12 @@ def test_under_autocast_networks_run_in_half_precision_and_losses_in_single(sett
     model, views = build(**settings).float().eval(), [x.float() if x.is_floating_point() else x for x in two_views()]
     with torch.autocast("cpu", torch.bfloat16):
         loss, report = model(*views)
-        assert slotcon.look(model.student, views[0][:, 0])[1].dtype == torch.bfloat16
+        assert model.student.embed(views[0][:, 0])[1].dtype == torch.bfloat16
     loss.backward()
     assert loss.dtype == torch.float32
-    assert {x.dtype for x in tensors_of(report) if x.is_floating_point()} == {torch.float32}
+    computed = [x for view in (*report.student, *report.teacher) for x in (view.similarity, view.aligned)]
+    computed += [report.losses, report.group_losses, report.slot_losses, report.center_mean]
+    assert {x.dtype for x in computed} == {torch.float32}
     assert loss.item() == pytest.approx(model(*views)[0].item(), rel=0.03)
     assert all(p.grad.dtype == torch.float32 for p in model.student.parameters())
 
@@ -304,8 +306,23 @@ def test_double_precision_stays_double():
 
 
 def tensors_of(report):
-    """One view after the other where there is a tensor per view."""
-    return [tensor for part in report for tensor in (part if isinstance(part, tuple) else (part,))]
+    """All tensors in it, those of the views too."""
+    found = []
+    for part in report:
+        parts = part if isinstance(part, (tuple, list)) else (part,)
+        for one in parts:
+            found += [x for x in (one if isinstance(one, tuple) else (one,)) if isinstance(x, torch.Tensor)]
+    return found
+
+
+def teacher_maps(report):
+    """(v b k h w)"""
+    return torch.stack([view.similarity for view in report.teacher])
+
+
+def teacher_occupied(report):
+    """(v b k)"""
+    return torch.stack([view.occupied for view in report.teacher])
 
 
 def test_the_report_holds_maps_before_and_after_alignment_and_no_graph():
@@ -315,14 +332,14 @@ def test_the_report_holds_maps_before_and_after_alignment_and_no_graph():
     assert report.valid.tolist() == [True, False, True]
     for v in (0, 1):
         maps = model.teacher(views[:, v])[1]
-        assert torch.allclose(report.teacher_maps[v], maps)
+        assert torch.allclose(report.teacher[v].similarity, maps)
         overlapping = [0, 2]  # the others' values mean nothing
         aligned = cut(maps, boxes[:, v], flipped[:, v])
-        assert torch.allclose(report.teacher_aligned[v][overlapping], aligned[overlapping], rtol=1e-8)
+        assert torch.allclose(report.teacher[v].aligned[overlapping], aligned[overlapping], rtol=1e-8)
         aligned = cut(model.student(views[:, v])[1], boxes[:, v], flipped[:, v])
-        assert torch.allclose(report.student_aligned[v][overlapping], aligned[overlapping], rtol=1e-8)
-        assert report.teacher_occupied[v].tolist() == [[k in m.argmax(0) for k in range(K)] for m in maps]
-    assert torch.allclose(report.center_mean, torch.stack(report.teacher_maps).mean((0, 1, 3, 4)))
+        assert torch.allclose(report.student[v].aligned[overlapping], aligned[overlapping], rtol=1e-8)
+        assert report.teacher[v].occupied.tolist() == [[k in m.argmax(0) for k in range(K)] for m in maps]
+    assert torch.allclose(report.center_mean, teacher_maps(report).mean((0, 1, 3, 4)))
 
 
 def test_the_statistics_of_the_log_are_counted_over_pixels():
@@ -330,23 +347,23 @@ def test_the_statistics_of_the_log_are_counted_over_pixels():
     model.teacher.load_state_dict(model.student.state_dict())  # or they would never agree
     _, report = model(*two_views())
     found = statistics(report, model.center, 0.07)
-    p = ((torch.stack(report.teacher_maps) - model.center[:, None, None]) / 0.07).softmax(2)  # (v b k h w)
+    p = ((teacher_maps(report) - model.center[:, None, None]) / 0.07).softmax(2)  # (v b k h w)
     entropies = [-sum(x * math.log(x) for x in p[v, b, :, h, w].tolist())
                  for v in range(2) for b in range(B) for h in range(H) for w in range(W)]
     mean = p.mean((0, 1, 3, 4)).tolist()
-    agreements = [(report.student_aligned[v][b].argmax(0) == report.teacher_aligned[1 - v][b].argmax(0)).double().mean()
+    agreements = [(report.student[v].aligned[b].argmax(0) == report.teacher[1 - v].aligned[b].argmax(0)).double().mean()
                   for v in range(2) for b in (0, 2)]
     assert found == dict(
-        occupied_per_image=pytest.approx(report.teacher_occupied.sum().item() / (2 * B)),
-        prototypes_used=report.teacher_occupied.any(0).any(0).sum().item(),
+        occupied_per_image=pytest.approx(teacher_occupied(report).sum().item() / (2 * B)),
+        prototypes_used=teacher_occupied(report).any(0).any(0).sum().item(),
         entropy_teacher=pytest.approx(sum(entropies) / len(entropies)),
         entropy_mean=pytest.approx(-sum(x * math.log(x) for x in mean)),
         agreement=pytest.approx(sum(agreements).item() / 4),
     )
     assert all(type(value) in (int, float) for value in found.values())
     same_view = [(s.argmax(0) == t.argmax(0)).double().mean() for s, t in
-                 zip(torch.stack(report.student_aligned)[:, [0, 2]].flatten(0, 1),
-                     torch.stack(report.teacher_aligned)[:, [0, 2]].flatten(0, 1))]
+                 zip(torch.stack([view.aligned for view in report.student])[:, [0, 2]].flatten(0, 1),
+                     torch.stack([view.aligned for view in report.teacher])[:, [0, 2]].flatten(0, 1))]
     assert 0 < found["agreement"] < 1 and found["agreement"] != pytest.approx(sum(same_view).item() / 4)
 
 

@@ -1,4 +1,4 @@
-"""slots.py: pixels pool into one vector per prototype.
+"""slots.py: pixels pool into one vector per prototype and image.
 
 Promised: a weighted mean over the pixels of each group that never divides by zero; a prototype occupies what it is
 nearest to; a predictor that survives fewer than two rows.
@@ -82,7 +82,7 @@ def test_autocast_does_not_reach_the_pooling():
 @pytest.mark.parametrize("temperature", [0, -0.07])
 def test_pooling_needs_a_positive_temperature(temperature):
     maps, embeddings = maps_and_embeddings()
-    with pytest.raises(ValueError, match=f"pooling temperature must be positive, found {temperature}"):
+    with pytest.raises(ValueError, match=f"temperature of an assignment must be positive, found {temperature}"):
         attentive_pooling(embeddings, maps, temperature)
 
 

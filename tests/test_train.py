@@ -22,16 +22,16 @@ import torch
 import torchvision
 
 import data
-import losses
 import photometric
+import recipes
 import train
-from engine import checkpoint, loader, weights
-from engine.lars import LARS
-from engine.processes import Place
+from engine import checkpoint, loader, options, processes, weights
+from engine.lars import LARS, make_optimizer
+from engine.progress import seed_of
+from engine.schedule import learning_rate
 from teacher import teacher_momentum
 
 ROOT = Path(__file__).resolve().parent.parent
-SINGLE = Place(torch.device("cpu"), 0, 1)
 
 
 @pytest.fixture(scope="module")
@@ -70,22 +70,22 @@ PUBLISHED = dict(  # of every preset but toy
     ("imagenet-r50-100ep", 2048, 100, "imagenet"), ("imagenet-r50-200ep", 2048, 200, "imagenet"),
     ("bdd100k-r50", 256, 800, "bdd100k")])
 def test_presets_are_the_published_recipes(preset, num_prototypes, epochs, dataset):
-    c, given = train.parse(["--preset", preset, "--data-dir", "somewhere"])
+    c, given = recipes.parse(["--preset", preset, "--data-dir", "somewhere"], "")
     expected = dict(PUBLISHED, preset=preset, num_prototypes=num_prototypes, epochs=epochs, dataset=dataset)
     assert {name: getattr(c, name) for name in expected} == expected
     assert given == {"preset", "data_dir"} and c.output_dir == f"runs/{preset}"
 
 
 def test_without_arguments_toy_scenes_are_learned():
-    c, given = train.parse([])
+    c, given = recipes.parse([], "")
     assert (c.preset, c.dataset, c.arch, c.data_dir, c.output_dir) == ("toy", "toy", "tiny", "", "runs/toy")
     assert given == set()
 
 
 def test_every_preset_is_within_its_own_ranges():
-    for name, c in train.PRESETS.items():
+    for name, c in recipes.PRESETS.items():
         assert c.preset == name
-        train.options.check_ranges(c)
+        options.check_ranges(c)
 
 
 def test_the_help_names_every_option_and_where_its_value_comes_from(capsys):
@@ -93,7 +93,7 @@ def test_the_help_names_every_option_and_where_its_value_comes_from(capsys):
         train.main(["--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0
-    for f in dataclasses.fields(train.Config):
+    for f in dataclasses.fields(recipes.Config):
         assert f"--{f.name.replace('_', '-')}" in text
     assert "torchrun" in text and "[P]" in text and "[O]" in text
 
@@ -139,7 +139,7 @@ def test_what_cannot_be_is_one_line_with_status_2_and_nothing_is_written(
         arguments, says, photographs, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(train.distributed, "mps_available", lambda: False)
+    monkeypatch.setattr(processes, "mps_available", lambda: False)
     (tmp_path / "empty").mkdir()
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.jpg").write_text("no picture")
@@ -158,21 +158,20 @@ GPU_FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 Gi
 
 
 @pytest.mark.parametrize("error, says", [(CPU_FULL, "4000000 bytes"), (GPU_FULL, "2.50 GiB")])
-def test_a_full_memory_is_one_line_with_what_to_do(error, says, photographs, tmp_path, monkeypatch, capsys):
-    def full(_):
+def test_a_full_memory_is_one_line_with_what_to_do(error, says, photographs, tmp_path, capsys):
+    def full(_run):
         raise error
 
-    monkeypatch.setattr(train, "make_model", full)
-    assert train.main(staged.command_line(tmp_path / "out", photographs=photographs)) == 2
+    assert train.main(staged.command_line(tmp_path / "out", photographs=photographs), full) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"train.py: out of memory ({says} more were wanted): take a smaller --batch-size")
-    assert len(err.splitlines()) == 1 and list(tmp_path.iterdir()) == []
+    assert len(err.splitlines()) == 1 and not (tmp_path / "out" / "last.pth").exists()
 
 
-def test_other_errors_of_the_program_are_not_hidden(photographs, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "make_model", lambda _: torch.ones(2) @ torch.ones(3))
+def test_other_errors_of_the_program_are_not_hidden(photographs, tmp_path):
     with pytest.raises(RuntimeError):
-        train.main(staged.command_line(tmp_path / "out", photographs=photographs))
+        train.main(staged.command_line(tmp_path / "out", photographs=photographs),
+                   lambda _run: torch.ones(2) @ torch.ones(3))
 
 
 def test_a_real_process_says_one_line_too_and_ends_with_status_2(photographs, tmp_path):
@@ -200,30 +199,30 @@ def test_a_batch_that_two_processes_cannot_share_ends_both_with_a_line_each(phot
 
 
 def config(**settings):
-    return dataclasses.replace(train.COCO, **settings)
+    return dataclasses.replace(recipes.COCO, **settings)
 
 
-@pytest.mark.parametrize("settings, processes, images, says", [
+@pytest.mark.parametrize("settings, world_size, images, says", [
     (dict(batch_size=9), 2, 99, "divisible by 2 process(es) x --accumulate 1: take 8"),
     (dict(batch_size=4, accumulate=2), 4, 99, "divisible by 4 process(es) x --accumulate 2: take 8"),
     (dict(batch_size=8), 2, 7, "larger than the data set of 7 images: take at most 6"),
     (dict(batch_size=2, image_size=32), 2, 99, "batch norm needs two"),
 ])
-def test_a_batch_must_fit_processes_images_and_batch_norm(settings, processes, images, says):
+def test_a_batch_must_fit_processes_images_and_batch_norm(settings, world_size, images, says):
     with pytest.raises(ValueError) as error:
-        train.check_batch(config(**settings), SINGLE._replace(world_size=processes), images)
+        recipes.check_batch(config(**settings), world_size, images)
     assert says in str(error.value)
 
 
-@pytest.mark.parametrize("settings, processes, images", [
+@pytest.mark.parametrize("settings, world_size, images", [
     (dict(batch_size=8), 2, 8), (dict(batch_size=8, accumulate=4), 2, 8),
     (dict(batch_size=2, image_size=33), 2, 9), (dict(batch_size=2, image_size=32, arch="tiny"), 2, 9)])
-def test_a_batch_that_fits_is_let_through(settings, processes, images):
-    train.check_batch(config(**settings), SINGLE._replace(world_size=processes), images)
+def test_a_batch_that_fits_is_let_through(settings, world_size, images):
+    recipes.check_batch(config(**settings), world_size, images)
 
 
 def test_the_learning_rate_rises_from_a_hundredth_and_falls_along_a_cosine():
-    rate = lambda t: train.learning_rate(t, total_steps=110, warmup_steps=10, peak=2.0)  # noqa: E731
+    rate = lambda t: learning_rate(t, total_steps=110, warmup_steps=10, peak=2.0)  # noqa: E731
     assert rate(0) == 0.02 and rate(5) == pytest.approx(0.02 * 50.5)
     assert rate(10) == 2.0 and rate(60) == pytest.approx(1e-6 + (2 - 1e-6) / 2)
     assert rate(109) == pytest.approx(1e-6 + (2 - 1e-6) * (1 + math.cos(math.pi * 0.99)) / 2)
@@ -232,13 +231,13 @@ def test_the_learning_rate_rises_from_a_hundredth_and_falls_along_a_cosine():
 
 
 def test_a_run_without_warm_up_or_with_nothing_else_has_a_learning_rate():
-    assert train.learning_rate(0, 5, 0, 2.0) == 2.0
-    assert train.learning_rate(4, 5, 5, 2.0) == pytest.approx(0.02 * (99 * 4 / 5 + 1))
+    assert learning_rate(0, 5, 0, 2.0) == 2.0
+    assert learning_rate(4, 5, 5, 2.0) == pytest.approx(0.02 * (99 * 4 / 5 + 1))
 
 
 def test_a_seed_makes_one_model_and_another_seed_another():
     small = dict(arch="tiny", num_prototypes=5, dim_hidden=9, dim_out=7)
-    one, again, other = (train.make_model(config(seed=seed, **small)) for seed in (1, 1, 2))
+    one, again, other = (recipes.model_of(config(seed=seed, **small)) for seed in (1, 1, 2))
     assert staged.difference(one.state_dict(), again.state_dict()) == ""
     assert staged.difference(one.state_dict(), other.state_dict()) != ""
     assert (one.temp_slot, one.temp_pool, one.group_weight) == (0.2, 0.07, 0.5)
@@ -247,8 +246,8 @@ def test_a_seed_makes_one_model_and_another_seed_another():
 @pytest.mark.parametrize("optimizer", ["lars", "adamw"])
 def test_the_optimiser_trains_student_and_predictor_and_decays_no_bias_or_norm(optimizer):
     c = config(arch="tiny", num_prototypes=5, dim_hidden=9, dim_out=7, optimizer=optimizer, weight_decay=0.1)
-    model = train.make_model(c)
-    made = train.make_optimizer(model, c, 0.5)
+    model = recipes.model_of(c)
+    made = make_optimizer(optimizer, model.parameters(), 0.5, 0.1)
     trained = {id(p) for group in made.param_groups for p in group["params"]}
     assert trained == {id(p) for part in (model.student, model.predictor) for p in part.parameters()}
     for p in model.parameters():
@@ -260,9 +259,9 @@ def test_the_optimiser_trains_student_and_predictor_and_decays_no_bias_or_norm(o
 
 
 def test_every_seed_position_and_rank_has_luck_of_its_own():
-    seeds = {train.seed_of(seed, position, rank) for seed in (0, 1) for position in range(50) for rank in range(3)}
+    seeds = {seed_of(seed, position, rank) for seed in (0, 1) for position in range(50) for rank in range(3)}
     assert len(seeds) == 300 and all(0 <= s < 2**63 for s in seeds)
-    assert train.seed_of(1, 2, 3) == train.seed_of(1, 2, 3)
+    assert seed_of(1, 2, 3) == seed_of(1, 2, 3)
 
 
 # ------------------------------------------------------------------------------------------ whole runs
@@ -277,13 +276,13 @@ def test_a_run_writes_a_configuration_a_log_a_checkpoint_and_a_backbone(short):
     folder, _ = short
     assert sorted(p.name for p in folder.iterdir()) == ["backbone.pth", "config.json", "last.pth", "log.jsonl"]
     written = json.loads((folder / "config.json").read_text())
-    assert list(written) == [f.name for f in dataclasses.fields(train.Config)]
+    assert list(written) == [f.name for f in dataclasses.fields(recipes.Config)]
     assert written["max_steps"] == 5 and written["p_blur"] == [1.0, 0.1] and written["output_dir"] == str(folder)
 
 
 def test_a_run_first_says_where_it_runs_and_what_it_will_do(short):
     _, said = short
-    for words in ("device   cpu", "1 process", "float32", "14 images", "3 steps per epoch, 18 in all", "tiny 0.06 M",
+    for words in ("device   cpu", "1 process, float32", "14 images", "3 steps per epoch, 18 in all", "tiny 0.06 M",
                   "5 prototypes", "batch    4 = 4 x 1", "lr       0.0625 = 4 x 4 / 256", "ln k = 1.6094", "3.2189",
                   "step 5/5", "done     5 steps"):
         assert words in said, words
@@ -299,7 +298,7 @@ def test_the_log_has_every_number_at_every_step(short):
         step = line["step"]
         assert line["epoch"] == round(step / 3, 4)
         assert line["loss"] == pytest.approx((line["group_loss"] + line["slot_loss"]) / 2, rel=1e-5)
-        assert line["lr"] == train.learning_rate(step - 1, 18, 3, 0.0625)  # --max-steps bends no schedule
+        assert line["lr"] == learning_rate(step - 1, 18, 3, 0.0625)  # --max-steps bends no schedule
         assert line["momentum_teacher"] == teacher_momentum(step, 18)
         assert 1 <= line["occupied_per_image"] <= line["prototypes_used"] <= 5
         assert 0 <= line["entropy_teacher"] <= line["entropy_mean"] <= math.log(5) + 1e-5
@@ -329,23 +328,23 @@ def test_the_checkpoint_is_tensors_and_plain_values_and_holds_the_network(short)
 
 def test_the_steps_are_those_of_the_paper_in_the_order_of_the_released_code(short, photographs):
     """The same five steps, written down once more without precautions."""
-    c, given = train.parse(staged.command_line("unused", photographs=photographs))
-    images, _ = train.find_images(c, given)
-    crops = data.TwoCrops(images, c.image_size, c.seed, c.min_area, c.min_overlap)
-    batches = loader.make_loader(crops, loader.RunSampler(len(images), c.batch_size, seed=c.seed, stop=5), 0, "cpu")
-    model = train.make_model(c).train()
+    c, _ = recipes.parse(staged.command_line("unused", photographs=photographs), "")
+    images, _ = recipes.images_of(c)
+    samples = loader.Samples(images, data.TwoCrops(c.image_size, c.min_area, c.min_overlap), c.seed)
+    batches = loader.make_loader(samples, loader.RunSampler(len(images), c.batch_size, seed=c.seed, stop=5), 0, "cpu")
+    model = recipes.model_of(c)
     optimizer = LARS([p for p in model.parameters() if p.requires_grad], 0.0, weight_decay=c.weight_decay)
     total = c.epochs * 3
     found = []
-    for t, batch in enumerate(batches):
+    for t, (batch, _) in enumerate(batches):
         model.update_teacher(teacher_momentum(t, total))  # with the student of before this step's gradient
-        views = photometric.Photometric()(batch.views, torch.Generator().manual_seed(train.seed_of(c.seed, t, 0)))
+        views = photometric.Photometric()(batch.views, torch.Generator().manual_seed(seed_of(c.seed, t, 0)))
         loss, report = model(views, batch.boxes, batch.flipped)
         optimizer.zero_grad()
         loss.backward()
-        optimizer.param_groups[0]["lr"] = train.learning_rate(t, total, 3, c.base_lr * c.batch_size / 256)
+        optimizer.param_groups[0]["lr"] = learning_rate(t, total, 3, c.base_lr * c.batch_size / 256)
         optimizer.step()
-        losses.update_center(model.center, report.center_mean, 0.9)
+        model.update_center(report.center_mean, 0.9)
         found.append(loss.item())
     model.update_teacher(teacher_momentum(5, total))  # which the released code does when the next step begins
     assert found == pytest.approx([line["loss"] for line in staged.log_of(short[0])], rel=1e-5)

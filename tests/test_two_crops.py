@@ -1,4 +1,4 @@
-"""views.py, geometry: crops, boxes and the law of their overlap."""
+"""data.py: crops, boxes and the law of their overlap."""
 
 import json
 import math
@@ -13,8 +13,8 @@ import torch
 from torchvision.transforms import v2 as T
 from torchvision.transforms.v2 import functional as TF
 
-import photometric
-from views import center_square, draw_crop, intersection, overlap_boxes, resized_crop
+import data
+from data import center_square, draw_crop, intersection, overlap_boxes, resized_crop
 
 REFERENCE = os.environ.get("SLOTCON_REFERENCE_NUMBERS", Path(__file__).parent / "official_numbers.json")
 
@@ -226,7 +226,7 @@ def test_the_center_square_keeps_its_share_at_other_sizes():
 
 def test_the_center_square_of_a_panorama_is_that_of_its_middle(monkeypatch):
     image, resized = picture(2, 6000), []
-    monkeypatch.setattr(photometric.F, "interpolate", lambda *args, **named: resized.append(args) or resize(*args, **named))
+    monkeypatch.setattr(data.F, "interpolate", lambda *args, **named: resized.append(args) or resize(*args, **named))
     square = center_square(image, 28)
     assert torch.equal(square, center_square(image[:, :, 2996:3004], 28))
     assert resized[0][1] == (32, 128)

@@ -21,7 +21,8 @@ import losses
 from engine import processes, ranks
 from engine.lars import LARS
 from engine.processes import Place
-from slotcon import SlotCon, statistics
+from measures.course import statistics
+from slotcon import SlotCon
 from slots import SlotPredictor
 
 K, D, HIDDEN, H, W = 6, 7, 9, 4, 5
@@ -277,8 +278,8 @@ def test_an_apple_gpu_that_is_not_there_is_one_line_too(alone):
         processes.start("mps", 60)
 
 
-@pytest.mark.parametrize("cuda, mps, processes, expected", [(False, False, 1, "cpu"), (False, True, 1, "mps")])
-def test_auto_takes_the_best_device_there_is(alone, cuda, mps, processes, expected):
+@pytest.mark.parametrize("cuda, mps, expected", [(False, False, "cpu"), (False, True, "mps")])
+def test_auto_takes_the_best_device_there_is(alone, cuda, mps, expected):
     alone.setattr(torch.cuda, "is_available", lambda: cuda)
     alone.setattr(processes, "mps_available", lambda: mps)
     assert processes.start("auto", 60).device.type == expected
@@ -338,9 +339,9 @@ def test_cores_are_shared_among_the_processes_of_a_machine_and_at_least_one(alon
 
 
 def test_a_place_is_described_in_a_few_words():
-    assert "cpu" in processes.describe(Place(torch.device("cpu"), 0, 1))
-    assert processes.describe(Place(torch.device("cpu"), 0, 1)).endswith("1 process")
-    assert processes.describe(Place(torch.device("mps"), 1, 2)) == "mps, 2 processes"
+    assert "cpu" in processes.describe(Place(torch.device("cpu"), 0, 1), None)
+    assert processes.describe(Place(torch.device("cpu"), 0, 1), None).endswith("1 process, float32")
+    assert processes.describe(Place(torch.device("mps"), 1, 2), torch.float16) == "mps, 2 processes, fp16"
 
 
 def test_the_peak_of_memory_never_falls_and_is_in_gigabytes():
