@@ -57,7 +57,8 @@ class Entry(NamedTuple):
         torch.manual_seed(seed)
         settings = {**dataclasses.asdict(self.c), "seed": seed,
                     "steps_per_epoch": self.c.toy_scenes // self.c.batch_size}
-        return comparisons.build(self.name, settings, **self.arguments)
+        system = comparisons.build(self.name, settings, **self.arguments)
+        return system.to(memory_format=torch.channels_last) if self.c.channels_last else system
 
 
 def entries_of(args: argparse.Namespace) -> list[Entry]:
@@ -163,7 +164,8 @@ def run(args: argparse.Namespace, began: float) -> None:
             system = entry.build(seed)
             scenes = scenery.train(seed, system, entry.preset)
             settings = {**dataclasses.asdict(entry.c), "seed": seed}
-            trained = learn(system, scenes, settings, Budget(seconds, args.steps), args.output_dir)
+            trained = learn(system, scenes, recipes.crops_of(entry.c), recipes.photometric_of(entry.c),
+                            settings, Budget(seconds, args.steps), args.output_dir)
             measures, groups = scenery.judge(system, entry)
             first = before[kind(entry, system)]
             record = dict(system=entry.name, variant=entry.variant, seed=seed, **measures, **trained,

@@ -7,16 +7,16 @@ the time that is used up, so that every system ends with a small learning rate a
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from comparisons.common import System
 from comparisons.scenes import Scenes
-from data import TwoCrops
 from engine.batches import run_batches
 from engine.gradient import Gradient
 from engine.lars import make_optimizer
@@ -53,19 +53,22 @@ class Budget:
 
 
 def learn(
-    system: System, scenes: Scenes, settings: Mapping[str, Any], budget: Budget, folder: Path
+    system: System, scenes: Scenes, crops: Callable[..., Any], photometric: Photometric,
+    settings: Mapping[str, Any], budget: Budget, folder: Path,
 ) -> dict[str, float]:
-    """Train a system in place. settings: values under the configuration's names; folder: for the list
-    of unreadable images, of which toy scenes have none -> steps, seconds, bad_steps, and loss, the mean
-    of the last tenth. Raises ValueError where the loss is no number for twenty steps in a row."""
+    """Train a system in place.
+
+    crops, photometric: what makes views; settings: values under the configuration's names; folder: for
+    the list of unreadable images, of which toy scenes have none. Returns steps, seconds, bad_steps, and
+    loss, the mean of the last tenth. Raises ValueError where twenty steps in a row have no finite loss.
+    """
     c = SimpleNamespace(**settings)
     place = Place(torch.device("cpu"), 0, 1)
     peak = system.rate * c.base_lr * c.batch_size / 256
-    gradient = Gradient(system, make_optimizer(c.optimizer, system.parameters(), peak, c.weight_decay),
-                        place.device)
+    optimizer = make_optimizer(c.optimizer, system.parameters(), peak, c.weight_decay)
+    gradient = Gradient(system, optimizer, place.device)
     undo = Undo(system.buffers())
-    views_of = make_views(system, c)
-    crops = TwoCrops(c.image_size, c.min_area, c.min_overlap, geometric=c.geometric)
+    generator = torch.Generator()
     batches = run_batches(scenes, crops, c.batch_size, c.seed, 0, place, c.workers,
                           Skipped(folder / "skipped.txt", len(scenes)))
     system.train()
@@ -74,7 +77,8 @@ def learn(
         batch = batches.next()  # worker processes start before the clock does
         budget.start()
         while (used := budget.used(step)) < 1 and bad < 20:
-            views, told = views_of(batch.views, seed_of(c.seed, position, 0))
+            generator.manual_seed(seed_of(c.seed, position, 0))
+            views, told = prepare(system, batch.views, photometric, generator)
             undo.remember()
             outcomes, norm = gradient.compute(views, batch.boxes, batch.flipped, told)
             verdict = agree(torch.stack([outcomes[0].loss, norm]), False, bool(batches.trouble))
@@ -101,17 +105,10 @@ def learn(
                 loss=sum(last) / max(len(last), 1))
 
 
-def make_views(system: System, c: SimpleNamespace):
-    """A function of a batch's views (b v 3+m y x) uint8 and a seed -> what `System.forward` takes."""
-    photometric = Photometric(
-        c.brightness, c.contrast, c.saturation, c.hue, c.p_jitter, c.p_gray, c.p_blur,
-        p_solarize=c.p_solarize, solarize_threshold=c.solarize_threshold)
-    generator = torch.Generator()
-
-    def views_of(views: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        seen, told = views[:, :, :3], views[:, :, 3:].float() / 255
-        if system.sees == "flow":  # its colors are directions
-            return normalize(seen), told
-        return photometric(seen, generator.manual_seed(seed)), told
-
-    return views_of
+def prepare(
+    system: System, views: Tensor, photometric: Photometric, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """views (b v 3+m y x) uint8 -> what is seen (b v 3 y x) normalized, what is told (b v m y x) in 0..1.
+    The colors of flow are directions, so they are not jittered."""
+    seen, told = views[:, :, :3], views[:, :, 3:].float() / 255
+    return normalize(seen) if system.sees == "flow" else photometric(seen, generator), told

@@ -20,6 +20,7 @@ import recipes
 from comparisons.common import Outcome, System
 from comparisons.learn import Budget, learn
 from comparisons.scenes import Scenes
+from data import TwoCrops
 from measures import metrics, systems
 from measures.comparison_image import save_comparison
 
@@ -135,9 +136,15 @@ class Still(System):
 SETTINGS = {**recipes.dataclasses.asdict(recipes.PRESETS["toy"]), "workers": 0, "batch_size": 2, "seed": 4}
 
 
+def taught(system, folder, scenes=None, crops=None, **budget):
+    toy = recipes.PRESETS["toy"]
+    return learn(system, scenes or Scenes(0, 5), crops or recipes.crops_of(toy), recipes.photometric_of(toy), SETTINGS,
+                 Budget(**budget), folder)
+
+
 def test_learning_by_steps_takes_so_many_and_lets_the_rest_follow(tmp_path):
     system = Still()
-    found = learn(system, Scenes(0, 5, told="depth"), SETTINGS, Budget(steps=6), tmp_path)
+    found = taught(system, tmp_path, Scenes(0, 5, told="depth"), steps=6)
     assert found["steps"] == 6 == len(system.asked) == len(system.moved) and found["bad_steps"] == 0
     views, told = system.asked[0]
     side = SETTINGS["image_size"]
@@ -148,32 +155,32 @@ def test_learning_by_steps_takes_so_many_and_lets_the_rest_follow(tmp_path):
 
 def test_learning_by_the_clock_ends_when_the_seconds_are_used_up(tmp_path):
     system = Still()
-    found = learn(system, Scenes(0, 5), SETTINGS, Budget(seconds=0.5), tmp_path)
+    found = taught(system, tmp_path, seconds=0.5)
     assert 0.5 <= found["seconds"] < 1.5 and found["steps"] == len(system.moved) > 1
 
 
 def test_the_same_seed_shows_the_same_views_to_every_system(tmp_path):
     first, second = Still(), Still()
     for system in (first, second):
-        learn(system, Scenes(0, 5), SETTINGS, Budget(steps=3), tmp_path)
+        taught(system, tmp_path, steps=3)
     assert all(one[0].equal(other[0]) for one, other in zip(first.asked, second.asked))
     assert not first.asked[0][0].equal(first.asked[1][0])
 
 
 def test_a_bad_step_changes_nothing_and_twenty_end_the_run(tmp_path):
     system = Still([math.nan, 1.0])
-    found = learn(system, Scenes(0, 5), SETTINGS, Budget(steps=2), tmp_path)
+    found = taught(system, tmp_path, steps=2)
     assert found == dict(found, steps=2, bad_steps=2) and len(system.moved) == 2
     assert system.seen.num_batches_tracked == 2 and system.layer.weight.isfinite().all()
     with pytest.raises(ValueError, match="no finite loss in 20 steps"):
-        learn(Still([math.nan]), Scenes(0, 5), SETTINGS, Budget(steps=2), tmp_path)
+        taught(Still([math.nan]), tmp_path, steps=2)
 
 
 def test_flow_is_not_jittered(tmp_path):
     system = Still()
     system.sees = "flow"
     scenes = Scenes(0, 5, sees="flow")
-    learn(system, scenes, {**SETTINGS, "geometric": False}, Budget(steps=1), tmp_path)
+    taught(system, tmp_path, scenes, TwoCrops(16, geometric=False), steps=1)
     views = system.asked[0][0]
     assert views[:, 0].equal(views[:, 1])  # the same crop: only colors could differ
 
