@@ -131,6 +131,13 @@ def collapsed(found: dict[str, Any], untrained: dict[str, Any]) -> bool:
     return found["groups_used"] < FEWEST_GROUPS or found["nmi"] <= untrained["nmi"]
 
 
+def brief(label: str, record: Mapping[str, Any]) -> str:
+    """One line about one row and seed, for the eye."""
+    return (f"seed {record['seed']}  {label:<28} mIoU {record['miou']:.3f}  NMI {record['nmi']:.3f}  "
+            f"probe {record['probe_miou']:.3f}  {record['steps']} steps in {record['seconds']:.0f} s"
+            + ("  collapsed" if record["collapsed"] else ""))
+
+
 COLUMNS = {  # key of a row -> heading
     "miou": "mIoU", "nmi": "NMI", "probe_miou": "probe", "ari_instances": "ARI inst.",
     "ari_objects": "ARI obj.", "ari_classes": "ARI class", "groups_used": "used", "steps": "steps",

@@ -17,12 +17,14 @@ from torch import nn
 import compare
 import comparisons
 import recipes
+from comparisons.bench import STARTING, Bench, seconds_each
 from comparisons.common import Outcome, System
 from comparisons.learn import Budget, learn
 from comparisons.scenes import Scenes
 from data import TwoCrops
 from measures import metrics, systems
 from measures.comparison_image import save_comparison
+from measures.labels import UNSEEN
 
 N, Y, X, T = 3, 8, 12, 4
 
@@ -39,11 +41,12 @@ def test_without_options_every_system_has_its_rows_and_names_agree_with_files():
     names = list(dict.fromkeys(entry.name for entry in entries))
     files = {path.stem for path in Path(comparisons.__file__).parent.glob("*.py")}
     assert names == list(comparisons.SYSTEMS) and set(names) <= files
-    assert files - set(names) == {"__init__", "common", "learn", "scenes"}
+    assert files - set(names) == {"__init__", "bench", "common", "learn", "scenes"}
     assert [e.label for e in entries if e.name == "given_masks"] == [
         "given_masks: grid", "given_masks: color", "given_masks: truth"]
     assert [e.preset for e in entries if e.name == "slot_attention"] == ["scene", "flat"]
-    assert all(e.c == recipes.PRESETS["toy"] or e.c.output_dir == "runs/toy" for e in entries)
+    toy = recipes.dataclasses.asdict(recipes.PRESETS["toy"])
+    assert all({**e.settings, "output_dir": ""} == toy for e in entries)
 
 
 def test_only_names_systems_and_table_names_rows():
@@ -65,7 +68,7 @@ def test_every_row_of_every_table_is_a_system_that_can_be_built(table):
     for entry, row in zip(entries, rows):
         assert entry.build(0).forward
         if not row.default:
-            assert entry.c != default.c or entry.arguments, row.label
+            assert entry.settings != default.settings or entry.arguments, row.label
         assert recipes.command(row).startswith("python compare.py" if row.arguments else "python train.py")
 
 
@@ -75,14 +78,16 @@ def test_the_tables_do_what_their_rows_say():
 
     assert row("6b", "1.0").build(0).method.predictor is None  # the slot loss is skipped
     assert row("6b", "0.5").build(0).method.predictor is not None
-    assert row("collapse", "no center").c.momentum_center == 1  # it stays at zero
-    no_sharpening = row("collapse", "no sharpening").c
-    assert no_sharpening.temp_teacher == no_sharpening.temp_student
-    assert not row("collapse", "no stop-gradient").build(0).stop_gradient and row("collapse", "no center").build(0).stop_gradient
-    average = row("collapse", "no moving average").c
-    assert average.momentum_teacher == average.momentum_teacher_end == 0
-    assert row("8e", "without").c.geometric is False and row("8d", "512, with").build(0).method.image_loss
-    assert row("8b", "Reg.").build(0).method.slot_loss == "reg" and row("8c", "Proj.").build(0).method.where_aligned == "proj"
+    assert row("collapse", "no center").settings["momentum_center"] == 1  # it stays at zero
+    no_sharpening = row("collapse", "no sharpening").settings
+    assert no_sharpening["temp_teacher"] == no_sharpening["temp_student"]
+    assert not row("collapse", "no stop-gradient").build(0).stop_gradient
+    assert row("collapse", "no center").build(0).stop_gradient
+    average = row("collapse", "no moving average").settings
+    assert average["momentum_teacher"] == average["momentum_teacher_end"] == 0
+    assert row("8e", "without").settings["geometric"] is False and row("8d", "512, with").build(0).method.image_loss
+    assert row("8b", "Reg.").build(0).method.slot_loss == "reg"
+    assert row("8c", "Proj.").build(0).method.where_aligned == "proj"
     counts = [e.build(0).method.student.prototypes.num_embeddings
               for e in compare.entries_of(compare.parse(["--table", "6a"]))]
     assert counts == sorted(set(counts))
@@ -103,16 +108,32 @@ def test_a_budget_is_of_seconds_or_of_steps():
 
 
 def test_what_is_left_of_the_minutes_is_shared_equally():
-    args = compare.parse(["--only", "moco", "slotcon", "--seeds", "3", "--minutes", "10"])
-    entries = compare.entries_of(args)
-    before = {compare.kind(e, e.build(0)): dict(judging_seconds=2.0 + i) for i, e in enumerate(entries)}
-    began = time.perf_counter() - 20
-    found = compare.seconds_each(args, entries, before, began, prepared=7.0)
-    overhead = 20 + 2 * 7 + 3 * (1.2 * (2 + 3) + 2 * compare.STARTING) + 5
-    assert found == pytest.approx((600 - overhead) / 6, abs=0.1)
-    args.minutes = 1.0
-    with pytest.raises(ValueError, match=r"--minutes 1 leaves no second of training to each of 2 rows and 3 seed\(s\)"):
-        compare.seconds_each(args, entries, before, began, prepared=7.0)
+    judging = {"a": 2.0, "b": 3.0}
+    found = seconds_each(10, 3, ["a", "b", "a"], judging, spent=20.0, prepared=7.0)
+    overhead = 20 + 2 * 7 + 5 + 3 * (1.2 * (2 + 3 + 2) + 3 * STARTING)
+    assert found == pytest.approx((600 - overhead) / 9)
+    with pytest.raises(ValueError, match=r"1 minutes leave no second of training to each of 3 rows and 3 seed\(s\)"):
+        seconds_each(1, 3, ["a", "b", "a"], judging, spent=20.0, prepared=7.0)
+    with pytest.raises(ValueError, match=": 1.4 would"):
+        seconds_each(1, 3, ["a", "b", "a"], judging, spent=20.0, prepared=7.0)
+    assert seconds_each(1.4, 3, ["a", "b", "a"], judging, spent=20.0, prepared=7.0) == pytest.approx(1, abs=0.4)
+
+
+def test_scenes_are_drawn_once_and_what_is_untrained_is_judged_once_per_kind(monkeypatch):
+    args = compare.parse(["--only", "moco", "dense", "slotcon", "motion"])
+    entries, bench, drawn = compare.entries_of(args), Bench(4, 2), []
+
+    def draw(seed, count, sees, told, preset):
+        drawn.append((seed, count, sees, told, preset))
+        return Scenes(seed, count, sees, told, preset)
+
+    monkeypatch.setattr(compare.comparisons.bench, "Scenes", draw)
+    monkeypatch.setattr(Bench, "judge", lambda self, system, entry: ({"nmi": 0.0}, None))
+    bench.prepare(entries, 0)
+    assert len(drawn) == len(set(drawn)) == 6 and drawn[0] == (0, 4, "image", "", "scene")
+    assert len(bench.untrained) == 3  # clusters of image features, prototypes, clusters of flow features
+    bench.prepare(entries, 1)
+    assert len(drawn) == 8 and {key[0] for key in bench.drawn} == {1, UNSEEN, UNSEEN + 1}
 
 
 class Still(System):
