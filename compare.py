@@ -2,7 +2,8 @@
 
     python compare.py                                  everything, once: half an hour on a laptop
     python compare.py --minutes 5 --only moco slotcon  two systems, five minutes in all
-    python compare.py --table 6a --seeds 3             the rows of a table of the slides, three times
+    python compare.py --table 6a --seeds 3             the rows of a table of the slides, three
+    times
     python compare.py --table collapse                 the ways not to collapse, each taken away
 
 Writes comparison.json, and comparison.png: rows are systems, columns the same unseen scenes.

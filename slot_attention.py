@@ -1,9 +1,10 @@
-"""Slots that compete for the pixels of one image, queries that do not, the decoder that reconstructs.
+"""Slots that compete for an image's pixels, queries that do not, the decoder that reconstructs.
 
-Slides: "On object discovery: the Slot Attention mechanism"; "Slot Attention works well on toy data".
+Slides: "On object discovery: the Slot Attention mechanism", "Slot Attention works well on toy data
+with reconstruction".
 Papers: Locatello et al., NeurIPS 2020, section 2; Watters et al., 2019, for the decoder.
-Differs: nothing known in the attention; the decoder has three 3x3 convolutions where Locatello et al.
-have four 5x5, and paints at twice the size of its grid. Not part of SlotCon: comparisons/ uses it.
+Differs: nothing known in the attention; the decoder has three 3x3 convolutions where Locatello et
+al. have four 5x5 and enlarge, and paints at the size of its grid. Not part of SlotCon.
 Side trip: it stands beside slots.py.
 """
 
@@ -20,21 +21,22 @@ from slots import EPSILON
 class SlotAttention(nn.Module):
     """Slots compete for the pixels of one image, over and over (Locatello et al., 2020).
 
-    dim: d of pixels and slots; num_slots: k; iterations: rounds of attention. Unlike prototypes, slots start from
-    noise in every image, so that slot 3 of two images has nothing in common.
+    dim: d of pixels and slots; num_slots: k; iterations: rounds of attention. Unlike prototypes,
+    slots start from noise in every image, so that slot 3 of two images has nothing in common.
     """
 
     def __init__(self, dim: int, num_slots: int, iterations: int = 3, dim_hidden: int = 128):
         super().__init__()
         self.num_slots, self.iterations = num_slots, iterations
         self.mean, self.log_std = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
-        self.norm_pixels, self.norm_slots, self.norm_mlp = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.to_query, self.to_key, self.to_value = (nn.Linear(dim, dim, bias=False) for _ in range(3))
+        self.norm_pixels, self.norm_slots, self.norm_mlp = (nn.LayerNorm(dim) for _ in range(3))
+        self.to_query, self.to_key, self.to_value = projections(dim)
         self.gru = nn.GRUCell(dim, dim)
         self.mlp = nn.Sequential(nn.Linear(dim, dim_hidden), nn.ReLU(), nn.Linear(dim_hidden, dim))
 
     def forward(self, pixels: Tensor, start: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """pixels (b n d); start (b k d) or None for noise -> slots (b k d), attention (b k n) of every iteration.
+        """pixels (b n d); start (b k d) or None for noise -> slots (b k d), attention (b k n) of
+        every iteration.
 
         Each attention sums to 1 over k: a pixel that one slot takes is lost to the others.
         """
@@ -49,14 +51,14 @@ class SlotAttention(nn.Module):
             attention = query_attention(queries, keys, compete=True)
             history.append(attention)
             update = weighted_mean(attention, values)
-            state = self.gru(rearrange(update, "b k d -> (b k) d"), rearrange(slots, "b k d -> (b k) d"))
+            state = self.gru(*(rearrange(x, "b k d -> (b k) d") for x in (update, slots)))
             slots = rearrange(state, "(b k) d -> b k d", k=slots.shape[1])
             slots = slots + self.mlp(self.norm_mlp(slots))
         return slots, history
 
 
 class IndependentQueries(nn.Module):
-    """Queries of a Transformer decoder: each looks wherever it likes, and none knows of the others.
+    """Queries of a Transformer decoder: none knows of the others, so pixels may stay unowned.
 
     dim: d; num_slots: k learnt queries. One layer of cross-attention, without self-attention.
     """
@@ -64,33 +66,46 @@ class IndependentQueries(nn.Module):
     def __init__(self, dim: int, num_slots: int):
         super().__init__()
         self.queries = nn.Parameter(torch.randn(num_slots, dim))
-        self.to_query, self.to_key, self.to_value = (nn.Linear(dim, dim, bias=False) for _ in range(3))
+        self.to_query, self.to_key, self.to_value = projections(dim)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """pixels (b n d) -> slots (b k d), attention (b k n), which sums to 1 over n: pixels may stay unowned."""
+        """pixels (b n d) -> slots (b k d), attention (b k n), which sums to 1 over n."""
         queries = self.to_query(self.queries).expand(len(pixels), -1, -1)
         attention = query_attention(queries, self.to_key(pixels), compete=False)
         return einsum(attention, self.to_value(pixels), "b k n, b n d -> b k d"), attention
 
 
-def query_attention(queries: Tensor, keys: Tensor, compete: bool, temperature: float = 1.0) -> Tensor:
+def projections(dim: int) -> list[nn.Linear]:
+    """To queries, keys and values. Glorot's initialization [O]: with torch's own, the first logits
+    are a third as large, attention is nearly uniform, and slots take longer to part."""
+    layers = [nn.Linear(dim, dim, bias=False) for _ in range(3)]
+    for layer in layers:
+        nn.init.xavier_uniform_(layer.weight)
+    return layers
+
+
+def query_attention(
+    queries: Tensor, keys: Tensor, compete: bool, temperature: float = 1.0
+) -> Tensor:
     """The whole difference between the two slides is one `dim=`.
 
-    queries (b k d), keys (b n d) -> (b k n): softmax of <q, k> / (sqrt(d) temperature) over k where the queries
-    compete for pixels (Slot Attention), over n where each query is on its own (Transformer decoder).
+    queries (b k d), keys (b n d) -> (b k n): softmax of <q, k> / (sqrt(d) temperature) over k where
+    the queries compete for pixels (Slot Attention), over n where each query is on its own
+    (Transformer decoder).
     """
-    logits = einsum(queries, keys, "b k d, b n d -> b k n") / (queries.shape[-1] ** 0.5 * temperature)
+    scale = queries.shape[-1] ** 0.5 * temperature
+    logits = einsum(queries, keys, "b k d, b n d -> b k n") / scale
     return logits.softmax(dim=1 if compete else 2)  # over k, or over n
 
 
 def weighted_mean(attention: Tensor, values: Tensor) -> Tensor:
-    """attention (b k n) >= 0, values (b n d) -> (b k d): every slot the mean of the pixels it won."""
+    """attention (b k n) >= 0, values (b n d) -> (b k d): the mean of the pixels that a slot won."""
     attention = F.normalize(attention + EPSILON, p=1, dim=2)  # over n
     return einsum(attention, values, "b k n, b n d -> b k d")
 
 
 class PositionEmbedding(nn.Module):
-    """Adds to every cell a linear function of its distances from the four borders (Locatello, E.2)."""
+    """Adds to every cell a linear function of its distances from the four borders [O]."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -111,8 +126,7 @@ class SpatialBroadcastDecoder(nn.Module):
 
     Each slot is repeated in every cell of a grid, is told where each cell is, and becomes, by the
     same convolutions, an image and a mask. The masks compete: a softmax over slots.
-    dim: d of the slots; channels: of the image; width: of the convolutions. It paints at twice the
-    size of the grid.
+    dim: d of the slots; channels: of the image; width: of the convolutions.
     """
 
     def __init__(self, dim: int, channels: int, width: int = 32):
@@ -121,17 +135,16 @@ class SpatialBroadcastDecoder(nn.Module):
         self.paint = nn.Sequential(
             nn.Conv2d(dim, width, 3, padding=1, padding_mode="replicate"), nn.ReLU(),
             nn.Conv2d(width, width, 3, padding=1, padding_mode="replicate"), nn.ReLU(),
-            nn.Upsample(scale_factor=2),
             nn.Conv2d(width, channels + 1, 3, padding=1, padding_mode="replicate"),
         )
 
     def forward(self, slots: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """slots (b k d), grid h w -> image (b c y x) and masks (b k y x), which sum to 1 over k.
+        """slots (b k d), grid h w -> image (b c h w) and masks (b k h w), which sum to 1 over k.
 
         image = sum_k mask_k image_k.
         """
         cells = repeat(slots, "b k d -> (b k) d h w", h=grid[0], w=grid[1])
         painted = self.paint(self.position(cells))
-        painted = rearrange(painted, "(b k) c y x -> b k c y x", k=slots.shape[1])
+        painted = rearrange(painted, "(b k) c h w -> b k c h w", k=slots.shape[1])
         masks = painted[:, :, -1].softmax(dim=1)  # over k
-        return einsum(masks, painted[:, :, :-1], "b k y x, b k c y x -> b c y x"), masks
+        return einsum(masks, painted[:, :, :-1], "b k h w, b k c h w -> b c h w"), masks

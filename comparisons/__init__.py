@@ -1,7 +1,7 @@
 """What the talk sets SlotCon against, a file per system; `compare.py` runs them side by side.
 
-Slide: "Image-level, pixel-level, and object-level contrastive learning" and all that follow it, up to
-"Together". Paper: the related work. Differs: toy scenes, one trunk, one optimizer for all.
+Slide: "Image-level, pixel-level, and object-level contrastive learning" and all that follow it, up
+to "Together". Paper: the related work. Differs: toy scenes, one trunk, one optimizer for all.
 Read next: common.py, the protocol.
 """
 

@@ -67,7 +67,7 @@ class Bench:
         self.judging: dict[tuple, float] = {}  # kind -> seconds
 
     def scenes(self, seed: int, count: int, system: System, preset: str, told: str = "") -> Scenes:
-        """Of training (a seed of 0 on) or to judge on. Scenes of earlier training seeds are dropped."""
+        """Of training, or to judge on. Those of earlier training seeds are dropped."""
         key = (seed, system.sees, told, preset)
         if key not in self.drawn:
             if seed < UNSEEN:
@@ -114,8 +114,8 @@ class Bench:
 
 
 def seconds_each(
-    minutes: float, seeds: int, kinds: Sequence[tuple], judging: Mapping[tuple, float], spent: float,
-    prepared: float,
+    minutes: float, seeds: int, kinds: Sequence[tuple], judging: Mapping[tuple, float],
+    spent: float, prepared: float,
 ) -> float:
     """Equal training seconds for every row and seed: what drawing and judging leave of the minutes.
 

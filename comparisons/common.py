@@ -1,4 +1,4 @@
-"""What the systems of this folder share: one protocol, and the small parts that several of them need.
+"""What the systems of this folder share: one protocol, and small parts that several of them need.
 
 Slide: none. Paper: none. Differs: ours [U].
 Read next: moco.py.
@@ -27,7 +27,7 @@ class Outcome(NamedTuple):
 
 
 class System(nn.Module):
-    """The protocol. A subclass overrides `forward` and `trunk`, and the others where it has them."""
+    """The protocol. A subclass overrides `forward` and `trunk`, the others where it has them."""
 
     sees = "image"  # what of a scene its trunk is shown: "image", or "flow" painted as an image
     told = ""  # what training is told besides: "", "depth", "grid", "color" or "truth"
@@ -38,16 +38,17 @@ class System(nn.Module):
         self, views: Tensor, boxes: Tensor, flipped: Tensor, told: Tensor
     ) -> tuple[Tensor, Outcome]:
         """views (b v 3 y x) normalized; boxes (b v 4), flipped (b v) as SlotCon takes them; told
-        (b v m y x) in 0..1, m = 0 where training is told nothing -> this rank's loss, its outcome."""
+        (b v m y x) in 0..1, m = 0 where training is told nothing -> this rank's loss, its
+        outcome."""
         raise NotImplementedError
 
     @property
     def trunk(self) -> nn.Module:
-        """The trained trunk, images (b 3 y x) -> (b c h w): the teacher's where there is one."""
+        """The trained trunk, images (b 3 y x) -> (b c h w): the teacher's if there is one."""
         raise NotImplementedError
 
     def after_step(self, memo: Any, momentum: float) -> None:
-        """After the optimizer's step: teacher, center and labels follow. momentum: the teacher's."""
+        """After the optimizer's step: teacher, center, labels follow. momentum: the teacher's."""
 
     def maps(self, images: Tensor) -> Tensor | None:
         """images (b 3 y x) normalized -> one map per group (b k h w): the largest one owns a pixel.
@@ -80,8 +81,8 @@ def overlapping(boxes: Tensor) -> Tensor:
 def target_loss(similarity: Tensor, target: Tensor, temperature: float, valid: Tensor) -> Tensor:
     """Cross-entropy of the assignment against what a labeler says, over the images that overlap.
 
-    similarity (b k h w), aligned; target: labels (b h w) in 0..k-1, or shares (b k h w) summing to 1
-    over k; valid (b) bool -> scalar.
+    similarity (b k h w), aligned; target: labels (b h w) in 0..k-1, or shares (b k h w) summing to
+    1 over k; valid (b) bool -> scalar.
     CE = mean_bhw -sum_k target_k log softmax(similarity / temperature)_k.
     """
     entropy = F.cross_entropy(similarity / temperature, target, reduction="none")

@@ -4,9 +4,9 @@ Slide: "Image-level, pixel-level, and object-level contrastive learning", the mi
 Papers: DenseCL (Wang et al., CVPR 2021), section 3.2; PixPro (Xie et al., CVPR 2021), section 3.1.
 Differs: one contrast that keeps what both share. Places correspond by geometry; DenseCL pairs the
 places whose trunk features are most alike, takes its negatives from a queue of pooled vectors of
-other images, and adds the image-level loss with weight 1/2. PixPro also goes by geometry: all places
-within 0.7 of a cell are positives, its final version (PixPro, not PixContrast) smooths one branch by
-feature similarity and has no negatives at all. Here: one positive, all other places are negatives.
+other images, and adds the image-level loss with weight 1/2. PixPro also goes by geometry: all
+places within 0.7 of a cell are positives, its final version (PixPro, not PixContrast) smooths one
+branch by feature similarity and has no negatives. Here: one positive, all others are negatives.
 Read next: given_masks.py.
 """
 

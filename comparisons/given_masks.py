@@ -1,7 +1,7 @@
 """Object level with a prior: the contrast of groups, where the groups are given and not learned.
 
-Slide: "Image-level, pixel-level, and object-level contrastive learning", the right column; table 2's
-column "Obj. Prior". Paper: DetCon (Henaff et al., ICCV 2021), section 3.
+Slide: "Image-level, pixel-level, and object-level contrastive learning", the right column; table
+2's column "Obj. Prior". Paper: DetCon (Henaff et al., ICCV 2021), section 3.
 Differs: the contrast is SlotCon's, so that what is compared is where the masks come from. DetCon
 samples 16 masks per image and leaves the other masks of the same image out of the negatives; here
 every mask takes part. The masks: `grid`, three by three squares (DetCon's "spatial heuristic");
@@ -23,7 +23,6 @@ from losses import pair_slots, slot_contrast
 from slot_attention import weighted_mean
 from slots import SlotPredictor
 from teacher import make_teacher, update_teacher
-
 
 MASKS = 9  # of each scene, at most: seven objects and two kinds of stuff, or three by three squares
 
@@ -71,7 +70,7 @@ class GivenMasks(System):
     def forward(
         self, views: Tensor, boxes: Tensor, flipped: Tensor, told: Tensor
     ) -> tuple[Tensor, Outcome]:
-        """told (b v k y x): the masks, cut like the views. L = contrast(s1, t2) + contrast(s2, t1)."""
+        """told (b v k y x): masks, cut like the views. L = contrast(s1, t2) + contrast(s2, t1)."""
         masks = told.unbind(1)  # over v
         (s1, seen1), (s2, seen2) = map(pool_in_masks, each_view(self.student, views), masks)
         with torch.no_grad():

@@ -1,7 +1,8 @@
 """Training of one system, by the clock or by steps: the pieces of engine/ in the order of train.py.
 
-Slide: none. Paper: none. Differs: nothing is resumed and nothing is kept; schedules follow the share of
-the time that is used up, so that every system ends with a small learning rate after the same seconds.
+Slide: none. Paper: none. Differs: nothing is resumed and nothing is kept; schedules follow the
+share of the time that is used up, so that every system ends with a small learning rate after the
+same seconds.
 """
 
 from __future__ import annotations
@@ -58,9 +59,10 @@ def learn(
 ) -> dict[str, float]:
     """Train a system in place.
 
-    crops, photometric: what makes views; settings: values under the configuration's names; folder: for
-    the list of unreadable images, of which toy scenes have none. Returns steps, seconds, bad_steps, and
-    loss, the mean of the last tenth. Raises ValueError where twenty steps in a row have no finite loss.
+    crops, photometric: what makes views; settings: values under the configuration's names; folder:
+    for the list of unreadable images, of which toy scenes have none. Returns steps, seconds,
+    bad_steps, and loss, the mean of the last tenth. Raises ValueError where twenty steps in a row
+    have no finite loss.
     """
     c = SimpleNamespace(**settings)
     place = Place(torch.device("cpu"), 0, 1)
@@ -108,7 +110,7 @@ def learn(
 def prepare(
     system: System, views: Tensor, photometric: Photometric, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """views (b v 3+m y x) uint8 -> what is seen (b v 3 y x) normalized, what is told (b v m y x) in 0..1.
-    The colors of flow are directions, so they are not jittered."""
+    """views (b v 3+m y x) uint8 -> what is seen (b v 3 y x) normalized, what is told (b v m y x) in
+    0..1. The colors of flow are directions, so they are not jittered."""
     seen, told = views[:, :, :3], views[:, :, 3:].float() / 255
     return normalize(seen) if system.sees == "flow" else photometric(seen, generator), told

@@ -1,11 +1,11 @@
 """Motion as the cue: slots that must paint the optical flow again find what moves as one.
 
 Slide: "And also on real-world data if motion or depth is available".
-Paper: Yang et al., ICCV 2021, "Self-Supervised Video Object Segmentation by Motion Grouping", sec. 3.
+Paper: "Self-Supervised Video Object Segmentation by Motion Grouping", Yang et al., ICCV 2021.
 Differs: the true flow of toy.py's frame pairs instead of an estimated one; more slots than two, and
-no consistency between several flows of one frame. As in the paper the trunk is shown the flow, never
-the image: a single image does not say how things will move. So its features know shapes and motion
-only, and the probe reads classes off those. Both crops are cut from the flow; no color is jittered.
+no consistency between several flows of one frame. As in the paper the trunk is shown the flow,
+never the image: a single image does not say how things will move. So its features know shapes and
+motion only, and the probe reads classes off those. Crops are cut from the flow, without jitter.
 Read next: depth.py.
 """
 

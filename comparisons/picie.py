@@ -23,8 +23,8 @@ class Picie(Kmeans):
     def forward(
         self, views: Tensor, boxes: Tensor, flipped: Tensor, told: Tensor
     ) -> tuple[Tensor, Outcome]:
-        """L = within + across = CE(s1, y1) + CE(s2, y2) + CE(s1, y2) + CE(s2, y1), divided by 4, all
-        at the places that both views show."""
+        """L = within + across = CE(s1, y1) + CE(s2, y2) + CE(s1, y2) + CE(s2, y1), divided by 4,
+        all at the places that both views show."""
         if not self.recent:
             self.recent.append(views)
             self.reassign()

@@ -2,8 +2,8 @@
 
 Slide: none. Paper: none. Differs: ours [U].
 
-What is told is stacked behind the image's three channels, so that both are cut, resized and mirrored
-by the same `data.TwoCrops`; all that is told is a number per pixel, so that resizing means something.
+What is told is stacked behind the image's three channels, so that both are cut, resized and
+mirrored by the same `data.TwoCrops`. All that is told are amounts, which may be interpolated.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from comparisons.motion import SPEED, flow_image
 
 
 class Scenes:
-    """`count` scenes of a seed, a sequence of uint8 images for the loader, with the truth beside it.
+    """`count` scenes of a seed: a sequence of uint8 images for the loader, and the truth.
 
     sees: "image" or "flow"; told: "", "depth", "grid", "color" or "truth"; preset: of toy.py.
     images (n 3+m y x) uint8: what is seen, then what is told; colors (n 3 y x) uint8: the image,

@@ -1,10 +1,10 @@
-"""Centering and sharpening alone: the teacher labels, the student predicts, and no slot is contrasted.
+"""Centering and sharpening alone: the teacher labels, the student predicts, no slot is contrasted.
 
-Slide: "Towards semantic prototypes: deep clustering" (self-distillation, stop-gradient, centering and
-sharpening). Papers: DINO (Caron et al., ICCV 2021), on pixels; SlotCon at group weight 1 (table 6b).
+Slide: "Towards semantic prototypes: deep clustering" (self-distillation, stop-gradient, centering
+and sharpening). Papers: DINO (Caron et al., ICCV 2021), on pixels; SlotCon's table 6b, weight 1.
 Differs: DINO warms the teacher's temperature up, uses more than two views, and its prototypes are
-the rows of a linear layer without gradient in the first epoch. Three of the four ways not to collapse
-are numbers of the configuration (recipes.py, table "collapse"); the fourth stands here.
+the rows of a linear layer without gradient in the first epoch. Three of the four ways not to
+collapse are numbers of the configuration (recipes.py, table "collapse"); the fourth stands here.
 Read next: slotcon.py of this folder.
 """
 
@@ -35,7 +35,7 @@ def both_branches(
 
 
 class SelfDistillation(WholeMethod):
-    """SlotCon without the slot loss; stop_gradient=False: the student is its own teacher, with gradient.
+    """SlotCon without the slot loss. stop_gradient=False: the student labels, with gradient.
 
     settings: of `slotcon.SlotCon`, except for the group weight, which is 1.
     """

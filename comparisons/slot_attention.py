@@ -2,10 +2,10 @@
 
 Slides: "On object discovery: the Slot Attention mechanism"; "Slot Attention works well on toy data
 with reconstruction". Paper: Locatello et al., NeurIPS 2020, sections 2 and 3.1.
-Differs: our trunk instead of four 5x5 convolutions at full resolution; the decoder paints at half the
-size of the view, on one view per image, so that a step is not ten times as long as the others'; the
-image is painted as the trunk sees it, with jittered colors. Groups are the decoder's masks, as in
-the paper; they have no names, so mIoU and NMI are measured on clusters of the trunk's features.
+Differs: our trunk instead of four 5x5 convolutions at full resolution; the decoder paints one
+view per image, at the size of the trunk's map, so that a step is not ten times as long as others;
+the image is painted as the trunk sees it, with jittered colors. Groups are the decoder's masks, as
+in the paper; they have no names, so mIoU and NMI are measured on clusters of the trunk's features.
 Read next: independent_queries.py.
 """
 
@@ -59,7 +59,7 @@ class Reconstruction(System):
         return SlotAttention(dim, NUM_SLOTS)
 
     def target(self, view: Tensor, told: Tensor) -> Tensor:
-        """What is to be painted, of one view: view (b 3 y x), told (b m y x) -> (b channels y x)."""
+        """What is to be painted of a view: view (b 3 y x), told (b m y x) -> (b channels y x)."""
         return view
 
     def forward(
@@ -72,7 +72,7 @@ class Reconstruction(System):
         return loss, Outcome(loss.detach())
 
     def paint(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images (b 3 y x) -> painted (b channels y x), masks (b k y x) summing to 1 over k."""
+        """images (b 3 y x) -> painted (b channels h w), masks (b k h w) summing to 1 over k."""
         pixels = self.encoder(images)
         slots, _ = self.slots(rearrange(pixels, "b d h w -> b (h w) d"))
         return self.decoder(slots, pixels.shape[-2:])

@@ -1,10 +1,10 @@
 """The road the talk gave up: slots of each view alone, matched between the views, then contrasted.
 
-Slide: "And..., what about real-world images?" ("Matching the slots procured from two views is hard").
+Slide: "And..., what about real-world images?" ("Matching the slots [of] two views is hard").
 Paper: none; the talk's own attempt before SlotCon, of which nothing was published.
 Differs: everything is our reading of one slide [U]: Slot Attention per view, a momentum teacher for
-the other view, the Hungarian method on cosines, and SlotCon's contrast of what was matched, with all
-other slots of the batch as negatives. Groups are the attention of the teacher's last iteration.
+the other view, the Hungarian method on cosines, and SlotCon's contrast of what was matched, with
+all other slots of the batch as negatives. Groups are the attention of the teacher's last iteration.
 Read next: common.py, then compare.py, which runs all of them.
 """
 
@@ -26,7 +26,7 @@ from teacher import make_teacher, update_teacher
 
 
 class SlotNetwork(nn.Module):
-    """Encoder and Slot Attention: images (b 3 y x) -> slots (b k d), the last attention (b k h w)."""
+    """Encoder and Slot Attention: images (b 3 y x) -> slots (b k d), last attention (b k h w)."""
 
     def __init__(self, arch: str, dim_hidden: int, dim_out: int):
         super().__init__()
@@ -87,7 +87,7 @@ class SlotMatching(System):
     def forward(
         self, views: Tensor, boxes: Tensor, flipped: Tensor, told: Tensor
     ) -> tuple[Tensor, Outcome]:
-        """L = contrast(q1, t2, matched) + contrast(q2, t1, matched); s, not q, is matched with t."""
+        """L = contrast(q1, t2) + contrast(q2, t1); s, not q = predictor(s), is matched with t."""
         (s1, _), (s2, _) = each_view(self.student, views)
         with torch.no_grad():
             (t1, _), (t2, _) = each_view(self.teacher, views)

@@ -1,12 +1,14 @@
 """The same measures for every system that compare.py runs, whatever kind of groups it makes.
 
-Slide: "Understanding the semantic grouping ability". Paper: table 5, and the papers of comparisons/.
+Slide: "Understanding the semantic grouping ability". Paper: table 5, and the papers of
+comparisons/.
 Differs: ours [U].
 Read next: comparison_image.py.
 
-Groups with names, the same in all scenes, are matched with the classes over all scenes. Groups without
-names (the slots of one image) and features without groups cannot be: for them k-means on the trunk's
-features stands in, and the result says so. The Rand index needs no names, so it is of the groups.
+Groups with names, the same in all scenes, are matched with the classes over all scenes. Groups
+without names (the slots of one image) and features without groups cannot be: for them k-means on
+the trunk's features stands in, and the result says so. The Rand index needs no names, so it is of
+the groups.
 """
 
 from __future__ import annotations
@@ -48,9 +50,9 @@ def judge(
 ) -> tuple[dict[str, Any], Tensor]:
     """Every measure of one system on the CPU, and its groups (n y x) for the image.
 
-    trunk: images (b 3 y x) normalized -> (b c h w), in evaluation mode; maps: the system's, or None;
-    per_image: the groups have no names; labeled: the few scenes that the probe learns from; k: number
-    of clusters where k-means stands in.
+    trunk: images (b 3 y x) normalized -> (b c h w), in evaluation mode; maps: the system's, or
+    None; per_image: the groups have no names; labeled: the few scenes that the probe learns from;
+    k: number of clusters where k-means stands in.
     """
     size = truth.seen.shape[-2:]
     device = next(trunk.parameters()).device
@@ -61,7 +63,8 @@ def judge(
     groups = clusters if own[0] is None else torch.cat([winner(m.cpu(), size) for m in own])
     named = groups if clusters is None else clusters
     found = dict(
-        named_by=OWN if clusters is None else CLUSTERS, grouped_by=CLUSTERS if own[0] is None else OWN,
+        named_by=OWN if clusters is None else CLUSTERS,
+        grouped_by=CLUSTERS if own[0] is None else OWN,
         **agreement(named, truth.semantic.long(), num_classes),
         probe_miou=probe(trunk, labeled, features, truth.semantic.long(), num_classes),
         ari_instances=rand_index(groups, truth.regions),
@@ -104,7 +107,7 @@ def cluster_maps(features: Tensor, k: int, seed: int = 0) -> Tensor:
         centers, _ = kmeans2(some, k, minit=start, rng=rng, iter=20)
     centers = torch.from_numpy(centers).to(rows.dtype)
     dots = einsum(centers, directions, "k c, n c h w -> n k h w")
-    return 2 * dots - centers.square().sum(1)[:, None, None]  # over c; |direction|^2 is the same for all
+    return 2 * dots - centers.square().sum(1)[:, None, None]  # over c; |direction|^2 never differs
 
 
 @torch.enable_grad()
@@ -121,8 +124,8 @@ def probe(
 
 
 def groups_in_use(groups: Tensor, per_image: bool) -> int:
-    """groups (n y x) -> how many own a pixel: in all scenes together, or, where they have no names, in
-    the scene that has the most."""
+    """groups (n y x) -> how many own a pixel: in all scenes together, or, where they have no names,
+    in the scene that has the most."""
     return max(len(some.unique()) for some in (groups if per_image else [groups]))
 
 
@@ -133,8 +136,9 @@ def collapsed(found: dict[str, Any], untrained: dict[str, Any]) -> bool:
 
 def brief(label: str, record: Mapping[str, Any]) -> str:
     """One line about one row and seed, for the eye."""
-    return (f"seed {record['seed']}  {label:<28} mIoU {record['miou']:.3f}  NMI {record['nmi']:.3f}  "
-            f"probe {record['probe_miou']:.3f}  {record['steps']} steps in {record['seconds']:.0f} s"
+    return (f"seed {record['seed']}  {label:<28} mIoU {record['miou']:.3f}  "
+            f"NMI {record['nmi']:.3f}  probe {record['probe_miou']:.3f}  "
+            f"{record['steps']} steps in {record['seconds']:.0f} s"
             + ("  collapsed" if record["collapsed"] else ""))
 
 
@@ -146,19 +150,20 @@ COLUMNS = {  # key of a row -> heading
 
 
 def format_table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """For the eye: label -> the records of its seeds; the median of each number, and how many of the
-    seeds have collapsed. A star: k-means on the trunk's features stands in for the groups."""
+    """For the eye: label -> the records of its seeds; the median of each number, and how many of
+    the seeds have collapsed. A star: k-means on the trunk's features stands in for the groups."""
     lines = [" " * 30 + "".join(f"{heading:>10}" for heading in COLUMNS.values()) + " collapsed"]
     for label, records in rows.items():
         cells = ""
         for key in COLUMNS:
             values = [record[key] for record in records if key in record]
-            star = "*" if key in ("miou", "nmi") and records[0]["named_by"] == CLUSTERS or (
-                key.startswith("ari") and records[0]["grouped_by"] == CLUSTERS) else " "
+            how = "named_by" if key in ("miou", "nmi") else "grouped_by"
+            measured = key.startswith(("miou", "nmi", "ari"))
+            star = "*" if measured and records[0][how] == CLUSTERS else " "
             digits = 0 if key in ("groups_used", "steps", "seconds") else 3
             cells += f"{np.median(values):>9.{digits}f}{star}" if values else " " * 10
         gone = sum(record.get("collapsed", False) for record in records)
         lines.append(f"{label[:30]:<30}{cells} " + (f"{gone} of {len(records)}" if gone else "no"))
-    lines.append(f"* of {CLUSTERS}: the system has no groups, or none with names. Collapsed: fewer than "
-                 f"{FEWEST_GROUPS} groups, or NMI not above the untrained network's.")
+    lines.append(f"* of {CLUSTERS}: the system has no groups, or none with names.\nCollapsed: "
+                 f"fewer than {FEWEST_GROUPS} groups in use, or NMI not above the untrained network's.")
     return "\n".join(lines)

@@ -153,7 +153,7 @@ def slow_conv(layer, image):
 def test_every_slot_paints_a_whole_image_and_a_softmax_over_slots_mixes_them():
     module, slots = SpatialBroadcastDecoder(D, C, width=6).double(), random(B, K, D)
     image, masks = module(slots, (3, 2))
-    assert image.shape == (B, C, 6, 4) and masks.shape == (B, K, 6, 4)
+    assert image.shape == (B, C, 3, 2) and masks.shape == (B, K, 3, 2)
     convolutions = [layer for layer in module.paint if isinstance(layer, nn.Conv2d)]
     for b in range(B):
         painted = []
@@ -162,7 +162,6 @@ def test_every_slot_paints_a_whole_image_and_a_softmax_over_slots_mixes_them():
             x = module.position(cells[None])[0]
             x = slow_conv(convolutions[0], x).clamp(min=0)
             x = slow_conv(convolutions[1], x).clamp(min=0)
-            x = x.repeat_interleave(2, 1).repeat_interleave(2, 2)
             painted.append(slow_conv(convolutions[2], x))
         shares = torch.stack([each[C].exp() for each in painted])
         shares = shares / shares.sum(0)
