@@ -7,7 +7,7 @@ samples 16 masks per image and leaves the other masks of the same image out of t
 every mask takes part. The masks: `grid`, three by three squares (DetCon's "spatial heuristic");
 `color`, clusters of the colors of each scene (its Felzenszwalb segments); `truth`, every object and
 both kinds of stuff as they were drawn, the upper bound.
-Read next: kmeans.py.
+Read next: slot_attention.py of this folder.
 """
 
 from __future__ import annotations

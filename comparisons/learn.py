@@ -87,9 +87,9 @@ def learn(
             if verdict.good:
                 gradient.step(learning_rate(
                     PARTS * used, PARTS, PARTS * c.warmup_epochs / c.epochs, peak))
-                system.after_step(outcomes[0].memo, teacher_momentum(
-                    PARTS * used, PARTS, c.momentum_teacher, c.momentum_teacher_end))
                 step, bad = step + 1, 0
+                system.after_step(outcomes[0].memo, teacher_momentum(
+                    PARTS * budget.used(step), PARTS, c.momentum_teacher, c.momentum_teacher_end))
                 losses.append(verdict.values[0])
             else:
                 undo.undo()

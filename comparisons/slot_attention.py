@@ -65,7 +65,7 @@ class Reconstruction(System):
     def forward(
         self, views: Tensor, boxes: Tensor, flipped: Tensor, told: Tensor
     ) -> tuple[Tensor, Outcome]:
-        """L = mean squared error of the painted first view, at the decoder's size."""
+        """L = mean squared error of the painted first view, at the size of the map."""
         painted, _ = self.paint(views[:, 0])
         target = F.adaptive_avg_pool2d(self.target(views[:, 0], told[:, 0]), painted.shape[-2:])
         loss = F.mse_loss(painted, target)

@@ -5,7 +5,7 @@ Paper: none; the talk's own attempt before SlotCon, of which nothing was publish
 Differs: everything is our reading of one slide [U]: Slot Attention per view, a momentum teacher for
 the other view, the Hungarian method on cosines, and SlotCon's contrast of what was matched, with
 all other slots of the batch as negatives. Groups are the attention of the teacher's last iteration.
-Read next: common.py, then compare.py, which runs all of them.
+Read next: kmeans.py.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Slide: "Together: solving segmentation & representation jointly". Paper: section 3.
 Differs: nothing known from the top-level slotcon.py, which it calls.
-Read next: slot_attention.py of this folder.
+Read next: compare.py, which runs all of them.
 """
 
 from __future__ import annotations

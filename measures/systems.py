@@ -164,6 +164,7 @@ def format_table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             cells += f"{np.median(values):>9.{digits}f}{star}" if values else " " * 10
         gone = sum(record.get("collapsed", False) for record in records)
         lines.append(f"{label[:30]:<30}{cells} " + (f"{gone} of {len(records)}" if gone else "no"))
-    lines.append(f"* of {CLUSTERS}: the system has no groups, or none with names.\nCollapsed: "
-                 f"fewer than {FEWEST_GROUPS} groups in use, or NMI not above the untrained network's.")
+    lines += [f"* of {CLUSTERS}: the system has no groups, or none with names.",
+              f"Collapsed: fewer than {FEWEST_GROUPS} groups in use, or NMI not above the untrained "
+              "network's."]
     return "\n".join(lines)

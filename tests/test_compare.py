@@ -17,11 +17,13 @@ from torch import nn
 import compare
 import comparisons
 import recipes
+import train
 from comparisons.bench import STARTING, Bench, seconds_each
 from comparisons.common import Outcome, System
 from comparisons.learn import Budget, learn
 from comparisons.scenes import Scenes
 from data import TwoCrops
+from engine.schedule import warm_up
 from measures import metrics, systems
 from measures.comparison_image import save_comparison
 from measures.labels import UNSEEN
@@ -334,6 +336,28 @@ def test_two_systems_two_seeds_from_the_command_line_to_the_file(tmp_path, monke
     one, two = found["systems"]["moco"]
     assert one["nmi"] != two["nmi"]
     assert "slot_attention: flat" in capsys.readouterr().out
+
+
+def test_slotcon_here_is_train_py_weight_for_weight(tmp_path):
+    """Same seed, batches, colors, schedules, optimizer, center and teacher: four steps of both."""
+    small = ["--toy-scenes", "32", "--epochs", "2", "--workers", "0", "--device", "cpu", "--toy-test-scenes", "8",
+             "--seed", "5", "--momentum-teacher-end", "1.0", "--warmup-epochs", "0.5"]
+    train.main([*small, "--output-dir", str(tmp_path)])
+    expected = torch.load(tmp_path / "last.pth", weights_only=False)["model"]
+    c, _ = recipes.parse(["--preset", "toy", *small], "")
+    entry = compare.entries_of(compare.parse(["--only", "slotcon"]))[0]
+    entry = entry._replace(settings=recipes.dataclasses.asdict(c))
+    system = entry.build(5)
+    learn(system, Scenes(5, 32), entry.crops, entry.photometric, entry.settings, Budget(steps=4), tmp_path)
+    found = system.method.state_dict()
+    assert found.keys() == expected.keys() and not expected["center"].eq(0).all()
+    for name in found:
+        assert torch.allclose(found[name], expected[name], rtol=1e-5, atol=1e-7), name
+
+
+def test_a_warm_up_is_a_straight_line_and_off_without_steps():
+    assert [warm_up(step, 4, 0.02, 0.06) for step in (0, 1, 3, 4, 9)] == pytest.approx([0.02, 0.03, 0.05, 0.06, 0.06])
+    assert warm_up(0, 0, 0.02, 0.06) == 0.06
 
 
 def test_judging_does_not_depend_on_training_order(tmp_path):
