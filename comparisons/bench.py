@@ -50,8 +50,9 @@ class Entry(NamedTuple):
     def kind(self) -> tuple:
         """Entries of one kind have the same measures before training."""
         system = self.build(0)
-        own = type(system).maps is not System.maps and not system.per_image
-        return system.sees, self.preset, own, self.settings["num_prototypes"]
+        own = type(system).maps is not System.maps
+        slots = self.name if system.per_image else ""  # start like no other
+        return system.sees, self.preset, own, slots, self.settings["num_prototypes"]
 
 
 class Bench:

@@ -165,6 +165,6 @@ def format_table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         gone = sum(record.get("collapsed", False) for record in records)
         lines.append(f"{label[:30]:<30}{cells} " + (f"{gone} of {len(records)}" if gone else "no"))
     lines += [f"* of {CLUSTERS}: the system has no groups, or none with names.",
-              f"Collapsed: fewer than {FEWEST_GROUPS} groups in use, or NMI not above the untrained "
-              "network's."]
+              f"Collapsed: fewer than {FEWEST_GROUPS} groups in use, or NMI not above that of the "
+              "untrained network."]
     return "\n".join(lines)
