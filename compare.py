@@ -53,7 +53,8 @@ def run(args: argparse.Namespace, began: float) -> None:
         if seed == 0 and not args.steps:
             kinds, now = [entry.kind() for entry in entries], time.perf_counter()
             seconds = seconds_each(
-                args.minutes, args.seeds, kinds, bench.judging, now - began, now - drawing)
+                args.minutes, args.seeds, kinds, bench.judging, now - began, now - drawing
+            )
         for entry in entries:
             record, groups = bench.row(entry, seed, Budget(seconds, args.steps), args.output_dir)
             rows[entry.label].append(record)
@@ -61,23 +62,42 @@ def run(args: argparse.Namespace, began: float) -> None:
             print(systems.brief(entry.label, record), flush=True)
             write(args, rows, seconds, time.perf_counter() - began)
     scenes = Scenes(UNSEEN, SHOWN)
-    save_comparison(args.output_dir / "comparison.png", scenes.colors, scenes.semantic,
-                    scenes.regions, shown, f"{title(args)}: groups in scenes never trained on")
-    print(f"\n{title(args)}, median of {args.seeds} seed(s)\n{systems.format_table(rows)}\n\n"
-          f"{time.perf_counter() - began:.0f} s in all; comparison.json and comparison.png are in "
-          f"{args.output_dir}")
+    save_comparison(
+        args.output_dir / "comparison.png",
+        scenes.colors,
+        scenes.semantic,
+        scenes.regions,
+        shown,
+        f"{title(args)}: groups in scenes never trained on",
+    )
+    print(
+        f"\n{title(args)}, median of {args.seeds} seed(s)\n{systems.format_table(rows)}\n\n"
+        f"{time.perf_counter() - began:.0f} s in all; comparison.json and comparison.png are in "
+        f"{args.output_dir}"
+    )
 
 
 def entries_of(args: argparse.Namespace) -> list[Entry]:
     """The rows that the command line asks for."""
+
     def entry(label, name, variant, given=(), arguments=(), preset="scene") -> Entry:
         c, _ = recipes.parse(["--preset", "toy", *given], __doc__)
-        return Entry(label, name, variant, dataclasses.asdict(c), dict(arguments),
-                     recipes.crops_of(c), recipes.photometric_of(c), preset)
+        return Entry(
+            label,
+            name,
+            variant,
+            dataclasses.asdict(c),
+            dict(arguments),
+            recipes.crops_of(c),
+            recipes.photometric_of(c),
+            preset,
+        )
 
     if args.table:
-        return [entry(row.label, row.system, row.label, row.toy, row.arguments)
-                for row in recipes.TABLES[args.table][1]]
+        return [
+            entry(row.label, row.system, row.label, row.toy, row.arguments)
+            for row in recipes.TABLES[args.table][1]
+        ]
     entries = []
     for name in args.only or comparisons.SYSTEMS:
         for variant in comparisons.VARIANTS.get(name, (comparisons.Variant(),)):
@@ -96,23 +116,46 @@ def write(args: argparse.Namespace, rows: dict[str, list[dict]], seconds: float,
     for label, records in rows.items():
         for record in records:
             by_name.setdefault(label if args.table else record["system"], []).append(record)
-    files.write_json(args.output_dir / "comparison.json", dict(
-        table=args.table or "", seeds=args.seeds, minutes=args.minutes, steps=args.steps,
-        training_seconds_each=seconds, seconds=spent, labeled_scenes=LABELED,
-        k=recipes.PRESETS["toy"].num_prototypes, systems=by_name))
+    files.write_json(
+        args.output_dir / "comparison.json",
+        dict(
+            table=args.table or "",
+            seeds=args.seeds,
+            minutes=args.minutes,
+            steps=args.steps,
+            training_seconds_each=seconds,
+            seconds=spent,
+            labeled_scenes=LABELED,
+            k=recipes.PRESETS["toy"].num_prototypes,
+            systems=by_name,
+        ),
+    )
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line. Raises ValueError with one line."""
-    parser = options.Parser("compare.py", description=__doc__, allow_abbrev=False,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.Parser(
+        "compare.py",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
-    add("--only", nargs="+", choices=tuple(comparisons.SYSTEMS), metavar="NAME",
-        help=f"these systems: {', '.join(comparisons.SYSTEMS)}")
+    add(
+        "--only",
+        nargs="+",
+        choices=tuple(comparisons.SYSTEMS),
+        metavar="NAME",
+        help=f"these systems: {', '.join(comparisons.SYSTEMS)}",
+    )
     add("--table", choices=tuple(recipes.TABLES), help="the rows of a table of the slides instead")
     add("--seeds", type=options.positive, default=1, help="with the seeds 0 .. N-1 (default: 1)")
-    add("--minutes", type=float, help="wall time of the whole command, evaluation included; every "
-        f"row has equal training seconds (default: {MINUTES:g} per seed)")
+    add(
+        "--minutes",
+        type=float,
+        help="wall time of the whole command, evaluation included; every "
+        f"row has equal training seconds (default: {MINUTES:g} per seed)",
+    )
     add("--steps", type=options.whole, default=0, help="equal steps for every row instead")
     add("--scenes", type=options.whole, default=0, help="unseen scenes; 0: as many as the preset")
     add("--output-dir", type=path, default=Path("runs/compare"), help="default: runs/compare")

@@ -133,8 +133,10 @@ class SpatialBroadcastDecoder(nn.Module):
         super().__init__()
         self.position = PositionEmbedding(dim)
         self.paint = nn.Sequential(
-            nn.Conv2d(dim, width, 3, padding=1, padding_mode="replicate"), nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1, padding_mode="replicate"), nn.ReLU(),
+            nn.Conv2d(dim, width, 3, padding=1, padding_mode="replicate"),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1, padding_mode="replicate"),
+            nn.ReLU(),
             nn.Conv2d(width, channels + 1, 3, padding=1, padding_mode="replicate"),
         )
 

@@ -1,4 +1,5 @@
-"""Pretrain SlotCon: student, teacher, center and two losses, on toy scenes or on a folder of photographs.
+"""Pretrain SlotCon: student, teacher, center and two losses, on toy scenes or on a folder of
+photographs.
 
     python train.py                                                   toy scenes, two minutes
     python train.py --preset coco-r50 --data-dir COCO                 the published recipe

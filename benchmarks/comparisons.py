@@ -13,8 +13,14 @@ import statistics
 import sys
 from pathlib import Path
 
-MEASURES = {"miou": "mIoU", "nmi": "NMI", "probe_miou": "probe mIoU", "ari_instances": "ARI instances",
-            "ari_objects": "ARI objects", "ari_classes": "ARI classes"}
+MEASURES = {
+    "miou": "mIoU",
+    "nmi": "NMI",
+    "probe_miou": "probe mIoU",
+    "ari_instances": "ARI instances",
+    "ari_objects": "ARI objects",
+    "ari_classes": "ARI classes",
+}
 
 
 def rows_of(found: dict) -> dict[str, list[dict]]:
@@ -32,8 +38,10 @@ def cell(values: list[float]) -> str:
 
 
 def main_table(rows: dict[str, list[dict]]) -> str:
-    lines = ["| row | " + " | ".join(MEASURES.values()) + " | groups used | steps | collapsed |",
-             "|---" * (len(MEASURES) + 4) + "|"]
+    lines = [
+        "| row | " + " | ".join(MEASURES.values()) + " | groups used | steps | collapsed |",
+        "|---" * (len(MEASURES) + 4) + "|",
+    ]
     for label, records in rows.items():
         cells = []
         for key in MEASURES:
@@ -43,12 +51,17 @@ def main_table(rows: dict[str, list[dict]]) -> str:
         used = statistics.median(record["groups_used"] for record in records)
         steps = statistics.median(record["steps"] for record in records)
         gone = sum(record["collapsed"] for record in records)
-        lines.append(f"| {label} | {' | '.join(cells)} | {used:g} | {steps:g} | {gone} of {len(records)} |")
+        lines.append(
+            f"| {label} | {' | '.join(cells)} | {used:g} | {steps:g} | {gone} of {len(records)} |"
+        )
     return "\n".join(lines)
 
 
 def untrained_table(rows: dict[str, list[dict]]) -> str:
-    lines = ["| before training | " + " | ".join(MEASURES.values()) + " |", "|---" * (len(MEASURES) + 1) + "|"]
+    lines = [
+        "| before training | " + " | ".join(MEASURES.values()) + " |",
+        "|---" * (len(MEASURES) + 1) + "|",
+    ]
     seen = {}
     for label, records in rows.items():
         cells = [cell([record["untrained"][key] for record in records]) for key in MEASURES]
@@ -58,24 +71,39 @@ def untrained_table(rows: dict[str, list[dict]]) -> str:
 
 
 def beyond_the_spread(rows: dict[str, list[dict]], reference: str) -> str:
-    lines = [f"| measure | clearly below {reference} | within the spread | clearly above {reference} |", "|---|---|---|---|"]
+    lines = [
+        f"| measure | clearly below {reference} | within the spread | clearly above {reference} |",
+        "|---|---|---|---|",
+    ]
     for key, title in MEASURES.items():
         ours = [record[key] for record in rows[reference]]
         sides: dict[str, list[str]] = {"below": [], "within": [], "above": []}
         for label, records in rows.items():
             values = [record[key] for record in records]
-            side = "below" if max(values) < min(ours) else "above" if min(values) > max(ours) else "within"
+            side = (
+                "below"
+                if max(values) < min(ours)
+                else "above"
+                if min(values) > max(ours)
+                else "within"
+            )
             if label != reference:
                 sides[side].append(label)
-        lines.append(f"| {title} | " + " | ".join(", ".join(side) or "none" for side in sides.values()) + " |")
+        lines.append(
+            f"| {title} | "
+            + " | ".join(", ".join(side) or "none" for side in sides.values())
+            + " |"
+        )
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
     found = json.loads(Path(sys.argv[1]).read_text())
     rows = rows_of(found)
-    print(f"{found['seeds']} seed(s), {found['training_seconds_each']:.0f} s of training each, "
-          f"{found['seconds'] / 60:.0f} minutes in all, k = {found['k']}\n")
+    print(
+        f"{found['seeds']} seed(s), {found['training_seconds_each']:.0f} s of training each, "
+        f"{found['seconds'] / 60:.0f} minutes in all, k = {found['k']}\n"
+    )
     print(main_table(rows), "", untrained_table(rows), sep="\n")
     reference = "slotcon" if "slotcon" in rows else next(iter(rows))
     print("", beyond_the_spread(rows, sys.argv[2] if len(sys.argv) > 2 else reference), sep="\n")

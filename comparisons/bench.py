@@ -89,34 +89,59 @@ class Bench:
 
     def truths(self, system: System, preset: str) -> list[systems.Truth]:
         """The scenes that are judged on, and the few labeled ones that the probe learns from."""
-        drawn = [self.scenes(UNSEEN, self.test_count, system, preset),
-                 self.scenes(UNSEEN + 1, LABELED, system, preset)]
+        drawn = [
+            self.scenes(UNSEEN, self.test_count, system, preset),
+            self.scenes(UNSEEN + 1, LABELED, system, preset),
+        ]
         return [systems.Truth(s.images, s.semantic, s.regions, s.instance) for s in drawn]
 
     def judge(self, system: System, entry: Entry) -> tuple[dict[str, Any], Tensor]:
         """All measures of a system on unseen scenes, and its groups (n y x)."""
         system.eval()
         truth, labeled = self.truths(system, entry.preset)
-        return systems.judge(system.trunk, system.maps, system.per_image, truth, labeled,
-                             entry.settings["num_prototypes"], len(toy.CLASS_NAMES))
+        return systems.judge(
+            system.trunk,
+            system.maps,
+            system.per_image,
+            truth,
+            labeled,
+            entry.settings["num_prototypes"],
+            len(toy.CLASS_NAMES),
+        )
 
     def row(self, entry: Entry, seed: int, budget: Budget, folder: Path) -> tuple[dict, Tensor]:
         """Train and judge: everything that is known of a row, and its groups (n y x)."""
         system = entry.build(seed)
         scenes = self.scenes(seed, self.count, system, entry.preset, system.told)
-        trained = learn(system, scenes, entry.crops, entry.photometric,
-                        {**entry.settings, "seed": seed}, budget, folder)
+        trained = learn(
+            system,
+            scenes,
+            entry.crops,
+            entry.photometric,
+            {**entry.settings, "seed": seed},
+            budget,
+            folder,
+        )
         found, groups = self.judge(system, entry)
         first = self.untrained[seed, entry.kind()]
         return dict(
-            system=entry.name, variant=entry.variant, seed=seed, **found, **trained,
+            system=entry.name,
+            variant=entry.variant,
+            seed=seed,
+            **found,
+            **trained,
             untrained={key: first[key] for key in systems.MEASURES},
-            collapsed=systems.collapsed(found, first)), groups
+            collapsed=systems.collapsed(found, first),
+        ), groups
 
 
 def seconds_each(
-    minutes: float, seeds: int, kinds: Sequence[tuple], judging: Mapping[tuple, float],
-    spent: float, prepared: float,
+    minutes: float,
+    seeds: int,
+    kinds: Sequence[tuple],
+    judging: Mapping[tuple, float],
+    spent: float,
+    prepared: float,
 ) -> float:
     """Equal training seconds for every row and seed: what drawing and judging leave of the minutes.
 
@@ -127,6 +152,8 @@ def seconds_each(
     left = 60 * minutes - spent - (seeds - 1) * prepared - 5  # the image at the end
     left -= seeds * (1.2 * sum(judging[kind] for kind in kinds) + STARTING * len(kinds))
     if left < rows:
-        raise ValueError(f"{minutes:g} minutes leave no second of training to each of {len(kinds)} "
-                         f"rows and {seeds} seed(s): {minutes + (rows - left) / 60:.1f} would")
+        raise ValueError(
+            f"{minutes:g} minutes leave no second of training to each of {len(kinds)} "
+            f"rows and {seeds} seed(s): {minutes + (rows - left) / 60:.1f} would"
+        )
     return left / rows

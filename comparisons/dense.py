@@ -69,8 +69,9 @@ class Dense(System):
         q1, q2 = (inverse_augmentation(queries[i], boxes[:, i], flipped[:, i]) for i in (0, 1))
         k1, k2 = (inverse_augmentation(keys[i], boxes[:, i], flipped[:, i]) for i in (0, 1))
         valid = overlapping(boxes)
-        loss = (place_contrast(q1, k2, valid, self.temp_slot)
-                + place_contrast(q2, k1, valid, self.temp_slot))
+        loss = place_contrast(q1, k2, valid, self.temp_slot) + place_contrast(
+            q2, k1, valid, self.temp_slot
+        )
         return loss, Outcome(loss.detach())
 
     @property

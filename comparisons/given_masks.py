@@ -34,8 +34,9 @@ def pool_in_masks(embeddings: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     one cell of the map (b k) bool.
     """
     cover = F.adaptive_avg_pool2d(masks, embeddings.shape[-2:])
-    slots = weighted_mean(rearrange(cover, "b k h w -> b k (h w)"),
-                          rearrange(embeddings, "b d h w -> b (h w) d"))
+    slots = weighted_mean(
+        rearrange(cover, "b k h w -> b k (h w)"), rearrange(embeddings, "b d h w -> b (h w) d")
+    )
     return slots, reduce(cover, "b k h w -> b k", "sum") >= 1
 
 
@@ -56,8 +57,9 @@ class GivenMasks(System):
     they come from, "grid", "color" or "truth". ValueError for any other.
     """
 
-    def __init__(self, arch: str, dim_hidden: int, dim_out: int, temp_slot: float = 0.2,
-                 masks: str = "truth"):
+    def __init__(
+        self, arch: str, dim_hidden: int, dim_out: int, temp_slot: float = 0.2, masks: str = "truth"
+    ):
         super().__init__()
         if masks not in ("grid", "color", "truth"):
             raise ValueError(f"masks are grid, color or truth, found {masks!r}")
@@ -76,8 +78,9 @@ class GivenMasks(System):
         with torch.no_grad():
             (t1, _), (t2, _) = map(pool_in_masks, each_view(self.teacher, views), masks)
         pairs12, pairs21 = pair_slots([seen1, seen2], [seen2, seen1])
-        loss = (slot_contrast(s1, t2, self.predictor, pairs12, self.temp_slot)
-                + slot_contrast(s2, t1, self.predictor, pairs21, self.temp_slot))
+        loss = slot_contrast(s1, t2, self.predictor, pairs12, self.temp_slot) + slot_contrast(
+            s2, t1, self.predictor, pairs21, self.temp_slot
+        )
         return loss, Outcome(loss.detach())
 
     @property

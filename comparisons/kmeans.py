@@ -59,8 +59,16 @@ class Kmeans(System):
     steps_per_epoch: the labels change so often; seed: of the clusters.
     """
 
-    def __init__(self, arch: str, num_prototypes: int, dim_hidden: int, dim_out: int,
-                 temp_student: float, steps_per_epoch: int, seed: int = 0):
+    def __init__(
+        self,
+        arch: str,
+        num_prototypes: int,
+        dim_hidden: int,
+        dim_out: int,
+        temp_student: float,
+        steps_per_epoch: int,
+        seed: int = 0,
+    ):
         super().__init__()
         self.network = GroupingNetwork(arch, num_prototypes, dim_hidden, dim_out)
         self.network.prototypes.requires_grad_(False)  # they are the centers of the clusters
@@ -78,22 +86,19 @@ class Kmeans(System):
             self.reassign()
         images = rearrange(views, "b v c y x -> (b v) c y x")
         _, similarity = self.network(images)
-        labels = self.labels(images).argmax(1)  # over k
+        labels = self.labeler(images)[1].argmax(1)  # over k; labels have no gradient
         valid = torch.ones(len(images), dtype=torch.bool, device=images.device)
         loss = target_loss(similarity, labels, self.temp_student, valid)
         return loss, Outcome(loss.detach(), views)
 
     @torch.no_grad()
-    def labels(self, images: Tensor) -> Tensor:
-        """images (b 3 y x) -> the copy's similarity with the centers (b k h w)."""
-        return self.labeler(images)[1]
-
-    @torch.no_grad()
     def reassign(self) -> None:
         """A new epoch: copy the network, and cluster its embeddings of the last views."""
         update_teacher(self.labeler, self.network, momentum=0.0)
-        pixels = [self.labeler.embed(rearrange(views, "b v c y x -> (b v) c y x"))[1]
-                  for views in self.recent]
+        pixels = [
+            self.labeler.embed(rearrange(views, "b v c y x -> (b v) c y x"))[1]
+            for views in self.recent
+        ]
         rows = unit(rearrange(torch.cat(pixels), "b d h w -> (b h w) d"))
         some = torch.randperm(len(rows), generator=self.generator)[:PIXELS].to(rows.device)
         k = len(self.network.prototypes.weight)

@@ -54,8 +54,13 @@ class Budget:
 
 
 def learn(
-    system: System, scenes: Scenes, crops: Callable[..., Any], photometric: Photometric,
-    settings: Mapping[str, Any], budget: Budget, folder: Path,
+    system: System,
+    scenes: Scenes,
+    crops: Callable[..., Any],
+    photometric: Photometric,
+    settings: Mapping[str, Any],
+    budget: Budget,
+    folder: Path,
 ) -> dict[str, float]:
     """Train a system in place.
 
@@ -71,8 +76,16 @@ def learn(
     gradient = Gradient(system, optimizer, place.device)
     undo = Undo(system.buffers())
     generator = torch.Generator()
-    batches = run_batches(scenes, crops, c.batch_size, c.seed, 0, place, c.workers,
-                          Skipped(folder / "skipped.txt", len(scenes)))
+    batches = run_batches(
+        scenes,
+        crops,
+        c.batch_size,
+        c.seed,
+        0,
+        place,
+        c.workers,
+        Skipped(folder / "skipped.txt", len(scenes)),
+    )
     system.train()
     position, step, bad, losses = 0, 0, 0, []
     try:
@@ -85,11 +98,16 @@ def learn(
             outcomes, norm = gradient.compute(views, batch.boxes, batch.flipped, told)
             verdict = agree(torch.stack([outcomes[0].loss, norm]), False, bool(batches.trouble))
             if verdict.good:
-                gradient.step(learning_rate(
-                    PARTS * used, PARTS, PARTS * c.warmup_epochs / c.epochs, peak))
+                gradient.step(
+                    learning_rate(PARTS * used, PARTS, PARTS * c.warmup_epochs / c.epochs, peak)
+                )
                 step, bad = step + 1, 0
-                system.after_step(outcomes[0].memo, teacher_momentum(
-                    PARTS * budget.used(step), PARTS, c.momentum_teacher, c.momentum_teacher_end))
+                system.after_step(
+                    outcomes[0].memo,
+                    teacher_momentum(
+                        PARTS * budget.used(step), PARTS, c.momentum_teacher, c.momentum_teacher_end
+                    ),
+                )
                 losses.append(verdict.values[0])
             else:
                 undo.undo()
@@ -102,9 +120,10 @@ def learn(
         batches.close()
     if bad or batches.trouble:
         raise ValueError(batches.trouble or f"no finite loss in {bad} steps in a row")
-    last = losses[-max(len(losses) // 10, 1):]
-    return dict(steps=step, seconds=seconds, bad_steps=position - step,
-                loss=sum(last) / max(len(last), 1))
+    last = losses[-max(len(losses) // 10, 1) :]
+    return dict(
+        steps=step, seconds=seconds, bad_steps=position - step, loss=sum(last) / max(len(last), 1)
+    )
 
 
 def prepare(

@@ -33,7 +33,9 @@ class Picie(Kmeans):
             return [inverse_augmentation(maps[i], boxes[:, i], flipped[:, i]) for i in (0, 1)]
 
         s1, s2 = align([similarity for _, similarity in each_view(self.network, views)])
-        y1, y2 = (maps.argmax(1) for maps in align(each_view(self.labels, views)))  # over k
+        y1, y2 = (
+            maps.argmax(1) for maps in align([maps for _, maps in each_view(self.labeler, views)])
+        )  # over k
         valid = overlapping(boxes)
         within = self.ask(s1, y1, valid) + self.ask(s2, y2, valid)
         across = self.ask(s1, y2, valid) + self.ask(s2, y1, valid)

@@ -28,15 +28,18 @@ class Scenes:
     stuff, numbered from 0; instance (n y x): 0 the stuff, then the objects.
     """
 
-    def __init__(self, seed: int, count: int, sees: str = "image", told: str = "",
-                 preset: str = "scene"):
+    def __init__(
+        self, seed: int, count: int, sees: str = "image", told: str = "", preset: str = "scene"
+    ):
         if sees == "flow":
             pairs = [toy.frame_pair(seed, i, preset, SPEED) for i in range(count)]
             scenes = [pair.first for pair in pairs]
         else:
             scenes = [toy.scene(seed, i, preset) for i in range(count)]
-        stack = [np.stack([getattr(scene, name) for scene in scenes])
-                 for name in ("image", "semantic", "instance", "depth")]
+        stack = [
+            np.stack([getattr(scene, name) for scene in scenes])
+            for name in ("image", "semantic", "instance", "depth")
+        ]
         image, self.semantic, self.instance, depth = map(torch.from_numpy, stack)
         self.colors = rearrange(image, "n y x c -> n c y x").contiguous()
         self.regions = torch.where(self.instance > 0, self.instance + 1, stuff_of(self.semantic))

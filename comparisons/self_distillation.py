@@ -20,7 +20,11 @@ from grouping import assignment
 
 
 def both_branches(
-    first: Tensor, second: Tensor, center: Tensor, temp_student: float, temp_teacher: float,
+    first: Tensor,
+    second: Tensor,
+    center: Tensor,
+    temp_student: float,
+    temp_teacher: float,
     valid: Tensor,
 ) -> Tensor:
     """`losses.group_consistency` without stop-gradient: the target is moved by the loss as well.
@@ -53,7 +57,8 @@ class SelfDistillation(WholeMethod):
         method = self.method
         one, two = method.look(method.student, views, boxes, flipped)
         temperatures, valid = (method.temp_student, method.temp_teacher), overlapping(boxes)
-        loss = (both_branches(one.aligned, two.aligned, method.center, *temperatures, valid)
-                + both_branches(two.aligned, one.aligned, method.center, *temperatures, valid))
+        loss = both_branches(
+            one.aligned, two.aligned, method.center, *temperatures, valid
+        ) + both_branches(two.aligned, one.aligned, method.center, *temperatures, valid)
         center_mean = reduce([one.similarity, two.similarity], "v b k h w -> k", "mean").detach()
         return loss, Outcome(loss.detach(), center_mean)

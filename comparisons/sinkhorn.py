@@ -29,8 +29,10 @@ def sinkhorn(similarity: Tensor, temperature: float, iterations: int = 3) -> Ten
     Raises ValueError for a temperature below 0.03 or fewer than one iteration.
     """
     if temperature < 0.03 or iterations < 1:
-        raise ValueError("Sinkhorn needs a temperature of at least 0.03, below which float32 "
-                         f"underflows, and an iteration; found {temperature} and {iterations}")
+        raise ValueError(
+            "Sinkhorn needs a temperature of at least 0.03, below which float32 "
+            f"underflows, and an iteration; found {temperature} and {iterations}"
+        )
     q = ((similarity - 1) / temperature).exp()  # exp(-2 / 0.03) is 1e-29; only ratios matter
     for _ in range(iterations):
         q = q / rearrange(sum_over_ranks(reduce(q, "b k h w -> k", "sum")), "k -> k 1 1")
@@ -44,8 +46,9 @@ class Sinkhorn(System):
     arch, num_prototypes (k), dim_hidden, dim_out (d): sizes; temp_student: of the prediction.
     """
 
-    def __init__(self, arch: str, num_prototypes: int, dim_hidden: int, dim_out: int,
-                 temp_student: float):
+    def __init__(
+        self, arch: str, num_prototypes: int, dim_hidden: int, dim_out: int, temp_student: float
+    ):
         super().__init__()
         self.network = GroupingNetwork(arch, num_prototypes, dim_hidden, dim_out)
         self.temp_student = temp_student
@@ -58,8 +61,9 @@ class Sinkhorn(System):
         s1, s2 = (inverse_augmentation(maps[i], boxes[:, i], flipped[:, i]) for i in (0, 1))
         q1, q2 = (sinkhorn(aligned, TEMPERATURE) for aligned in (s1, s2))
         valid = overlapping(boxes)
-        loss = (target_loss(s1, q2, self.temp_student, valid)
-                + target_loss(s2, q1, self.temp_student, valid))
+        loss = target_loss(s1, q2, self.temp_student, valid) + target_loss(
+            s2, q1, self.temp_student, valid
+        )
         return loss, Outcome(loss.detach())
 
     @property

@@ -30,8 +30,9 @@ class PixelEncoder(nn.Module):
         self.backbone = build_trunk(arch)
         c = self.backbone.out_channels
         self.position = PositionEmbedding(c)
-        self.mlp = nn.Sequential(nn.LayerNorm(c), nn.Linear(c, dim_hidden), nn.ReLU(),
-                                 nn.Linear(dim_hidden, dim_out))
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(c), nn.Linear(c, dim_hidden), nn.ReLU(), nn.Linear(dim_hidden, dim_out)
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.position(self.backbone(images))

@@ -1,8 +1,7 @@
 """The parts of a run and their common life: new or resumed, saved, ended. Any model, any data.
 
-Slide: none. Paper: none. Differs: not in the released code. A program puts its own loop around these parts; each
-part's file says what it owns.
-"""
+Slide: none. Paper: none. Differs: not in the released code. A program puts its own loop around
+these parts; each part's file says what it owns."""
 
 from __future__ import annotations
 
@@ -31,7 +30,9 @@ from engine.undo import Undo
 
 @dataclass(frozen=True)
 class Options:
-    """What a person may choose about a run, whatever is trained. Plain values, named as the options of train.py."""
+    """What a person may choose about a run, whatever is trained. Plain values, named as the options
+    of train.py.
+    """
 
     output_dir: str
     batch_size: int  # of all ranks together
@@ -63,9 +64,12 @@ class Run:
     meter: Meter
     journal: Journal
     keeper: Keeper
-    settings: Mapping[str, Any]  # kept with the checkpoint, so that another run can tell whether it may continue
+    settings: Mapping[
+        str, Any
+    ]  # kept with the checkpoint, so that another run can tell whether it may continue
     num_images: int
-    began: float  # on the clock of time.perf_counter, moved back by what the run took before it was interrupted
+    # on the clock of time.perf_counter, moved back by what the run took before it was interrupted
+    began: float
 
     @property
     def folder(self) -> Path:
@@ -79,10 +83,17 @@ class Run:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         return dict(
-            format=checkpoint.FORMAT, config=dict(self.settings), **self.progress.state(), **self.meter.state(),
-            num_images=self.num_images, world_size=self.place.world_size, seconds=time.perf_counter() - self.began,
-            model=self.model.state_dict(), optimizer=self.gradient.optimizer.state_dict(),
-            scaler=self.gradient.scaler.state_dict())
+            format=checkpoint.FORMAT,
+            config=dict(self.settings),
+            **self.progress.state(),
+            **self.meter.state(),
+            num_images=self.num_images,
+            world_size=self.place.world_size,
+            seconds=time.perf_counter() - self.began,
+            model=self.model.state_dict(),
+            optimizer=self.gradient.optimizer.state_dict(),
+            scaler=self.gradient.scaler.state_dict(),
+        )
 
     def end(self, received: str) -> bool:
         """After the loop: True where the run is done, False where it pauses, which is said.
@@ -90,28 +101,45 @@ class Run:
         received: the signal, or "". Raises Stopped where the run could not go on.
         """
         self.journal.close()
-        progress, last, again = self.progress, self.folder / "last.pth", keeper.same_command(self.options.resume)
+        progress, last, again = (
+            self.progress,
+            self.folder / "last.pth",
+            keeper.same_command(self.options.resume),
+        )
         if progress.ended == "diverged":
-            raise Stopped(keeper.nothing_finite(progress.bad_in_row, self.gradient.dtype is not None, last))
+            raise Stopped(
+                keeper.nothing_finite(progress.bad_in_row, self.gradient.dtype is not None, last)
+            )
         if self.trouble or progress.ended == "trouble":
             raise Stopped(self.trouble or "another process stopped the run, and says why")
         if progress.ended == "signal":
-            self.journal.print(f"stopped by {received or 'another process'} after step {progress.step} of "
-                               f"{progress.last_step}; {last} is written, and {again} goes on from there")
+            self.journal.print(
+                f"stopped by {received or 'another process'} after step {progress.step} of "
+                f"{progress.last_step}; {last} is written, and {again} goes on from there"
+            )
         return progress.ended != "signal"
 
 
 def open_run(
-    options: Options, place: processes.Place, dtype: torch.dtype | None, schedule: Schedule, model: nn.Module,
-    optimizer: torch.optim.Optimizer, images: Sequence[Any], view: Callable, values: Sequence[str],
-    settings: Mapping[str, Any], changed: Callable[[Mapping[str, Any]], list[str]], touched: Sequence[Tensor] = (),
+    options: Options,
+    place: processes.Place,
+    dtype: torch.dtype | None,
+    schedule: Schedule,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: Sequence[Any],
+    view: Callable,
+    values: Sequence[str],
+    settings: Mapping[str, Any],
+    changed: Callable[[Mapping[str, Any]], list[str]],
+    touched: Sequence[Tensor] = (),
 ) -> Run:
     """All parts of a run on this rank, new or resumed; its folder is made.
 
-    dtype: of autocast, None for float32; view(image, rng): what a batch needs of an image; values: names of what every
-    step adds to the log; settings: kept with the checkpoint; changed(saved): what has changed since and must not;
-    touched: tensors that a forward changes, which a bad step must return.
-    Raises ValueError, with one line, for what the person who started it can change.
+    dtype: of autocast, None for float32; view(image, rng): what a batch needs of an image; values:
+    names of what every step adds to the log; settings: kept with the checkpoint; changed(saved):
+    what has changed since and must not; touched: tensors that a forward changes, which a bad step
+    must return. Raises ValueError, with one line, for what the person who started it can change.
     """
     began, folder, is_main = time.perf_counter(), Path(options.output_dir), place.rank == 0
     gradient = Gradient(model, optimizer, place.device, dtype, options.accumulate)
@@ -137,12 +165,42 @@ def open_run(
             files.remove_leftovers(folder)
             files.write_json(folder / "config.json", settings)
     except OSError as error:
-        raise ValueError(f"--output-dir {folder} cannot be written to: {error.strerror or error}") from None
+        raise ValueError(
+            f"--output-dir {folder} cannot be written to: {error.strerror or error}"
+        ) from None
     skipped = Skipped(folder / "skipped.txt", len(images), options.max_bad_share)
     batches = run_batches(
-        images, view, options.batch_size, options.seed, progress.position, place, options.workers, skipped)
-    kept = Keeper(folder, schedule.steps_per_epoch, options.save_every, options.keep_every, options.keep_last,
-                  options.on_save_error == "stop", is_main)
-    return Run(options, place, schedule, model, gradient, Undo(touched), progress, batches, meter, journal, kept,
-               settings, len(images), began)
-
+        images,
+        view,
+        options.batch_size,
+        options.seed,
+        progress.position,
+        place,
+        options.workers,
+        skipped,
+    )
+    kept = Keeper(
+        folder,
+        schedule.steps_per_epoch,
+        options.save_every,
+        options.keep_every,
+        options.keep_last,
+        options.on_save_error == "stop",
+        is_main,
+    )
+    return Run(
+        options,
+        place,
+        schedule,
+        model,
+        gradient,
+        Undo(touched),
+        progress,
+        batches,
+        meter,
+        journal,
+        kept,
+        settings,
+        len(images),
+        began,
+    )

@@ -12,12 +12,17 @@ from torch import Tensor
 
 
 class Undo:
-    """Copies of tensors that a forward changes, such as the statistics of batch norms; all in one launch per type."""
+    """Copies of tensors that a forward changes, such as the statistics of batch norms; all in one
+    launch per type.
+    """
 
     def __init__(self, tensors: Iterable[Tensor]):
         tensors = list(tensors)
-        # A list of one type is copied in one launch, so sums are kept apart from whole-number counts.
-        self.now = [[t for t in tensors if t.is_floating_point() == floating] for floating in (True, False)]
+        # A list of one type is copied in one launch, so sums are kept apart from whole-number
+        # counts.
+        self.now = [
+            [t for t in tensors if t.is_floating_point() == floating] for floating in (True, False)
+        ]
         self.before = [[t.clone() for t in group] for group in self.now]
         self.armed = False  # whether a step is under way
 

@@ -17,7 +17,11 @@ from measures.palette import palette
 
 
 def save_comparison(
-    file: Path, scenes: Tensor, semantic: Tensor, regions: Tensor, groups: Mapping[str, Tensor],
+    file: Path,
+    scenes: Tensor,
+    semantic: Tensor,
+    regions: Tensor,
+    groups: Mapping[str, Tensor],
     title: str,
 ) -> None:
     """scenes (n 3 y x) uint8, semantic and regions (n y x): the truth; groups: label of the row ->

@@ -45,8 +45,14 @@ class Truth(NamedTuple):
 
 @torch.no_grad()
 def judge(
-    trunk: torch.nn.Module, maps: Callable[[Tensor], Tensor | None], per_image: bool, truth: Truth,
-    labeled: Truth, k: int, num_classes: int, batch: int = 64,
+    trunk: torch.nn.Module,
+    maps: Callable[[Tensor], Tensor | None],
+    per_image: bool,
+    truth: Truth,
+    labeled: Truth,
+    k: int,
+    num_classes: int,
+    batch: int = 64,
 ) -> tuple[dict[str, Any], Tensor]:
     """Every measure of one system on the CPU, and its groups (n y x) for the image.
 
@@ -119,7 +125,8 @@ def probe(
     cells = probes.collect_cells(trunk, batches, len(labeled.seen), num_classes)
     scores = probes.linear_probe(*cells)(features.float())
     counts = metrics.confusion_matrix(
-        winner(scores, semantic.shape[-2:]), semantic, num_classes, num_classes)
+        winner(scores, semantic.shape[-2:]), semantic, num_classes, num_classes
+    )
     return metrics.miou(counts, torch.arange(num_classes))
 
 
@@ -136,15 +143,23 @@ def collapsed(found: dict[str, Any], untrained: dict[str, Any]) -> bool:
 
 def brief(label: str, record: Mapping[str, Any]) -> str:
     """One line about one row and seed, for the eye."""
-    return (f"seed {record['seed']}  {label:<28} mIoU {record['miou']:.3f}  "
-            f"NMI {record['nmi']:.3f}  probe {record['probe_miou']:.3f}  "
-            f"{record['steps']} steps in {record['seconds']:.0f} s"
-            + ("  collapsed" if record["collapsed"] else ""))
+    return (
+        f"seed {record['seed']}  {label:<28} mIoU {record['miou']:.3f}  "
+        f"NMI {record['nmi']:.3f}  probe {record['probe_miou']:.3f}  "
+        f"{record['steps']} steps in {record['seconds']:.0f} s"
+        + ("  collapsed" if record["collapsed"] else "")
+    )
 
 
 COLUMNS = {  # key of a row -> heading
-    "miou": "mIoU", "nmi": "NMI", "probe_miou": "probe", "ari_instances": "ARI inst.",
-    "ari_objects": "ARI obj.", "ari_classes": "ARI class", "groups_used": "used", "steps": "steps",
+    "miou": "mIoU",
+    "nmi": "NMI",
+    "probe_miou": "probe",
+    "ari_instances": "ARI inst.",
+    "ari_objects": "ARI obj.",
+    "ari_classes": "ARI class",
+    "groups_used": "used",
+    "steps": "steps",
     "seconds": "seconds",
 }
 
@@ -164,7 +179,9 @@ def format_table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             cells += f"{np.median(values):>9.{digits}f}{star}" if values else " " * 10
         gone = sum(record.get("collapsed", False) for record in records)
         lines.append(f"{label[:30]:<30}{cells} " + (f"{gone} of {len(records)}" if gone else "no"))
-    lines += [f"* of {CLUSTERS}: the system has no groups, or none with names.",
-              f"Collapsed: fewer than {FEWEST_GROUPS} groups in use, or NMI not above that of the "
-              "untrained network."]
+    lines += [
+        f"* of {CLUSTERS}: the system has no groups, or none with names.",
+        f"Collapsed: fewer than {FEWEST_GROUPS} groups in use, or NMI not above that of the "
+        "untrained network.",
+    ]
     return "\n".join(lines)

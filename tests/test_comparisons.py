@@ -1,7 +1,8 @@
-"""The systems of comparisons/: each loss against a slow loop, a case by hand, gradients where they belong.
+"""The systems of comparisons/: each loss against a slow loop, a case by hand, gradients where they
+belong.
 
-Promised of all: the trunk that is judged is the one that learns (or its teacher), nothing else moves than what
-the header says, and nothing of a label reaches a loss but where the header says so.
+Promised of all: the trunk that is judged is the one that learns (or its teacher), nothing else
+moves than what the header says, and nothing of a label reaches a loss but where the header says so.
 """
 
 import itertools
@@ -21,10 +22,24 @@ from grouping import inverse_augmentation, similarity
 from slotcon import SlotCon
 
 B, K, D, HIDDEN, H, W = 3, 6, 7, 9, 4, 5  # h w of the map: a view has 16 x 20 px
-SETTINGS = dict(arch="tiny", num_prototypes=K, dim_hidden=HIDDEN, dim_out=D, temp_student=0.1, temp_teacher=0.04,
-                temp_slot=0.2, group_weight=0.5, momentum_center=0.8, steps_per_epoch=3, seed=0)
-ROWS = [(name, variant) for name in comparisons.SYSTEMS for variant in
-        comparisons.VARIANTS.get(name, (comparisons.Variant(),))]
+SETTINGS = dict(
+    arch="tiny",
+    num_prototypes=K,
+    dim_hidden=HIDDEN,
+    dim_out=D,
+    temp_student=0.1,
+    temp_teacher=0.04,
+    temp_slot=0.2,
+    group_weight=0.5,
+    momentum_center=0.8,
+    steps_per_epoch=3,
+    seed=0,
+)
+ROWS = [
+    (name, variant)
+    for name in comparisons.SYSTEMS
+    for variant in comparisons.VARIANTS.get(name, (comparisons.Variant(),))
+]
 
 
 def random(*shape, seed=0):
@@ -34,19 +49,26 @@ def random(*shape, seed=0):
 def build(name, seed=0, **more):
     torch.manual_seed(seed)
     system = comparisons.build(name, SETTINGS, **more).double()
-    for p in system.parameters():  # a projector starts with weights so small that all pixels look alike
+    for (
+        p
+    ) in system.parameters():  # a projector starts with weights so small that all pixels look alike
         if p.ndim > 1:
             p.data = p.data / p.data.std().clamp(min=1e-9) * math.sqrt(2 / p[0].numel())
     for student, teacher in (("student", "teacher"), ("network", "labeler")):
         if hasattr(system, teacher):
             getattr(system, teacher).load_state_dict(getattr(system, student).state_dict())
-    return system.eval()  # batch norms with fixed statistics: an image does not depend on the others
+    return (
+        system.eval()
+    )  # batch norms with fixed statistics: an image does not depend on the others
 
 
 def batch(channels=0, flat=False):
     """views, boxes, flipped, told: image 1's crops do not overlap."""
     views, flipped = random(B, 2, 3, 4 * H, 4 * W, seed=7), random(B, 2, seed=8) > 0
-    low, high = random(B, 2, 2, seed=9).sigmoid() * 0.4, 1 - random(B, 2, 2, seed=10).sigmoid() * 0.4
+    low, high = (
+        random(B, 2, 2, seed=9).sigmoid() * 0.4,
+        1 - random(B, 2, 2, seed=10).sigmoid() * 0.4,
+    )
     boxes = torch.cat([low, high], dim=2)
     boxes[1] = 0
     told = random(B, 2, channels, 4 * H, 4 * W, seed=11).sigmoid()
@@ -65,7 +87,9 @@ def slow_contrast(queries, keys, positives, temperature):
     """Rows as lists of vectors; the loss in the form of MoCo v3."""
     total = 0
     for query, positive in zip(queries, positives):
-        cosines = torch.stack([query @ key / (query.norm() * key.norm()) for key in keys]) / temperature
+        cosines = (
+            torch.stack([query @ key / (query.norm() * key.norm()) for key in keys]) / temperature
+        )
         total = total - (cosines[positive] - cosines.exp().sum().log())
     return 2 * temperature * total / len(queries)
 
@@ -81,7 +105,7 @@ def slow_cross_entropy(maps, targets, temperature, valid):
     return sum(values) / len(values)
 
 
-# ------------------------------------------------------------------------------------------ all of them
+# -------------------------------------------------------------------------------------- all of them
 
 
 @pytest.mark.parametrize("name, variant", ROWS)
@@ -93,7 +117,9 @@ def test_the_loss_moves_every_weight_that_is_trained_and_nothing_else(name, vari
     loss.backward()
     assert loss.ndim == 0 and loss.isfinite() and outcome.loss.item() == loss.item()
     assert not outcome.loss.requires_grad and views.grad.abs().max() > 0
-    centers = "network.prototypes" if name in ("kmeans", "picie") else "teacher"  # set by clustering
+    centers = (
+        "network.prototypes" if name in ("kmeans", "picie") else "teacher"
+    )  # set by clustering
     for path, p in system.named_parameters():
         frozen = any(part in path for part in ("teacher", "labeler", centers))
         assert p.requires_grad != frozen, path
@@ -123,7 +149,9 @@ def test_groups_are_one_map_per_group_and_do_not_depend_on_the_rest_of_the_batch
     if maps is None:
         assert name in ("moco", "dense", "given_masks") and not system.per_image
         return
-    assert maps.shape[0] == B and maps.shape[1] == (slot_matching.NUM_SLOTS if system.per_image else K)
+    assert maps.shape[0] == B and maps.shape[1] == (
+        slot_matching.NUM_SLOTS if system.per_image else K
+    )
     if not system.per_image:
         assert torch.allclose(system.maps(images[1:2]), maps[1:2])
 
@@ -146,47 +174,61 @@ def test_the_protocol_itself_makes_no_groups_and_has_no_loss():
             missing()
 
 
-# ------------------------------------------------------------------------------------------ what several share
+# ------------------------------------------------------------------------------- what several share
 
 
 def test_target_loss_is_the_cross_entropy_of_the_places_of_images_that_overlap():
     maps, shares = random(B, K, H, W).tanh(), random(B, K, H, W, seed=1).softmax(1)
     valid = torch.tensor([True, False, True])
     expected = slow_cross_entropy(maps, shares, 0.3, valid)
-    assert common.target_loss(maps, shares, 0.3, valid).item() == pytest.approx(expected.item(), rel=1e-9)
+    assert common.target_loss(maps, shares, 0.3, valid).item() == pytest.approx(
+        expected.item(), rel=1e-9
+    )
     labels = shares.argmax(1)
     one_hot = torch.nn.functional.one_hot(labels, K).permute(0, 3, 1, 2).double()
     expected = slow_cross_entropy(maps, one_hot, 0.3, valid)
-    assert common.target_loss(maps, labels, 0.3, valid).item() == pytest.approx(expected.item(), rel=1e-9)
+    assert common.target_loss(maps, labels, 0.3, valid).item() == pytest.approx(
+        expected.item(), rel=1e-9
+    )
 
 
 def test_by_hand_two_prototypes_one_place():
-    maps = torch.tensor([0.0, math.log(3)]).reshape(1, 2, 1, 1)  # assignment 1/4, 3/4 at temperature 1
+    maps = torch.tensor([0.0, math.log(3)]).reshape(
+        1, 2, 1, 1
+    )  # assignment 1/4, 3/4 at temperature 1
     label = torch.tensor([[[1]]])
     yes = torch.tensor([True])
-    assert common.target_loss(maps, label, 1.0, yes).item() == pytest.approx(math.log(4 / 3), rel=1e-6)
+    assert common.target_loss(maps, label, 1.0, yes).item() == pytest.approx(
+        math.log(4 / 3), rel=1e-6
+    )
 
 
 def test_without_any_overlap_the_loss_is_a_zero_with_a_gradient():
     maps = random(B, K, H, W).requires_grad_()
-    loss = common.target_loss(maps, random(B, K, H, W).softmax(1), 0.1, torch.zeros(B, dtype=torch.bool))
+    loss = common.target_loss(
+        maps, random(B, K, H, W).softmax(1), 0.1, torch.zeros(B, dtype=torch.bool)
+    )
     loss.backward()
     assert loss.item() == 0 and maps.grad.abs().max() == 0
 
 
 def test_overlapping_crops_are_those_whose_box_has_an_area():
-    boxes = torch.tensor([[[0.1, 0.2, 0.5, 0.9]] * 2, [[0.0, 0, 0, 0]] * 2, [[0.3, 0.2, 0.3, 0.9]] * 2])
+    boxes = torch.tensor(
+        [[[0.1, 0.2, 0.5, 0.9]] * 2, [[0.0, 0, 0, 0]] * 2, [[0.3, 0.2, 0.3, 0.9]] * 2]
+    )
     assert common.overlapping(boxes).tolist() == [True, False, False]
 
 
-# ------------------------------------------------------------------------------------------ image, pixel, object
+# ----------------------------------------------------------------------------- image, pixel, object
 
 
 def test_moco_contrasts_whole_images():
     system = build("moco")
     views, *rest = batch()
-    vectors = [[network.projector(network.backbone(views[:, v]).mean((2, 3))) for v in (0, 1)]
-               for network in (system.student, system.teacher)]
+    vectors = [
+        [network.projector(network.backbone(views[:, v]).mean((2, 3))) for v in (0, 1)]
+        for network in (system.student, system.teacher)
+    ]
     queries = [system.predictor(rows) for rows in vectors[0]]
     expected = sum(slow_contrast(queries[v], vectors[1][1 - v], range(B), 0.2) for v in (0, 1))
     assert system(views, *rest)[0].item() == pytest.approx(expected.item(), rel=1e-9)
@@ -206,8 +248,15 @@ def test_a_teacher_with_other_weights_changes_the_loss_and_follows_slowly():
 def test_dense_contrasts_places_among_all_places_of_images_that_overlap():
     query, key = random(B, D, 8, 12), random(B, D, 8, 12, seed=1)
     valid, P = torch.tensor([True, False, True]), dense.PLACES
-    cells = [[maps[b, :, 2 * i:2 * i + 2, 3 * j:3 * j + 3].mean((1, 2))
-              for b in (0, 2) for i in range(P) for j in range(P)] for maps in (query, key)]
+    cells = [
+        [
+            maps[b, :, 2 * i : 2 * i + 2, 3 * j : 3 * j + 3].mean((1, 2))
+            for b in (0, 2)
+            for i in range(P)
+            for j in range(P)
+        ]
+        for maps in (query, key)
+    ]
     expected = slow_contrast(*cells, range(2 * P * P), 0.2)
     found = dense.place_contrast(query, key, valid, 0.2)
     assert found.item() == pytest.approx(expected.item(), rel=1e-9)
@@ -220,7 +269,9 @@ def test_dense_by_hand_every_place_points_its_own_way():
     maps = torch.eye(dense.PLACES**2).reshape(1, dense.PLACES**2, dense.PLACES, dense.PLACES)
     found = dense.place_contrast(maps, maps, torch.tensor([True]), 0.5).item()
     others = dense.PLACES**2 - 1
-    assert found == pytest.approx(math.log(1 + others * math.exp(-2)), rel=1e-6)  # 2 tau = 1, and 1 / tau = 2
+    assert found == pytest.approx(
+        math.log(1 + others * math.exp(-2)), rel=1e-6
+    )  # 2 tau = 1, and 1 / tau = 2
 
 
 def test_dense_without_overlap_is_a_zero_with_a_gradient():
@@ -250,11 +301,13 @@ def test_pool_in_masks_is_the_mean_under_each_mask():
     for b, k in itertools.product(range(B), range(K)):
         total, weight = torch.zeros(D, dtype=torch.float64), 0.0
         for h, w in itertools.product(range(H), range(W)):
-            share = masks[b, k, 4 * h:4 * h + 4, 4 * w:4 * w + 4].mean().item()
+            share = masks[b, k, 4 * h : 4 * h + 4, 4 * w : 4 * w + 4].mean().item()
             total, weight = total + share * embeddings[b, :, h, w], weight + share
         assert bool(seen[b, k]) == (weight >= 1)
         if weight:
-            assert torch.allclose(slots[b, k], total / weight, rtol=1e-4, atol=1e-5)  # less 1e-6 per cell
+            assert torch.allclose(
+                slots[b, k], total / weight, rtol=1e-4, atol=1e-5
+            )  # less 1e-6 per cell
     assert not seen[0, 2] and not seen[1, 3] and seen.sum() > K
 
 
@@ -262,22 +315,32 @@ def test_given_masks_contrast_each_mask_with_itself_in_the_other_view():
     system = build("given_masks", masks="truth")
     views, boxes, flipped, told = batch(given_masks.MASKS)
     told[0, 0, 4] = 0  # in one view only: a key, never a query
-    pooled = [[given_masks.pool_in_masks(network(views[:, v]), told[:, v]) for v in (0, 1)]
-              for network in (system.student, system.teacher)]
+    pooled = [
+        [given_masks.pool_in_masks(network(views[:, v]), told[:, v]) for v in (0, 1)]
+        for network in (system.student, system.teacher)
+    ]
     expected = 0
     for v in (0, 1):
         (slots, seen), (targets, there) = pooled[0][v], pooled[1][1 - v]
         places = [(b, k) for b in range(B) for k in range(given_masks.MASKS) if there[b, k]]
         queries = [place for place in places if seen[place]]
         rows = system.predictor(torch.stack([slots[place] for place in queries]))
-        expected += slow_contrast(rows, [targets[place] for place in places],
-                                  [places.index(place) for place in queries], 0.2)
+        expected += slow_contrast(
+            rows,
+            [targets[place] for place in places],
+            [places.index(place) for place in queries],
+            0.2,
+        )
         assert len(queries) < B * given_masks.MASKS
     assert system(views, boxes, flipped, told)[0].item() == pytest.approx(expected.item(), rel=1e-9)
 
 
 def test_masks_come_from_one_of_three_places():
-    assert [build("given_masks", masks=kind).told for kind in ("grid", "color", "truth")] == ["grid", "color", "truth"]
+    assert [build("given_masks", masks=kind).told for kind in ("grid", "color", "truth")] == [
+        "grid",
+        "color",
+        "truth",
+    ]
     with pytest.raises(ValueError, match="masks are grid, color or truth, found 'edges'"):
         build("given_masks", masks="edges")
 
@@ -290,7 +353,7 @@ def test_color_clusters_by_hand_two_colors_are_two_clusters():
     assert clusters.shape == (24, 24) and not set(left) & set(right)
 
 
-# ------------------------------------------------------------------------------------------ deep clustering
+# ---------------------------------------------------------------------------------- deep clustering
 
 
 def test_k_means_finds_two_clouds_and_moves_every_center_to_the_mean_of_its_rows():
@@ -342,7 +405,9 @@ def test_pseudo_labels_change_once_per_epoch_only():
         copies.append(system.labeler.backbone[0].weight.clone())
         same = system.labeler.backbone[0].weight.equal(system.network.backbone[0].weight)
         assert same == (step % 3 == 0)  # steps_per_epoch
-    assert copies[0].equal(copies[1]) and not copies[1].equal(copies[2]) and copies[2].equal(copies[4])
+    assert (
+        copies[0].equal(copies[1]) and not copies[1].equal(copies[2]) and copies[2].equal(copies[4])
+    )
     assert system.network.prototypes.weight.equal(system.labeler.prototypes.weight)
 
 
@@ -352,7 +417,9 @@ def test_picie_asks_each_view_for_its_own_and_for_the_other_views_labels():
     found = system(views, boxes, flipped, told)[0]
     maps = aligned([system.network(views[:, v])[1] for v in (0, 1)], boxes, flipped)
     seen = aligned([system.labeler(views[:, v])[1] for v in (0, 1)], boxes, flipped)
-    targets = [torch.nn.functional.one_hot(m.argmax(1), K).permute(0, 3, 1, 2).double() for m in seen]
+    targets = [
+        torch.nn.functional.one_hot(m.argmax(1), K).permute(0, 3, 1, 2).double() for m in seen
+    ]
     valid = [True, False, True]
     expected = sum(slow_cross_entropy(s, y, 0.1, valid) for s in maps for y in targets) / 4
     assert found.item() == pytest.approx(expected.item(), rel=1e-9)
@@ -367,7 +434,9 @@ def test_sinkhorn_alternates_between_equal_prototypes_and_whole_pixels():
             q[:, k] /= q[:, k].sum()
         for b, h, w in itertools.product(range(B), range(H), range(W)):
             q[b, :, h, w] /= q[b, :, h, w].sum()
-    assert torch.allclose(balanced.sinkhorn(maps, 0.3, iterations=2), torch.from_numpy(q), rtol=1e-9)
+    assert torch.allclose(
+        balanced.sinkhorn(maps, 0.3, iterations=2), torch.from_numpy(q), rtol=1e-9
+    )
 
 
 def test_after_many_rounds_every_prototype_owns_the_same_share_of_all_pixels():
@@ -400,7 +469,7 @@ def test_sinkhorn_predicts_the_other_views_targets_and_targets_have_no_gradient(
     assert not q1.requires_grad
 
 
-# ------------------------------------------------------------------------------------------ the method
+# --------------------------------------------------------------------------------------- the method
 
 
 def test_self_distillation_is_slotcon_at_group_weight_one():
@@ -411,13 +480,21 @@ def test_self_distillation_is_slotcon_at_group_weight_one():
     method.center.copy_(random(K) / 9)
     loss, outcome = system(views, boxes, flipped, told)
     expected, report = method(views, boxes, flipped)
-    assert system.method.predictor is None and loss.equal(expected) and outcome.memo.equal(report.center_mean)
+    assert (
+        system.method.predictor is None
+        and loss.equal(expected)
+        and outcome.memo.equal(report.center_mean)
+    )
     loss.backward(), expected.backward()
     assert system.method.student.prototypes.weight.grad.equal(method.student.prototypes.weight.grad)
 
 
 def test_without_stop_gradient_the_target_is_moved_too():
-    first, second, center = random(B, K, H, W).tanh(), random(B, K, H, W, seed=1).tanh(), random(K, seed=2) / 9
+    first, second, center = (
+        random(B, K, H, W).tanh(),
+        random(B, K, H, W, seed=1).tanh(),
+        random(K, seed=2) / 9,
+    )
     valid = torch.tensor([True, False, True])
     targets = ((second - center[:, None, None]) / 0.04).softmax(1)
     expected = slow_cross_entropy(first, targets, 0.1, valid)
@@ -433,11 +510,18 @@ def test_the_system_without_stop_gradient_is_its_own_teacher():
     system, (views, boxes, flipped, told) = build("self_distillation", stop_gradient=False), batch()
     for p in system.method.teacher.parameters():
         p.data += 1  # of no consequence
-    maps = [similarity(system.method.student.embed(views[:, v])[1], system.method.student.prototypes.weight)
-            for v in (0, 1)]
+    maps = [
+        similarity(
+            system.method.student.embed(views[:, v])[1], system.method.student.prototypes.weight
+        )
+        for v in (0, 1)
+    ]
     s1, s2 = aligned(maps, boxes, flipped)
     valid, center = torch.tensor([True, False, True]), torch.zeros(K, dtype=torch.float64)
-    expected = sum(self_distillation.both_branches(*pair, center, 0.1, 0.04, valid) for pair in ((s1, s2), (s2, s1)))
+    expected = sum(
+        self_distillation.both_branches(*pair, center, 0.1, 0.04, valid)
+        for pair in ((s1, s2), (s2, s1))
+    )
     loss, outcome = system(views, boxes, flipped, told)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
     assert torch.allclose(outcome.memo, torch.stack(maps).mean((0, 1, 3, 4)))
@@ -456,7 +540,7 @@ def test_slotcon_is_the_method_and_after_a_step_center_and_teacher_follow():
     assert torch.allclose(system.method.teacher.prototypes.weight, before + 0.25)
 
 
-# ------------------------------------------------------------------------------------------ bottom up
+# ---------------------------------------------------------------------------------------- bottom up
 
 
 @pytest.mark.parametrize("name", ["slot_attention", "independent_queries", "motion", "depth"])
@@ -468,7 +552,7 @@ def test_what_is_painted_is_compared_with_the_first_view_at_the_size_of_the_map(
     wanted = told[:, 0] if name == "depth" else views[:, 0]
     total = 0.0
     for b, h, w in itertools.product(range(B), range(H), range(W)):
-        target = wanted[b, :, 4 * h:4 * h + 4, 4 * w:4 * w + 4].mean((1, 2))
+        target = wanted[b, :, 4 * h : 4 * h + 4, 4 * w : 4 * w + 4].mean((1, 2))
         total += (painted[b, :, h, w] - target).square().mean().item()
     torch.manual_seed(5)  # slots start from noise
     loss = system(views, boxes, flipped, told)[0].item()
@@ -491,15 +575,22 @@ def test_depth_is_told_in_training_only():
 def test_flow_is_painted_around_gray_by_hand():
     flow = torch.tensor([[[[0, 0], [4, -4]]]])  # one scene of 1 x 2 px
     painted = motion.flow_image(flow)
-    assert painted.dtype == torch.uint8 and painted.tolist() == [[[[128, 252]], [[128, 4]], [[128, 128]]]]
+    assert painted.dtype == torch.uint8 and painted.tolist() == [
+        [[[128, 252]], [[128, 4]], [[128, 128]]]
+    ]
 
 
 def test_slots_are_matched_as_the_best_of_all_permutations():
     slots, others = random(B, 5, D), random(B, 5, D, seed=1)
     found = slot_matching.match_slots(slots, others)
     for b in range(B):
-        cosines = [[torch.cosine_similarity(s, o, dim=0).item() for o in others[b]] for s in slots[b]]
-        best = max(itertools.permutations(range(5)), key=lambda order: sum(cosines[i][j] for i, j in enumerate(order)))
+        cosines = [
+            [torch.cosine_similarity(s, o, dim=0).item() for o in others[b]] for s in slots[b]
+        ]
+        best = max(
+            itertools.permutations(range(5)),
+            key=lambda order: sum(cosines[i][j] for i, j in enumerate(order)),
+        )
         assert found[b].tolist() == list(best)
 
 
@@ -513,8 +604,12 @@ def test_matched_slots_attract_and_all_others_repel():
     prediction, target = random(B, 4, D), random(B, 4, D, seed=1)
     matching = torch.tensor([[1, 0, 3, 2], [0, 1, 2, 3], [3, 1, 0, 2]])
     positives = [4 * b + matching[b, k].item() for b in range(B) for k in range(4)]
-    expected = slow_contrast(rearrange(prediction, "b k d -> (b k) d"), rearrange(target, "b k d -> (b k) d"),
-                             positives, 0.2)
+    expected = slow_contrast(
+        rearrange(prediction, "b k d -> (b k) d"),
+        rearrange(target, "b k d -> (b k) d"),
+        positives,
+        0.2,
+    )
     prediction.requires_grad_(), target.requires_grad_()
     loss = slot_matching.matched_contrast(prediction, target, matching, 0.2)
     loss.backward()
@@ -530,7 +625,9 @@ def test_slot_matching_matches_slots_and_contrasts_predictions():
     expected = 0
     for student, teacher in ((students[0], teachers[1]), (students[1], teachers[0])):
         rows = torch.stack([system.predictor(slots) for slots in student])
-        expected += slot_matching.matched_contrast(rows, teacher, slot_matching.match_slots(student, teacher), 0.2)
+        expected += slot_matching.matched_contrast(
+            rows, teacher, slot_matching.match_slots(student, teacher), 0.2
+        )
     torch.manual_seed(5)
     assert system(views, *rest)[0].item() == pytest.approx(expected.item(), rel=1e-9)
 
@@ -540,7 +637,11 @@ def test_slot_matching_matches_slots_and_contrasts_predictions():
 
 def test_scenes_stack_what_is_told_behind_what_is_seen():
     plain = Scenes(3, 4)
-    assert plain.images.shape == (4, 3, 64, 64) and plain.images.dtype == torch.uint8 and len(plain) == 4
+    assert (
+        plain.images.shape == (4, 3, 64, 64)
+        and plain.images.dtype == torch.uint8
+        and len(plain) == 4
+    )
     depth = Scenes(3, 4, told="depth")
     assert depth[2][:3].equal(plain[2]) and set(depth[2][3].unique().tolist()) >= {0, 255}
     flow = Scenes(3, 4, sees="flow")
@@ -561,7 +662,9 @@ def test_every_pixel_has_exactly_one_mask(kind):
     if kind == "truth":
         assert numbers.equal(scenes.regions.long())
     if kind == "grid":
-        assert numbers[0, ::25, ::25].tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]] and numbers[0].equal(numbers[1])
+        assert numbers[0, ::25, ::25].tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]] and numbers[
+            0
+        ].equal(numbers[1])
     with pytest.raises(ValueError, match="masks are grid, color or truth, found 'edges'"):
         scenes.masks("edges")
 

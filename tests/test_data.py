@@ -17,7 +17,9 @@ from data import Batch, TwoCrops, center_square, resized_crop
 from engine.images import ImageFiles, find_images
 from engine.loader import RunSampler, Samples, collate, make_loader, on_device
 
-PHOTOGRAPHS = pytest.mark.skipif("SLOTCON_TINY_COCO" not in os.environ, reason="SLOTCON_TINY_COCO names no folder")
+PHOTOGRAPHS = pytest.mark.skipif(
+    "SLOTCON_TINY_COCO" not in os.environ, reason="SLOTCON_TINY_COCO names no folder"
+)
 
 
 def write_image(path, height=6, width=9, colour=(200, 100, 50)):
@@ -33,7 +35,9 @@ def tree(root, *names):
 
 def noise(count=11, height=37, width=53):
     generator = torch.Generator().manual_seed(0)
-    return list(torch.randint(0, 256, (count, 3, height, width), generator=generator, dtype=torch.uint8))
+    return list(
+        torch.randint(0, 256, (count, 3, height, width), generator=generator, dtype=torch.uint8)
+    )
 
 
 def samples_of(images, size, seed=0, **settings):
@@ -41,27 +45,54 @@ def samples_of(images, size, seed=0, **settings):
     return Samples(images, TwoCrops(size, **settings), seed)
 
 
-# --------------------------------------------------------------------------------------- finding images
+# ----------------------------------------------------------------------------------- finding images
 
-@pytest.mark.parametrize("layout, names, found", [
-    ("coco", ["train2017/b.jpg", "train2017/a.jpg", "val2017/c.jpg", "train2017/deep/d.jpg"],
-     ["train2017/a.jpg", "train2017/b.jpg"]),
-    ("cocoplus", ["unlabeled2017/z.jpg", "train2017/b.jpg", "test2017/c.jpg"],
-     ["train2017/b.jpg", "unlabeled2017/z.jpg"]),
-    ("imagenet", ["train/n02/b.JPEG", "train/n01/c.JPEG", "train/stray.jpg", "val/n01/d.JPEG"],
-     ["train/n01/c.JPEG", "train/n02/b.JPEG"]),
-    ("bdd100k", ["images/100k/train/b.jpg", "images/100k/val/v.jpg", "images/100k/test/a.jpg",
-                 "images/10k/train/x.jpg"],
-     ["images/100k/test/a.jpg", "images/100k/train/b.jpg"]),
-    ("folder", ["b.jpg", "a.PNG", "x/y/z.webp", "grüße aus/Füssen 1.jpeg", ".hidden/h.jpg", "._a.jpg"],
-     ["a.PNG", "b.jpg", "grüße aus/Füssen 1.jpeg", "x/y/z.webp"]),
-])
+
+@pytest.mark.parametrize(
+    "layout, names, found",
+    [
+        (
+            "coco",
+            ["train2017/b.jpg", "train2017/a.jpg", "val2017/c.jpg", "train2017/deep/d.jpg"],
+            ["train2017/a.jpg", "train2017/b.jpg"],
+        ),
+        (
+            "cocoplus",
+            ["unlabeled2017/z.jpg", "train2017/b.jpg", "test2017/c.jpg"],
+            ["train2017/b.jpg", "unlabeled2017/z.jpg"],
+        ),
+        (
+            "imagenet",
+            ["train/n02/b.JPEG", "train/n01/c.JPEG", "train/stray.jpg", "val/n01/d.JPEG"],
+            ["train/n01/c.JPEG", "train/n02/b.JPEG"],
+        ),
+        (
+            "bdd100k",
+            [
+                "images/100k/train/b.jpg",
+                "images/100k/val/v.jpg",
+                "images/100k/test/a.jpg",
+                "images/10k/train/x.jpg",
+            ],
+            ["images/100k/test/a.jpg", "images/100k/train/b.jpg"],
+        ),
+        (
+            "folder",
+            ["b.jpg", "a.PNG", "x/y/z.webp", "grüße aus/Füssen 1.jpeg", ".hidden/h.jpg", "._a.jpg"],
+            ["a.PNG", "b.jpg", "grüße aus/Füssen 1.jpeg", "x/y/z.webp"],
+        ),
+    ],
+)
 def test_each_layout_finds_its_images_sorted(tmp_path, layout, names, found):
     tree(tmp_path, *names)
     (tmp_path / "readme.txt").write_text("no image")
     root, paths, notice = find_images(tmp_path, layout)
     assert (root, paths.tolist(), notice) == (tmp_path, found, "")
-    assert len(ImageFiles(root, paths)) == len(found) and ImageFiles(root, paths)[0].shape == (3, 6, 9)
+    assert len(ImageFiles(root, paths)) == len(found) and ImageFiles(root, paths)[0].shape == (
+        3,
+        6,
+        9,
+    )
 
 
 def test_names_are_one_block_of_memory(tmp_path):
@@ -73,14 +104,20 @@ def test_a_relative_folder_is_found_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tree(tmp_path / "here", "train2017/a.jpg"))
     for given in (".", "../here", Path("../here/")):
         root, paths, _ = find_images(given, "coco")
-        assert paths.tolist() == ["train2017/a.jpg"] and ImageFiles(root, paths)[0].shape == (3, 6, 9)
+        assert paths.tolist() == ["train2017/a.jpg"] and ImageFiles(root, paths)[0].shape == (
+            3,
+            6,
+            9,
+        )
 
 
 def test_a_list_names_images_absolutely_or_from_its_own_folder(tmp_path):
     tree(tmp_path / "sets", "b.jpg", "x/a b.jpg")
     tree(tmp_path / "far", "c.jpg")
     file = tmp_path / "sets" / "list.txt"
-    file.write_text(f"\ufeffx/a b.jpg\n# a remark\n\nb.jpg\n{tmp_path}/far/c.jpg\n", encoding="utf-8")
+    file.write_text(
+        f"\ufeffx/a b.jpg\n# a remark\n\nb.jpg\n{tmp_path}/far/c.jpg\n", encoding="utf-8"
+    )
     for layout in ("list", "folder"):  # a file is a list, whatever was asked for
         root, paths, _ = find_images(file, layout)
         assert paths.tolist() == [f"{tmp_path}/far/c.jpg", "b.jpg", "x/a b.jpg"]
@@ -99,27 +136,49 @@ def test_links_are_followed_and_circles_walked_once(tmp_path):
 def test_another_layout_is_taken_as_a_plain_folder_only_where_that_is_allowed(tmp_path):
     tree(tmp_path, "mine/a.jpg")
     _, paths, notice = find_images(tmp_path, "coco", strict=False)
-    assert paths.tolist() == ["mine/a.jpg"] and "not laid out as coco: taken as a plain folder" in notice
-    with pytest.raises(ValueError, match=r"no images in .*expected .*train2017/\*.jpg; found in .*mine/; .*'folder'"):
+    assert (
+        paths.tolist() == ["mine/a.jpg"]
+        and "not laid out as coco: taken as a plain folder" in notice
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"no images in .*expected .*train2017/\*.jpg; found in .*mine/; .*'folder'",
+    ):
         find_images(tmp_path, "coco")
     tree(tmp_path, "train2017/a.jpg")
-    with pytest.raises(ValueError, match=r"expected .*train2017/\*.jpg and .*unlabeled2017/\*.jpg; found in"):
+    with pytest.raises(
+        ValueError, match=r"expected .*train2017/\*.jpg and .*unlabeled2017/\*.jpg; found in"
+    ):
         find_images(tmp_path, "cocoplus")
 
 
 def test_a_wrong_path_says_what_was_expected_and_what_is_there(tmp_path):
     tree(tmp_path, "photos/a.jpg")
-    with pytest.raises(ValueError, match=r"no such .*fotos/deep; found in .*: photos/; expected .*\*.jpg") as error:
+    with pytest.raises(
+        ValueError, match=r"no such .*fotos/deep; found in .*: photos/; expected .*\*.jpg"
+    ) as error:
         find_images(tmp_path / "fotos" / "deep")
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("prepare, words", [
-    (lambda root: None, "no images in .*found in .*: nothing"),
-    (lambda root: [(root / f"{n}.txt").write_text("") for n in range(9)], "0.txt, 1.txt, .* and 3 more"),
-    (lambda root: (root / "a.jpg").write_text("no image"), "none of 1 files tried .* a.jpg: not an image that Pillow"),
-    (lambda root: [(root / f"{n}.jpg").touch() for n in range(40)], "none of 16 files tried .* 0.jpg: empty file"),
-])
+@pytest.mark.parametrize(
+    "prepare, words",
+    [
+        (lambda root: None, "no images in .*found in .*: nothing"),
+        (
+            lambda root: [(root / f"{n}.txt").write_text("") for n in range(9)],
+            "0.txt, 1.txt, .* and 3 more",
+        ),
+        (
+            lambda root: (root / "a.jpg").write_text("no image"),
+            "none of 1 files tried .* a.jpg: not an image that Pillow",
+        ),
+        (
+            lambda root: [(root / f"{n}.jpg").touch() for n in range(40)],
+            "none of 16 files tried .* 0.jpg: empty file",
+        ),
+    ],
+)
 def test_a_folder_without_readable_images_is_refused_in_one_line(tmp_path, prepare, words):
     prepare(tmp_path)
     with pytest.raises(ValueError, match=words) as error:
@@ -131,11 +190,16 @@ def test_wrong_lists_and_layouts_are_refused(tmp_path):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "wrong.txt").write_text("gone.jpg\n")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x81")
-    for name, words in [("empty.txt", "no images .*one image path per line"), ("wrong.txt", "gone.jpg: no such file"),
-                        ("binary", "not a text file of image paths")]:
+    for name, words in [
+        ("empty.txt", "no images .*one image path per line"),
+        ("wrong.txt", "gone.jpg: no such file"),
+        ("binary", "not a text file of image paths"),
+    ]:
         with pytest.raises(ValueError, match=words):
             find_images(tmp_path / name, "list")
-    with pytest.raises(ValueError, match="unknown data set layout 'cococo': choose from coco, cocoplus"):
+    with pytest.raises(
+        ValueError, match="unknown data set layout 'cococo': choose from coco, cocoplus"
+    ):
         find_images(tmp_path, "cococo")
 
 
@@ -149,7 +213,8 @@ def test_photographs_of_coco_are_found_and_read():
         assert np.array_equal(ImageFiles(root, paths)[index].permute(1, 2, 0).numpy(), expected)
 
 
-# -------------------------------------------------------------------------------------------- two crops
+# ---------------------------------------------------------------------------------------- two crops
+
 
 def assert_same(item, other):
     assert all(torch.equal(a, b) for a, b in zip(item[0], other[0])) and item[1] == other[1]
@@ -158,7 +223,12 @@ def assert_same(item, other):
 def test_an_item_has_the_promised_shapes():
     (views, boxes, flipped), failures = samples_of(noise(), 24)[3]
     assert (views.shape, views.dtype, views.is_contiguous()) == ((2, 3, 24, 24), torch.uint8, True)
-    assert (boxes.shape, boxes.dtype, flipped.shape, flipped.dtype) == ((2, 4), torch.float32, (2,), torch.bool)
+    assert (boxes.shape, boxes.dtype, flipped.shape, flipped.dtype) == (
+        (2, 4),
+        torch.float32,
+        (2,),
+        torch.bool,
+    )
     assert failures == []
 
 
@@ -218,14 +288,17 @@ def test_without_geometry_both_views_are_the_whole_centre():
     assert boxes.tolist() == [[0, 0, 1, 1]] * 2 and not flipped.any()
 
 
-@pytest.mark.parametrize("settings", [
-    {"image_size": 0}, {"min_area": 0}, {"min_area": 1.5}, {"min_overlap": -1}, {"flip": 2}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"image_size": 0}, {"min_area": 0}, {"min_area": 1.5}, {"min_overlap": -1}, {"flip": 2}],
+)
 def test_impossible_crops_are_refused(settings):
     with pytest.raises(ValueError, match=f"found .*{next(iter(settings.values()))}"):
         TwoCrops(**{"image_size": 24, **settings})
 
 
-# -------------------------------------------------------------------------------------------------- run
+# ---------------------------------------------------------------------------------------------- run
+
 
 def joined(lists):
     return list(itertools.chain(*lists))
@@ -235,7 +308,7 @@ def test_every_epoch_has_every_image_at_most_once_and_its_own_order():
     sampler = RunSampler(num_images=23, total_batch=5, seed=1, stop=12)
     batches = list(sampler)
     assert len(sampler) == len(batches) == 12 and sampler.steps_per_epoch == 4
-    epochs = [joined(batches[4 * e:4 * e + 4]) for e in range(3)]
+    epochs = [joined(batches[4 * e : 4 * e + 4]) for e in range(3)]
     for epoch, samples in enumerate(epochs):
         assert len(set(samples)) == 20 and all(sample // 23 == epoch for sample in samples)
     indices = [[sample % 23 for sample in samples] for samples in epochs]
@@ -254,15 +327,26 @@ def test_a_run_continues_anywhere():
 @pytest.mark.parametrize("world_size", [2, 3, 6])
 def test_the_ranks_together_have_the_batches_of_one(world_size):
     alone = list(RunSampler(50, 6, seed=3, start=2, stop=17))
-    ranks = [list(RunSampler(50, 6, rank, world_size, seed=3, start=2, stop=17)) for rank in range(world_size)]
+    ranks = [
+        list(RunSampler(50, 6, rank, world_size, seed=3, start=2, stop=17))
+        for rank in range(world_size)
+    ]
     for step, parts in enumerate(zip(*ranks)):
         assert joined(parts) == alone[step] and all(len(part) == 6 // world_size for part in parts)
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (dict(total_batch=7, world_size=2), "batch of 7 images .* by 2 processes: choose a multiple of 2"),
-    (dict(total_batch=51), "batch of 51 images is larger than the data set, which has 50"),
-    (dict(total_batch=0), "batch of 0"), (dict(total_batch=5, start=4, stop=3), "from step 4 to step 3")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (
+            dict(total_batch=7, world_size=2),
+            "batch of 7 images .* by 2 processes: choose a multiple of 2",
+        ),
+        (dict(total_batch=51), "batch of 51 images is larger than the data set, which has 50"),
+        (dict(total_batch=0), "batch of 0"),
+        (dict(total_batch=5, start=4, stop=3), "from step 4 to step 3"),
+    ],
+)
 def test_impossible_runs_are_refused(arguments, words):
     with pytest.raises(ValueError, match=words):
         RunSampler(50, **arguments)
@@ -276,7 +360,11 @@ def batches_of(workers, images=None, stop=5):
 def test_batches_are_the_sampled_items_in_order():
     crops = samples_of(noise(), 24)
     for (batch, failures), samples in zip(batches_of(0), RunSampler(11, 4, stop=5), strict=True):
-        assert isinstance(batch, Batch) and batch.views.shape == (4, 2, 3, 24, 24) and batch.boxes.shape == (4, 2, 4)
+        assert (
+            isinstance(batch, Batch)
+            and batch.views.shape == (4, 2, 3, 24, 24)
+            and batch.boxes.shape == (4, 2, 4)
+        )
         for i, sample in enumerate(samples):
             assert_same((Batch(*(part[i] for part in batch)), failures), crops[sample])
 
@@ -326,7 +414,9 @@ print(*(worker.pid for worker in batches._workers))
 sys.exit(7)
 """
     here = Path(data.__file__).parent
-    ended = subprocess.run([sys.executable, "-c", program], cwd=here, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=here, capture_output=True, text=True, timeout=60
+    )
     assert ended.returncode == 7 and ended.stderr == ""
     for worker in ended.stdout.split():
         with pytest.raises(ProcessLookupError):
@@ -345,5 +435,11 @@ def test_on_a_gpu_the_batches_are_the_same():
 @PHOTOGRAPHS
 def test_photographs_become_batches():
     root, paths, _ = find_images(os.environ["SLOTCON_TINY_COCO"], "coco")
-    batch, failures = collate([samples_of(ImageFiles(root, paths), 64)[sample] for sample in range(4)])
-    assert batch.views.shape == (4, 2, 3, 64, 64) and 60 < batch.views.float().mean() < 180 and failures == []
+    batch, failures = collate(
+        [samples_of(ImageFiles(root, paths), 64)[sample] for sample in range(4)]
+    )
+    assert (
+        batch.views.shape == (4, 2, 3, 64, 64)
+        and 60 < batch.views.float().mean() < 180
+        and failures == []
+    )

@@ -1,7 +1,9 @@
-"""slot_attention.py: slots that compete for pixels, queries that do not, and the decoder that reconstructs.
+"""slot_attention.py: slots that compete for pixels, queries that do not, and the decoder that
+reconstructs.
 
-Promised: slots compete over k, queries attend alone over n; Slot Attention is its paper's algorithm; the decoder's
-masks share out every pixel, and what it paints is the mixture of the slots' images.
+Promised: slots compete over k, queries attend alone over n; Slot Attention is its paper's
+algorithm; the decoder's masks share out every pixel, and what it paints is the mixture of the
+slots' images.
 """
 
 import itertools
@@ -27,7 +29,7 @@ def random(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-# ------------------------------------------------------------------------------------------ attention
+# ---------------------------------------------------------------------------------------- attention
 
 
 def test_competing_queries_share_each_pixel_and_lone_queries_share_their_own_gaze():
@@ -36,8 +38,14 @@ def test_competing_queries_share_each_pixel_and_lone_queries_share_their_own_gaz
         found = query_attention(queries, keys, compete, temperature=0.5)
         assert found.shape == (B, K, N)
         for b in range(B):
-            logits = [[sum(queries[b, k, i] * keys[b, n, i] for i in range(D)).item() / (math.sqrt(D) * 0.5)
-                       for n in range(N)] for k in range(K)]
+            logits = [
+                [
+                    sum(queries[b, k, i] * keys[b, n, i] for i in range(D)).item()
+                    / (math.sqrt(D) * 0.5)
+                    for n in range(N)
+                ]
+                for k in range(K)
+            ]
             for k in range(K):
                 for n in range(N):
                     rivals = [logits[j][n] for j in range(K)] if compete else logits[k]
@@ -53,7 +61,9 @@ def test_a_weighted_mean_is_the_mean_of_the_pixels_a_slot_won():
             weights = [attention[b, k, n].item() + 1e-6 for n in range(N)]
             expected = sum(weight * values[b, n] for n, weight in enumerate(weights)) / sum(weights)
             assert torch.allclose(found[b, k], expected, rtol=1e-9)
-    assert torch.allclose(weighted_mean(torch.zeros(B, K, N), values.float()), values.float().mean(1)[:, None])
+    assert torch.allclose(
+        weighted_mean(torch.zeros(B, K, N), values.float()), values.float().mean(1)[:, None]
+    )
 
 
 def layer_norm(x):
@@ -81,7 +91,9 @@ def test_slot_attention_is_its_published_algorithm():
         state = list(start[b])
         for attention in history:
             queries = [module.to_query.weight @ layer_norm(slot) for slot in state]
-            logits = torch.stack([torch.stack([(module.to_key.weight @ x) @ q for x in inputs]) for q in queries])
+            logits = torch.stack(
+                [torch.stack([(module.to_key.weight @ x) @ q for x in inputs]) for q in queries]
+            )
             shares = (logits / math.sqrt(D)).exp()
             shares = shares / shares.sum(0)
             assert torch.allclose(attention[b], shares, rtol=1e-8)
@@ -89,7 +101,9 @@ def test_slot_attention_is_its_published_algorithm():
                 weights = (shares[k] + 1e-6) / (shares[k] + 1e-6).sum()
                 update = sum(a * (module.to_value.weight @ x) for a, x in zip(weights, inputs))
                 moved = gru_slowly(module.gru, update, state[k])
-                hidden = (module.mlp[0].weight @ layer_norm(moved) + module.mlp[0].bias).clamp(min=0)
+                hidden = (module.mlp[0].weight @ layer_norm(moved) + module.mlp[0].bias).clamp(
+                    min=0
+                )
                 state[k] = moved + module.mlp[2].weight @ hidden + module.mlp[2].bias
         assert torch.allclose(slots[b], torch.stack(state), rtol=1e-8)
 
@@ -112,7 +126,10 @@ def test_independent_queries_pool_what_each_looks_at_and_share_nothing():
     for b in range(B):
         for k in range(K):
             query = module.to_query.weight @ module.queries[k]
-            weights = [math.exp((query @ (module.to_key.weight @ x)).item() / math.sqrt(D)) for x in pixels[b]]
+            weights = [
+                math.exp((query @ (module.to_key.weight @ x)).item() / math.sqrt(D))
+                for x in pixels[b]
+            ]
             shares = [weight / sum(weights) for weight in weights]
             assert attention[b, k].tolist() == pytest.approx(shares, rel=1e-9)
             expected = sum(a * (module.to_value.weight @ x) for a, x in zip(shares, pixels[b]))
@@ -127,7 +144,7 @@ def test_an_independent_query_does_not_notice_that_another_moved():
     assert (before != after).any(2).all(0).tolist() == [False, False, True, False, False]
 
 
-# ------------------------------------------------------------------------------------------ the decoder
+# -------------------------------------------------------------------------------------- the decoder
 
 
 def test_positions_are_a_linear_function_of_the_distances_from_four_borders():
@@ -166,7 +183,9 @@ def test_every_slot_paints_a_whole_image_and_a_softmax_over_slots_mixes_them():
         shares = torch.stack([each[C].exp() for each in painted])
         shares = shares / shares.sum(0)
         assert torch.allclose(masks[b], shares)
-        assert torch.allclose(image[b], sum(share * each[:C] for share, each in zip(shares, painted)))
+        assert torch.allclose(
+            image[b], sum(share * each[:C] for share, each in zip(shares, painted))
+        )
 
 
 def test_of_two_slots_that_are_alike_each_owns_half_by_hand():
@@ -178,7 +197,11 @@ def test_of_two_slots_that_are_alike_each_owns_half_by_hand():
 
 
 def test_the_decoder_knows_no_order_of_slots_and_every_weight_gets_a_gradient():
-    module, slots, order = SpatialBroadcastDecoder(D, C).double(), random(B, K, D).requires_grad_(), [3, 0, 4, 1, 2]
+    module, slots, order = (
+        SpatialBroadcastDecoder(D, C).double(),
+        random(B, K, D).requires_grad_(),
+        [3, 0, 4, 1, 2],
+    )
     image, masks = module(slots, (H, W))
     again, permuted = module(slots[:, order], (H, W))
     assert torch.allclose(image, again) and torch.allclose(masks[:, order], permuted)

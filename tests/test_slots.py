@@ -1,8 +1,7 @@
 """slots.py: pixels pool into one vector per prototype and image.
 
-Promised: a weighted mean over the pixels of each group that never divides by zero; a prototype occupies what it is
-nearest to; a predictor that survives fewer than two rows.
-"""
+Promised: a weighted mean over the pixels of each group that never divides by zero; a prototype
+occupies what it is nearest to; a predictor that survives fewer than two rows."""
 
 import math
 
@@ -23,7 +22,7 @@ def maps_and_embeddings():
     return random(B, K, H, W).tanh(), random(B, D, H, W, seed=1)
 
 
-# ------------------------------------------------------------------------------------------ attentive pooling
+# -------------------------------------------------------------------------------- attentive pooling
 
 
 def pooled_slowly(embeddings, maps, temperature):
@@ -51,7 +50,9 @@ def test_a_slot_is_the_mean_of_the_pixels_weighted_by_how_much_they_belong():
 def test_two_prototypes_that_share_four_pixels_get_the_means_of_their_own():
     maps = torch.tensor([[1.0, 1.0, 1.0, -1.0], [-1.0, -1.0, -1.0, 1.0]]).reshape(1, 2, 1, 4)
     embeddings = torch.tensor([3.0, 6.0, 9.0, 5.0]).reshape(1, 1, 1, 4)
-    assert attentive_pooling(embeddings, maps, 0.01).flatten().tolist() == pytest.approx([6.0, 5.0], rel=1e-4)
+    assert attentive_pooling(embeddings, maps, 0.01).flatten().tolist() == pytest.approx(
+        [6.0, 5.0], rel=1e-4
+    )
 
 
 def test_a_prototype_that_owns_nothing_pools_the_mean_of_the_view_instead_of_dividing_by_zero():
@@ -67,7 +68,9 @@ def test_slots_do_not_depend_on_where_pixels_lie_and_follow_the_prototypes_order
     shuffled = attentive_pooling(embeddings.flip(2).roll(1, 3), maps.flip(2).roll(1, 3), 0.07)
     assert torch.allclose(shuffled, found, rtol=1e-9)
     order = torch.tensor([3, 0, 4, 1, 2])
-    assert torch.allclose(attentive_pooling(embeddings, maps[:, order], 0.07), found[:, order], rtol=1e-9)
+    assert torch.allclose(
+        attentive_pooling(embeddings, maps[:, order], 0.07), found[:, order], rtol=1e-9
+    )
 
 
 def test_autocast_does_not_reach_the_pooling():
@@ -82,17 +85,22 @@ def test_autocast_does_not_reach_the_pooling():
 @pytest.mark.parametrize("temperature", [0, -0.07])
 def test_pooling_needs_a_positive_temperature(temperature):
     maps, embeddings = maps_and_embeddings()
-    with pytest.raises(ValueError, match=f"temperature of an assignment must be positive, found {temperature}"):
+    with pytest.raises(
+        ValueError, match=f"temperature of an assignment must be positive, found {temperature}"
+    ):
         attentive_pooling(embeddings, maps, temperature)
 
 
 def test_pooling_needs_maps_of_one_size():
     maps, embeddings = maps_and_embeddings()
-    with pytest.raises(ValueError, match=r"\(3, 7, 4, 6\) and similarity \(3, 5, 4, 5\) are maps of different sizes"):
+    with pytest.raises(
+        ValueError,
+        match=r"\(3, 7, 4, 6\) and similarity \(3, 5, 4, 5\) are maps of different sizes",
+    ):
         attentive_pooling(embeddings, maps[..., :5], 0.07)
 
 
-# ------------------------------------------------------------------------------------------ occupied
+# ----------------------------------------------------------------------------------------- occupied
 
 
 def test_a_prototype_is_occupied_if_it_is_nearest_to_some_pixel():
@@ -100,7 +108,11 @@ def test_a_prototype_is_occupied_if_it_is_nearest_to_some_pixel():
     found = occupied(maps)
     assert found.shape == (B, 17) and found.dtype == torch.bool
     for b in range(B):
-        winners = {max(range(17), key=lambda k: maps[b, k, h, w].item()) for h in range(H) for w in range(W)}
+        winners = {
+            max(range(17), key=lambda k: maps[b, k, h, w].item())
+            for h in range(H)
+            for w in range(W)
+        }
         assert found[b].nonzero().flatten().tolist() == sorted(winners)
     assert 0 < found.sum() < found.numel()
 
@@ -116,7 +128,7 @@ def test_occupancy_follows_the_prototypes_order_and_carries_no_gradient():
     assert not occupied(maps).requires_grad
 
 
-# ------------------------------------------------------------------------------------------ slot predictor
+# ----------------------------------------------------------------------------------- slot predictor
 
 
 def gelu(x):
@@ -132,7 +144,9 @@ def test_the_predictor_is_three_matrices_with_norms_over_its_rows_and_gelu():
         x = torch.stack([linear.weight @ row + linear.bias for row in x])
         mean = sum(x) / N
         variance = sum((row - mean) ** 2 for row in x) / N
-        x = torch.stack([gelu((row - mean) / (variance + 1e-5).sqrt() * norm.weight + norm.bias) for row in x])
+        x = torch.stack(
+            [gelu((row - mean) / (variance + 1e-5).sqrt() * norm.weight + norm.bias) for row in x]
+        )
     expected = torch.stack([layers[6].weight @ row + layers[6].bias for row in x])
     assert torch.allclose(predictor(rows), expected, rtol=1e-9)
     assert torch.allclose(predictor(rows.flip(0)), expected.flip(0), rtol=1e-9)
