@@ -93,6 +93,7 @@ class Scene(NamedTuple):
         np.ndarray
     )  # (objects 4) int64, x1 y1 x2 y2 of the visible pixels, ends exclusive; zeros if hidden
     things: np.ndarray  # (objects) uint8, their classes
+    depth: np.ndarray  # (y x) uint8, order of drawing: 0 the stuff, 255 the nearest object
 
 
 class FramePair(NamedTuple):
@@ -463,6 +464,7 @@ def _render(plan: Plan, dials: Dials, noise: np.ndarray, camera=(0, 0), moves=()
     boxes = np.array([_box(instance == i + 1) for i in range(len(plan.things))], np.int64).reshape(
         -1, 4
     )
+    depth = (255 * instance.astype(np.int64) // max(len(plan.things), 1)).astype(np.uint8)
     return Scene(
         image,
         PART_CLASS[parts],
@@ -470,6 +472,7 @@ def _render(plan: Plan, dials: Dials, noise: np.ndarray, camera=(0, 0), moves=()
         parts,
         boxes,
         np.array([t.kind for t in plan.things], np.uint8),
+        depth,
     )
 
 
@@ -537,18 +540,19 @@ class ToyImages:
     """`count` scenes, drawn once: for the trainer a sequence of uint8 images (3 y x), with the
     truth beside it.
 
-    images (n 3 y x) uint8 tensor; semantic, instance, parts (n y x) uint8 tensors; n counts scenes.
+    images (n 3 y x) uint8 tensor; semantic, instance, parts, depth (n y x) uint8 tensors; n counts
+    scenes.
     """
 
     def __init__(self, seed: int, count: int, preset: str = "scene", **dials):
         import torch  # only here: the generator itself needs nothing but numpy
 
-        images, *labels, _boxes, _things = zip(
+        images, *labels, _boxes, _things, depth = zip(
             *(scene(seed, index, preset, **dials) for index in range(count))
         )
         self.images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-        self.semantic, self.instance, self.parts = (
-            torch.from_numpy(np.stack(each)) for each in labels
+        self.semantic, self.instance, self.parts, self.depth = (
+            torch.from_numpy(np.stack(each)) for each in (*labels, depth)
         )
 
     def __len__(self) -> int:

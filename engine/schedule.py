@@ -23,6 +23,14 @@ def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float) -
     return 1e-6 + (peak - 1e-6) * (1 + math.cos(math.pi * progress)) / 2
 
 
+def warm_up(step: int, steps: int, start: float, end: float) -> float:
+    """A straight line from start to end over so many steps, then end; end at once where there are none.
+
+    DINO raises the teacher's temperature like this; SlotCon does not, and no preset does.
+    """
+    return end if step >= steps else start + (end - start) * step / steps
+
+
 @dataclass(frozen=True)
 class Schedule:
     """What a run intends. total_steps: length of all schedules; last_step: where the run ends,
