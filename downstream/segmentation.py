@@ -86,7 +86,7 @@ class Segmenter(nn.Module):
         return loss, torch.stack([loss, main, aux]).detach()
 
     def scores(self, images: Tensor) -> Tensor:
-        """images (b 3 y x) uint8 -> scores (b t y x) of every class at every pixel."""
+        """images (b 3 y x) uint8, or float 0..1 -> scores (b t y x) of every class at every pixel."""
         scores = self.head(self.backbone(normalize(images))["out"]).float()
         return F.interpolate(scores, images.shape[-2:], mode="bilinear", align_corners=False)
 
@@ -109,7 +109,7 @@ def predict(network: Segmenter, image: Tensor, scale: Sequence[int] = (), window
     stride: px of the square that slides over it, window 0: the whole image at once.
     """
     size = image.shape[-2:]
-    batch = image[None]
+    batch = image[None].float() / 255
     if scale:
         batch = F.interpolate(batch, fitting(size, *scale), mode="bilinear", antialias=True)
     scores = slide(network, batch, window, stride) if window else network.scores(batch)
@@ -118,7 +118,7 @@ def predict(network: Segmenter, image: Tensor, scale: Sequence[int] = (), window
 
 
 def slide(network: Segmenter, images: Tensor, window: int, stride: int) -> Tensor:
-    """images (b 3 y x) uint8 -> scores (b t y x): the mean over all squares that cover a pixel.
+    """images (b 3 y x) of `scores` -> scores (b t y x): the mean over all squares that cover a pixel.
 
     Squares at the lower and right border are moved back into the image [P: mmsegmentation]; an image that is
     smaller than a square is read at once in that direction.
