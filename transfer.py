@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from downstream import datasets, detection, scores, segmentation, settings, trunks, views
 from downstream.schedules import FineTuning

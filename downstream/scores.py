@@ -64,8 +64,8 @@ def coco_precision(
 
 def as_results(found: dict[str, Tensor], image_id: int, categories: Sequence[int]) -> list[dict[str, Any]]:
     """Detections in one image as COCO's result format has them: box x y width height px, mask as run lengths."""
-    boxes = found["boxes"].float().cpu()
-    boxes[:, 2:] -= boxes[:, :2]
+    corner, other = found["boxes"].float().cpu().split(2, dim=1)  # over x1 y1 x2 y2
+    boxes = torch.cat([corner, other - corner], dim=1)
     masks = found["masks"].to("cpu", torch.uint8).numpy()
     results = []
     for box, label, score, mask in zip(boxes.tolist(), found["labels"].tolist(), found["scores"].tolist(), masks):
