@@ -1,10 +1,9 @@
 """Images become pixel embeddings: a convolutional trunk, then a projector of 1x1 convolutions.
 
-Slide: "Together: solving segmentation & representation jointly" (the shared pixel embedding function).
-Paper: section 3.1 and the architecture paragraph of the experiments.
-Differs: nothing known for the ResNets, which are torchvision's, key by key. `tiny` is [U]: a trunk for toy images.
-Read next: grouping.py.
-"""
+Slide: "Together: solving segmentation & representation jointly" (the shared pixel embedding
+function). Paper: section 3.1 and the architecture paragraph of the experiments. Differs: nothing
+known for the ResNets, which are torchvision's, key by key. `tiny` is [U]: a trunk for toy images.
+Read next: grouping.py."""
 
 from __future__ import annotations
 
@@ -38,9 +37,8 @@ def build_trunk(arch: str) -> nn.Module:
 class ResNetTrunk(TorchvisionResNet):
     """torchvision's ResNet up to C5, the last map before pooling: stride 32, no classifier.
 
-    The last batch norm of every residual block starts at zero [O], so that each block starts as the identity.
-    Its state dict is torchvision's without `fc.*`.
-    """
+    The last batch norm of every residual block starts at zero [O], so that each block starts as the
+    identity. Its state dict is torchvision's without `fc.*`."""
 
     stride = 32
 
@@ -59,19 +57,24 @@ class ResNetTrunk(TorchvisionResNet):
 
 
 class TinyTrunk(nn.Sequential):
-    """Four 3x3 convolutions for toy images of about 64 px: output stride 4, receptive field 17 px [U].
+    """Four 3x3 convolutions for toy images of about 64 px: output stride 4, receptive field 17 px
+    [U].
 
-    All of it is deliberate. A receptive field as wide as the picture gives one prototype per picture, and zero padding
-    tells every pixel how far it is from the border, so prototypes become places; hence reflect padding. The first
-    convolution keeps the full resolution, where fine textures still can be told apart.
-    """
+    All of it is deliberate. A receptive field as wide as the picture gives one prototype per
+    picture, and zero padding tells every pixel how far it is from the border, so prototypes become
+    places; hence reflect padding. The first convolution keeps the full resolution, where fine
+    textures still can be told apart."""
 
     stride = 4
 
-    def __init__(self, widths: tuple[int, ...] = (16, 32, 64, 64), strides: tuple[int, ...] = (1, 2, 2, 1)):
+    def __init__(
+        self, widths: tuple[int, ...] = (16, 32, 64, 64), strides: tuple[int, ...] = (1, 2, 2, 1)
+    ):
         layers, channels = [], 3
         for width, stride in zip(widths, strides):
-            conv = nn.Conv2d(channels, width, 3, stride, padding=1, padding_mode="reflect", bias=False)
+            conv = nn.Conv2d(
+                channels, width, 3, stride, padding=1, padding_mode="reflect", bias=False
+            )
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
             layers += [conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
             channels = width
@@ -80,11 +83,12 @@ class TinyTrunk(nn.Sequential):
 
 
 class Projector(nn.Module):
-    """Three 1x1 convolutions c -> dim_hidden -> dim_hidden -> dim_out: feature map (b c h w) -> embeddings (b d h w).
+    """Three 1x1 convolutions c -> dim_hidden -> dim_hidden -> dim_out: feature map (b c h w) ->
+    embeddings (b d h w).
 
-    Batch norm and exact GELU after the first two, nothing after the last, biases everywhere [O]. Weights start from a
-    normal of std 0.02 truncated at +-2 [O], which at this width cuts nothing; biases start at 0.
-    """
+    Batch norm and exact GELU after the first two, nothing after the last, biases everywhere [O].
+    Weights start from a normal of std 0.02 truncated at +-2 [O], which at this width cuts nothing;
+    biases start at 0."""
 
     def __init__(self, in_channels: int, dim_hidden: int, dim_out: int):
         super().__init__()

@@ -1,10 +1,9 @@
 """Two views of one image: crops that overlap, where they overlap, and which of them are mirrored.
 
-Slide: "Prior 1: geometric-covariance and photometric-invariance", the first half. Paper: section 3.1.
-Differs: crops are resized as uint8 tensors; crops that share nothing get the box 0 0 0 0, and with it the image
-leaves the consistency loss. Finding and decoding files is the work of engine/images.py.
-Read next: photometric.py.
-"""
+Slide: "Prior 1: geometric-covariance and photometric-invariance", the first half. Paper: section
+3.1. Differs: crops are resized as uint8 tensors; crops that share nothing get the box 0 0 0 0, and
+with it the image leaves the consistency loss. Finding and decoding files is the work of
+engine/images.py. Read next: photometric.py."""
 
 from __future__ import annotations
 
@@ -23,55 +22,85 @@ Crop = tuple[int, int, int, int]  # top, left, height, width, px of the image
 
 
 class Batch(NamedTuple):
-    """Two views of b images, and where they overlap. Of a single image: the same without the axis b."""
+    """Two views of b images, and where they overlap. Of a single image: the same without the axis
+    b.
+    """
 
     views: Tensor  # (b v 3 y x) uint8
-    boxes: Tensor  # (b v 4) float32: the overlap as x1 y1 x2 y2 in 0..1 of each view, mirrored like the view
+    # (b v 4) float32: the overlap as x1 y1 x2 y2 in 0..1 of each view, mirrored like the view
+    boxes: Tensor
     flipped: Tensor  # (b v) bool: the view is mirrored
 
 
 class TwoCrops:
     """Cuts two views out of an image. A function of the image and the random generator alone.
 
-    image_size: side of a view, px; min_area: of a crop, as a share of the image; min_overlap: of the second crop with
-    the first, as a share of the second, 0: they may miss each other; flip: probability of mirroring, per view.
-    geometric=False: both views are the same center square, not mirrored (table 8e).
-    Raises ValueError for numbers out of range.
-    """
+    image_size: side of a view, px; min_area: of a crop, as a share of the image; min_overlap: of
+    the second crop with the first, as a share of the second, 0: they may miss each other; flip:
+    probability of mirroring, per view. geometric=False: both views are the same center square, not
+    mirrored (table 8e). Raises ValueError for numbers out of range."""
 
     def __init__(
-        self, image_size: int, min_area: float = 0.08, min_overlap: float = 0.01, flip: float = 0.5,
+        self,
+        image_size: int,
+        min_area: float = 0.08,
+        min_overlap: float = 0.01,
+        flip: float = 0.5,
         geometric: bool = True,
     ):
-        if image_size < 1 or not 0 < min_area <= 1 or not 0 <= min_overlap <= 1 or not 0 <= flip <= 1:
-            raise ValueError("image_size is at least 1, min_area in (0, 1], min_overlap and flip in [0, 1]; found "
-                             f"{image_size}, {min_area}, {min_overlap}, {flip}")
+        if (
+            image_size < 1
+            or not 0 < min_area <= 1
+            or not 0 <= min_overlap <= 1
+            or not 0 <= flip <= 1
+        ):
+            raise ValueError(
+                "image_size is at least 1, min_area in (0, 1], min_overlap and flip in [0, 1]; "
+                "found "
+                f"{image_size}, {min_area}, {min_overlap}, {flip}"
+            )
         self.image_size, self.min_area, self.min_overlap = image_size, min_area, min_overlap
         self.flip, self.geometric = flip, geometric
 
     def __call__(self, image: Tensor, rng: random.Random) -> Batch:
-        """image (3 y x) uint8 -> views (v 3 y x), boxes (v 4), flipped (v). rng is asked for crop, crop, flip, flip."""
+        """image (3 y x) uint8 -> views (v 3 y x), boxes (v 4), flipped (v). rng is asked for crop,
+        crop, flip, flip.
+        """
         if not self.geometric:
             view = center_square(image, self.image_size)
-            return Batch(torch.stack([view, view]), torch.tensor([[0.0, 0, 1, 1]] * 2), torch.tensor([False, False]))
+            return Batch(
+                torch.stack([view, view]),
+                torch.tensor([[0.0, 0, 1, 1]] * 2),
+                torch.tensor([False, False]),
+            )
         height, width = image.shape[1:]
         crop1 = draw_crop(height, width, rng, self.min_area)
         crop2 = draw_crop(height, width, rng, self.min_area, crop1, self.min_overlap)
         flipped = [rng.random() < self.flip for _ in range(2)]
-        views = [resized_crop(image, crop, self.image_size, flip) for crop, flip in zip((crop1, crop2), flipped)]
-        return Batch(torch.stack(views), overlap_boxes(crop1, crop2, flipped), torch.tensor(flipped))
+        views = [
+            resized_crop(image, crop, self.image_size, flip)
+            for crop, flip in zip((crop1, crop2), flipped)
+        ]
+        return Batch(
+            torch.stack(views), overlap_boxes(crop1, crop2, flipped), torch.tensor(flipped)
+        )
 
 
 def draw_crop(
-    height: int, width: int, rng: random.Random, min_area: float = 0.08, other: Crop | None = None,
+    height: int,
+    width: int,
+    rng: random.Random,
+    min_area: float = 0.08,
+    other: Crop | None = None,
     min_overlap: float = 0.01,
 ) -> Crop:
-    """A crop (top, left, height, width): area U(min_area, 1) of the image, ratio log-uniform in RATIO, place uniform.
+    """A crop (top, left, height, width): area U(min_area, 1) of the image, ratio log-uniform in
+    RATIO, place uniform.
 
-    Without `other`: up to TRIES draws until one fits, else the largest center crop whose ratio is allowed.
-    With `other`, the first crop: a draw must also share min_overlap of its own area, as drawn and not yet rounded to
-    pixels [O], with the first crop; if no draw does, the first crop is ignored.
-    """
+    Without `other`: up to TRIES draws until one fits, else the largest center crop whose ratio is
+    allowed. With `other`, the first crop: a draw must also share min_overlap of its own area, as
+    drawn and not yet rounded to pixels [O], with the first crop; if no draw does, the first crop is
+    ignored."""
     for _ in range(TRIES):
         area = rng.uniform(min_area, 1) * height * width
         ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
@@ -94,12 +123,14 @@ def intersection(crop1: Crop, crop2: Crop) -> int:
     return max(0, high) * max(0, wide)
 
 
-def overlap_boxes(crop1: Crop, crop2: Crop, flipped: tuple[bool, bool] | list[bool] = (False, False)) -> Tensor:
-    """Where two crops of one image overlap, in the frame of each view: what inverse augmentation needs.
+def overlap_boxes(
+    crop1: Crop, crop2: Crop, flipped: tuple[bool, bool] | list[bool] = (False, False)
+) -> Tensor:
+    """Where two crops of one image overlap, in the frame of each view: what inverse augmentation
+    needs.
 
-    flipped: whether each view is mirrored after cropping. Returns (v 4) float32: x1 y1 x2 y2 in 0..1 of the (mirrored)
-    view; 0 0 0 0 if the crops share nothing [U].
-    """
+    flipped: whether each view is mirrored after cropping. Returns (v 4) float32: x1 y1 x2 y2 in
+    0..1 of the (mirrored) view; 0 0 0 0 if the crops share nothing [U]."""
     top, left = max(crop1[0], crop2[0]), max(crop1[1], crop2[1])
     bottom = min(crop1[0] + crop1[2], crop2[0] + crop2[2])
     right = min(crop1[1] + crop1[3], crop2[1] + crop2[3])
@@ -114,7 +145,9 @@ def overlap_boxes(crop1: Crop, crop2: Crop, flipped: tuple[bool, bool] | list[bo
 
 
 def resized_crop(image: Tensor, crop: Crop, size: int, flipped: bool) -> Tensor:
-    """image (3 y x) uint8 -> the crop as a view (3 size size) uint8: bicubic, antialiased, mirrored if flipped."""
+    """image (3 y x) uint8 -> the crop as a view (3 size size) uint8: bicubic, antialiased, mirrored
+    if flipped.
+    """
     top, left, height, width = crop
     window = image[None, :, top : top + height, left : left + width]
     view = F.interpolate(window, (size, size), mode="bicubic", antialias=True)[0]
@@ -122,8 +155,12 @@ def resized_crop(image: Tensor, crop: Crop, size: int, flipped: bool) -> Tensor:
 
 
 def center_square(image: Tensor, size: int) -> Tensor:
-    """image (3 y x) uint8 -> (3 size size): the short side resized to 8/7 of size (256 for 224), the center cut out."""
-    longest = 4 * min(image.shape[1:])  # of a panorama only this much is resized, or it would fill the memory [U]
+    """image (3 y x) uint8 -> (3 size size): the short side resized to 8/7 of size (256 for 224),
+    the center cut out.
+    """
+    longest = 4 * min(
+        image.shape[1:]
+    )  # of a panorama only this much is resized, or it would fill the memory [U]
     skip_y, skip_x = (max(0, length - longest) // 2 for length in image.shape[1:])
     image = image[:, skip_y : skip_y + longest, skip_x : skip_x + longest]
     height, width = image.shape[1:]

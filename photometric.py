@@ -1,11 +1,11 @@
-"""What a view looks like may change, what it shows may not: colors, blur and solarization of a whole batch.
+"""What a view looks like may change, what it shows may not: colors, blur and solarization of a
+whole batch.
 
-Slide: "Prior 1: geometric covariance, photometric invariance". Paper: section 3.1, implementation details.
-Differs: the released code rounds to whole gray levels between any two steps, here they stay float32 (about one gray
-level brighter); its blur is an approximation by boxes, here it is the Gaussian itself, cut at 4 sigma. A whole batch
-is changed at once, on the device, with parameters of its own for every view.
-Read next: train.py.
-"""
+Slide: "Prior 1: geometric covariance, photometric invariance". Paper: section 3.1, implementation
+details. Differs: the released code rounds to whole gray levels between any two steps, here they
+stay float32 (about one gray level brighter); its blur is an approximation by boxes, here it is the
+Gaussian itself, cut at 4 sigma. A whole batch is changed at once, on the device, with parameters of
+its own for every view. Read next: train.py."""
 
 from __future__ import annotations
 
@@ -16,10 +16,15 @@ from typing import NamedTuple
 import torch
 from einops import rearrange, reduce, repeat
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # what torchvision's weights, and so everybody downstream, expect
+IMAGENET_MEAN = (
+    0.485,
+    0.456,
+    0.406,
+)  # what torchvision's weights, and so everybody downstream, expect
 IMAGENET_STD = (0.229, 0.224, 0.225)
 LUMA = (0.2989, 0.587, 0.114)  # red, green, blue -> grey: ITU-R 601-2, rounded as torchvision does
-CPU_CHUNK = 100_000  # pixels at a time on a CPU: what no view among them needs is skipped, the rest stays cached [U]
+# pixels at a time on a CPU: what no view among them needs is skipped, the rest stays cached [U]
+CPU_CHUNK = 100_000
 CPU_BLOCK = 32  # side of the blocks in which a blur's matrix is applied on a CPU [U]
 
 
@@ -30,20 +35,27 @@ def normalize(images):
     """
     if not images.is_floating_point():
         images = images.float() / 255
-    mean, std = (_constant(statistic, images.device)[:, None, None] for statistic in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (
+        _constant(statistic, images.device)[:, None, None]
+        for statistic in (IMAGENET_MEAN, IMAGENET_STD)
+    )
     return (images - mean) / std
 
 
 @functools.lru_cache(maxsize=64)
 def _constant(values, device):
-    """A tuple as a float32 tensor, copied once: every copy to a GPU waits until it has caught up."""
+    """A tuple as a float32 tensor, copied once, since the host waits for every copy to a GPU."""
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 class Draw(NamedTuple):
-    """What will happen to each view. Tensors (b v); None: to no view of any batch, so it is not even computed."""
+    """What will happen to each view. Tensors (b v); None: to no view of any batch, so it is not
+    even computed.
+    """
 
-    order: torch.Tensor | None  # (b v 3) sequence of the blends: 0 brightness, 1 contrast, 2 saturation
+    order: (
+        torch.Tensor | None
+    )  # (b v 3) sequence of the blends: 0 brightness, 1 contrast, 2 saturation
     factors: torch.Tensor | None  # (b v 3) of brightness, contrast and saturation; 1 = unchanged
     hue: torch.Tensor | None  # turns of the colour circle, -0.5..0.5; 0 = unchanged
     hue_position: torch.Tensor | None  # how many blends come before the hue, 0..3
@@ -55,25 +67,46 @@ class Draw(NamedTuple):
 class Photometric:
     """Colour jitter in random order, then grey, blur, solarize: every view with its own luck.
 
-    brightness, contrast, saturation: each factor is U(1 - a, 1 + a), cut at 0. hue: U(-a, a) turns, a <= 0.5.
-    p_jitter, p_gray: for every view alike. p_blur, p_solarize: one probability per view, which sets v.
-    blur_sigma: range in pixels of the view. solarize_threshold: grey levels from here up are inverted; 0 inverts
-    the whole view. The defaults are [O].
-    """
+    brightness, contrast, saturation: each factor is U(1 - a, 1 + a), cut at 0. hue: U(-a, a) turns,
+    a <= 0.5. p_jitter, p_gray: for every view alike. p_blur, p_solarize: one probability per view,
+    which sets v. blur_sigma: range in pixels of the view. solarize_threshold: grey levels from here
+    up are inverted; 0 inverts the whole view. The defaults are [O]."""
 
-    def __init__(self, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, p_jitter=0.8, p_gray=0.2,
-                 p_blur=(1.0, 0.1), blur_sigma=(0.1, 2.0), p_solarize=(0.0, 0.2), solarize_threshold=128):
+    def __init__(
+        self,
+        brightness=0.4,
+        contrast=0.4,
+        saturation=0.2,
+        hue=0.1,
+        p_jitter=0.8,
+        p_gray=0.2,
+        p_blur=(1.0, 0.1),
+        blur_sigma=(0.1, 2.0),
+        p_solarize=(0.0, 0.2),
+        solarize_threshold=128,
+    ):
         if not all(0 <= p <= 1 for p in (p_jitter, p_gray, *p_blur, *p_solarize)):
-            raise ValueError(f"probabilities lie in 0..1, found {(p_jitter, p_gray, *p_blur, *p_solarize)}")
+            raise ValueError(
+                f"probabilities lie in 0..1, found {(p_jitter, p_gray, *p_blur, *p_solarize)}"
+            )
         if len(p_blur) != len(p_solarize):
-            raise ValueError(f"one probability per view: p_blur has {len(p_blur)}, p_solarize {len(p_solarize)}")
+            raise ValueError(
+                f"one probability per view: p_blur has {len(p_blur)}, p_solarize {len(p_solarize)}"
+            )
         if min(brightness, contrast, saturation, hue) < 0 or hue > 0.5:
-            raise ValueError("brightness, contrast and saturation are >= 0 and hue is 0..0.5, found "
-                             f"{brightness}, {contrast}, {saturation} and {hue}")
+            raise ValueError(
+                "brightness, contrast and saturation are >= 0 and hue is 0..0.5, found "
+                f"{brightness}, {contrast}, {saturation} and {hue}"
+            )
         if not 0 < blur_sigma[0] <= blur_sigma[1]:
             raise ValueError(f"blur_sigma is a range of positive numbers, found {blur_sigma}")
         self.strengths, self.hue = (brightness, contrast, saturation), hue
-        self.p_jitter, self.p_gray, self.p_blur, self.p_solarize = p_jitter, p_gray, tuple(p_blur), tuple(p_solarize)
+        self.p_jitter, self.p_gray, self.p_blur, self.p_solarize = (
+            p_jitter,
+            p_gray,
+            tuple(p_blur),
+            tuple(p_solarize),
+        )
         self.blur_sigma = blur_sigma
         self.blur_radius = math.ceil(4 * blur_sigma[1])  # 6e-5 of the weight lies outside [U]
         self.threshold = solarize_threshold / 255
@@ -85,10 +118,15 @@ class Photometric:
     def draw(self, b, generator):
         """The parameters of b images, from one call of the generator and on its device."""
         device = generator.device
-        luck = torch.rand(b, len(self.p_blur), 13, generator=generator, device=device)  # each in 0..1
+        luck = torch.rand(
+            b, len(self.p_blur), 13, generator=generator, device=device
+        )  # each in 0..1
         jitter, hue, hue_position, gray, blur, sigma, solarize = luck[..., :7].unbind(-1)
         jitter = jitter < self.p_jitter
-        blends, turns = self.p_jitter > 0 and any(self.strengths), self.p_jitter > 0 and self.hue > 0
+        blends, turns = (
+            self.p_jitter > 0 and any(self.strengths),
+            self.p_jitter > 0 and self.hue > 0,
+        )
         strongest = 1 + _constant(self.strengths, device)
         weakest = (2 - strongest).clamp(min=0)
         factors = weakest + (strongest - weakest) * luck[..., 7:10]
@@ -100,11 +138,15 @@ class Photometric:
             hue_position=(4 * hue_position).long() if turns else None,
             gray=gray < self.p_gray if self.p_gray else None,
             sigma=torch.where(blur, low + (high - low) * sigma, 0) if any(self.p_blur) else None,
-            solarize=solarize < _constant(self.p_solarize, device) if any(self.p_solarize) else None,
+            solarize=solarize < _constant(self.p_solarize, device)
+            if any(self.p_solarize)
+            else None,
         )
 
     def apply(self, views, draw):
-        """Changes every view as drawn, the same way every time. Shapes as in __call__; views stay as they are."""
+        """Changes every view as drawn, the same way every time. Shapes as in __call__; views stay
+        as they are.
+        """
         pixels = rearrange(views, "b v c y x -> (b v) c y x")
         draw = Draw(*(None if t is None else t.to(views.device).flatten(0, 1) for t in draw))
         blends = blend_weights(draw)
@@ -114,7 +156,9 @@ class Photometric:
         for start in range(0, len(pixels), chunk):
             rows = slice(start, start + chunk)
             some = Draw(*(None if t is None else t[rows] for t in draw))
-            changed[rows] = normalize(self._change(pixels[rows].float() / 255, some, blends[:, rows]))
+            changed[rows] = normalize(
+                self._change(pixels[rows].float() / 255, some, blends[:, rows])
+            )
         return rearrange(changed, "(b v) c y x -> b v c y x", v=views.shape[1])
 
     def _change(self, pixels, draw, blends):
@@ -130,13 +174,17 @@ class Photometric:
         if _wanted(draw.sigma):
             pixels = gaussian_blur(pixels, draw.sigma, self.blur_radius)
         if _wanted(draw.solarize):
-            bright = pixels.clone().ge_(self.threshold)  # in place stays float: faster than masks, here and below
+            bright = pixels.clone().ge_(
+                self.threshold
+            )  # in place stays float: faster than masks, here and below
             pixels = torch.lerp(pixels, 1 - pixels, bright * _per_view(draw.solarize))
         return pixels
 
 
 def _wanted(amount):
-    """Whether any view needs a step. A GPU is never asked, since waiting for its answer costs more than the step."""
+    """Whether any view needs a step. A GPU is never asked, since waiting for its answer costs more
+    than the step.
+    """
     return amount is not None and (amount.device.type != "cpu" or bool(amount.any()))
 
 
@@ -151,12 +199,13 @@ def luma(pixels):
 
 
 def blend_weights(draw):
-    """Brightness, contrast and saturation as one formula, so that views in different orders advance together.
+    """Brightness, contrast and saturation as one formula, so that views in different orders advance
+    together.
 
-    Each is f * pixel + (1 - f) * anchor, cut to 0..1; the anchor is black, the view's mean brightness, or the
-    pixel's own brightness. Returns (place n 3): weights of pixel, mean brightness, own brightness at each of three
-    places before the hue and, if there is one, three after it: every view stands still, with 1 0 0, at three of six.
-    """
+    Each is f * pixel + (1 - f) * anchor, cut to 0..1; the anchor is black, the view's mean
+    brightness, or the pixel's own brightness. Returns (place n 3): weights of pixel, mean
+    brightness, own brightness at each of three places before the hue and, if there is one, three
+    after it: every view stands still, with 1 0 0, at three of six."""
     if draw.order is None:
         return torch.empty(0, 0)
     factor = rearrange(draw.factors.gather(1, draw.order), "n place -> place n")
@@ -169,7 +218,9 @@ def blend_weights(draw):
 
 
 def blend(pixels, weights):
-    """pixels (n 3 y x) in 0..1, weights (n 3) of the pixel, its view's mean brightness and its own brightness."""
+    """pixels (n 3 y x) in 0..1, weights (n 3) of the pixel, its view's mean brightness and its own
+    brightness.
+    """
     own, mean, bright = (_per_view(weight) for weight in weights.unbind(1))
     if not _wanted(own - 1):
         return pixels
@@ -181,20 +232,27 @@ def blend(pixels, weights):
 
 
 def turn_hue(pixels, turns):
-    """Turns the colour circle of pixels (n 3 y x) in 0..1 by turns (n), lightest and darkest colour kept.
+    """Turns the colour circle of pixels (n 3 y x) in 0..1 by turns (n), lightest and darkest colour
+    kept.
 
-    With top and chroma = largest colour and largest - smallest, and a colour's distance on the circle, in turns,
-    from where it is strongest: colour = top - chroma * clip(2 - 6 * (distance to its opposite), 0, 1).
-    """
+    With top and chroma = largest colour and largest - smallest, and a colour's distance on the
+    circle, in turns, from where it is strongest: colour = top - chroma * clip(2 - 6 * (distance to
+    its opposite), 0, 1)."""
     red, green, blue = pixels.unbind(1)
     top, bottom = pixels.amax(dim=1), pixels.amin(dim=1)  # over colours
     chroma = top - bottom
     red_leads, green_leads = (top - red).eq_(0), (top - green).eq_(0)  # 0 or 1
     hue = torch.lerp(red - green + 4 * chroma, blue - red + 2 * chroma, green_leads)
-    hue = torch.lerp(hue, green - blue, red_leads) / (6 * chroma).clamp_(min=1e-12)  # grey has no hue: 0
-    opposite = _constant((1 / 2, 1 / 6, -1 / 6), pixels.device)  # of red, green, blue, seen from the hue's zero
+    hue = torch.lerp(hue, green - blue, red_leads) / (6 * chroma).clamp_(
+        min=1e-12
+    )  # grey has no hue: 0
+    opposite = _constant(
+        (1 / 2, 1 / 6, -1 / 6), pixels.device
+    )  # of red, green, blue, seen from the hue's zero
     distance = rearrange(hue, "n y x -> n 1 y x") + _per_view(turns) + opposite[:, None, None]
-    missing = (distance - distance.round()).abs_().mul_(-6).add_(2).clamp_(0, 1)  # in place: kind to the cache
+    missing = (
+        (distance - distance.round()).abs_().mul_(-6).add_(2).clamp_(0, 1)
+    )  # in place: kind to the cache
     return torch.addcmul(top[:, None], chroma[:, None], missing, value=-1)
 
 
@@ -204,25 +262,40 @@ def gaussian_blur(pixels, sigma, radius):
     pixels: (n 3 y x). sigma: (n) pixels, 0 = sharp. radius: taps on each side of the centre.
     """
     with torch.autocast(pixels.device.type, enabled=False):  # half precision would show as bands
-        matrices = {length: _blur_matrix(sigma, min(radius, length - 1), length) for length in {*pixels.shape[2:]}}
+        matrices = {
+            length: _blur_matrix(sigma, min(radius, length - 1), length)
+            for length in {*pixels.shape[2:]}
+        }
         for _ in range(2):  # along y, then along what was x: each pass swaps the two
             pixels = _blur_columns(pixels, matrices[pixels.shape[2]], radius)
     return pixels
 
 
 def _blur_columns(pixels, matrix, radius):
-    """pixels (n 3 y x), matrix (n y i) -> (n 3 x y). On a CPU in blocks that leave most of the matrix's zeros out."""
+    """pixels (n 3 y x), matrix (n y i) -> (n 3 x y). On a CPU in blocks that leave most of the
+    matrix's zeros out.
+    """
     matrix, length = rearrange(matrix, "n y i -> n 1 i y"), pixels.shape[2]
     block = CPU_BLOCK if pixels.device.type == "cpu" else length
-    reach = [(start, max(0, start - radius), start + block + radius) for start in range(0, length, block)]
-    return torch.cat([rearrange(pixels[:, :, low:high], "n c i x -> n c x i") @ matrix[..., low:high, y:y + block]
-                      for y, low, high in reach], dim=-1)
+    reach = [
+        (start, max(0, start - radius), start + block + radius) for start in range(0, length, block)
+    ]
+    return torch.cat(
+        [
+            rearrange(pixels[:, :, low:high], "n c i x -> n c x i")
+            @ matrix[..., low:high, y : y + block]
+            for y, low, high in reach
+        ],
+        dim=-1,
+    )
 
 
 def _blur_matrix(sigma, radius, length):
     """(n y i): the weight of pixel i of a line in pixel y of the blurred line."""
     tap = torch.arange(-radius, radius + 1, device=sigma.device)
-    weights = torch.exp(-0.5 * (tap / sigma[:, None].clamp(min=1e-3)) ** 2)  # 1e-3: sharp, without 0 / 0
+    weights = torch.exp(
+        -0.5 * (tap / sigma[:, None].clamp(min=1e-3)) ** 2
+    )  # 1e-3: sharp, without 0 / 0
     weights = weights / weights.sum(dim=1, keepdim=True)  # over taps
     source = repeat(_mirrored_taps(radius, length, sigma.device), "y tap -> n y tap", n=len(sigma))
     matrix = torch.zeros(len(sigma), length, length, device=sigma.device)
@@ -231,6 +304,6 @@ def _blur_matrix(sigma, radius, length):
 
 @functools.lru_cache(maxsize=8)
 def _mirrored_taps(radius, length, device):
-    """(y tap): the pixel that this tap of pixel y reads, counted back from a border it would cross."""
+    """(y tap): the pixel that this tap of pixel y reads, mirrored at a border it would cross."""
     source = torch.arange(length)[:, None] + torch.arange(-radius, radius + 1)
     return (length - 1 - (length - 1 - source.abs()).abs()).to(device)

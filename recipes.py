@@ -1,4 +1,5 @@
-"""The configuration, the published recipes, and which option is which row of which table of the slides.
+"""The configuration, the published recipes, and which option is which row of which table of the
+slides.
 
 Slides: tables 1, 6 and 8. Paper: section 4.1 and the ablation studies.
 Differs: hyper-parameters of `toy` are ours [U]; each number is explained where it stands.
@@ -10,144 +11,227 @@ Origins of a value: [P]aper, [O]fficial code, [U]s.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+import toy
 from backbone import ARCHITECTURES
+from data import TwoCrops
 from engine import options
-from engine.images import LAYOUTS
+from engine.images import LAYOUTS, ImageFiles, find_images
 from engine.options import option
+from engine.run import Options
 from engine.schedule import Schedule
+from photometric import Photometric
+from slotcon import SlotCon
 
 # ------------------------------------------------------------------------------------ configuration
 
 
+# fmt: off
 @dataclass(frozen=True)
 class Config:
-    """Everything that can be set. Defaults: the published COCO recipe. Origins: [P]aper, [O]fficial code, [U]s."""
+    """Everything that can be set. Defaults: the published COCO recipe."""
 
     # what is learned from
     preset: str = option("coco-r50", "named recipe that sets all other defaults", free=True)
-    data_dir: str = option("", "folder of images, flat or nested, no labels needed, or a text file of paths", free=True)
-    dataset: str = option("folder", "layout of the folder; a preset's layout falls back to a plain folder, and says so",
-                          choices=(*LAYOUTS, "toy"))
+    data_dir: str = option("", "folder of images, flat or nested, no labels needed, or a text "
+        "file of paths", free=True)
+    dataset: str = option("folder", "layout of the folder; a preset's layout falls back to a "
+        "plain folder, and says so", choices=(*LAYOUTS, "toy"))
     toy_scenes: int = option(0, "toy scenes drawn for training, preset toy only", low=0)
-    toy_test_scenes: int = option(256, "toy scenes of another seed, for the result at the end", low=8, free=True)
+    toy_test_scenes: int = option(256, "toy scenes of another seed, for the result at the end",
+        low=8, free=True)
     # the networks
-    arch: str = option("resnet50", "trunk; `tiny` is for toy images of about 64 px", choices=ARCHITECTURES)
-    image_size: int = option(224, "side of a view, px [P]; the map is 32 (tiny: 4) times smaller", low=32, high=4096)
-    num_prototypes: int = option(256, "k; 256 for COCO and COCO+, 2048 for ImageNet [P]", low=2, high=1_000_000)
-    dim_hidden: int = option(4096, "hidden width of projector and predictor [O]", low=1, high=65_536)
-    dim_out: int = option(256, "d, width of embeddings, prototypes and slots [O]", low=1, high=65_536)
+    arch: str = option("resnet50", "trunk; `tiny` is for toy images of about 64 px",
+        choices=ARCHITECTURES)
+    image_size: int = option(224, "side of a view, px [P]; the map is 32 (tiny: 4) times smaller",
+        low=32, high=4096)
+    num_prototypes: int = option(256, "k; 256 for COCO and COCO+, 2048 for ImageNet [P]",
+        low=2, high=1_000_000)
+    dim_hidden: int = option(4096, "hidden width of projector and predictor [O]",
+        low=1, high=65_536)
+    dim_out: int = option(256, "d, width of embeddings, prototypes and slots [O]",
+        low=1, high=65_536)
     # the losses
-    group_weight: float = option(0.5, "lambda of the group loss; the slot loss has 1 - lambda; at 1 it is skipped [P]",
-                                 low=0, high=1)
-    temp_student: float = option(0.1, "temperature of the student's assignment [P]", low=1e-4, high=100)
-    temp_teacher: float = option(0.07, "temperature of the teacher's assignment [P]; learning needs it well below "
-                                 "the student's", low=1e-4, high=100)
-    temp_pool: float = option(0.0, "temperature of attentive pooling, 0: the teacher's [O]", low=0, high=100)
+    group_weight: float = option(0.5, "lambda of the group loss; the slot loss has 1 - lambda; at "
+        "1 it is skipped [P]", low=0, high=1)
+    temp_student: float = option(0.1, "temperature of the student's assignment [P]",
+        low=1e-4, high=100)
+    temp_teacher: float = option(0.07, "temperature of the teacher's assignment [P]; learning "
+        "needs it well below the student's", low=1e-4, high=100)
+    temp_pool: float = option(0.0, "temperature of attentive pooling, 0: the teacher's [O]",
+        low=0, high=100)
     temp_slot: float = option(0.2, "temperature of the slot contrast [O]", low=1e-4, high=100)
-    slot_loss: str = option("ctr", "contrast slots, or regress them (table 8b)", choices=("ctr", "reg"))
-    align: str = option("asgn", "inverse augmentation on assignments or on projections (table 8c)",
-                        choices=("asgn", "proj"))
+    slot_loss: str = option("ctr", "contrast slots, or regress them (table 8b)",
+        choices=("ctr", "reg"))
+    align: str = option("asgn", "inverse augmentation on assignments or on projections (table "
+        "8c)", choices=("asgn", "proj"))
     image_loss: bool = option(False, "add the image-level objective (table 8d)")
-    momentum_center: float = option(0.9, "momentum of the centre [O]", low=0, high=1)
-    momentum_teacher: float = option(0.99, "the teacher's momentum at the first step [P]", low=0, high=1)
-    momentum_teacher_end: float = option(1.0, "the teacher's momentum at the last step, reached along a cosine [P]",
-                                         low=0, high=1)
+    momentum_center: float = option(0.9, "momentum of the center [O]", low=0, high=1)
+    momentum_teacher: float = option(0.99, "the teacher's momentum at the first step [P]",
+        low=0, high=1)
+    momentum_teacher_end: float = option(1.0, "the teacher's momentum at the last step, reached "
+        "along a cosine [P]", low=0, high=1)
     # the views
-    geometric: bool = option(True, "random crops and flips; off: both views are the centre square (table 8e)")
+    geometric: bool = option(True, "random crops and flips; off: both views are the center square "
+        "(table 8e)")
     min_area: float = option(0.08, "smallest crop, as a share of the image [O]", low=0.001, high=1)
-    min_overlap: float = option(0.01, "least overlap, as a share of the second crop [O]", low=0, high=1)
-    brightness: float = option(0.4, "strength of the brightness jitter: factor in 1 +- this [O]", low=0, high=1)
-    contrast: float = option(0.4, "strength of the contrast jitter: factor in 1 +- this [O]", low=0, high=1)
-    saturation: float = option(0.2, "strength of the saturation jitter: factor in 1 +- this [O]", low=0, high=1)
+    min_overlap: float = option(0.01, "least overlap, as a share of the second crop [O]",
+        low=0, high=1)
+    brightness: float = option(0.4, "strength of the brightness jitter: factor in 1 +- this [O]",
+        low=0, high=1)
+    contrast: float = option(0.4, "strength of the contrast jitter: factor in 1 +- this [O]",
+        low=0, high=1)
+    saturation: float = option(0.2, "strength of the saturation jitter: factor in 1 +- this [O]",
+        low=0, high=1)
     hue: float = option(0.1, "largest rotation of the hue, in turns [O]", low=0, high=0.5)
     p_jitter: float = option(0.8, "probability of the jitter [O]", low=0, high=1)
-    p_gray: float = option(0.2, "probability of grey [O]", low=0, high=1)
-    p_blur: tuple[float, float] = option((1.0, 0.1), "probability of blur, in view 1 and 2 [O]", low=0, high=1)
-    p_solarize: tuple[float, float] = option((0.0, 0.2), "probability of solarisation, in view 1 and 2 [O]",
-                                             low=0, high=1)
-    solarize_threshold: int = option(128, "grey level from which it inverts [O]; 0 inverts all", low=0, high=256)
-    # the optimiser
+    p_gray: float = option(0.2, "probability of gray [O]", low=0, high=1)
+    p_blur: tuple[float, float] = option((1.0, 0.1), "probability of blur, in view 1 and 2 [O]",
+        low=0, high=1)
+    p_solarize: tuple[float, float] = option((0.0, 0.2), "probability of solarization, in view 1 "
+        "and 2 [O]", low=0, high=1)
+    solarize_threshold: int = option(128, "gray level from which it inverts [O]; 0 inverts all",
+        low=0, high=256)
+    # the optimizer
     optimizer: str = option("lars", "LARS [O], or AdamW for small runs", choices=("lars", "adamw"))
-    batch_size: int = option(512, "images per optimiser step over all processes [P]", low=2, high=1_000_000)
-    accumulate: int = option(1, "split each process's share into this many passes, for small memories; batch norm and "
-                             "contrast then see less", low=1, high=10_000)
-    base_lr: float = option(1.0, "learning rate at batch 256; the actual one is base_lr * batch_size / 256 [O]",
-                            low=0, high=100)
+    batch_size: int = option(512, "images per optimizer step over all processes [P]",
+        low=2, high=1_000_000)
+    accumulate: int = option(1, "split each process's share into this many passes, for small "
+        "memories; batch norm and contrast then see less", low=1, high=10_000)
+    base_lr: float = option(1.0, "learning rate at batch 256; the actual one is base_lr * "
+        "batch_size / 256 [O]", low=0, high=100)
     weight_decay: float = option(1e-5, "L2, not on biases and norms [O]", low=0, high=10)
     epochs: int = option(800, "length of the run and of all schedules [P]", low=1, high=1_000_000)
-    warmup_epochs: float = option(5.0, "the learning rate rises over these [O]", low=0, high=1_000_000)
-    seed: int = option(0, "of weights, order, crops and colours", low=0, high=2**31)
+    warmup_epochs: float = option(5.0, "the learning rate rises over these [O]",
+        low=0, high=1_000_000)
+    seed: int = option(0, "of weights, order, crops and colors", low=0, high=2**31)
     # the machine
-    device: str = option("auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda", "mps"),
-                         free=True)
-    amp: str = option("auto", "mixed precision: auto is bf16 where the GPU has it, else fp16, off on a CPU",
-                      choices=("auto", "bf16", "fp16", "off"), free=True)
-    channels_last: bool | None = option(None, "memory format of the convolutions (default: on a CUDA GPU)", free=True)
-    compile: bool = option(False, "torch.compile both networks: minutes at the start, faster steps", free=True)
-    threads: int = option(0, "threads of a CPU process for arithmetic, 0: torch's choice; the last bits depend on it",
-                          low=0, high=4096, free=True)
-    workers: int = option(-1, "processes per rank that decode and crop; 0: none, -1: one per core up to 8", low=-1,
-                          high=512, free=True)
-    timeout: float = option(600.0, "seconds after which a silent process counts as lost", low=1, high=1e6, free=True)
+    device: str = option("auto", "auto takes a GPU where there is one",
+        choices=("auto", "cpu", "cuda", "mps"), free=True)
+    amp: str = option("auto", "mixed precision: auto is bf16 where the GPU has it, else fp16, off "
+        "on a CPU", choices=("auto", "bf16", "fp16", "off"), free=True)
+    channels_last: bool | None = option(None, "memory format of the convolutions (default: on a "
+        "CUDA GPU)", free=True)
+    compile: bool = option(False, "torch.compile both networks: minutes at the start, faster steps",
+        free=True)
+    threads: int = option(0, "threads of a CPU process for arithmetic, 0: torch's choice; the "
+        "last bits depend on it", low=0, high=4096, free=True)
+    workers: int = option(-1, "processes per rank that decode and crop; 0: none, -1: one per core "
+        "up to 8", low=-1, high=512, free=True)
+    timeout: float = option(600.0, "seconds after which a silent process counts as lost",
+        low=1, high=1e6, free=True)
     # what is written
     output_dir: str = option("", "default: runs/PRESET", free=True)
-    resume: str = option("auto", "auto continues output-dir/last.pth if it is there; or a path; or none", free=True)
-    force_resume: bool = option(False, "continue although options that matter have changed", free=True)
-    log_every: int = option(10, "steps between lines of log.jsonl", low=1, high=1_000_000, free=True)
-    save_every: int = option(1, "epochs between two writings of last.pth", low=1, high=1_000_000, free=True)
-    keep_every: int = option(100, "keep epoch_N.pth at every such epoch, 0: none", low=0, high=1_000_000, free=True)
-    keep_last: int = option(0, "keep the newest epoch_N.pth too, so many", low=0, high=1_000_000, free=True)
-    max_steps: int = option(0, "stop after this many optimiser steps in all, 0: at the end; schedules do not change",
-                            low=0, high=10**9, free=True)
-    max_bad_share: float = option(0.01, "stop when more than this share of the images cannot be read", low=0, high=1,
-                                  free=True)
-    max_bad_steps: int = option(20, "stop after this many steps in a row without a finite loss and gradient", low=1,
-                                high=10**6, free=True)
-    on_save_error: str = option("continue", "when the disk refuses a checkpoint", choices=("continue", "stop"),
-                                free=True)
+    resume: str = option("auto", "auto continues output-dir/last.pth if it is there; or a path; "
+        "or none", free=True)
+    force_resume: bool = option(False, "continue although options that matter have changed",
+        free=True)
+    log_every: int = option(10, "steps between lines of log.jsonl",
+        low=1, high=1_000_000, free=True)
+    save_every: int = option(1, "epochs between two writings of last.pth",
+        low=1, high=1_000_000, free=True)
+    keep_every: int = option(100, "keep epoch_N.pth at every such epoch, 0: none",
+        low=0, high=1_000_000, free=True)
+    keep_last: int = option(0, "keep the newest epoch_N.pth too, so many",
+        low=0, high=1_000_000, free=True)
+    max_steps: int = option(0, "stop after this many optimizer steps in all, 0: at the end; "
+        "schedules do not change", low=0, high=10**9, free=True)
+    max_bad_share: float = option(0.01, "stop when more than this share of the images cannot be "
+        "read", low=0, high=1, free=True)
+    max_bad_steps: int = option(20, "stop after this many steps in a row without a finite loss "
+        "and gradient", low=1, high=10**6, free=True)
+    on_save_error: str = option("continue", "when the disk refuses a checkpoint",
+        choices=("continue", "stop"), free=True)
     tensorboard: bool = option(False, "also log to TensorBoard, if it is installed", free=True)
-    check_data: bool = option(False, "only read every image once, report the bad ones, and exit", free=True)
+    check_data: bool = option(False, "only read every image once, report the bad ones, and exit",
+        free=True)
+# fmt: on
 
 
 COCO = Config(dataset="coco")
 PRESETS = {
-    # Hyper-parameters differ from the published recipe where two minutes on a laptop ask for it, the method nowhere.
-    # All [U]; what it learns and what else was tried stand in benchmarks/toy.md.
-    # The networks: 8 classes, so 16 prototypes; widths to match; a trunk that sees 17 px. A view has the size of a
-    #   typical crop of a 64 px scene: textures keep the scale that they have in the whole scenes shown at the end.
+    # Hyper-parameters differ from the published recipe where two minutes on a laptop ask for it,
+    # the method nowhere. All [U]; what it learns and what else was tried stand in
+    # benchmarks/toy.md.
+    # The networks: 8 classes, so 16 prototypes; widths to match; a trunk that sees 17 px. A view
+    # has the size of a typical crop of a 64 px scene: textures keep the scale that they have in the
+    # whole scenes shown at the end.
     # min_area: a crop of 0.2 enlarges a texture 1.7 times, the published 0.08 would 2.7 times.
-    # temp_teacher: a feature grows only if its correlation between the views exceeds temp_teacher / temp_student. 0.7,
-    #   as published, is more than an untrained trunk offers.
-    # momentum_teacher_end: the teacher is as quick at the end as at the start, since things split off until the end.
-    # The colours are the shortcut, so they say nothing: any hue, half of the views inverted (solarised from 0 up). The
-    #   contrast is what untrained features see of a texture, so its jitter is mild, and nothing is blurred away.
-    # The optimiser: many small steps, AdamW at 0.01. LARS (1.0 per 256) is made for large batches.
+    # temp_teacher: a feature grows only if its correlation between the views exceeds temp_teacher /
+    # temp_student. 0.7, as published, is more than an untrained trunk offers.
+    # momentum_teacher_end: the teacher is as quick at the end as at the start, since things split
+    # off until the end. The colours are the shortcut, so they say nothing: any hue, half of the
+    # views inverted (solarised from 0 up). The contrast is what untrained features see of a
+    # texture, so its jitter is mild, and nothing is blurred away.
+    # The optimizer: many small steps, AdamW at 0.01. LARS (1.0 per 256) is made for large batches.
     # threads: one, since two that wait for each other were ten times slower on a busy machine.
     "toy": dataclasses.replace(
-        COCO, preset="toy", dataset="toy", toy_scenes=768, arch="tiny", image_size=48, num_prototypes=16,
-        dim_hidden=64, dim_out=32, temp_teacher=0.03, momentum_teacher_end=0.99, min_area=0.2, brightness=0.2,
-        contrast=0.2, saturation=0.3, hue=0.5, p_jitter=1.0, p_blur=(0.0, 0.0), p_solarize=(0.5, 0.5),
-        solarize_threshold=0, optimizer="adamw", batch_size=16, base_lr=0.16, weight_decay=0.01, epochs=36,
-        warmup_epochs=0.625, channels_last=True, threads=1, workers=1, log_every=20, save_every=10, keep_every=0,
+        COCO,
+        preset="toy",
+        dataset="toy",
+        toy_scenes=768,
+        arch="tiny",
+        image_size=48,
+        num_prototypes=16,
+        dim_hidden=64,
+        dim_out=32,
+        temp_teacher=0.03,
+        momentum_teacher_end=0.99,
+        min_area=0.2,
+        brightness=0.2,
+        contrast=0.2,
+        saturation=0.3,
+        hue=0.5,
+        p_jitter=1.0,
+        p_blur=(0.0, 0.0),
+        p_solarize=(0.5, 0.5),
+        solarize_threshold=0,
+        optimizer="adamw",
+        batch_size=16,
+        base_lr=0.16,
+        weight_decay=0.01,
+        epochs=36,
+        warmup_epochs=0.625,
+        channels_last=True,
+        threads=1,
+        workers=1,
+        log_every=20,
+        save_every=10,
+        keep_every=0,
     ),
     "coco-r50": COCO,
     "cocoplus-r50": dataclasses.replace(COCO, preset="cocoplus-r50", dataset="cocoplus"),
     "imagenet-r50-100ep": dataclasses.replace(
-        COCO, preset="imagenet-r50-100ep", dataset="imagenet", num_prototypes=2048, epochs=100, keep_every=20),
+        COCO,
+        preset="imagenet-r50-100ep",
+        dataset="imagenet",
+        num_prototypes=2048,
+        epochs=100,
+        keep_every=20,
+    ),
     "imagenet-r50-200ep": dataclasses.replace(
-        COCO, preset="imagenet-r50-200ep", dataset="imagenet", num_prototypes=2048, epochs=200, keep_every=20),
-    "bdd100k-r50": dataclasses.replace(COCO, preset="bdd100k-r50", dataset="bdd100k"),  # length [U]: as COCO
+        COCO,
+        preset="imagenet-r50-200ep",
+        dataset="imagenet",
+        num_prototypes=2048,
+        epochs=200,
+        keep_every=20,
+    ),
+    "bdd100k-r50": dataclasses.replace(
+        COCO, preset="bdd100k-r50", dataset="bdd100k"
+    ),  # length [U]: as COCO
 }
 
 
-# ------------------------------------------------------------------------------------ the slides' ablations
+# ---------------------------------------------------------------------------- the slides' ablations
 
 
 class Row(NamedTuple):
@@ -155,12 +239,16 @@ class Row(NamedTuple):
 
     label: str
     options: tuple[str, ...]  # of the published recipe, with which train.py is that row on COCO
-    toy: tuple[str, ...]  # of its toy counterpart; where a number makes no sense on toy scenes, another one
+    toy: tuple[
+        str, ...
+    ]  # of its toy counterpart; where a number makes no sense on toy scenes, another one
     default: bool = False  # the gray row of the slide
 
 
 def _rows(option: str, published: Sequence, toy: Sequence, default: Any) -> tuple[Row, ...]:
-    """Rows that differ in one number. published, toy: the values, row by row; default: the published one."""
+    """Rows that differ in one number. published, toy: the values, row by row; default: the
+    published one.
+    """
     return tuple(
         Row(str(value), (option, str(value)), (option, str(small)), value == default)
         for value, small in zip(published, toy)
@@ -168,28 +256,54 @@ def _rows(option: str, published: Sequence, toy: Sequence, default: Any) -> tupl
 
 
 TABLES: dict[str, tuple[str, tuple[Row, ...]]] = {
-    "6a": ("number of prototypes K", _rows("--num-prototypes", (128, 256, 512, 1024), (4, 8, 16, 32), 256)),
-    "6b": ("loss balancing lambda_g", _rows("--group-weight", (0.3, 0.5, 0.7, 1.0), (0.3, 0.5, 0.7, 1.0), 0.5)),
+    "6a": (
+        "number of prototypes K",
+        _rows("--num-prototypes", (128, 256, 512, 1024), (4, 8, 16, 32), 256),
+    ),
+    "6b": (
+        "loss balancing lambda_g",
+        _rows("--group-weight", (0.3, 0.5, 0.7, 1.0), (0.3, 0.5, 0.7, 1.0), 0.5),
+    ),
     "6c": ("teacher temperature tau_t", _rows("--temp-teacher", (0.04, 0.07), (0.02, 0.03), 0.07)),
     "8a": ("batch size B", _rows("--batch-size", (256, 512, 1024), (8, 16, 32), 512)),
-    "8b": ("type of group-level loss", (
-        Row("Reg.", ("--slot-loss", "reg"), ("--slot-loss", "reg")),
-        Row("Ctr.", ("--slot-loss", "ctr"), ("--slot-loss", "ctr"), True),
-    )),
-    "8c": ("where to apply inverse augmentation", (
-        Row("Proj.", ("--align", "proj"), ("--align", "proj")),
-        Row("Asgn.", ("--align", "asgn"), ("--align", "asgn"), True),
-    )),
-    "8d": ("batch size and image-level objective", (
-        Row("512, without", ("--batch-size", "512"), ("--batch-size", "16"), True),
-        Row("512, with", ("--batch-size", "512", "--image-loss"), ("--batch-size", "16", "--image-loss")),
-        Row("1024, without", ("--batch-size", "1024"), ("--batch-size", "32")),
-        Row("1024, with", ("--batch-size", "1024", "--image-loss"), ("--batch-size", "32", "--image-loss")),
-    )),
-    "8e": ("geometric augmentations", (
-        Row("with", ("--geometric",), ("--geometric",), True),
-        Row("without", ("--no-geometric",), ("--no-geometric",)),
-    )),
+    "8b": (
+        "type of group-level loss",
+        (
+            Row("Reg.", ("--slot-loss", "reg"), ("--slot-loss", "reg")),
+            Row("Ctr.", ("--slot-loss", "ctr"), ("--slot-loss", "ctr"), True),
+        ),
+    ),
+    "8c": (
+        "where to apply inverse augmentation",
+        (
+            Row("Proj.", ("--align", "proj"), ("--align", "proj")),
+            Row("Asgn.", ("--align", "asgn"), ("--align", "asgn"), True),
+        ),
+    ),
+    "8d": (
+        "batch size and image-level objective",
+        (
+            Row("512, without", ("--batch-size", "512"), ("--batch-size", "16"), True),
+            Row(
+                "512, with",
+                ("--batch-size", "512", "--image-loss"),
+                ("--batch-size", "16", "--image-loss"),
+            ),
+            Row("1024, without", ("--batch-size", "1024"), ("--batch-size", "32")),
+            Row(
+                "1024, with",
+                ("--batch-size", "1024", "--image-loss"),
+                ("--batch-size", "32", "--image-loss"),
+            ),
+        ),
+    ),
+    "8e": (
+        "geometric augmentations",
+        (
+            Row("with", ("--geometric",), ("--geometric",), True),
+            Row("without", ("--no-geometric",), ("--no-geometric",)),
+        ),
+    ),
 }
 
 
@@ -198,46 +312,119 @@ def command(row: Row, data_dir: str = "COCO") -> str:
     return " ".join(["python train.py --preset coco-r50 --data-dir", data_dir, *row.options])
 
 
-# ------------------------------------------------------------------------------------ from options to a run
+# ---------------------------------------------------------------------------- from options to a run
 
 
 def parse(argv: Sequence[str] | None, description: str) -> tuple[Config, set[str]]:
-    """The command line -> configuration, and the names of the options given. Raises ValueError with one line."""
+    """The command line -> configuration, and the names of the options given. Raises ValueError with
+    one line.
+    """
     c, given = options.parse(PRESETS, argv, description)
     if c.dataset == "toy" and c.data_dir:
-        raise ValueError(f"--data-dir {c.data_dir} with the preset {c.preset}, which draws its own scenes: "
-                         "add a preset for photographs, such as --preset coco-r50")
+        raise ValueError(
+            f"--data-dir {c.data_dir} with the preset {c.preset}, which draws its own scenes: "
+            "add a preset for photographs, such as --preset coco-r50"
+        )
     if c.dataset != "toy" and not c.data_dir:
         raise ValueError(f"the preset {c.preset} needs --data-dir, the folder with the images")
     if c.dataset == "toy" and c.toy_scenes < c.batch_size:
-        raise ValueError(f"--toy-scenes {c.toy_scenes} are fewer than --batch-size {c.batch_size}: draw more")
+        raise ValueError(
+            f"--toy-scenes {c.toy_scenes} are fewer than --batch-size {c.batch_size}: draw more"
+        )
     return dataclasses.replace(c, output_dir=c.output_dir or f"runs/{c.preset}"), given
+
+
+def images_of(c: Config, strict: bool = False) -> tuple[Sequence[Tensor], str]:
+    """The training images, a sequence of uint8 tensors (3 y x), and a line that says what they are.
+
+    strict: a layout that was asked for by name must be there; a preset's layout may turn out to be
+    any folder."""
+    if c.dataset == "toy":
+        return toy.ToyImages(c.seed, c.toy_scenes), f"{c.toy_scenes} toy scenes, drawn here"
+    root, paths, notice = find_images(c.data_dir, c.dataset, strict)
+    return ImageFiles(root, paths), f"{len(paths)} images: " + (
+        notice or f"{c.data_dir}, layout {c.dataset}"
+    )
+
+
+def model_of(c: Config, device: torch.device | str = "cpu", synchronized: bool = False) -> SlotCon:
+    """The model with random weights, the same on every process. synchronized: batch norms count all
+    ranks' rows.
+    """
+    device = torch.device(device)
+    torch.manual_seed(c.seed)
+    names = inspect.signature(SlotCon).parameters
+    model = SlotCon(**{name: getattr(c, name) for name in names}).to(device).train()
+    if synchronized and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # on a CPU it raises
+    channels_last = device.type == "cuda" if c.channels_last is None else c.channels_last
+    return model.to(memory_format=torch.channels_last) if channels_last else model
+
+
+def crops_of(c: Config) -> TwoCrops:
+    """What cuts two views out of an image."""
+    return TwoCrops(c.image_size, c.min_area, c.min_overlap, geometric=c.geometric)
+
+
+def photometric_of(c: Config) -> Photometric:
+    """What changes the colors of a batch."""
+    return Photometric(
+        c.brightness,
+        c.contrast,
+        c.saturation,
+        c.hue,
+        c.p_jitter,
+        c.p_gray,
+        c.p_blur,
+        p_solarize=c.p_solarize,
+        solarize_threshold=c.solarize_threshold,
+    )
+
+
+def run_options(c: Config) -> Options:
+    """The part of the configuration that is about any run."""
+    return Options(**{f.name: getattr(c, f.name) for f in dataclasses.fields(Options)})
 
 
 def check_batch(c: Config, world_size: int, num_images: int) -> None:
     """The batch fits the processes and the images. Raises ValueError."""
     parts = world_size * c.accumulate
     if c.batch_size % parts:
-        raise ValueError(f"--batch-size {c.batch_size} must be divisible by {world_size} process(es) x "
-                         f"--accumulate {c.accumulate}: take {max(c.batch_size // parts, 1) * parts}")
+        raise ValueError(
+            f"--batch-size {c.batch_size} must be divisible by {world_size} process(es) x "
+            f"--accumulate {c.accumulate}: take {max(c.batch_size // parts, 1) * parts}"
+        )
     if num_images < c.batch_size:
-        raise ValueError(f"--batch-size {c.batch_size} is larger than the data set of {num_images} images: "
-                         f"take at most {num_images // parts * parts}")
+        raise ValueError(
+            f"--batch-size {c.batch_size} is larger than the data set of {num_images} images: "
+            f"take at most {num_images // parts * parts}"
+        )
     if c.batch_size == parts and c.image_size <= 32 and c.arch != "tiny":
-        raise ValueError("one image of 32 px per process is one value per channel, and batch norm needs two: "
-                         "take larger images or more of them")
+        raise ValueError(
+            "one image of 32 px per process is one value per channel, and batch norm needs two: "
+            "take larger images or more of them"
+        )
 
 
 def schedule_of(c: Config, num_images: int) -> Schedule:
-    """What the run intends, in optimizer steps. The peak learning rate is base_lr * batch_size / 256 [O]."""
+    """What the run intends, in optimizer steps. The peak learning rate is base_lr * batch_size /
+    256 [O].
+    """
     steps_per_epoch = num_images // c.batch_size
     total = c.epochs * steps_per_epoch
-    return Schedule(steps_per_epoch, total, round(c.warmup_epochs * steps_per_epoch), min(total, c.max_steps or total),
-                    c.base_lr * c.batch_size / 256)
+    return Schedule(
+        steps_per_epoch,
+        total,
+        round(c.warmup_epochs * steps_per_epoch),
+        min(total, c.max_steps or total),
+        c.base_lr * c.batch_size / 256,
+    )
 
 
 def differences(c: Config, num_images: int, saved: Mapping[str, Any]) -> list[str]:
-    """What a checkpoint was made with and this run is not; empty where that is allowed by --force-resume."""
+    """What a checkpoint was made with and this run is not; empty where that is allowed by
+    --force-resume.
+    """
     changed = options.differences(c, saved["config"])
     if saved["num_images"] != num_images:
         changed.append(f"images: {saved['num_images']} then, {num_images} now")
@@ -246,17 +433,22 @@ def differences(c: Config, num_images: int, saved: Mapping[str, Any]) -> list[st
 
 def describe(c: Config, schedule: Schedule, world_size: int, model: Any) -> str:
     """What will be trained, on a few lines. model: a SlotCon."""
+
     def million(part: nn.Module) -> float:
         return sum(p.numel() for p in part.parameters() if p.requires_grad) / 1e6
 
     ln_k = math.log(c.num_prototypes)
-    return "\n".join([
-        f"network  {c.arch} {million(model.student.backbone):.2f} M, projector {million(model.student.projector):.2f} M, "
-        f"{c.num_prototypes} prototypes; {million(model):.2f} M parameters trained",
-        f"batch    {c.batch_size} = {c.batch_size // world_size} x {world_size} process(es); "
-        f"{schedule.steps_per_epoch} steps per epoch, {schedule.total_steps} in all",
-        f"lr       {schedule.peak:g} = {c.base_lr:g} x {c.batch_size} / 256, {c.optimizer}, "
-        f"warm-up {c.warmup_epochs:g} epochs",
-        f"chance   ln k = {ln_k:.4f}; the group loss, a sum of two directions, is {2 * ln_k:.4f} for a uniform "
-        "assignment",
-    ])
+    return "\n".join(
+        [
+            f"network  {c.arch} {million(model.student.backbone):.2f} M, projector "
+            f"{million(model.student.projector):.2f} M, "
+            f"{c.num_prototypes} prototypes; {million(model):.2f} M parameters trained",
+            f"batch    {c.batch_size} = {c.batch_size // world_size} x {world_size} process(es); "
+            f"{schedule.steps_per_epoch} steps per epoch, {schedule.total_steps} in all",
+            f"lr       {schedule.peak:g} = {c.base_lr:g} x {c.batch_size} / 256, {c.optimizer}, "
+            f"warm-up {c.warmup_epochs:g} epochs",
+            f"chance   ln k = {ln_k:.4f}; the group loss, a sum of two directions, is "
+            f"{2 * ln_k:.4f} for a uniform "
+            "assignment",
+        ]
+    )

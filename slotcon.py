@@ -1,10 +1,9 @@
 """SlotCon: student, teacher, center and the two losses, put together.
 
 Slide: "Together: solving segmentation & representation jointly". Paper: section 3, figure 2.
-Differs: the forward moves neither the teacher nor the center. The training loop does, after the optimizer's step; the
-released code moves the teacher at the start of its next step, which is the same student and the same teacher.
-Read next: data.py.
-"""
+Differs: the forward moves neither the teacher nor the center. The training loop does, after the
+optimizer's step; the released code moves the teacher at the start of its next step, which is the
+same student and the same teacher. Read next: data.py."""
 
 from __future__ import annotations
 
@@ -21,7 +20,9 @@ from teacher import make_teacher, update_teacher
 
 
 class View(NamedTuple):
-    """One view of b images, as one network describes it. The letters are those of the whole repository."""
+    """One view of b images, as one network describes it. The letters are those of the whole
+    repository.
+    """
 
     features: Tensor  # (b c h w) the backbone's map
     embeddings: Tensor  # (b d h w) of the pixels, not normalized
@@ -32,7 +33,9 @@ class View(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a forward computes besides its loss; all without gradient. Directions: (s1, t2), then (s2, t1)."""
+    """What a forward computes besides its loss; all without gradient. Directions: (s1, t2), then
+    (s2, t1).
+    """
 
     losses: Tensor  # (3) total, group, slot: this rank's share
     group_losses: Tensor  # (2) by direction
@@ -47,17 +50,27 @@ class Report(NamedTuple):
 class SlotCon(nn.Module):
     """Student, teacher, predictor and center; called on two views it returns the loss.
 
-    arch, num_prototypes (k), dim_hidden, dim_out (d): sizes of the networks. group_weight: lambda; at 1 the slot loss
-    is skipped. temp_student, temp_teacher: of the assignments; temp_pool: of attentive pooling, 0 for the teacher's;
-    temp_slot: of the contrast. slot_loss: "ctr" contrasts slots, "reg" regresses them (table 8b). align: "asgn" undoes
-    the augmentation on similarity maps, "proj" on embeddings (table 8c). image_loss: adds table 8d's objective.
-    Raises ValueError for a choice or size that does not exist.
-    """
+    arch, num_prototypes (k), dim_hidden, dim_out (d): sizes of the networks. group_weight: lambda;
+    at 1 the slot loss is skipped. temp_student, temp_teacher: of the assignments; temp_pool: of
+    attentive pooling, 0 for the teacher's; temp_slot: of the contrast. slot_loss: "ctr" contrasts
+    slots, "reg" regresses them (table 8b). align: "asgn" undoes the augmentation on similarity
+    maps, "proj" on embeddings (table 8c). image_loss: adds table 8d's objective. Raises ValueError
+    for a choice or size that does not exist."""
 
     def __init__(
-        self, arch: str = "resnet50", num_prototypes: int = 256, dim_hidden: int = 4096, dim_out: int = 256,
-        group_weight: float = 0.5, temp_student: float = 0.1, temp_teacher: float = 0.07, temp_pool: float = 0.0,
-        temp_slot: float = 0.2, slot_loss: str = "ctr", align: str = "asgn", image_loss: bool = False,
+        self,
+        arch: str = "resnet50",
+        num_prototypes: int = 256,
+        dim_hidden: int = 4096,
+        dim_out: int = 256,
+        group_weight: float = 0.5,
+        temp_student: float = 0.1,
+        temp_teacher: float = 0.07,
+        temp_pool: float = 0.0,
+        temp_slot: float = 0.2,
+        slot_loss: str = "ctr",
+        align: str = "asgn",
+        image_loss: bool = False,
     ):
         super().__init__()
         self.student = GroupingNetwork(arch, num_prototypes, dim_hidden, dim_out)
@@ -66,18 +79,25 @@ class SlotCon(nn.Module):
         self.teacher = make_teacher(self.student)
         self.group_weight, self.slot_loss, self.where_aligned = group_weight, slot_loss, align
         self.temp_student, self.temp_teacher, self.temp_slot = temp_student, temp_teacher, temp_slot
-        self.temp_pool = temp_pool or temp_teacher  # student and teacher pool at the same temperature [O]
+        self.temp_pool = (
+            temp_pool or temp_teacher
+        )  # student and teacher pool at the same temperature [O]
         self.image_loss = image_loss
         if slot_loss not in ("ctr", "reg") or align not in ("asgn", "proj"):
-            raise ValueError(f"slot_loss is ctr or reg and align is asgn or proj, found {slot_loss!r} and {align!r}")
+            raise ValueError(
+                f"slot_loss is ctr or reg and align is asgn or proj, found {slot_loss!r} and "
+                f"{align!r}"
+            )
         if image_loss:  # the same three layers on one vector per image [U]
-            self.image_projector = SlotPredictor(self.student.backbone.out_channels, dim_out, dim_hidden)
+            self.image_projector = SlotPredictor(
+                self.student.backbone.out_channels, dim_out, dim_hidden
+            )
             self.image_predictor = SlotPredictor(dim_out, dim_out, dim_hidden)
             self.image_teacher = make_teacher(self.image_projector)
 
     def forward(self, views: Tensor, boxes: Tensor, flipped: Tensor) -> tuple[Tensor, Report]:
-        """views (b v 3 y x) normalized; boxes (b v 4) x1 y1 x2 y2 in each view's unit frame; flipped (b v) bool
-        -> this rank's share of the loss, and a report."""
+        """views (b v 3 y x) normalized; boxes (b v 4) x1 y1 x2 y2 in each view's unit frame;
+        flipped (b v) bool -> this rank's share of the loss, and a report."""
         s1, s2 = self.look(self.student, views, boxes, flipped)
         with torch.no_grad():
             t1, t2 = self.look(self.teacher, views, boxes, flipped)
@@ -98,50 +118,84 @@ class SlotCon(nn.Module):
 
         by_direction = torch.stack([group12, group21, slot12, slot21]).detach()
         return loss, Report(
-            torch.stack([loss, group, slot12 + slot21]).detach(), by_direction[:2], by_direction[2:],
-            losses.mean_over_pixels([t1.similarity, t2.similarity]), (detached(s1), detached(s2)), (t1, t2), pairs,
+            torch.stack([loss, group, slot12 + slot21]).detach(),
+            by_direction[:2],
+            by_direction[2:],
+            losses.mean_over_pixels([t1.similarity, t2.similarity]),
+            (detached(s1), detached(s2)),
+            (t1, t2),
+            pairs,
             valid,
         )
 
-    def look(self, network: GroupingNetwork, views: Tensor, boxes: Tensor, flipped: Tensor) -> list[View]:
+    def look(
+        self, network: GroupingNetwork, views: Tensor, boxes: Tensor, flipped: Tensor
+    ) -> list[View]:
         """All that one network computes of both views; arguments as in `forward`."""
-        # One view after the other, view 1 first: joined, they would share their batch statistics [O].
+        # One view after the other, view 1 first: joined, they would share their batch statistics
+        # [O].
         embedded = []
         for images in views.unbind(1):  # over v
             features, embeddings = network.embed(images)
-            embedded.append((features, embeddings, similarity(embeddings, network.prototypes.weight)))
+            embedded.append(
+                (features, embeddings, similarity(embeddings, network.prototypes.weight))
+            )
         return [self.describe(network, *embedded[i], boxes[:, i], flipped[:, i]) for i in (0, 1)]
 
     def describe(
-        self, network: GroupingNetwork, features: Tensor, embeddings: Tensor, maps: Tensor, boxes: Tensor,
+        self,
+        network: GroupingNetwork,
+        features: Tensor,
+        embeddings: Tensor,
+        maps: Tensor,
+        boxes: Tensor,
         flipped: Tensor,
     ) -> View:
         """The record of one view from what the network computed: boxes (b 4), flipped (b)."""
         if self.where_aligned == "asgn":
             aligned = inverse_augmentation(maps, boxes, flipped)
         else:
-            aligned = similarity(inverse_augmentation(embeddings, boxes, flipped), network.prototypes.weight)
-        slots = None if self.predictor is None else attentive_pooling(embeddings, maps, self.temp_pool)
+            aligned = similarity(
+                inverse_augmentation(embeddings, boxes, flipped), network.prototypes.weight
+            )
+        slots = (
+            None if self.predictor is None else attentive_pooling(embeddings, maps, self.temp_pool)
+        )
         return View(features, embeddings, maps, aligned, slots, occupied(maps))
 
     def consistency(self, student: View, teacher: View, valid: Tensor) -> Tensor:
         """One direction of the group loss."""
         return losses.group_consistency(
-            student.aligned, teacher.aligned, self.center, self.temp_student, self.temp_teacher, valid)
+            student.aligned,
+            teacher.aligned,
+            self.center,
+            self.temp_student,
+            self.temp_teacher,
+            valid,
+        )
 
     def contrast(self, student: View, teacher: View, pairs: losses.SlotPairs) -> Tensor:
         """One direction of the slot loss."""
         if self.slot_loss == "reg":
             return losses.slot_regression(student.slots, teacher.slots, self.predictor, pairs)
-        return losses.slot_contrast(student.slots, teacher.slots, self.predictor, pairs, self.temp_slot)
+        return losses.slot_contrast(
+            student.slots, teacher.slots, self.predictor, pairs, self.temp_slot
+        )
 
     def image_term(self, student: tuple[View, View], teacher: tuple[View, View]) -> Tensor:
-        """Both directions of the image-level objective, on global average pools of the backbone map."""
+        """Both directions of the image-level objective, on global average pools of the backbone
+        map.
+        """
         pooled = [reduce(view.features, "b c h w -> b c", "mean") for view in student]
         predictions = [self.image_predictor(self.image_projector(x)) for x in pooled]
         with torch.no_grad():
-            targets = [self.image_teacher(reduce(view.features, "b c h w -> b c", "mean")) for view in teacher]
-        return losses.image_contrast(predictions[0], targets[1]) + losses.image_contrast(predictions[1], targets[0])
+            targets = [
+                self.image_teacher(reduce(view.features, "b c h w -> b c", "mean"))
+                for view in teacher
+            ]
+        return losses.image_contrast(predictions[0], targets[1]) + losses.image_contrast(
+            predictions[1], targets[0]
+        )
 
     def update_center(self, mean: Tensor, momentum: float) -> None:
         """center <- momentum center + (1 - momentum) mean, both (k)."""

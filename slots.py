@@ -1,10 +1,8 @@
 """Pixels pool into slots: one feature vector per prototype and image.
 
-Slide: "Together: solving segmentation & representation jointly" (attentive pooling over the feature maps).
-Paper: section 3.2.
-Differs: the predictor is given only the rows that it must predict.
-Read next: losses.py. Side trip: slot_attention.py, the mechanism from which the name comes.
-"""
+Slide: "Together: solving segmentation & representation jointly" (attentive pooling over the feature
+maps). Paper: section 3.2. Differs: the predictor is given only the rows that it must predict. Read
+next: losses.py. Side trip: slot_attention.py, the mechanism from which the name comes."""
 
 from __future__ import annotations
 
@@ -18,16 +16,19 @@ EPSILON = 1e-6  # [O] the least weight of a pixel in a slot, so that no slot div
 
 
 def attentive_pooling(embeddings: Tensor, similarity: Tensor, temperature: float) -> Tensor:
-    """One feature vector per prototype and image: the mean of its pixels, weighted by their assignment.
+    """One feature vector per prototype and image: the mean of its pixels, weighted by their
+    assignment.
 
-    embeddings (b d h w) not normalised [O]; similarity (b k h w) in [-1, 1]; temperature: the teacher's, for student
-    and teacher alike [O] -> slots (b k d). The maps are those of the whole view, not the aligned ones.
-    a = softmax_k(similarity / temperature) + 1e-6; slot_k = sum_hw a_k z / sum_hw a_k.
-    Raises ValueError for a temperature that is not positive or maps of different sizes.
-    """
+    embeddings (b d h w) not normalised [O]; similarity (b k h w) in [-1, 1]; temperature: the
+    teacher's, for student and teacher alike [O] -> slots (b k d). The maps are those of the whole
+    view, not the aligned ones. a = softmax_k(similarity / temperature) + 1e-6; slot_k = sum_hw a_k
+    z / sum_hw a_k. Raises ValueError for a temperature that is not positive or maps of different
+    sizes."""
     if embeddings.shape[-2:] != similarity.shape[-2:]:
-        raise ValueError(f"embeddings {tuple(embeddings.shape)} and similarity {tuple(similarity.shape)} "
-                         "are maps of different sizes")
+        raise ValueError(
+            f"embeddings {tuple(embeddings.shape)} and similarity {tuple(similarity.shape)} "
+            "are maps of different sizes"
+        )
     # In float32 under mixed precision too: a slot is a sum over all pixels.
     with torch.autocast(similarity.device.type, enabled=False):
         attention = assignment(similarity, temperature) + EPSILON
@@ -37,7 +38,8 @@ def attentive_pooling(embeddings: Tensor, similarity: Tensor, temperature: float
 
 @torch.no_grad()
 def occupied(similarity: Tensor) -> Tensor:
-    """Which slots are occupied: the prototype is the nearest one of at least one pixel. The slides say "active".
+    """Which slots are occupied: the prototype is the nearest one of at least one pixel. The slides
+    say "active".
 
     similarity (b k h w) raw: no temperature, no center, for the teacher too [O] -> (b k) bool.
     """
@@ -47,11 +49,11 @@ def occupied(similarity: Tensor) -> Tensor:
 
 
 class SlotPredictor(nn.Module):
-    """The student's extra MLP on its slots: d -> dim_hidden -> dim_hidden -> d, rows (n d) -> (n d).
+    """The student's extra MLP on its slots: d -> dim_hidden -> dim_hidden -> d, rows (n d) -> (n
+    d).
 
-    The projector's shape and start with linear layers [O]. It runs once per direction, on that direction's queries
-    only, so its batch statistics are per direction.
-    """
+    The projector's shape and start with linear layers [O]. It runs once per direction, on that
+    direction's queries only, so its batch statistics are per direction."""
 
     def __init__(self, dim_in: int, dim_out: int, dim_hidden: int):
         super().__init__()
@@ -70,8 +72,9 @@ class SlotPredictor(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, slots: Tensor) -> Tensor:
-        # A batch norm of its own has no statistics for fewer than two rows, which one of several CPU processes may be
-        # left with; it then uses the running ones. Synchronised norms count the rows of all ranks.
+        # A batch norm of its own has no statistics for fewer than two rows, which one of several
+        # CPU processes may be left with; it then uses the running ones. Synchronised norms count
+        # the rows of all ranks.
         alone = not any(isinstance(layer, nn.SyncBatchNorm) for layer in self.mlp)
         if self.training and alone and len(slots) < 2:
             self.eval()

@@ -1,14 +1,16 @@
-"""Toy scenes: small pictures drawn by rule, in which the class, the object and the part of every pixel are known.
+"""Toy scenes: small pictures drawn by rule, in which the class, the object and the part of every
+pixel are known.
 
-Slide: "Slot Attention works well on toy data", and its next question, what of real scenes? These lie in between:
-several textured, overlapping, truncated things on two kinds of stuff, in colours that say little about the class.
-Differs: not in the paper [U]. `Dials` sets what makes a scene hard, `audit` measures which shortcuts are open.
-Read next: data.py, which takes two views of a picture, drawn or photographed.
+Slide: "Slot Attention works well on toy data", and its next question, what of real scenes? These
+lie in between: several textured, overlapping, truncated things on two kinds of stuff, in colours
+that say little about the class. Differs: not in the paper [U]. `Dials` sets what makes a scene
+hard, `audit` measures which shortcuts are open. Read next: data.py, which takes two views of a
+picture, drawn or photographed.
 
-A scene depends on (seed, index, dials) alone, on every machine and numpy version: its random numbers are integers,
-its pixels need only + - * / sqrt and comparisons, which IEEE 754 rounds the same everywhere. Between the seed and
-the bytes there is no sin, no exp, no power, no sum of an array and no matrix product; `wave` is our sine.
-"""
+A scene depends on (seed, index, dials) alone, on every machine and numpy version: its random
+numbers are integers, its pixels need only + - * / sqrt and comparisons, which IEEE 754 rounds the
+same everywhere. Between the seed and the bytes there is no sin, no exp, no power, no sum of an
+array and no matrix product; `wave` is our sine."""
 
 import math
 from collections.abc import Callable
@@ -18,12 +20,34 @@ from typing import NamedTuple
 import numpy as np
 
 CLASS_NAMES = ("grain", "waves", "bricks", "ball", "crate", "fish", "star", "tree")
-NUM_STUFF = 3  # the first three fill the background, two of them in every scene; the others are things
+NUM_STUFF = (
+    3  # the first three fill the background, two of them in every scene; the others are things
+)
 PART_NAMES = (*CLASS_NAMES[:5], "fish body", "fish tail", "star", "tree crown", "tree trunk")
 PART_CLASS = np.array((0, 1, 2, 3, 4, 5, 5, 6, 7, 7), np.uint8)
-CLASS_HUES = (0.10, 0.58, 0.02, 0.92, 0.08, 0.50, 0.15, 0.33)  # what hue_bias ties a class to, turns
-CLASS_COLORS = np.array(((222, 203, 164), (86, 137, 196), (163, 82, 62), (240, 128, 176), (140, 110, 190),
-                         (72, 200, 204), (250, 200, 50), (62, 140, 70)), np.uint8)  # of labels, never of scenes
+CLASS_HUES = (
+    0.10,
+    0.58,
+    0.02,
+    0.92,
+    0.08,
+    0.50,
+    0.15,
+    0.33,
+)  # what hue_bias ties a class to, turns
+CLASS_COLORS = np.array(
+    (
+        (222, 203, 164),
+        (86, 137, 196),
+        (163, 82, 62),
+        (240, 128, 176),
+        (140, 110, 190),
+        (72, 200, 204),
+        (250, 200, 50),
+        (62, 140, 70),
+    ),
+    np.uint8,
+)  # of labels, never of scenes
 
 
 @dataclass(frozen=True)
@@ -33,13 +57,20 @@ class Dials:
     size: int = 64  # side of the picture, px; all else scales with it
     things: tuple[int, int] = (3, 7)  # objects per scene; one that finds no free place is left out
     radius: tuple[float, float] = (0.15, 0.28)  # of an object, in sides of the picture
-    crowding: float = 0.75  # least distance of two centres, in sums of their radii; below 1 things overlap
-    hue_bias: float = 0.3  # probability that the class decides the hue; at 1 colour gives the class away
+    crowding: float = (
+        0.75  # least distance of two centres, in sums of their radii; below 1 things overlap
+    )
+    hue_bias: float = (
+        0.3  # probability that the class decides the hue; at 1 colour gives the class away
+    )
     texture: tuple[float, float] = (0.25, 0.45)  # amplitude of the texture, where white - black = 1
     light: float = 0.15  # strength of the illumination gradient across the picture
     noise: float = 0.04  # amplitude of the noise of every pixel
-    rarity: float = 1.0  # each thing class is this many times as frequent as the one before; below 1: a long tail
-    layout: str = "anywhere"  # or "centred" (things in the middle), "road" (fixed stuff, size by depth)
+    # each thing class is this many times as frequent as the one before; below 1: a long tail
+    rarity: float = 1.0
+    layout: str = (
+        "anywhere"  # or "centred" (things in the middle), "road" (fixed stuff, size by depth)
+    )
 
 
 PRESETS = {
@@ -57,25 +88,32 @@ class Scene(NamedTuple):
     semantic: np.ndarray  # (y x) uint8, index into CLASS_NAMES
     instance: np.ndarray  # (y x) uint8, 0 = stuff, i = the object of row i - 1 below
     parts: np.ndarray  # (y x) uint8, index into PART_NAMES
-    boxes: np.ndarray  # (objects 4) int64, x1 y1 x2 y2 of the visible pixels, ends exclusive; zeros if hidden
+    boxes: (
+        np.ndarray
+    )  # (objects 4) int64, x1 y1 x2 y2 of the visible pixels, ends exclusive; zeros if hidden
     things: np.ndarray  # (objects) uint8, their classes
 
 
 class FramePair(NamedTuple):
-    """Two frames of a film, moved by whole pixels: where visible, second[y + flow_y, x + flow_x] is first[y, x]."""
+    """Two frames of a film, moved by whole pixels: where visible, second[y + flow_y, x + flow_x] is
+    first[y, x].
+    """
 
     first: Scene
     second: Scene  # row i of boxes and instance i + 1 are the same object as in the first
     flow: np.ndarray  # (y x 2) int64, (x, y) displacement of each pixel of the first frame, px
-    visible: np.ndarray  # (y x) bool, whether it is in the second frame too: neither covered nor outside
+    visible: (
+        np.ndarray
+    )  # (y x) bool, whether it is in the second frame too: neither covered nor outside
 
 
-# --------------------------------------------------------------------------------------------- random numbers
+# ----------------------------------------------------------------------------------- random numbers
 class Stream:
-    """A frozen stream of random numbers: splitmix64 (Steele, Lea, Flood 2014) of a counter, started by a key.
+    """A frozen stream of random numbers: splitmix64 (Steele, Lea, Flood 2014) of a counter, started
+    by a key.
 
-    numpy's generators promise the same numbers for the same seed only within a version; hence our own.
-    """
+    numpy's generators promise the same numbers for the same seed only within a version; hence our
+    own."""
 
     def __init__(self, *key: int):
         self.start, self.drawn, self.buffer = np.uint64(0), 0, []
@@ -84,7 +122,9 @@ class Stream:
 
     @staticmethod
     def _mix(z: np.ndarray) -> np.ndarray:
-        z = (z + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)  # arrays of uint64 wrap around silently: wanted
+        z = (z + np.uint64(1)) * np.uint64(
+            0x9E3779B97F4A7C15
+        )  # arrays of uint64 wrap around silently: wanted
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return z ^ (z >> np.uint64(31))
@@ -98,7 +138,9 @@ class Stream:
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
         if not self.buffer:
-            self.buffer = self.field(64).tolist()  # 64 at a time: one call of numpy costs as much as one number
+            self.buffer = self.field(
+                64
+            ).tolist()  # 64 at a time: one call of numpy costs as much as one number
         return low + (high - low) * self.buffer.pop()
 
     def integer(self, low: int, high: int) -> int:
@@ -106,9 +148,11 @@ class Stream:
         return low + int(self.uniform() * (high - low + 1))
 
 
-# --------------------------------------------------- textures: (p, q) in periods, random table -> value in [-1, 1]
+# ------------------------------------ textures: (p, q) in periods, random table -> value in [-1, 1]
 def wave(t):
-    """sin(2 pi t) within 0.0011 from exactly rounded operations: a parabola, bent once towards the sine."""
+    """sin(2 pi t) within 0.0011 from exactly rounded operations: a parabola, bent once towards the
+    sine.
+    """
     u = 1.0 - 2.0 * (t - np.floor(t))
     s = 4.0 * u * (1.0 - abs(u))
     return s + 0.225 * (s * abs(s) - s)
@@ -179,7 +223,9 @@ def bark(p, q, table):
 
 
 class Fill(NamedTuple):
-    """What a part is filled with. Periods are short beside the 17 px that a pixel of the tiny trunk sees."""
+    """What a part is filled with. Periods are short beside the 17 px that a pixel of the tiny trunk
+    sees.
+    """
 
     texture: Callable
     period: tuple[float, float]  # 64ths of the side
@@ -188,12 +234,20 @@ class Fill(NamedTuple):
 
 FISH = Fill(stripes, (3.0, 3.8), 0.03)
 FILLS = (  # in the order of PART_NAMES
-    Fill(grain, (1.2, 1.6), 0.5), Fill(waves, (6.0, 8.0), 0.04), Fill(bricks, (5.0, 6.5), 0.02),
-    Fill(gloss, (24.0, 32.0), 0.5), Fill(checks, (4.6, 5.6), 0.02), FISH, FISH,
-    Fill(dots, (6.0, 7.5), 0.5), Fill(leaves, (3.0, 4.0), 0.5), Fill(bark, (1.5, 2.0), 0.02))
+    Fill(grain, (1.2, 1.6), 0.5),
+    Fill(waves, (6.0, 8.0), 0.04),
+    Fill(bricks, (5.0, 6.5), 0.02),
+    Fill(gloss, (24.0, 32.0), 0.5),
+    Fill(checks, (4.6, 5.6), 0.02),
+    FISH,
+    FISH,
+    Fill(dots, (6.0, 7.5), 0.5),
+    Fill(leaves, (3.0, 4.0), 0.5),
+    Fill(bark, (1.5, 2.0), 0.02),
+)
 
 
-# ------------------------------------- shapes: (u, v) in radii from the centre, v down -> one mask (y x) per part
+# ----------------------- shapes: (u, v) in radii from the centre, v down -> one mask (y x) per part
 def _disc(u, v, cu, cv, radius):
     return (u - cu) * (u - cu) + (v - cv) * (v - cv) <= radius * radius
 
@@ -213,20 +267,30 @@ def _fish(u, v):
 
 def _star(u, v):
     inside = sum((c * u + s * v <= 0.38).astype(np.uint8) for c, s in STAR_NORMALS)
-    return ((inside >= 4) | _disc(u, v, 0.0, 0.0, 0.62),)  # a pentagram: inside at least four of its five lines
+    return (
+        (inside >= 4) | _disc(u, v, 0.0, 0.0, 0.62),
+    )  # a pentagram: inside at least four of its five lines
 
 
 def _tree(u, v):
-    crown = _disc(u, v, 0.0, -0.45, 0.65) | _disc(u, v, -0.4, 0.0, 0.55) | _disc(u, v, 0.4, 0.0, 0.55)
+    crown = (
+        _disc(u, v, 0.0, -0.45, 0.65) | _disc(u, v, -0.4, 0.0, 0.55) | _disc(u, v, 0.4, 0.0, 0.55)
+    )
     return crown, ~crown & (abs(u) < 0.2) & (v > 0.0) & (v < 1.1)
 
 
 STAR_NORMALS = tuple(direction(0.25 + i / 5) for i in range(5))
-SHAPES = ((_ball, 0.5), (_crate, 0.06), (_fish, 0.08), (_star, 0.5), (_tree, 0.03))  # and their lean, turns
+SHAPES = (
+    (_ball, 0.5),
+    (_crate, 0.06),
+    (_fish, 0.08),
+    (_star, 0.5),
+    (_tree, 0.03),
+)  # and their lean, turns
 REACH = 1.4  # no shape goes further from its centre, radii
 
 
-# ---------------------------------------------------------------- a plan: all that is random, but for the noise
+# ---------------------------------------------------- a plan: all that is random, but for the noise
 class Look(NamedTuple):
     """The surface of one part."""
 
@@ -251,7 +315,9 @@ class Plan(NamedTuple):
     """Drawn once per scene, rendered once per frame."""
 
     stuff: tuple[Look, Look]
-    border: tuple[tuple[float, float], float, float, float, float]  # direction, offset, height, length, phase
+    border: tuple[
+        tuple[float, float], float, float, float, float
+    ]  # direction, offset, height, length, phase
     things: tuple[Thing, ...]  # far to near
     light: tuple[float, float]  # gradient along x and y
     table: np.ndarray  # (32 32) random numbers behind the irregular textures
@@ -260,7 +326,9 @@ class Plan(NamedTuple):
 def _color(hue: float, saturation: float, value: float) -> np.ndarray:
     """HSV in [0, 1] -> RGB (3) in [0, 1]."""
     ramps = (abs((6.0 * (hue + shift)) % 6.0 - 3.0) - 1.0 for shift in (0.0, 2.0 / 3.0, 1.0 / 3.0))
-    return np.array([value * (1.0 - saturation * (1.0 - min(max(ramp, 0.0), 1.0))) for ramp in ramps])
+    return np.array(
+        [value * (1.0 - saturation * (1.0 - min(max(ramp, 0.0), 1.0))) for ramp in ramps]
+    )
 
 
 def _look(stream: Stream, dials: Dials, part: int, hue: float) -> Look:
@@ -271,7 +339,9 @@ def _look(stream: Stream, dials: Dials, part: int, hue: float) -> Look:
     turn = direction(stream.uniform(-fill.tilt, fill.tilt))
     phase = (stream.uniform(0.0, 32.0), stream.uniform(0.0, 32.0))
     phase = (0.0, 0.0) if fill.texture is gloss else phase  # gloss has a centre, the object's
-    return Look(part, color, stream.uniform(*dials.texture), stream.uniform(*fill.period), turn, phase)
+    return Look(
+        part, color, stream.uniform(*dials.texture), stream.uniform(*fill.period), turn, phase
+    )
 
 
 def _places(stream: Stream, dials: Dials) -> list[tuple[float, float, float]]:
@@ -285,7 +355,9 @@ def _places(stream: Stream, dials: Dials) -> list[tuple[float, float, float]]:
             if dials.layout == "road":  # the nearer, the lower and the larger
                 y = 0.5 + 0.35 * share
             r = dials.radius[0] + share * (dials.radius[1] - dials.radius[0])
-            gaps = (math.sqrt((x - a) * (x - a) + (y - b) * (y - b)) / (r + s) for a, b, s in places)
+            gaps = (
+                math.sqrt((x - a) * (x - a) + (y - b) * (y - b)) / (r + s) for a, b, s in places
+            )
             if all(gap >= dials.crowding for gap in gaps):
                 places.append((x, y, r))
                 break
@@ -319,13 +391,20 @@ def _plan(stream: Stream, dials: Dials) -> Plan:
     if dials.layout == "road":
         pair, tilt, offset = (2, 1), 0.01, 2.0  # always a wall of bricks above a road of waves
     stuff = (_look(stream, dials, pair[0], hues[0]), _look(stream, dials, pair[1], hues[1]))
-    border = (direction(stream.uniform(-tilt, tilt)), stream.uniform(-offset, offset), stream.uniform(1.0, 4.0),
-              stream.uniform(24.0, 48.0), stream.uniform())
+    border = (
+        direction(stream.uniform(-tilt, tilt)),
+        stream.uniform(-offset, offset),
+        stream.uniform(1.0, 4.0),
+        stream.uniform(24.0, 48.0),
+        stream.uniform(),
+    )
     c, s = direction(stream.uniform())
-    return Plan(stuff, border, tuple(things), (dials.light * c, dials.light * s), stream.field(32, 32))
+    return Plan(
+        stuff, border, tuple(things), (dials.light * c, dials.light * s), stream.field(32, 32)
+    )
 
 
-# --------------------------------------------------------------------------------------------------- drawing
+# ------------------------------------------------------------------------------------------ drawing
 def _paint(look: Look, x, y, table) -> np.ndarray:
     """Colour (... 3) of a part at coordinates x and y (...), in 64ths of the side."""
     (c, s), (p, q) = look.turn, look.phase
@@ -334,40 +413,70 @@ def _paint(look: Look, x, y, table) -> np.ndarray:
 
 
 def _render(plan: Plan, dials: Dials, noise: np.ndarray, camera=(0, 0), moves=()) -> Scene:
-    """Draw the stuff, then the things from far to near; camera shifts the stuff, moves[i] the i-th thing, px."""
+    """Draw the stuff, then the things from far to near; camera shifts the stuff, moves[i] the i-th
+    thing, px.
+    """
     size, unit = dials.size, 64.0 / dials.size
     rows, columns = np.indices((size, size)) + 0.5
-    x, y = (columns - camera[0]) * unit, (rows - camera[1]) * unit  # shifted while exact: no rounding differs
+    x, y = (
+        (columns - camera[0]) * unit,
+        (rows - camera[1]) * unit,
+    )  # shifted while exact: no rounding differs
     (c, s), offset, height, length, phase = plan.border
     along, across = c * (x - 32.0) + s * (y - 32.0), c * (y - 32.0) - s * (x - 32.0)
     below = across + height * wave(along / length + phase) > offset
-    image = np.where(below[..., None], *(_paint(look, x, y, plan.table) for look in plan.stuff[::-1]))
+    image = np.where(
+        below[..., None], *(_paint(look, x, y, plan.table) for look in plan.stuff[::-1])
+    )
     parts = np.where(below, plan.stuff[1].part, plan.stuff[0].part).astype(np.uint8)
     instance = np.zeros((size, size), np.uint8)
 
     for i, (kind, center, radius, (c, s), mirrored, looks) in enumerate(plan.things):
         shift, reach = (moves[i] if moves else (0, 0)), REACH * radius
         (left, right), (top, bottom) = (
-            [min(max(math.floor(edge / unit) + d, 0), size) for edge in (middle - reach, middle + reach + unit)]
-            for middle, d in zip(center, shift))
+            [
+                min(max(math.floor(edge / unit) + d, 0), size)
+                for edge in (middle - reach, middle + reach + unit)
+            ]
+            for middle, d in zip(center, shift)
+        )
         patch = np.s_[top:bottom, left:right]  # nothing of the object lies outside
-        x, y = (columns[patch] - shift[0]) * unit - center[0], (rows[patch] - shift[1]) * unit - center[1]
+        x, y = (
+            (columns[patch] - shift[0]) * unit - center[0],
+            (rows[patch] - shift[1]) * unit - center[1],
+        )
         x, y = (c * x + s * y) * (-1.0 if mirrored else 1.0), c * y - s * x
         for look, mask in zip(looks, SHAPES[kind - NUM_STUFF][0](x / radius, y / radius)):
             image[patch][mask] = _paint(look, x[mask], y[mask], plan.table)
             parts[patch][mask] = look.part
             instance[patch][mask] = i + 1
 
-    light = 1.0 + plan.light[0] * (2.0 * columns / size - 1.0) + plan.light[1] * (2.0 * rows / size - 1.0)
+    light = (
+        1.0
+        + plan.light[0] * (2.0 * columns / size - 1.0)
+        + plan.light[1] * (2.0 * rows / size - 1.0)
+    )
     image = image * light[..., None] + dials.noise * (2.0 * noise - 1.0)
     image = np.floor(255.0 * np.clip(image, 0.0, 1.0) + 0.5).astype(np.uint8)
-    boxes = np.array([_box(instance == i + 1) for i in range(len(plan.things))], np.int64).reshape(-1, 4)
-    return Scene(image, PART_CLASS[parts], instance, parts, boxes, np.array([t.kind for t in plan.things], np.uint8))
+    boxes = np.array([_box(instance == i + 1) for i in range(len(plan.things))], np.int64).reshape(
+        -1, 4
+    )
+    return Scene(
+        image,
+        PART_CLASS[parts],
+        instance,
+        parts,
+        boxes,
+        np.array([t.kind for t in plan.things], np.uint8),
+    )
 
 
 def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
     """x1 y1 x2 y2 around a mask (y x), ends exclusive; zeros if it is empty."""
-    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))  # over y; over x
+    columns, rows = (
+        np.flatnonzero(mask.any(axis=0)),
+        np.flatnonzero(mask.any(axis=1)),
+    )  # over y; over x
     return (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) if len(rows) else (0, 0, 0, 0)
 
 
@@ -399,15 +508,18 @@ def scene(seed: int, index: int, preset: str = "scene", **dials) -> Scene:
 
 
 def frame_pair(seed: int, index: int, preset: str = "scene", speed: int = 4, **dials) -> FramePair:
-    """The scene of that number and its next frame: camera and objects move by up to `speed` px along each axis.
+    """The scene of that number and its next frame: camera and objects move by up to `speed` px
+    along each axis.
 
-    Light and noise belong to the camera: only with the dials light=0, noise=0 is second exactly first, moved.
-    """
+    Light and noise belong to the camera: only with the dials light=0, noise=0 is second exactly
+    first, moved."""
     dials = _dials(preset, dials)
     stream = Stream(seed, index)
     plan = _plan(stream, dials)
     first = _render(plan, dials, stream.field(dials.size, dials.size, 3))
-    motion = [[stream.integer(-speed, speed) for _axis in "xy"] for _ in range(1 + len(plan.things))]
+    motion = [
+        [stream.integer(-speed, speed) for _axis in "xy"] for _ in range(1 + len(plan.things))
+    ]
     second = _render(plan, dials, stream.field(dials.size, dials.size, 3), motion[0], motion[1:])
 
     flow = np.array(motion)[first.instance]  # instance 0, the stuff, moves with the camera
@@ -419,7 +531,8 @@ def frame_pair(seed: int, index: int, preset: str = "scene", speed: int = 4, **d
 
 
 class ToyImages:
-    """`count` scenes, drawn once: for the trainer a sequence of uint8 images (3 y x), with the truth beside it.
+    """`count` scenes, drawn once: for the trainer a sequence of uint8 images (3 y x), with the
+    truth beside it.
 
     images (n 3 y x) uint8 tensor; semantic, instance, parts (n y x) uint8 tensors; n counts scenes.
     """
@@ -427,9 +540,13 @@ class ToyImages:
     def __init__(self, seed: int, count: int, preset: str = "scene", **dials):
         import torch  # only here: the generator itself needs nothing but numpy
 
-        images, *labels, _boxes, _things = zip(*(scene(seed, index, preset, **dials) for index in range(count)))
+        images, *labels, _boxes, _things = zip(
+            *(scene(seed, index, preset, **dials) for index in range(count))
+        )
         self.images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-        self.semantic, self.instance, self.parts = (torch.from_numpy(np.stack(each)) for each in labels)
+        self.semantic, self.instance, self.parts = (
+            torch.from_numpy(np.stack(each)) for each in labels
+        )
 
     def __len__(self) -> int:
         return len(self.images)

@@ -1,13 +1,13 @@
 """The slot contrast at full scale: bytes on the wire and memory, against gathering every slot.
 
     python benchmarks/contrast.py                    k = 2048, batch 512 over 8 ranks, 7 x 7 maps
-    python benchmarks/contrast.py --occupied 8       with as many occupied slots per image as after convergence
+    python benchmarks/contrast.py --occupied 8       occupied slots per image as after convergence
 
-One rank's loss and gradient are computed, each variant in a fresh process; the other ranks' rows are made up from this
-rank's by rotating their components, so memory is taken and freed exactly as by a real gather. The naive way is the
-released code's: gather every slot of every image, then keep the occupied ones. The predictor is the same in both ways
-and left out unless asked for (--dim-hidden 4096).
-"""
+One rank's loss and gradient are computed, each variant in a fresh process; the other ranks' rows
+are made up from this rank's by rotating their components, so memory is taken and freed exactly as
+by a real gather. The naive way is the released code's: gather every slot of every image, then keep
+the occupied ones. The predictor is the same in both ways and left out unless asked for
+(--dim-hidden 4096)."""
 
 from __future__ import annotations
 
@@ -34,19 +34,25 @@ VARIANTS = ("ours", "naive")
 
 
 def pretend(world_size: int, wire: list[int]) -> None:
-    """Let this process take itself for rank 0 of `world_size`; wire collects the bytes it sends to the others."""
+    """Let this process take itself for rank 0 of `world_size`; wire collects the bytes it sends to
+    the others.
+    """
 
     def all_gather(pieces: list[torch.Tensor], x: torch.Tensor) -> None:
         wire.append(x.numel() * x.element_size() * (world_size - 1))
         for rank, piece in enumerate(pieces):
-            piece.copy_(x.roll(rank, dims=-1) if x.is_floating_point() else x)  # counts are alike on all ranks
+            piece.copy_(
+                x.roll(rank, dims=-1) if x.is_floating_point() else x
+            )  # counts are alike on all ranks
 
     ranks.rank_and_world_size = lambda: (0, world_size)
     losses.dist.all_gather = all_gather
 
 
 def make_inputs(a: argparse.Namespace):
-    """Slots (b k d) of student and teacher, and which of them are occupied (b k): the same `--occupied` per image."""
+    """Slots (b k d) of student and teacher, and which of them are occupied (b k): the same
+    `--occupied` per image.
+    """
     torch.manual_seed(0)
     b = a.batch // a.ranks
     student, teacher = torch.randn(2, b, a.k, a.d).unbind()
@@ -56,7 +62,9 @@ def make_inputs(a: argparse.Namespace):
     return student.requires_grad_(), teacher, other, mask
 
 
-def naive(student, teacher, predictor, student_occupied, teacher_occupied, ranks: int) -> torch.Tensor:
+def naive(
+    student, teacher, predictor, student_occupied, teacher_occupied, ranks: int
+) -> torch.Tensor:
     """Gather all (b k) rows of all ranks, index afterwards, all logits at once."""
     b, k, d = teacher.shape
 
@@ -74,7 +82,9 @@ def naive(student, teacher, predictor, student_occupied, teacher_occupied, ranks
 
 
 def measure(variant: str, a: argparse.Namespace) -> dict:
-    """One loss and its gradient: value, bytes on the wire per rank, peak memory above the inputs, seconds."""
+    """One loss and its gradient: value, bytes on the wire per rank, peak memory above the inputs,
+    seconds.
+    """
     wire: list[int] = []
     pretend(a.ranks, wire)
     warm_up()
@@ -90,8 +100,13 @@ def measure(variant: str, a: argparse.Namespace) -> dict:
     else:
         loss = naive(student, teacher, predictor, student_occupied, teacher_occupied, a.ranks)
     loss.backward()
-    return dict(loss=loss.item(), gradient=student.grad.norm().item(), wire_bytes=sum(wire),
-                peak_bytes=peak() - before, seconds=time.perf_counter() - clock)
+    return dict(
+        loss=loss.item(),
+        gradient=student.grad.norm().item(),
+        wire_bytes=sum(wire),
+        peak_bytes=peak() - before,
+        seconds=time.perf_counter() - clock,
+    )
 
 
 def warm_up() -> None:
@@ -107,11 +122,18 @@ def peak() -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value, text in (("k", 2048, "prototypes"), ("d", 256, "width of a slot"), ("batch", 512, "total batch"),
-                              ("ranks", 8, "processes"), ("occupied", 49, "occupied slots per image, at most 7 x 7"),
-                              ("dim-hidden", 0, "width of the predictor, 0: none"),
-                              ("repeats", 3, "runs of each, in turn")):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, value, text in (
+        ("k", 2048, "prototypes"),
+        ("d", 256, "width of a slot"),
+        ("batch", 512, "total batch"),
+        ("ranks", 8, "processes"),
+        ("occupied", 49, "occupied slots per image, at most 7 x 7"),
+        ("dim-hidden", 0, "width of the predictor, 0: none"),
+        ("repeats", 3, "runs of each, in turn"),
+    ):
         parser.add_argument(f"--{name}", type=int, default=value, help=f"{text} ({value})")
     parser.add_argument("--one", choices=VARIANTS, help=argparse.SUPPRESS)
     a = parser.parse_args()
@@ -122,17 +144,33 @@ def main() -> None:
     for _ in range(a.repeats):
         for variant in VARIANTS:
             command = [sys.executable, *sys.argv, "--one", variant]
-            # With a fixed threshold freed memory goes back to the system at once, so that peaks are those of tensors.
+            # With a fixed threshold freed memory goes back to the system at once, so that peaks are
+            # those of tensors.
             environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-            out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+            out = subprocess.run(
+                command, capture_output=True, text=True, check=True, env=environment
+            )
             runs[variant].append(json.loads(out.stdout))
-    median = {v: {key: statistics.median(run[key] for run in runs[v]) for key in runs[v][0]} for v in VARIANTS}
-    print(f"{'':8}{'on the wire':>14}{'peak memory':>14}{'seconds':>10}{'(spread)':>16}{'loss':>14}")
+    median = {
+        v: {key: statistics.median(run[key] for run in runs[v]) for key in runs[v][0]}
+        for v in VARIANTS
+    }
+    print(
+        f"{'':8}{'on the wire':>14}{'peak memory':>14}{'seconds':>10}{'(spread)':>16}{'loss':>14}"
+    )
     for v, m in median.items():
-        spread = f"{min(r['seconds'] for r in runs[v]):.2f}-{max(r['seconds'] for r in runs[v]):.2f}"
-        print(f"{v:8}{m['wire_bytes'] / 1e6:11.1f} MB{m['peak_bytes'] / 1e6:11.0f} MB{m['seconds']:10.2f}{spread:>16}"
-              f"{m['loss']:14.8f}")
-    ratio = {key: median["naive"][key] / median["ours"][key] for key in ("wire_bytes", "peak_bytes", "seconds")}
+        spread = (
+            f"{min(r['seconds'] for r in runs[v]):.2f}-{max(r['seconds'] for r in runs[v]):.2f}"
+        )
+        print(
+            f"{v:8}{m['wire_bytes'] / 1e6:11.1f} MB{m['peak_bytes'] / 1e6:11.0f} "
+            f"MB{m['seconds']:10.2f}{spread:>16}"
+            f"{m['loss']:14.8f}"
+        )
+    ratio = {
+        key: median["naive"][key] / median["ours"][key]
+        for key in ("wire_bytes", "peak_bytes", "seconds")
+    }
     print("naive / ours: " + ", ".join(f"{key} {value:.1f}" for key, value in ratio.items()))
     print(json.dumps(dict(settings=vars(a), runs=runs, ratio=ratio)))
 

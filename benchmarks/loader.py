@@ -4,12 +4,13 @@
     python benchmarks/loader.py --images DIR           # yours
     python benchmarks/loader.py --device cuda          # the photometric part on the GPU
 
-Three ways of preparing the same two views of an image, taken in turn so that a busy machine is busy for all:
-    plain     Pillow and torchvision transforms, image by image, to two float tensors; the usual pipeline
+Three ways of preparing the same two views of an image, taken in turn so that a busy machine is busy
+for all:
+    plain     the usual pipeline: Pillow and torchvision transforms, image by image
     ours      data.py: uint8 crops and boxes; the photometric part is left to the device
     finished  ours, and photometric.Photometric in the same worker, for a machine without a GPU
-A second is one of the worker's own processor time, so that other programs on the machine do not count; the rate by the
-clock on the wall stands beside it and is the same where nothing else runs.
+A second is one of the worker's own processor time, so that other programs on the machine do not
+count; the rate by the clock on the wall stands beside it and is the same where nothing else runs.
 """
 
 import argparse
@@ -38,22 +39,38 @@ from engine import loader
 from engine.images import ImageFiles, find_images
 
 sys.path.insert(0, os.fspath(Path(__file__).resolve().parent.parent))
-import data
 import views
+
+import data
 
 PLAIN, OURS, FINISHED = "plain", "ours", "finished"
 
 
 class PlainTwoCrops(Dataset):
-    """The baseline: every operation on its own Pillow image, the way torchvision's documentation shows it."""
+    """The baseline: every operation on its own Pillow image, the way torchvision's documentation
+    shows it.
+    """
 
     def __init__(self, root, paths, size):
         self.root, self.paths, self.size = root, paths, size
         self.jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8)
         self.gray = T.RandomGrayscale(p=0.2)
-        self.finish = T.Compose([T.ToTensor(), T.Normalize(views.IMAGENET_MEAN, views.IMAGENET_STD)])
-        self.seconds = dict.fromkeys(("read", "decode", "boxes", "crops", "jitter and grey", "blur and solarize",
-                                      "float and normalize", "collate"), 0.0)
+        self.finish = T.Compose(
+            [T.ToTensor(), T.Normalize(views.IMAGENET_MEAN, views.IMAGENET_STD)]
+        )
+        self.seconds = dict.fromkeys(
+            (
+                "read",
+                "decode",
+                "boxes",
+                "crops",
+                "jitter and grey",
+                "blur and solarize",
+                "float and normalize",
+                "collate",
+            ),
+            0.0,
+        )
 
     def __len__(self):
         return len(self.paths)
@@ -69,15 +86,19 @@ class PlainTwoCrops(Dataset):
         flipped = [random.random() < 0.5 for _ in range(2)]
         boxes = data.overlap_boxes(crop1, crop2, flipped)
         clock("boxes")
-        pair = [TF.resized_crop(image, *crop, (self.size, self.size), TF.InterpolationMode.BICUBIC)
-                for crop in (crop1, crop2)]
+        pair = [
+            TF.resized_crop(image, *crop, (self.size, self.size), TF.InterpolationMode.BICUBIC)
+            for crop in (crop1, crop2)
+        ]
         pair = [TF.hflip(view) if flip else view for view, flip in zip(pair, flipped)]
         clock("crops")
         pair = [self.gray(self.jitter(view)) for view in pair]
         clock("jitter and grey")
         for number, (p_blur, p_solarize) in enumerate([(1.0, 0.0), (0.1, 0.2)]):
             if random.random() < p_blur:
-                pair[number] = pair[number].filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+                pair[number] = pair[number].filter(
+                    ImageFilter.GaussianBlur(random.uniform(0.1, 2.0))
+                )
             if random.random() < p_solarize:
                 pair[number] = ImageOps.solarize(pair[number], 128)
         clock("blur and solarize")
@@ -100,8 +121,10 @@ class Clock:
 
 def finished(items):
     batch = loader.collate(items)
-    seed = int(torch.randint(2 ** 31, ()))
-    return batch._replace(views=photometric.Photometric()(batch.views, torch.Generator().manual_seed(seed)))
+    seed = int(torch.randint(2**31, ()))
+    return batch._replace(
+        views=photometric.Photometric()(batch.views, torch.Generator().manual_seed(seed))
+    )
 
 
 def stamped(collate, items):
@@ -109,21 +132,31 @@ def stamped(collate, items):
 
 
 def worker_rates(variant, root, paths, args):
-    """images/s out of one worker process, by its processor time and by the wall; the first batch is left out."""
+    """images/s out of one worker process, by its processor time and by the wall; the first batch is
+    left out.
+    """
     if variant == PLAIN:
         dataset, collate = PlainTwoCrops(root, paths, args.image_size), default_collate
     else:
         dataset = data.TwoCrops(ImageFiles(root, paths), args.image_size, seed=0)
         collate = loader.collate if variant == OURS else finished
     sampler = loader.RunSampler(len(paths), args.batch_size, stop=args.batches + 1)
-    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=1, collate_fn=functools.partial(stamped, collate))
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=1,
+        collate_fn=functools.partial(stamped, collate),
+    )
     stamps = [stamp for _, *stamp in loader]
-    return tuple(args.batches * args.batch_size / (last - first) for first, last in zip(stamps[0], stamps[-1]))
+    return tuple(
+        args.batches * args.batch_size / (last - first)
+        for first, last in zip(stamps[0], stamps[-1])
+    )
 
 
 def our_stages(root, paths, args):
-    """ms per image of each stage in this process. Reading and decoding are one call in data.py: read alone is
-    timed on a file that the system then has in memory, and taken off."""
+    """ms per image of each stage in this process. Reading and decoding are one call in data.py:
+    read alone is timed on a file that the system then has in memory, and taken off."""
     seconds = dict.fromkeys(("read", "decode", "boxes", "crops", "collate"), 0.0)
     images, rng, items = ImageFiles(root, paths), random.Random(0), []
     for index in range(args.batch_size):
@@ -138,8 +171,12 @@ def our_stages(root, paths, args):
         flipped = [rng.random() < 0.5 for _ in range(2)]
         boxes = data.overlap_boxes(crop1, crop2, flipped)
         clock("boxes")
-        pair = torch.stack([data.resized_crop(image, crop, args.image_size, flip)
-                            for crop, flip in zip((crop1, crop2), flipped)])
+        pair = torch.stack(
+            [
+                data.resized_crop(image, crop, args.image_size, flip)
+                for crop, flip in zip((crop1, crop2), flipped)
+            ]
+        )
         clock("crops")
         items.append((pair, boxes, torch.tensor(flipped), []))
     clock = Clock(seconds)
@@ -173,13 +210,17 @@ def photometric_ms(batch, device):
 
 
 def draw_photographs(folder, count):
-    """JPEG files of 640x480 with structure at all scales, as photographs have it; about 100 KB each."""
+    """JPEG files of 640x480 with structure at all scales, as photographs have it; about 100 KB
+    each.
+    """
     for number in range(count):
         generator = torch.Generator().manual_seed(number)
         image = torch.zeros(1, 3, 480, 640)
         for octave in range(1, 9):
-            noise = torch.randn(1, 3, 2 ** octave * 3 // 4 + 1, 2 ** octave + 1, generator=generator)
-            image += F.interpolate(noise, (480, 640), mode="bicubic", align_corners=False) / octave ** 1.5
+            noise = torch.randn(1, 3, 2**octave * 3 // 4 + 1, 2**octave + 1, generator=generator)
+            image += (
+                F.interpolate(noise, (480, 640), mode="bicubic", align_corners=False) / octave**1.5
+            )
         pixels = (128 + 50 * image[0]).clamp(0, 255).permute(1, 2, 0).to(torch.uint8).numpy()
         Image.fromarray(pixels).save(Path(folder, f"{number:03d}.jpg"), quality=90)
 
@@ -189,13 +230,19 @@ def spread(values):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", help="folder of photographs (default: drawn for the occasion)")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--batches", type=int, default=4, help="timed batches of each variant per round")
+    parser.add_argument(
+        "--batches", type=int, default=4, help="timed batches of each variant per round"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--device", default="cpu", help="where the photometric part is timed: cpu or cuda")
+    parser.add_argument(
+        "--device", default="cpu", help="where the photometric part is timed: cpu or cuda"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)  # everything is per core
     with tempfile.TemporaryDirectory() as folder:
@@ -208,7 +255,10 @@ def measure(args, root, paths):
     device, source = torch.device(args.device), args.images or "drawn, 640x480"
     count = len(paths)
     paths = np.tile(paths, -(-args.batch_size * (args.batches + 1) // count))
-    rates, stages = {variant: [] for variant in (PLAIN, OURS, FINISHED)}, {PLAIN: [], OURS: [], "photometric": []}
+    rates, stages = (
+        {variant: [] for variant in (PLAIN, OURS, FINISHED)},
+        {PLAIN: [], OURS: [], "photometric": []},
+    )
     for _ in range(args.rounds):
         for variant, measured in rates.items():
             measured.append(worker_rates(variant, root, paths, args))
@@ -218,16 +268,33 @@ def measure(args, root, paths):
         stages["photometric"].append(photometric_ms(batch, device))
 
     processor = f"{os.cpu_count()}-core {platform.processor() or platform.machine()} CPU"
-    print(f"{count} photographs ({source}), batch {args.batch_size}, {args.image_size} px, one worker, {processor}, "
-          f"torch {torch.__version__}, {time.strftime('%Y-%m-%d')}; median (smallest .. largest) of {args.rounds} "
-          "rounds\n")
-    print("variant   images/s per core             times plain                   images/s on the wall")
-    report = dict(source=str(source), photographs=count, batch_size=args.batch_size, image_size=args.image_size,
-                  rounds=args.rounds, images_per_second={}, times_plain={}, images_per_second_wall={}, stages_ms={})
+    print(
+        f"{count} photographs ({source}), batch {args.batch_size}, {args.image_size} px, one "
+        f"worker, {processor}, "
+        f"torch {torch.__version__}, {time.strftime('%Y-%m-%d')}; median (smallest .. largest) of "
+        f"{args.rounds} "
+        "rounds\n"
+    )
+    print(
+        "variant   images/s per core             times plain                   images/s on the wall"
+    )
+    report = dict(
+        source=str(source),
+        photographs=count,
+        batch_size=args.batch_size,
+        image_size=args.image_size,
+        rounds=args.rounds,
+        images_per_second={},
+        times_plain={},
+        images_per_second_wall={},
+        stages_ms={},
+    )
     for variant, measured in rates.items():
-        columns = dict(images_per_second=[core for core, _ in measured],
-                       times_plain=[core / plain for (core, _), (plain, _) in zip(measured, rates[PLAIN])],
-                       images_per_second_wall=[wall for _, wall in measured])
+        columns = dict(
+            images_per_second=[core for core, _ in measured],
+            times_plain=[core / plain for (core, _), (plain, _) in zip(measured, rates[PLAIN])],
+            images_per_second_wall=[wall for _, wall in measured],
+        )
         print(f"{variant:9} " + "".join(f"{spread(values):30}" for values in columns.values()))
         for column, values in columns.items():
             report[column][variant] = statistics.median(values)
@@ -240,8 +307,13 @@ def measure(args, root, paths):
             print(f"  {stage:20} {spread(measured)}")
         report["stages_ms"][variant] = medians
     print(f"\nphotometric part on {device}, ms per image {spread(stages['photometric'])}")
-    report.update(photometric_ms=statistics.median(stages["photometric"]), device=str(device), cpu=processor,
-                  torch=torch.__version__, date=time.strftime("%Y-%m-%d"))
+    report.update(
+        photometric_ms=statistics.median(stages["photometric"]),
+        device=str(device),
+        cpu=processor,
+        torch=torch.__version__,
+        date=time.strftime("%Y-%m-%d"),
+    )
     print(json.dumps(report))
 
 

@@ -1,12 +1,13 @@
-"""Are the weights of a run still the same, bit for bit? Asked before and after a change that should move nothing.
+"""Are the weights of a run still the same, bit for bit? Asked before and after a change that should
+move nothing.
 
-    python benchmarks/same_bits.py record FOLDER      before the change: hashes, and checkpoints from the middle
+    python benchmarks/same_bits.py record FOLDER      before the change: hashes, checkpoints
     python benchmarks/same_bits.py check FOLDER       after it, on the same machine with the same torch
 
-Six short runs on toy scenes, started from the command line: one process, two processes, and each ablation. `check`
-also resumes them in the middle, from checkpoints that it writes and from those that `record` left in FOLDER. Last
-bits depend on the machine and on torch, so FOLDER is never committed.
-"""
+Six short runs on toy scenes, started from the command line: one process, two processes, and each
+ablation. `check` also resumes them in the middle, from checkpoints that it writes and from those
+that `record` left in FOLDER. Last bits depend on the machine and on torch, so FOLDER is never
+committed."""
 
 from __future__ import annotations
 
@@ -24,14 +25,25 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 # The toy recipe in full, so that another preset does not look like other arithmetic.
 RECIPE = (
-    "--preset toy --arch tiny --toy-scenes 768 --image-size 48 --num-prototypes 16 --dim-hidden 64 --dim-out 32 "
-    "--temp-student 0.1 --temp-teacher 0.03 --momentum-center 0.9 --momentum-teacher 0.99 --momentum-teacher-end 0.99 "
-    "--min-area 0.2 --brightness 0.2 --contrast 0.2 --saturation 0.3 --hue 0.5 --p-jitter 1 --p-gray 0.2 --p-blur 0 0 "
-    "--p-solarize 0.5 0.5 --solarize-threshold 0 --optimizer adamw --batch-size 16 --base-lr 0.16 --weight-decay 0.01 "
-    "--epochs 36 --warmup-epochs 0.625 --group-weight 0.5 --seed 0 --toy-test-scenes 8 --device cpu --threads 1 "
+    "--preset toy --arch tiny --toy-scenes 768 --image-size 48 --num-prototypes 16 --dim-hidden 64 "
+    "--dim-out 32 "
+    "--temp-student 0.1 --temp-teacher 0.03 --momentum-center 0.9 --momentum-teacher 0.99 "
+    "--momentum-teacher-end 0.99 "
+    "--min-area 0.2 --brightness 0.2 --contrast 0.2 --saturation 0.3 --hue 0.5 --p-jitter 1 "
+    "--p-gray 0.2 --p-blur 0 0 "
+    "--p-solarize 0.5 0.5 --solarize-threshold 0 --optimizer adamw --batch-size 16 --base-lr 0.16 "
+    "--weight-decay 0.01 "
+    "--epochs 36 --warmup-epochs 0.625 --group-weight 0.5 --seed 0 --toy-test-scenes 8 --device "
+    "cpu --threads 1 "
     "--workers 0 --channels-last --log-every 20 --save-every 1000 --keep-every 0"
 ).split()
-RUNS = {"one": [], "two": [], "reg": ["--slot-loss", "reg"], "proj": ["--align", "proj"], "image": ["--image-loss"]}
+RUNS = {
+    "one": [],
+    "two": [],
+    "reg": ["--slot-loss", "reg"],
+    "proj": ["--align", "proj"],
+    "image": ["--image-loss"],
+}
 HALF, WHOLE = 30, 60
 
 
@@ -41,7 +53,9 @@ def train(name: str, folder: Path, steps: int) -> Path:
     if name == "two":
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     options = [*RECIPE, *RUNS[name], "--max-steps", str(steps), "--output-dir", str(folder)]
-    subprocess.run([*launcher, "train.py", *options], cwd=ROOT, check=True, capture_output=True, text=True)
+    subprocess.run(
+        [*launcher, "train.py", *options], cwd=ROOT, check=True, capture_output=True, text=True
+    )
     return folder / "last.pth"
 
 
@@ -85,10 +99,16 @@ def check(folder: Path, only: list[str]) -> int:
     expected, bad = json.loads((folder / "hashes.json").read_text()), 0
     with tempfile.TemporaryDirectory() as scratch:
         for name in only or RUNS:
-            again, resumed, earlier = (Path(scratch) / f"{name}-{way}" for way in ("again", "resumed", "earlier"))
+            again, resumed, earlier = (
+                Path(scratch) / f"{name}-{way}" for way in ("again", "resumed", "earlier")
+            )
             shutil.copytree(folder / name, earlier)
             train(name, resumed, HALF)
-            for way, target in (("anew", again), ("resumed", resumed), ("resumed from FOLDER", earlier)):
+            for way, target in (
+                ("anew", again),
+                ("resumed", resumed),
+                ("resumed from FOLDER", earlier),
+            ):
                 found = hashes(train(name, target, WHOLE))
                 names = expected[name].keys() | found.keys()
                 other = sorted(key for key in names if expected[name].get(key) != found.get(key))
@@ -99,10 +119,14 @@ def check(folder: Path, only: list[str]) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("record", "check"))
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", nargs="+", choices=RUNS, default=[], help="check: these runs only")
+    parser.add_argument(
+        "--only", nargs="+", choices=RUNS, default=[], help="check: these runs only"
+    )
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     if args.what == "record":

@@ -1,1 +1,3 @@
-"""Keeps a run alive: processes, files, images, options. Knows nothing of SlotCon or of any configuration."""
+"""Keeps a run alive: processes, files, images, options. Knows nothing of SlotCon or of any
+configuration.
+"""

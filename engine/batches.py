@@ -1,7 +1,8 @@
-"""One batch per rank and position of the run, whatever dies; and the time that was spent waiting for it.
+"""One batch per rank and position of the run, whatever dies; and the time that was spent waiting
+for it.
 
-Slide: none. Paper: none. Differs: in the released code a dead worker or an unreadable file ends the run.
-"""
+Slide: none. Paper: none. Differs: in the released code a dead worker or an unreadable file ends the
+run."""
 
 from __future__ import annotations
 
@@ -15,26 +16,48 @@ import torch
 
 from engine import processes
 from engine.journal import say
-from engine.loader import Failures, RunSampler, Samples, Skipped, collate, make_loader, moved, on_device
+from engine.loader import (
+    Failures,
+    RunSampler,
+    Samples,
+    Skipped,
+    collate,
+    make_loader,
+    moved,
+    on_device,
+)
+
+Collate = Callable[[Sequence[tuple[Any, Failures]]], tuple[Any, Failures]]
 
 
 def run_batches(
-    images: Sequence[Any], view: Callable[[Any, random.Random], Any], batch_size: int, seed: int, position: int,
-    place: processes.Place, workers: int, skipped: Skipped, black: Any = None,
-    collate: Callable[[Sequence[tuple[Any, Failures]]], tuple[Any, Failures]] = collate,
+    images: Sequence[Any],
+    view: Callable[[Any, random.Random], Any],
+    batch_size: int,
+    seed: int,
+    position: int,
+    place: processes.Place,
+    workers: int,
+    skipped: Skipped,
+    black: Any = None,
+    collate: Collate = collate,
 ) -> Batches:
-    """This rank's batches of a run from a position on, without end, since a batch with bad numbers is made up for.
+    """This rank's batches of a run from a position on, without end, since a batch with bad numbers
+    is made up for.
 
-    view(image, rng): what a batch needs of an image; batch_size: of all ranks together; workers: processes that read
-    for this one, -1: one per core; black: what `images` would hold for a black image, default: the image alone;
-    collate: samples -> a batch and all failures.
-    """
-    sampler = RunSampler(len(images), batch_size, place.rank, place.world_size, seed, position, sys.maxsize)
-    loader = make_loader(Samples(images, view, seed), sampler, processes.workers_of(workers), place.device, collate)
+    view(image, rng): what a batch needs of an image; batch_size: of all ranks together; workers:
+    processes that read for this one, -1: one per core; black: what `images` would hold for a black
+    image, by default the image alone; collate: samples -> a batch and all failures."""
+    sampler = RunSampler(
+        len(images), batch_size, place.rank, place.world_size, seed, position, sys.maxsize
+    )
+    loader = make_loader(
+        Samples(images, view, seed), sampler, processes.workers_of(workers), place.device, collate
+    )
 
     def stand_in() -> Any:
         alone = torch.zeros(3, 64, 64, dtype=torch.uint8) if black is None else black
-        sample = view(alone, random.Random(0)), []
+        sample = view(alone, random.Random(0)), []  # and no failures
         batch, _ = collate([sample] * (batch_size // place.world_size))
         return moved(batch, lambda tensor: tensor.to(place.device))
 
@@ -44,13 +67,18 @@ def run_batches(
 class Batches:
     """Never raises: trouble is a line that travels to the verdict, where all ranks agree to stop.
 
-    batches: yields (batch, failures), on the device; skipped: counts unreadable files; stand_in(): what a rank without
-    a batch trains on, because the other ranks wait for it in the middle of the step.
-    """
+    batches: yields (batch, failures), on the device; skipped: counts unreadable files; stand_in():
+    what a rank without a batch trains on, because the other ranks wait for it in the middle of the
+    step."""
 
-    def __init__(self, batches: Iterator[tuple[Any, Failures]], skipped: Skipped, stand_in: Callable[[], Any]):
+    def __init__(
+        self, batches: Iterator[tuple[Any, Failures]], skipped: Skipped, stand_in: Callable[[], Any]
+    ):
         self.batches, self.skipped, self.stand_in = batches, skipped, stand_in
-        self.trouble, self.waited = "", 0.0  # one line, or ""; seconds since `waited_since` was last asked
+        self.trouble, self.waited = (
+            "",
+            0.0,
+        )  # one line, or ""; seconds since `waited_since` was last asked
 
     def next(self) -> Any:
         """The next batch, or the stand-in with `trouble` set."""
@@ -67,7 +95,10 @@ class Batches:
         except ValueError as error:
             self.trouble = self.trouble or str(error)
         except OSError as error:
-            say(f"could not write to {self.skipped.file}: {error.strerror or error}; the run goes on")
+            say(
+                f"could not write to {self.skipped.file}: {error.strerror or error}; the run goes "
+                "on"
+            )
         return batch
 
     def waited_since(self) -> float:
@@ -75,14 +106,15 @@ class Batches:
         waited, self.waited = self.waited, 0.0
         return waited
 
-
     def close(self) -> None:
         """End the worker processes."""
         self.batches.close()
 
 
 def no_more_images(error: Exception) -> str:
-    """What stopped the processes that read images: a ValueError is of the images, anything else of the processes."""
+    """What stopped the processes that read images: a ValueError is of the images, anything else of
+    the processes.
+    """
     line = str(error).strip().splitlines()[-1]  # of the trace that a process sends
     if isinstance(error, ValueError):
         return f"no more images: {line.partition('ValueError: ')[2] or line}"

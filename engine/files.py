@@ -14,11 +14,11 @@ from typing import Any, BinaryIO
 
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file so that `path` holds the old content or the new one at any moment, whatever dies when.
+    """Write a file so that `path` holds the old content or the new one at any moment, whatever dies
+    when.
 
-    write(file) fills a temporary neighbour, which is flushed to the disk and renamed. Raises OSError (disk full, folder
-    not writable) with `path` untouched and the neighbour removed.
-    """
+    write(file) fills a temporary neighbour, which is flushed to the disk and renamed. Raises
+    OSError (disk full, folder not writable) with `path` untouched and the neighbour removed."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -30,7 +30,8 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    # The rename itself must survive a power cut; some file systems cannot open a folder, and need not.
+    # The rename itself must survive a power cut; some file systems cannot open a folder, and need
+    # not.
     try:
         folder = os.open(path.parent, os.O_RDONLY)
     except OSError:

@@ -1,7 +1,7 @@
 """The gradient of one batch, in parts and in mixed precision, and the optimizer's step.
 
-Slide: none. Paper: section 4.1 (mixed precision). Differs: accumulation, and a look at the gradient before it is used.
-"""
+Slide: none. Paper: section 4.1 (mixed precision). Differs: accumulation, and a look at the gradient
+before it is used."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ from engine import processes
 class Gradient:
     """loss and backward of a model that returns (loss, report), then one step of the optimizer.
 
-    model: as all processes train it, wrapped or not; dtype: of autocast, None for float32; accumulate: parts per batch.
-    """
+    model: as all processes train it, wrapped or not; dtype: of autocast, None for float32;
+    accumulate: parts per batch."""
 
     def __init__(
-        self, model: Callable[..., tuple[Tensor, Any]], optimizer: torch.optim.Optimizer, device: torch.device,
-        dtype: torch.dtype | None = None, accumulate: int = 1,
+        self,
+        model: Callable[..., tuple[Tensor, Any]],
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        accumulate: int = 1,
     ):
         self.model, self.optimizer, self.device = model, optimizer, device
         self.dtype, self.accumulate = dtype, accumulate
@@ -30,7 +34,8 @@ class Gradient:
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
 
     def compute(self, *batch: Tensor) -> tuple[list[Any], Tensor]:
-        """batch: tensors whose first axis is the image -> the reports of all parts, and the gradient's global norm.
+        """batch: tensors whose first axis is the image -> the reports of all parts, and the
+        gradient's global norm.
 
         Afterwards the gradients hold the mean over parts and ranks.
         """
@@ -44,7 +49,9 @@ class Gradient:
                 self.scaler.scale(loss / self.accumulate).backward()
             reports.append(report)
         self.scaler.unscale_(self.optimizer)
-        return reports, nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
+        return reports, nn.utils.get_total_norm(
+            [p.grad for p in self.trained if p.grad is not None]
+        )
 
     def step(self, lr: float) -> None:
         """Move the weights."""

@@ -1,8 +1,7 @@
 """Photographs on disk: finding them in a folder, and decoding whatever is called an image.
 
-Slide: "Overview of the training datasets" (table 1). Paper: section 4.1.
-Differs: any folder will do; photographs are turned upright as their camera noted; a bad file has a name and a reason.
-"""
+Slide: "Overview of the training datasets" (table 1). Paper: section 4.1. Differs: any folder will
+do; photographs are turned upright as their camera noted; a bad file has a name and a reason."""
 
 from __future__ import annotations
 
@@ -17,9 +16,22 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-# --------------------------------------------------------------------------------------- finding photographs
+# ------------------------------------------------------------------------------ finding photographs
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
+SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+    ".jp2",
+    ".avif",
+)
 LAYOUTS = {  # the folders in which each data set's images lie; * stands for one level of any name
     "coco": ("train2017",),
     "cocoplus": ("train2017", "unlabeled2017"),
@@ -34,16 +46,18 @@ PROBES = 16  # files that are tried before a folder counts as unreadable [U]
 def find_images(data_dir, layout="folder", strict=True):
     """The images of a data set, in an order that does not depend on the file system.
 
-    layout: a key of LAYOUTS. strict: False takes a folder with another layout as a plain folder and says so.
-    Returns root (Path), paths (array of str, relative to root, sorted: one compact block of memory, which
-    worker processes share without copying, unlike a list), notice (str, empty if there is nothing to say).
-    Raises ValueError if there is no such folder, no image in it, or none that can be read.
-    """
+    layout: a key of LAYOUTS. strict: False takes a folder with another layout as a plain folder and
+    says so. Returns root (Path), paths (array of str, relative to root, sorted: one compact block
+    of memory, which worker processes share without copying, unlike a list), notice (str, empty if
+    there is nothing to say). Raises ValueError if there is no such folder, no image in it, or none
+    that can be read."""
     data_dir = Path(os.path.abspath(Path(data_dir).expanduser()))
     if layout not in LAYOUTS:
         raise ValueError(f"unknown data set layout {layout!r}: choose from {', '.join(LAYOUTS)}")
     if not data_dir.exists():
-        raise ValueError(f"no such folder or file: {data_dir}; {_found(data_dir)}; {_expected(data_dir, layout)}")
+        raise ValueError(
+            f"no such folder or file: {data_dir}; {_found(data_dir)}; {_expected(data_dir, layout)}"
+        )
     if layout == "list" or data_dir.is_file():
         root, names, layout = data_dir.parent, _read_list(data_dir), "list"
     else:
@@ -54,19 +68,30 @@ def find_images(data_dir, layout="folder", strict=True):
         if plain and strict:
             hint = "; there are images, though: the layout 'folder' takes them as they lie"
         elif plain:
-            names, notice = plain, f"{data_dir} is not laid out as {layout}: taken as a plain folder of images"
+            names, notice = (
+                plain,
+                f"{data_dir} is not laid out as {layout}: taken as a plain folder of images",
+            )
     if not names:
-        raise ValueError(f"no images in {data_dir}: {_expected(data_dir, layout)}; {_found(data_dir)}{hint}")
+        raise ValueError(
+            f"no images in {data_dir}: {_expected(data_dir, layout)}; {_found(data_dir)}{hint}"
+        )
     paths = np.sort(np.array(names))
     _require_readable(ImageFiles(root, paths))
     return root, paths, notice
 
 
 def _search(data_dir, layout):
-    """Relative paths of everything that is called like an image, [] unless all folders of the layout have some."""
+    """Relative paths of everything that is called like an image, [] unless all folders of the
+    layout have some.
+    """
     names, prefix = [], len(os.path.join(data_dir, ""))
     for folder in LAYOUTS[layout]:
-        tops = [data_dir] if folder == "." else sorted(path for path in data_dir.glob(folder) if path.is_dir())
+        tops = (
+            [data_dir]
+            if folder == "."
+            else sorted(path for path in data_dir.glob(folder) if path.is_dir())
+        )
         found = [path[prefix:] for top in tops for path in _walk(top, deep=folder == ".")]
         if not found:
             return []
@@ -75,10 +100,11 @@ def _search(data_dir, layout):
 
 
 def _walk(top, deep):
-    """Paths under top by name alone: hidden ones are left out, links followed, a circle of links walked once.
+    """Paths under top by name alone: hidden ones are left out, links followed, a circle of links
+    walked once.
 
-    What is called like an image counts as one, even a folder: reading it will say what is wrong with it.
-    """
+    What is called like an image counts as one, even a folder: reading it will say what is wrong
+    with it."""
     pending, seen, found = [os.fspath(top)], set(), []
     while pending:
         folder = pending.pop()
@@ -87,7 +113,9 @@ def _walk(top, deep):
             if (status.st_dev, status.st_ino) in seen:
                 continue
             seen.add((status.st_dev, status.st_ino))
-            entries = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
+            entries = sorted(
+                entry.name for entry in os.scandir(folder) if not entry.name.startswith(".")
+            )
         except OSError as error:
             raise ValueError(f"cannot look into {folder}: {error.strerror}") from None
         paths = [os.path.join(folder, name) for name in entries]
@@ -102,7 +130,9 @@ def _read_list(file):
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not a text file of image paths, one per line: {error}") from None
+        raise ValueError(
+            f"{file} is not a text file of image paths, one per line: {error}"
+        ) from None
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
@@ -114,7 +144,7 @@ def _expected(data_dir, layout):
 
 
 def _found(path):
-    """What stands at a path, or at the deepest folder on the way to it that exists, in a few words."""
+    """What is at a path, or in the deepest folder on the way to it that exists, in a few words."""
     while not path.is_dir():
         path = path.parent
     names = sorted(entry.name + "/" * entry.is_dir() for entry in os.scandir(path))
@@ -131,10 +161,13 @@ def _require_readable(images):
             reasons.append(str(bad))
         else:
             return
-    raise ValueError(f"none of {len(reasons)} files tried in {images.root} is a readable image; {reasons[0]}")
+    raise ValueError(
+        f"none of {len(reasons)} files tried in {images.root} is a readable image; {reasons[0]}"
+    )
 
 
-# --------------------------------------------------------------------------------- reading photographs
+# ------------------------------------------------------------------------------ reading photographs
+
 
 class BadImage(Exception):
     """A file that cannot be used, with the reason in a few words."""
@@ -170,23 +203,31 @@ class ImageFiles(Dataset):
 def decode(path):
     """One file as a uint8 tensor (3 y x), upright, whatever kind of picture it is.
 
-    Grey, palette and CMYK become RGB; 16-bit grey is divided by 257, other numbers are stretched from their smallest
-    and largest to 0..255; what is transparent becomes white [U]; of an animation the first picture counts.
-    """
+    Grey, palette and CMYK become RGB; 16-bit grey is divided by 257, other numbers are stretched
+    from their smallest and largest to 0..255; what is transparent becomes white [U]; of an
+    animation the first picture counts."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):  # asked first, because opening a pipe would wait forever
-        raise ValueError("a folder, not a file" if stat.S_ISDIR(status.st_mode) else "not a regular file")
+        raise ValueError(
+            "a folder, not a file" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+        )
     if status.st_size == 0:
         raise ValueError("empty file")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # remarks about metadata, or that the tensor shares read-only memory
+        warnings.simplefilter(
+            "ignore"
+        )  # remarks about metadata, or that the tensor shares read-only memory
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path) as image:
             image.load()
-            with contextlib.suppress(Exception):  # a photograph with broken metadata is still a photograph
+            with contextlib.suppress(
+                Exception
+            ):  # a photograph with broken metadata is still a photograph
                 ImageOps.exif_transpose(image, in_place=True)
             pixels = torch.from_numpy(np.asarray(_as_rgb(image)))
-    return pixels.permute(2, 0, 1)  # y x 3 -> 3 y x without moving a byte: crops are cut from rows as they lie
+    return pixels.permute(
+        2, 0, 1
+    )  # y x 3 -> 3 y x without moving a byte: crops are cut from rows as they lie
 
 
 def _as_rgb(image):
@@ -194,7 +235,9 @@ def _as_rgb(image):
         values = np.asarray(image, dtype=np.float64)
         values = np.where(np.isfinite(values), values, 0)
         low, high = (0, 65535) if image.mode.startswith("I;16") else (values.min(), values.max())
-        image = Image.fromarray(np.round((values - low) / max(high - low, 1e-12) * 255).astype(np.uint8))
+        image = Image.fromarray(
+            np.round((values - low) / max(high - low, 1e-12) * 255).astype(np.uint8)
+        )
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -1,4 +1,5 @@
-"""What a run says while it runs: one JSON object per line in log.jsonl, a progress bar or plain lines on the screen.
+"""What a run says while it runs: one JSON object per line in log.jsonl, a progress bar or plain
+lines on the screen.
 
 Slide: none. Paper: none. Differs: the released code logs the sum of the losses as text.
 The README says what each key of the log means.
@@ -21,15 +22,26 @@ from engine import files
 class Journal:
     """The log and the screen of the main process; on every other rank all calls do nothing.
 
-    folder: of the run; step: where the run starts, lines of later steps are of work that was lost and are removed;
-    last_step: where it ends. Raises OSError if the lines cannot be removed, ValueError where TensorBoard is wanted and
-    not installed.
-    """
+    folder: of the run; step: where the run starts, lines of later steps are of work that was lost
+    and are removed; last_step: where it ends. Raises OSError if the lines cannot be removed,
+    ValueError where TensorBoard is wanted and not installed."""
 
-    def __init__(self, folder: Path, step: int, last_step: int, is_main: bool = True, tensorboard: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        last_step: int,
+        is_main: bool = True,
+        tensorboard: bool = False,
+    ):
         self.is_main, self.last_step = is_main, last_step
         self.log = Log(folder, step, tensorboard) if is_main else None
-        self.bar = tqdm(total=last_step, initial=step, disable=not (is_main and sys.stderr.isatty()), unit="step")
+        self.bar = tqdm(
+            total=last_step,
+            initial=step,
+            disable=not (is_main and sys.stderr.isatty()),
+            unit="step",
+        )
 
     def advance(self) -> None:
         """One step was taken."""
@@ -54,11 +66,11 @@ class Journal:
 
 
 class Log:
-    """log.jsonl, one object per line; also TensorBoard's, if asked for. A full disk costs lines, not the run.
+    """log.jsonl, one object per line; also TensorBoard's, if asked for. A full disk costs lines,
+    not the run.
 
-    step: where the run starts. Lines of later steps are of work that was lost, and are removed. Raises OSError if they
-    cannot be, ValueError where TensorBoard is not installed.
-    """
+    step: where the run starts. Lines of later steps are of work that was lost, and are removed.
+    Raises OSError if they cannot be, ValueError where TensorBoard is not installed."""
 
     def __init__(self, folder: Path, step: int, tensorboard: bool = False):
         self.file, self.board = folder / "log.jsonl", None
@@ -67,7 +79,9 @@ class Log:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
-                raise ValueError("--tensorboard, but it is not installed: pip install tensorboard") from None
+                raise ValueError(
+                    "--tensorboard, but it is not installed: pip install tensorboard"
+                ) from None
             self.board = SummaryWriter(folder, purge_step=step + 1)
 
     def forget_after(self, step: int) -> None:
@@ -85,7 +99,10 @@ class Log:
             with open(self.file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
-            say(f"could not write to {self.file}: {error.strerror or error}; the run goes on without this line")
+            say(
+                f"could not write to {self.file}: {error.strerror or error}; the run goes on "
+                "without this line"
+            )
         for name, value in record.items() if self.board else ():
             self.board.add_scalar(name, value, record["step"])
 

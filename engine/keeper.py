@@ -15,16 +15,22 @@ from engine.progress import Progress
 
 
 class Keeper:
-    """last.pth never holds a state that was followed by bad steps only; a full disk is a value, not an exception.
+    """last.pth never holds a state that was followed by bad steps only; a full disk is a value, not
+    an exception.
 
-    save_every: epochs between two writings of last.pth; keep_every: keep epoch_N.pth at every such epoch, 0: none;
-    keep_last: keep the newest of them too; stop_on_error: whether a refused checkpoint should end the run.
-    `trouble` is one line, or "". Only the main process writes.
-    """
+    save_every: epochs between two writings of last.pth; keep_every: keep epoch_N.pth at every such
+    epoch, 0: none; keep_last: keep the newest of them too; stop_on_error: whether a refused
+    checkpoint should end the run. `trouble` is one line, or "". Only the main process writes."""
 
     def __init__(
-        self, folder: Path, steps_per_epoch: int, save_every: int = 1, keep_every: int = 0, keep_last: int = 0,
-        stop_on_error: bool = False, is_main: bool = True,
+        self,
+        folder: Path,
+        steps_per_epoch: int,
+        save_every: int = 1,
+        keep_every: int = 0,
+        keep_last: int = 0,
+        stop_on_error: bool = False,
+        is_main: bool = True,
     ):
         self.folder, self.steps_per_epoch, self.is_main = folder, steps_per_epoch, is_main
         self.save_every, self.keep_every, self.keep_last = save_every, keep_every, keep_last
@@ -32,7 +38,8 @@ class Keeper:
         self.due = 0  # the epoch after which a checkpoint must still be written; 0: none
 
     def keep(self, progress: Progress, good: bool, state: Callable[[], Mapping[str, Any]]) -> None:
-        """After every step. good: the step has changed the weights; state: called where something is written.
+        """After every step. good: the step has changed the weights; state: called where something
+        is written.
 
         After a bad step the checkpoint that is due waits for a good one.
         """
@@ -46,7 +53,9 @@ class Keeper:
 
     def is_due(self, epoch: int) -> bool:
         """Whether a checkpoint is written after so many whole epochs."""
-        return epoch % self.save_every == 0 or (self.keep_every > 0 and epoch % self.keep_every == 0)
+        return epoch % self.save_every == 0 or (
+            self.keep_every > 0 and epoch % self.keep_every == 0
+        )
 
     def write(self, state: Mapping[str, Any], final: bool = False) -> None:
         """last.pth, and epoch_N.pth where that of the epoch that is due is to be kept."""
@@ -59,8 +68,11 @@ class Keeper:
                 checkpoint.save(file, state)
                 checkpoint.keep_newest(self.folder, self.keep_last, self.keep_every)
         except OSError as error:
-            message = (f"could not write {file} after step {state['step']}: {error.strerror or error}; what stood "
-                       "there before is intact")
+            message = (
+                f"could not write {file} after step {state['step']}: {error.strerror or error}; "
+                "what stood "
+                "there before is intact"
+            )
             if final or self.stop_on_error:
                 self.trouble = self.trouble or message
             else:
@@ -76,27 +88,41 @@ def change_of_processes(then: int, now: int) -> str:
     """What a resumed run says where the number of processes is another one; else nothing."""
     if then == now:
         return ""
-    return (f" of {then} process(es), now {now}: the same images in every step, but not the same bits, since batch "
-            "statistics and random colors are per process")
+    return (
+        f" of {then} process(es), now {now}: the same images in every step, but not the same bits, "
+        "since batch "
+        "statistics and random colors are per process"
+    )
 
 
 def check_position(path: Path, positions: list[int]) -> None:
     """All processes continue from the same batch. Raises ValueError."""
     if len(set(positions)) > 1:
-        raise ValueError(f"the processes found different states of {path} (batches done: {positions}): every machine "
-                         "must see the same --output-dir")
+        raise ValueError(
+            f"the processes found different states of {path} (batches done: {positions}): every "
+            "machine "
+            "must see the same --output-dir"
+        )
 
 
 def nothing_finite(steps: int, half_precision: bool, last: Path) -> str:
     """What to do after so many bad steps in a row."""
-    advice = "--amp off, --amp bf16, or a lower --base-lr" if half_precision else "a lower --base-lr"
-    go_on = (f"{last} is the checkpoint before them: continue it with {advice} and --force-resume" if last.exists()
-             else f"there is no checkpoint yet: start again with {advice}")
-    return f"{steps} steps in a row had no finite loss and gradient; none of them changed the weights. {go_on}"
+    advice = (
+        "--amp off, --amp bf16, or a lower --base-lr" if half_precision else "a lower --base-lr"
+    )
+    go_on = (
+        f"{last} is the checkpoint before them: continue it with {advice} and --force-resume"
+        if last.exists()
+        else f"there is no checkpoint yet: start again with {advice}"
+    )
+    return (
+        f"{steps} steps in a row had no finite loss and gradient; none of them changed the "
+        f"weights. {go_on}"
+    )
 
 
-def lost_line(error: RuntimeError, folder: Path, resume: str) -> str:
+def lost_line(error: RuntimeError, folder: str | Path, resume: str) -> str:
     """What is said where another process is lost."""
-    last = folder / "last.pth"
+    last = Path(folder) / "last.pth"
     intact = f"; {last} is intact" if last.exists() else ""
     return f"{processes.lost(error)}{intact}, and {same_command(resume)} goes on"

@@ -1,8 +1,8 @@
 """From images to batches: worker processes, the order of a whole run, replacements for bad files.
 
-Slide: none. Paper: none. Differs: a file that cannot be read is replaced by its neighbor and named, instead of ending
-the run; what is drawn at random depends on (seed, epoch, index) alone, not on workers or ranks.
-"""
+Slide: none. Paper: none. Differs: a file that cannot be read is replaced by its neighbor and named,
+instead of ending the run; what is drawn at random depends on (seed, epoch, index) alone, not on
+workers or ranks."""
 
 from __future__ import annotations
 
@@ -31,31 +31,35 @@ from engine.images import BadImage, ImageFiles
 NEIGHBORS = 64  # unreadable files in a row before a run gives up [U]
 Failures = list[tuple[str, str]]  # (name, reason) of each file that could not be read
 
-# ------------------------------------------------------------------------------------ samples of a whole run
+# --------------------------------------------------------------------------- samples of a whole run
 
 
 class Samples(Dataset):
     """What a run sees of each image in each epoch.
 
-    images: any sequence of uint8 tensors (3 y x), which may raise BadImage; view(image, rng): cuts from an image what
-    a batch needs; seed: of the random numbers.
-    """
+    images: any sequence of uint8 tensors (3 y x), which may raise BadImage; view(image, rng): cuts
+    from an image what a batch needs; seed: of the random numbers."""
 
-    def __init__(self, images: Sequence[Tensor], view: Callable[[Tensor, random.Random], Any], seed: int):
+    def __init__(
+        self, images: Sequence[Tensor], view: Callable[[Tensor, random.Random], Any], seed: int
+    ):
         self.images, self.view, self.seed = images, view, seed
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, sample: int) -> tuple[Any, Failures]:
-        """sample = epoch * len(self) + index -> the view of that image, and the files that were skipped on the way.
+        """sample = epoch * len(self) + index -> the view of that image, and the files that were
+        skipped on the way.
 
-        All random numbers are a function of (seed, epoch, index). A file that cannot be read is replaced by the next
-        readable one. Raises ValueError after NEIGHBORS unreadable files in a row.
-        """
+        All random numbers are a function of (seed, epoch, index). A file that cannot be read is
+        replaced by the next readable one. Raises ValueError after NEIGHBORS unreadable files in a
+        row."""
         epoch, index = divmod(int(sample), len(self))
         image, failures = self._image_or_neighbor(index)
-        rng = random.Random(f"{self.seed} {epoch} {index}")  # text is hashed whole: no two streams are alike
+        rng = random.Random(
+            f"{self.seed} {epoch} {index}"
+        )  # text is hashed whole: no two streams are alike
         return self.view(image, rng), failures
 
     def _image_or_neighbor(self, index: int) -> tuple[Tensor, Failures]:
@@ -66,7 +70,9 @@ class Samples(Dataset):
             except BadImage as bad:
                 failures.append((bad.name, bad.reason))
                 if len(failures) == min(NEIGHBORS, len(self)):
-                    raise ValueError(f"{len(failures)} images in a row could not be read; {bad}") from None
+                    raise ValueError(
+                        f"{len(failures)} images in a row could not be read; {bad}"
+                    ) from None
 
 
 def collate(samples: Sequence[tuple[Any, Failures]]) -> tuple[Any, Failures]:
@@ -76,24 +82,37 @@ def collate(samples: Sequence[tuple[Any, Failures]]) -> tuple[Any, Failures]:
 
 
 class RunSampler:
-    """The images of a whole run, batch by batch: every epoch in an order of its own, its partial batch left out.
+    """The images of a whole run, batch by batch: every epoch in an order of its own, its partial
+    batch left out.
 
-    Position p of the run, start <= p < stop, is batch p % steps_per_epoch of epoch p // steps_per_epoch. The order
-    is a function of (seed, epoch): a run continues anywhere, and all ranks' parts together are the same total_batch
-    images however many ranks there are. Yields lists of samples = epoch * num_images + index. Default: one epoch.
-    Raises ValueError for a batch that cannot be made.
-    """
+    Position p of the run, start <= p < stop, is batch p % steps_per_epoch of epoch p //
+    steps_per_epoch. The order is a function of (seed, epoch): a run continues anywhere, and all
+    ranks' parts together are the same total_batch images however many ranks there are. Yields lists
+    of samples = epoch * num_images + index. Default: one epoch. Raises ValueError for a batch that
+    cannot be made."""
 
     def __init__(
-        self, num_images: int, total_batch: int, rank: int = 0, world_size: int = 1, seed: int = 0, start: int = 0,
+        self,
+        num_images: int,
+        total_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        start: int = 0,
         stop: int | None = None,
     ):
         if total_batch < 1 or total_batch % world_size:
-            raise ValueError(f"a batch of {total_batch} images cannot be shared evenly by {world_size} processes: "
-                             f"choose a multiple of {world_size}")
+            raise ValueError(
+                f"a batch of {total_batch} images cannot be shared evenly by {world_size} "
+                "processes: "
+                f"choose a multiple of {world_size}"
+            )
         if num_images < total_batch:
-            raise ValueError(f"a batch of {total_batch} images is larger than the data set, which has {num_images}: "
-                             "choose a smaller batch")
+            raise ValueError(
+                f"a batch of {total_batch} images is larger than the data set, which has "
+                f"{num_images}: "
+                "choose a smaller batch"
+            )
         self.num_images, self.total_batch, self.seed = num_images, total_batch, seed
         self.steps_per_epoch = num_images // total_batch
         self.start, self.stop = start, self.steps_per_epoch if stop is None else stop
@@ -110,28 +129,46 @@ class RunSampler:
         for position in range(self.start, self.stop):
             epoch, step = divmod(position, self.steps_per_epoch)
             if epoch != order_of:
-                order, order_of = np.random.default_rng([self.seed, epoch]).permutation(self.num_images), epoch
+                order, order_of = (
+                    np.random.default_rng([self.seed, epoch]).permutation(self.num_images),
+                    epoch,
+                )
             batch = order[step * self.total_batch : (step + 1) * self.total_batch]
             yield (epoch * self.num_images + batch[self.part]).tolist()
 
 
-# ------------------------------------------------------------------------------------ worker processes
+# --------------------------------------------------------------------------------- worker processes
 
 
 def make_loader(
-    samples: Dataset, sampler: Iterable[list[int]], workers: int, device: torch.device | str,
+    samples: Dataset,
+    sampler: Iterable[list[int]],
+    workers: int,
+    device: torch.device | str,
     collate: Callable[[Sequence[tuple[Any, Failures]]], tuple[Any, Failures]] = collate,
 ) -> DataLoader:
-    """Batches in the sampler's order, made ahead by worker processes that live as long as the run (0: made here)."""
+    """Batches in the sampler's order, made ahead by worker processes that live as long as the run
+    (0: made here).
+    """
     options: dict[str, Any] = {}
     if workers:
-        options = dict(persistent_workers=True, prefetch_factor=4, worker_init_fn=_leave_signals_to_the_parent)
-    return DataLoader(samples, batch_sampler=sampler, num_workers=workers, collate_fn=collate,
-                      pin_memory=torch.device(device).type == "cuda", **options)
+        options = dict(
+            persistent_workers=True, prefetch_factor=4, worker_init_fn=_leave_signals_to_the_parent
+        )
+    return DataLoader(
+        samples,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=torch.device(device).type == "cuda",
+        **options,
+    )
 
 
 def _leave_signals_to_the_parent(_worker: int) -> None:
-    """A cluster signals every process of a job; the run finishes its step first, and needs its workers for that."""
+    """A cluster signals every process of a job; the run finishes its step first, and needs its
+    workers for that.
+    """
     for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):  # Windows has no SIGUSR1
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -141,14 +178,20 @@ def _leave_signals_to_the_parent(_worker: int) -> None:
 
 
 def _end_when_the_parent_asks() -> None:
-    """SIGTERM counts if the parent sent it: that is how Python ends its workers, and it then waits for them."""
+    """SIGTERM counts if the parent sent it: that is how Python ends its workers, and it then waits
+    for them.
+    """
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != multiprocessing.parent_process().pid:
         pass
     os._exit(0)
 
 
-def on_device(loader: Iterable[tuple[Any, Failures]], device: torch.device | str) -> Iterator[tuple[Any, Failures]]:
-    """The loader's batches on the device. On a GPU the next one is copied while the caller works on this one."""
+def on_device(
+    loader: Iterable[tuple[Any, Failures]], device: torch.device | str
+) -> Iterator[tuple[Any, Failures]]:
+    """The loader's batches on the device. On a GPU the next one is copied while the caller works on
+    this one.
+    """
     device = torch.device(device)
     if device.type != "cuda":
         for batch, failures in loader:
@@ -165,16 +208,22 @@ def on_device(loader: Iterable[tuple[Any, Failures]], device: torch.device | str
         yield _arrived(*waiting.popleft(), device)
 
 
-def _arrived(batch: Any, copied: torch.cuda.Event, failures: Failures, device: torch.device) -> tuple[Any, Failures]:
-    """The batch, once the device has it: what is launched from now on waits for the copy, the host does not."""
+def _arrived(
+    batch: Any, copied: torch.cuda.Event, failures: Failures, device: torch.device
+) -> tuple[Any, Failures]:
+    """The batch, once the device has it: what is launched from now on waits for the copy, the host
+    does not.
+    """
     current = torch.cuda.current_stream(device)
     current.wait_event(copied)
-    moved(batch, lambda tensor: tensor.record_stream(current))  # or its memory is given away too early
+    moved(
+        batch, lambda tensor: tensor.record_stream(current)
+    )  # or its memory is given away too early
     return batch, failures
 
 
 def moved(batch: Any, move: Callable[[Tensor], Any]) -> Any:
-    """The same nest of tuples, lists and dictionaries with move(tensor) in place of every tensor."""
+    """The same tuples, lists and dictionaries with move(tensor) in place of every tensor."""
     if isinstance(batch, Tensor):
         return move(batch)
     if isinstance(batch, dict):
@@ -186,48 +235,76 @@ def moved(batch: Any, move: Callable[[Tensor], Any]) -> Any:
     return batch
 
 
-# ------------------------------------------------------------------------------------ what was skipped
+# --------------------------------------------------------------------------------- what was skipped
 
 
 class Skipped:
-    """The memory of unreadable files: each is named once in a text file, and too many of them stop the run.
+    """The memory of unreadable files: each is named once in a text file, and too many of them stop
+    the run.
 
-    file: path of skipped.txt, made when the first one turns up; other processes may write to it too.
-    max_share: of num_images.
-    """
+    file: path of skipped.txt, made when the first one turns up; other processes may write to it
+    too. max_share: of num_images."""
 
     def __init__(self, file: str | Path, num_images: int, max_share: float = 0.01):
         self.file, self.num_images, self.max_share = Path(file), num_images, max_share
         self.names: set[bytes] = set()  # as bytes, since a name need not be valid text
 
     def record(self, failures: Failures) -> None:
-        """failures: repeated ones too. Raises ValueError once more than max_share of all images are bad, OSError."""
-        reasons = {re.sub(rb"[\t\r\n]", b" ", os.fsencode(name)): reason.encode() for name, reason in failures}
+        """failures: repeated ones too. Raises ValueError once more than max_share of all images are
+        bad, OSError.
+        """
+        reasons = {
+            re.sub(rb"[\t\r\n]", b" ", os.fsencode(name)): reason.encode()
+            for name, reason in failures
+        }
         if not reasons.keys() - self.names:
             return
-        if self.file.exists():  # written by a run that this one resumes, or by another process of it
+        if (
+            self.file.exists()
+        ):  # written by a run that this one resumes, or by another process of it
             self.names |= {line.split(b"\t")[0] for line in self.file.read_bytes().splitlines()}
         with self.file.open("ab") as out:
-            out.writelines(name + b"\t" + reason + b"\n" for name, reason in reasons.items() if name not in self.names)
+            out.writelines(
+                name + b"\t" + reason + b"\n"
+                for name, reason in reasons.items()
+                if name not in self.names
+            )
         self.names |= reasons.keys()
         if len(self.names) > self.max_share * self.num_images:
-            raise ValueError(f"{len(self.names)} of {self.num_images} images could not be read, more than the share "
-                             f"of {self.max_share:g} that is allowed; they are named in {self.file}")
+            raise ValueError(
+                f"{len(self.names)} of {self.num_images} images could not be read, more than the "
+                "share "
+                f"of {self.max_share:g} that is allowed; they are named in {self.file}"
+            )
 
 
 def report_check(images: ImageFiles, workers: int = 0) -> int:
-    """Read every file once, in worker processes, and print what was found; returns how many cannot be read."""
-    results = DataLoader(_SizeOrReason(images.root, images.paths), batch_size=None, num_workers=workers)
+    """Read every file once, in worker processes, and print what was found; returns how many cannot
+    be read.
+    """
+    results = DataLoader(
+        _SizeOrReason(images.root, images.paths), batch_size=None, num_workers=workers
+    )
     results = list(tqdm(results, total=len(images), unit="image", disable=not sys.stderr.isatty()))
-    bad = [(str(name), reason) for name, reason in zip(images.paths, results) if isinstance(reason, str)]
+    bad = [
+        (str(name), reason)
+        for name, reason in zip(images.paths, results)
+        if isinstance(reason, str)
+    ]
     sizes = collections.Counter(tuple(size) for size in results if not isinstance(size, str))
     for name, reason in bad:
         print(f"bad      {name}: {reason}")
     if sizes:
         by_pixels = sorted(sizes, key=math.prod)
-        (smallest, largest), [((height, width), times)] = (by_pixels[0], by_pixels[-1]), sizes.most_common(1)
-        print(f"sizes    {len(sizes)} different, from {smallest[0]} x {smallest[1]} to {largest[0]} x {largest[1]} "
-              f"(height x width); most often {height} x {width}, {times} times")
+        (smallest, largest), [((height, width), times)] = (
+            (by_pixels[0], by_pixels[-1]),
+            sizes.most_common(1),
+        )
+        print(
+            f"sizes    {len(sizes)} different, from {smallest[0]} x {smallest[1]} to {largest[0]} "
+            f"x {largest[1]} "
+            f"(height x width); most often {height} x {width}, {times} times"
+        )
     print(f"checked  {len(images)} images: {len(images) - len(bad)} can be read, {len(bad)} cannot")
     return len(bad)
 

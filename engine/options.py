@@ -1,4 +1,5 @@
-"""A frozen dataclass becomes a command line: one option per field, with its help, its range and its default.
+"""A frozen dataclass becomes a command line: one option per field, with its help, its range and its
+default.
 
 Paper: none. Differs: not in the released code.
 Read next: train.py, where the dataclass and its presets stand.
@@ -16,8 +17,12 @@ T = TypeVar("T")
 
 
 def option(default, text, low=None, high=None, choices=None, free=False):
-    """A field: help with unit and origin, allowed range; free: a run that is continued may change it."""
-    return dataclasses.field(default=default, metadata=dict(help=text, low=low, high=high, choices=choices, free=free))
+    """A field: help with unit and origin, allowed range; free: a run that is continued may change
+    it.
+    """
+    return dataclasses.field(
+        default=default, metadata=dict(help=text, low=low, high=high, choices=choices, free=free)
+    )
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,17 +33,24 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(presets: Mapping[str, T], argv: list[str] | None, description: str) -> tuple[T, set[str]]:
-    """The command line -> the preset it names, with the given options replaced; and the names of those given.
+    """The command line -> the preset it names, with the given options replaced; and the names of
+    those given.
 
     presets: name -> instance of one dataclass with a field `preset`; the first is the default.
-    Raises ValueError with one line for an unknown option, preset or choice, and for a number out of range.
-    """
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    Raises ValueError with one line for an unknown option, preset or choice, and for a number out of
+    range."""
+    parser = Parser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     add_options(parser, presets)
     return settle(presets, parser.parse_args(argv))
 
 
-def add_options(parser: argparse.ArgumentParser, presets: Mapping[str, Any], by: str = "preset") -> None:
+def add_options(
+    parser: argparse.ArgumentParser, presets: Mapping[str, Any], by: str = "preset"
+) -> None:
     """One option per field of the presets' dataclass. by: the field that names a preset."""
     first = next(iter(presets.values()))
     types = typing.get_type_hints(type(first))
@@ -56,14 +68,15 @@ def add_options(parser: argparse.ArgumentParser, presets: Mapping[str, Any], by:
         parser.add_argument(flag(f.name), **arguments)
 
 
-def settle(presets: Mapping[str, T], args: argparse.Namespace, by: str = "preset") -> tuple[T, set[str]]:
-    """What was given on the command line, over the preset it names; and the names of what was given.
-
-    Raises ValueError for a number out of range.
-    """
-    names = {f.name for f in dataclasses.fields(next(iter(presets.values())))}
+def settle(
+    presets: Mapping[str, T], args: argparse.Namespace, by: str = "preset"
+) -> tuple[T, set[str]]:
+    """What was given on the command line, over the preset it names; and the names of what was
+    given. Raises ValueError for a number out of range."""
+    first = next(iter(presets))
+    names = {f.name for f in dataclasses.fields(presets[first])}
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items() if k in names}
-    settings = dataclasses.replace(presets[given.get(by, next(iter(presets)))], **given)
+    settings = dataclasses.replace(presets[given.get(by, first)], **given)
     check_ranges(settings)
     return settings, set(given)
 
@@ -82,23 +95,33 @@ def defaults(presets: Mapping[str, Any], f: dataclasses.Field, by: str = "preset
 
 
 def check_ranges(settings) -> None:
-    """Every number in its range, every choice among the choices. Raises ValueError for the first that is not."""
+    """Every number in its range, every choice among the choices. Raises ValueError for the first
+    that is not.
+    """
     for f in dataclasses.fields(settings):
-        value, low, high, choices = getattr(settings, f.name), *(f.metadata[k] for k in ("low", "high", "choices"))
+        value, low, high, choices = (
+            getattr(settings, f.name),
+            *(f.metadata[k] for k in ("low", "high", "choices")),
+        )
         if choices and value not in choices:
             raise ValueError(f"{flag(f.name)} {value}: choose one of {', '.join(choices)}")
         for number in value if isinstance(value, tuple) else (value,):
             # `not >=` rather than `<`, so that nan is out of range too
             if (low is not None and not number >= low) or (high is not None and not number <= high):
-                raise ValueError(f"{flag(f.name)} {number} is out of range: expected {low} to {high}")
+                raise ValueError(
+                    f"{flag(f.name)} {number} is out of range: expected {low} to {high}"
+                )
 
 
 def differences(settings, earlier: Mapping[str, Any]) -> list[str]:
     """What differs in the options that are not free, as "name: EARLIER then, NOW now"."""
     names = [f.name for f in dataclasses.fields(settings) if not f.metadata["free"]]
     now = {name: getattr(settings, name) for name in names}
-    return [f"{name}: {earlier.get(name)} then, {now[name]} now" for name in names
-            if as_list(now[name]) != as_list(earlier.get(name))]
+    return [
+        f"{name}: {earlier.get(name)} then, {now[name]} now"
+        for name in names
+        if as_list(now[name]) != as_list(earlier.get(name))
+    ]
 
 
 def as_list(value):

@@ -16,7 +16,9 @@ from engine.verdict import Verdict
 
 @dataclass
 class Progress:
-    """Counts that only `advance` changes. position = step + bad_steps: a step with bad numbers is none."""
+    """Counts that only `advance` changes. position = step + bad_steps: a step with bad numbers is
+    none.
+    """
 
     last_step: int
     max_bad_steps: int = 20
@@ -31,7 +33,9 @@ class Progress:
         return bool(self.ended) or self.step >= self.last_step
 
     def advance(self, verdict: Verdict) -> None:
-        """Count the batch that this verdict was about. A batch that ended in trouble is met again by a rerun."""
+        """Count the batch that this verdict was about. A batch that ended in trouble is met again
+        by a rerun.
+        """
         if verdict.good:
             self.step, self.bad_in_row = self.step + 1, 0
         elif not verdict.trouble:
@@ -51,7 +55,11 @@ class Progress:
         return dict(step=self.step, position=self.position, bad_steps=self.bad_steps)
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        self.step, self.position, self.bad_steps = saved["step"], saved["position"], saved["bad_steps"]
+        self.step, self.position, self.bad_steps = (
+            saved["step"],
+            saved["position"],
+            saved["bad_steps"],
+        )
 
 
 def seed_of(*parts: int) -> int:

@@ -15,7 +15,11 @@ from torch import Tensor
 
 def rank_and_world_size() -> tuple[int, int]:
     """(0, 1) for a process on its own."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    return (
+        (dist.get_rank(), dist.get_world_size())
+        if dist.is_available() and dist.is_initialized()
+        else (0, 1)
+    )
 
 
 @torch.no_grad()  # all_reduce has no gradient; the losses are built so that none is needed
@@ -31,12 +35,13 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 def gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
     """The rows of all ranks, in the order of the ranks.
 
-    rows (n ...): this rank's; counts: n of every rank, known to all -> (sum of counts ...). Alone: rows itself.
-    On the wire: max(counts) rows per rank, since a gather moves equal pieces.
-    """
+    rows (n ...): this rank's; counts: n of every rank, known to all -> (sum of counts ...). Alone:
+    rows itself. On the wire: max(counts) rows per rank, since a gather moves equal pieces."""
     rank, world_size = rank_and_world_size()
     if len(counts) != world_size or counts[rank] != len(rows):
-        raise ValueError(f"rank {rank} of {world_size} holds {len(rows)} rows, but the counts say {counts}")
+        raise ValueError(
+            f"rank {rank} of {world_size} holds {len(rows)} rows, but the counts say {counts}"
+        )
     if world_size == 1:
         return rows
     padded = rows.new_zeros(max(counts), *rows.shape[1:])

@@ -1,7 +1,7 @@
 """The learning rate of every step, and the last step: pure functions of the step.
 
-Slide: none. Paper: section 4.1. Differs: nothing known; the release raises the rate at every step too.
-"""
+Slide: none. Paper: section 4.1. Differs: nothing known; the release raises the rate at every step
+too."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 
 def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float) -> float:
-    """Linear from peak / 100 over the warm-up, then a cosine down to 1e-6, at every optimizer step [O].
+    """Linear from peak / 100 over the warm-up, then a cosine down to 1e-6, at every optimizer step
+    [O].
 
-    lr(t) = peak / 100 (99 t / T_w + 1) for t < T_w, then 1e-6 + (peak - 1e-6) (1 + cos(pi (t - T_w) / (T - T_w))) / 2.
-    """
+    lr(t) = peak / 100 (99 t / T_w + 1) for t < T_w, then 1e-6 + (peak - 1e-6) (1 + cos(pi (t - T_w)
+    / (T - T_w))) / 2."""
     if step < warmup_steps:
         return peak / 100 * (99 * step / warmup_steps + 1)
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
@@ -22,7 +23,9 @@ def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float) -
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a run intends. total_steps: length of all schedules; last_step: where the run ends, which may be earlier."""
+    """What a run intends. total_steps: length of all schedules; last_step: where the run ends,
+    which may be earlier.
+    """
 
     steps_per_epoch: int
     total_steps: int
@@ -30,5 +33,10 @@ class Schedule:
     last_step: int
     peak: float
 
+    def ends_epoch(self, position: int) -> bool:
+        """Whether so many batches are whole epochs."""
+        return position % self.steps_per_epoch == 0
+
     def learning_rate(self, step: int) -> float:
+        """Of the step that follows so many."""
         return learning_rate(step, self.total_steps, self.warmup_steps, self.peak)

@@ -12,22 +12,35 @@ from torch import Tensor
 
 
 class Undo:
-    """Copies of tensors that a forward changes, such as the statistics of batch norms; all in one launch per type."""
+    """Copies of tensors that a forward changes, such as the statistics of batch norms; all in one
+    launch per type.
+    """
 
     def __init__(self, tensors: Iterable[Tensor]):
         tensors = list(tensors)
-        # A list of one type is copied in one launch, so sums are kept apart from whole-number counts.
-        self.now = [[t for t in tensors if t.is_floating_point() == floating] for floating in (True, False)]
+        # A list of one type is copied in one launch, so sums are kept apart from whole-number
+        # counts.
+        self.now = [
+            [t for t in tensors if t.is_floating_point() == floating] for floating in (True, False)
+        ]
         self.before = [[t.clone() for t in group] for group in self.now]
+        self.armed = False  # whether a step is under way
 
     @torch.no_grad()
     def remember(self) -> None:
         """Before the forward."""
         for before, now in zip(self.before, self.now):
             torch._foreach_copy_(before, now)
+        self.armed = True
+
+    def forget(self) -> None:
+        """The step counts."""
+        self.armed = False
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Return to what was remembered."""
-        for before, now in zip(self.before, self.now):
-            torch._foreach_copy_(now, before)
+        """Return to what was remembered; nothing where no step is under way."""
+        if self.armed:
+            for before, now in zip(self.before, self.now):
+                torch._foreach_copy_(now, before)
+        self.armed = False

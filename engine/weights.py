@@ -1,7 +1,7 @@
 """The networks inside checkpoints, ours and the released code's, by the sizes of their tensors.
 
-Slide: none. Paper: none. Differs: reads the released checkpoints under the names of this repository.
-"""
+Slide: none. Paper: none. Differs: reads the released checkpoints under the names of this
+repository."""
 
 from __future__ import annotations
 
@@ -42,12 +42,17 @@ def import_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             key = re.sub(pattern, name, key)
         ours[key] = value.reshape(-1) if key == "center" else value
     if not any(key.startswith("student.") for key in ours):
-        raise ValueError(f"not a state dict of the released SlotCon: expected encoder_q.*, found {some_keys(state)}")
+        raise ValueError(
+            "not a state dict of the released SlotCon: expected encoder_q.*, found "
+            f"{some_keys(state)}"
+        )
     return ours
 
 
 def model_state(contents: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
-    """The state dict of SlotCon (student, teacher, predictor, center) in a checkpoint of ours or of the release."""
+    """The state dict of SlotCon (student, teacher, predictor, center) in a checkpoint of ours or of
+    the release.
+    """
     state = contents.get("model", contents)
     state = tensors(state) if isinstance(state, Mapping) else {}
     if any(re.match(r"(module\.)?encoder_q\.", key) for key in state):
@@ -57,21 +62,27 @@ def model_state(contents: Mapping[str, Any], path: str | Path) -> dict[str, Tens
     try:
         arch = architecture_of(state, path)
     except ValueError:
-        raise ValueError(f"{path} holds no SlotCon: expected student.* or encoder_q.*, found "
-                         f"{some_keys(state or contents)}") from None
-    raise ValueError(f"{path} is a backbone only ({arch}), without projector and prototypes; give last.pth of the same "
-                     "run")
+        raise ValueError(
+            f"{path} holds no SlotCon: expected student.* or encoder_q.*, found "
+            f"{some_keys(state or contents)}"
+        ) from None
+    raise ValueError(
+        f"{path} is a backbone only ({arch}), without projector and prototypes; give last.pth of "
+        "the same "
+        "run"
+    )
 
 
 def load_network(
     path: str | Path, which: str = "teacher", device: torch.device | str = "cpu"
 ) -> tuple[GroupingNetwork, dict[str, Any]]:
-    """The student's or the teacher's grouping network of a checkpoint, in evaluation mode, and its configuration.
+    """The student's or the teacher's grouping network of a checkpoint, in evaluation mode, and its
+    configuration.
 
-    Sizes come from the tensors themselves, the architecture from the configuration that was saved; a released
-    checkpoint's from the names and shapes of its tensors. The configuration has at least arch, num_prototypes,
-    dim_hidden and dim_out. Raises ValueError with one line for any file that does not hold one whole network.
-    """
+    Sizes come from the tensors themselves, the architecture from the configuration that was saved;
+    a released checkpoint's from the names and shapes of its tensors. The configuration has at least
+    arch, num_prototypes, dim_hidden and dim_out. Raises ValueError with one line for any file that
+    does not hold one whole network."""
     if which not in ("student", "teacher"):
         raise ValueError(f"a checkpoint holds a student and a teacher, not {which!r}")
     contents = read(path)
@@ -82,9 +93,15 @@ def load_network(
         num_prototypes, dim_out = state["prototypes.weight"].shape
         dim_hidden = len(state["projector.mlp.0.weight"])
     except (KeyError, ValueError):
-        raise ValueError(f"{path} holds no prototypes or projector of the {which}: found {some_keys(state)}") from None
+        raise ValueError(
+            f"{path} holds no prototypes or projector of the {which}: found {some_keys(state)}"
+        ) from None
     # What was saved is right; shapes are read where nothing was saved, as in released checkpoints.
-    arch = config.get("arch") if config.get("arch") in ARCHITECTURES else architecture_of(part(state, "backbone."), path)
+    arch = (
+        config.get("arch")
+        if config.get("arch") in ARCHITECTURES
+        else architecture_of(part(state, "backbone."), path)
+    )
     network = GroupingNetwork(arch, num_prototypes, dim_hidden, dim_out)
     load_strictly(network, state, path)
     config.update(arch=arch, num_prototypes=num_prototypes, dim_hidden=dim_hidden, dim_out=dim_out)
@@ -92,18 +109,23 @@ def load_network(
 
 
 def architecture_of(trunk_state: Mapping[str, Tensor], path: str | Path) -> str:
-    """The architecture whose parameters have exactly these names and shapes. Raises ValueError if there is none."""
+    """The architecture whose parameters have exactly these names and shapes. Raises ValueError if
+    there is none.
+    """
     shapes = {k: tuple(v.shape) for k, v in trunk_state.items() if not k.startswith("fc.")}
     for arch in ARCHITECTURES:
         with torch.device("meta"):  # names and shapes, no memory
             expected = build_trunk(arch).state_dict()
         if shapes == {k: tuple(v.shape) for k, v in expected.items()}:
             return arch
-    raise ValueError(f"the backbone in {path} ({len(shapes)} tensors: {some_keys(shapes)} ...) is none of "
-                     f"{', '.join(ARCHITECTURES)}")
+    raise ValueError(
+        f"the backbone in {path} ({len(shapes)} tensors: {some_keys(shapes)} ...) is none of "
+        f"{', '.join(ARCHITECTURES)}"
+    )
 
 
 def backbone_state(model: Mapping[str, Tensor], which: str = "teacher") -> dict[str, Tensor]:
-    """The trunk alone under torchvision's names: `resnet50().load_state_dict(..., strict=False)` misses only fc.*."""
+    """The trunk alone under torchvision's names: `resnet50().load_state_dict(..., strict=False)`
+    misses only fc.*.
+    """
     return part(model, f"{which}.backbone.")
-

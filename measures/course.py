@@ -31,14 +31,20 @@ def statistics(report: Report, center: Tensor, temp_teacher: float) -> dict[str,
     p = assignment(maps - center[:, None, None], temp_teacher)
     mean = sum_over_ranks(reduce(p, "b k h w -> k", "mean")) / world_size
     pairs = zip(report.student, reversed(report.teacher))  # (s1, t2), (s2, t1)
-    same = [student.aligned.argmax(1) == teacher.aligned.argmax(1) for student, teacher in pairs]  # over k
+    same = [
+        student.aligned.argmax(1) == teacher.aligned.argmax(1) for student, teacher in pairs
+    ]  # over k
     same = reduce(torch.stack(same).float(), "v b h w -> b", "mean")
-    sums = sum_over_ranks(torch.stack([
-        teacher_occupied.sum() / (v * b),
-        reduce(torch.special.entr(p), "b k h w -> b h w", "sum").mean(),
-        (same * report.valid).sum(),
-        report.valid.sum(),
-    ]).float())
+    sums = sum_over_ranks(
+        torch.stack(
+            [
+                teacher_occupied.sum() / (v * b),
+                reduce(torch.special.entr(p), "b k h w -> b h w", "sum").mean(),
+                (same * report.valid).sum(),
+                report.valid.sum(),
+            ]
+        ).float()
+    )
     used = sum_over_ranks(reduce(teacher_occupied.long(), "v b k -> k", "sum")) > 0
     return dict(
         occupied_per_image=sums[0].item() / world_size,
@@ -51,6 +57,9 @@ def statistics(report: Report, center: Tensor, temp_teacher: float) -> dict[str,
 
 def brief(record: Mapping[str, Any]) -> str:
     """A line of the log for the eye."""
-    return (f"loss {record['loss']:.3f} (group {record['group_loss']:.3f}, slot {record['slot_loss']:.3f})  "
-            f"occupied {record['occupied_per_image']:.1f}  in use {record['prototypes_used']}  "
-            f"agreement {record['agreement']:.2f}  {record['images_per_second']:.0f} images/s")
+    return (
+        f"loss {record['loss']:.3f} (group {record['group_loss']:.3f}, slot "
+        f"{record['slot_loss']:.3f})  "
+        f"occupied {record['occupied_per_image']:.1f}  in use {record['prototypes_used']}  "
+        f"agreement {record['agreement']:.2f}  {record['images_per_second']:.0f} images/s"
+    )

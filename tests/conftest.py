@@ -1,4 +1,6 @@
-"""Tensors are tiny here: a second thread costs more than it brings, and on a busy machine twenty times more."""
+"""Tensors are tiny here: a second thread costs more than it brings, and on a busy machine twenty
+times more.
+"""
 
 import torch
 

@@ -1,7 +1,7 @@
 """Runs of train.py in processes of their own, and the accidents that are staged in them.
 
-A process is forked from one that has imported everything already, so that a whole run takes about a second.
-"""
+A process is forked from one that has imported everything already, so that a whole run takes about a
+second."""
 
 import json
 import multiprocessing
@@ -18,14 +18,24 @@ import numpy as np
 import torch
 from PIL import Image
 
-import photometric
-
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 180  # seconds: for a busy machine; a healthy run takes a few
 NUM_IMAGES, STEPS_PER_EPOCH = 14, 3
 SMALL = dict(
-    preset="coco-r50", dataset="folder", arch="tiny", image_size=32, num_prototypes=5, dim_hidden=12, dim_out=7,
-    batch_size=4, epochs=6, warmup_epochs=1, base_lr=4, workers=0, device="cpu", log_every=2,
+    preset="coco-r50",
+    dataset="folder",
+    arch="tiny",
+    image_size=32,
+    num_prototypes=5,
+    dim_hidden=12,
+    dim_out=7,
+    batch_size=4,
+    epochs=6,
+    warmup_epochs=1,
+    base_lr=4,
+    workers=0,
+    device="cpu",
+    log_every=2,
 )
 TIMES = ("images_per_second", "data_seconds", "memory_gb")
 
@@ -40,12 +50,16 @@ def draw_photographs(folder, count=NUM_IMAGES):
     return folder
 
 
-# ------------------------------------------------------------------------------------------------- runs
+# --------------------------------------------------------------------------------------------- runs
 
 
 def command_line(folder, *arguments, photographs):
     """What stands behind `python train.py` for a small run of 18 steps that writes to `folder`."""
-    small = [text for name, value in SMALL.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    small = [
+        text
+        for name, value in SMALL.items()
+        for text in (f"--{name.replace('_', '-')}", str(value))
+    ]
     return [*small, "--data-dir", str(photographs), "--output-dir", str(folder), *arguments]
 
 
@@ -85,14 +99,15 @@ class Played:
         return torch.load(self.model_file)
 
 
-def start(folder, *arguments, photographs, processes=1, accident=None):
-    """Starts a small run that writes to `folder`; accident(rank) is called in each process before it."""
+def start(folder, *arguments, photographs, processes=1, accident=None, before=None):
+    """Starts a small run that writes to `folder`; accident(rank, run) is called in each process
+    before the first step, before(rank, argv) -> argv before everything else."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["train", "staged"])
-    before = os.environ.get("PYTHONPATH", "")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), before])
+    python_path = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), python_path])
     multiprocessing.forkserver.ensure_running()
-    os.environ["PYTHONPATH"] = before
+    os.environ["PYTHONPATH"] = python_path
     argv = command_line(folder, *arguments, photographs=photographs)
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
@@ -100,12 +115,25 @@ def start(folder, *arguments, photographs, processes=1, accident=None):
         port = free.getsockname()[1]
     played = []
     for rank in range(processes):
-        place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes,
-                     MASTER_ADDR="127.0.0.1", MASTER_PORT=port, GLOO_SOCKET_IFNAME="lo") if processes > 1 else {}
+        place = (
+            dict(
+                RANK=rank,
+                LOCAL_RANK=rank,
+                WORLD_SIZE=processes,
+                LOCAL_WORLD_SIZE=processes,
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=port,
+                GLOO_SOCKET_IFNAME="lo",
+            )
+            if processes > 1
+            else {}
+        )
         # Out of the run's folder, which some tests make unwritable or look through.
-        output, model = (folder.with_name(f"{folder.name}.{rank}.{kind}") for kind in ("txt", "pth"))
+        output, model = (
+            folder.with_name(f"{folder.name}.{rank}.{kind}") for kind in ("txt", "pth")
+        )
         output.touch()
-        process = server.Process(target=_play, args=(argv, place, accident, output, model))
+        process = server.Process(target=_play, args=(argv, place, accident, before, output, model))
         process.start()
         played.append(Played(process, output, model))
     return played
@@ -119,21 +147,31 @@ def play(folder, *arguments, **options):
     return played
 
 
-def _play(argv, place, accident, output, model_file):
-    file = open(output, "w", buffering=1)  # noqa: SIM115, it is open until the process ends
+def _play(argv, place, accident, before, output, model_file):
+    file = open(output, "w", buffering=1)
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)
     sys.stdout = sys.stderr = file
     os.environ.update({name: str(value) for name, value in place.items()})
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # for the processes that read images, as in a run from a shell
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # for the processes that read images, as in a run from a shell
     import train
-    made, make_model = [], train.make_model
-    train.make_model = lambda c: made.append(make_model(c)) or made[0]
-    if accident:
-        accident(place.get("RANK", 0))
-    status = train.main(argv)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))  # if it was an accident
+
+    made = []
+
+    def prepared(run):
+        made.append(run.model)
+        if accident:
+            accident(place.get("RANK", 0), run)
+
+    if before:
+        argv = before(place.get("RANK", 0), argv)
+    status = train.main(argv, prepared)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    )  # if it was an accident
     if made:
         torch.save(made[0].state_dict(), model_file)
     sys.exit(status)
@@ -150,7 +188,9 @@ def last_of(folder):
 
 
 def difference(a, b, where=""):
-    """The first place at which two nests of dictionaries, lists, tensors and numbers are not equal bit for bit."""
+    """The first place at which two nests of dictionaries, lists, tensors and numbers are not equal
+    bit for bit.
+    """
     if isinstance(a, dict):
         if a.keys() != b.keys():
             return f"{where}: {sorted(map(str, a.keys() ^ b.keys()))}"
@@ -158,12 +198,15 @@ def difference(a, b, where=""):
     if isinstance(a, list | tuple):
         if len(a) != len(b):
             return f"{where}: {len(a)} and {len(b)} long"
-        return next(filter(None, (difference(x, y, f"{where}[{i}]") for i, (x, y) in enumerate(zip(a, b)))), "")
+        return next(
+            filter(None, (difference(x, y, f"{where}[{i}]") for i, (x, y) in enumerate(zip(a, b)))),
+            "",
+        )
     same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
     return "" if same else f"{where}: {a} and {b}"
 
 
-# -------------------------------------------------------------------------------------------- accidents
+# ---------------------------------------------------------------------------------------- accidents
 
 
 class AtStep:
@@ -172,19 +215,18 @@ class AtStep:
     def __init__(self, n, what, rank=None):
         self.n, self.what, self.rank = n, what, rank
 
-    def __call__(self, rank):
-        import train
+    def __call__(self, rank, run):
         if self.rank not in (None, rank):
             return
-        taken, next_batch = [], train.next_batch
+        taken, next_batch = [], run.batches.next
 
-        def counted(*arguments):
+        def counted():
             taken.append(1)
             if len(taken) == self.n:
                 self.what()
-            return next_batch(*arguments)
+            return next_batch()
 
-        train.next_batch = counted
+        run.batches.next = counted
 
 
 class Signal:
@@ -198,46 +240,44 @@ class Signal:
 
 
 class BadNumbers:
-    """From the nth batch on, for so many batches: NaN in the views, a gradient or the loss, on one rank or on all."""
+    """From the nth batch on, for so many batches: NaN in the views, a gradient or the loss, on one
+    rank or on all.
+    """
 
     def __init__(self, n, count=1, rank=None, where="views", value=float("nan")):
         self.n, self.count, self.rank, self.where, self.value = n, count, rank, where, value
 
-    def __call__(self, rank):
-        import train
+    def __call__(self, rank, run):
         if self.rank not in (None, rank):
             return
-        taken, plain = [], photometric.Photometric.__call__
+        taken, compute = [], run.gradient.compute
 
         def now():
             return self.n <= len(taken) < self.n + self.count
 
-        def photometric(this, views, generator):
+        def changed(views, boxes, flipped):
             taken.append(1)
-            return plain(this, views, generator) * (self.value if self.where == "views" and now() else 1)
+            return compute(
+                views * (self.value if self.where == "views" and now() else 1), boxes, flipped
+            )
 
-        photometric.Photometric.__call__ = photometric
-        make_model = train.make_model
-
-        def hooked(c):
-            model = make_model(c)
-            if self.where == "gradient":
-                weight = model.student.prototypes.weight
-                weight.register_hook(lambda gradient: gradient * self.value if now() else gradient)
-            if self.where == "loss":
-                model.register_forward_hook(lambda _, __, returned: spoilt(*returned) if now() else returned)
-            return model
+        run.gradient.compute = changed
+        if self.where == "gradient":
+            weight = run.model.student.prototypes.weight
+            weight.register_hook(lambda gradient: gradient * self.value if now() else gradient)
+        if self.where == "loss":
+            run.model.register_forward_hook(
+                lambda _, __, returned: spoilt(*returned) if now() else returned
+            )
 
         def spoilt(loss, report):
             return loss, report._replace(losses=report.losses * self.value)
-
-        train.make_model = hooked
 
 
 class Several:
     def __init__(self, *accidents):
         self.accidents = accidents
 
-    def __call__(self, rank):
+    def __call__(self, rank, run):
         for accident in self.accidents:
-            accident(rank)
+            accident(rank, run)

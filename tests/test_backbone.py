@@ -1,8 +1,9 @@
-"""backbone.py: the trunks are torchvision's ResNets without their classifier, and a small one for toy images.
+"""backbone.py: the trunks are torchvision's ResNets without their classifier, and a small one for
+toy images.
 
-Promised: torchvision's keys and numbers; blocks that start as the identity; published parameter counts; a tiny trunk
-that sees 17 px and cannot tell where the border is; a projector that treats every pixel alike.
-"""
+Promised: torchvision's keys and numbers; blocks that start as the identity; published parameter
+counts; a tiny trunk that sees 17 px and cannot tell where the border is; a projector that treats
+every pixel alike."""
 
 import math
 
@@ -31,7 +32,9 @@ def count(module):
 def test_names_and_shapes_are_torchvisions_and_only_the_classifier_is_missing(arch):
     with torch.device("meta"):
         ours, theirs = build_trunk(arch), getattr(torchvision.models, arch)()
-    shapes = {key: value.shape for key, value in theirs.state_dict().items() if not key.startswith("fc.")}
+    shapes = {
+        key: value.shape for key, value in theirs.state_dict().items() if not key.startswith("fc.")
+    }
     assert {key: value.shape for key, value in ours.state_dict().items()} == shapes
     missing, unexpected = theirs.load_state_dict(ours.state_dict(), strict=False)
     assert (missing, unexpected) == (["fc.weight", "fc.bias"], [])
@@ -46,8 +49,10 @@ def test_with_torchvisions_weights_the_map_is_torchvisions_last_one():
     assert torch.allclose(ours(images), up_to_pooling(images), rtol=1e-12)
 
 
-@pytest.mark.parametrize("arch, channels", [("resnet18", 512), ("resnet34", 512), ("resnet50", 2048),
-                                            ("resnet101", 2048), ("tiny", 64)])
+@pytest.mark.parametrize(
+    "arch, channels",
+    [("resnet18", 512), ("resnet34", 512), ("resnet50", 2048), ("resnet101", 2048), ("tiny", 64)],
+)
 def test_the_map_has_the_stride_and_the_channels_that_the_trunk_announces(arch, channels):
     with torch.device("meta"):
         trunk = build_trunk(arch)
@@ -66,7 +71,11 @@ def test_a_resnet_50_and_its_projector_have_the_published_number_of_parameters()
 @pytest.mark.parametrize("arch, last", [("resnet18", "bn2"), ("resnet50", "bn3")])
 def test_every_residual_block_starts_as_its_shortcut(arch, last):
     trunk = build_trunk(arch).eval()
-    blocks = [block for stage in (trunk.layer1, trunk.layer2, trunk.layer3, trunk.layer4) for block in stage]
+    blocks = [
+        block
+        for stage in (trunk.layer1, trunk.layer2, trunk.layer3, trunk.layer4)
+        for block in stage
+    ]
     assert len(blocks) in (8, 16)
     for block in blocks:
         assert getattr(block, last).weight.eq(0).all() and getattr(block, last).bias.eq(0).all()
@@ -80,14 +89,19 @@ def test_convolutions_start_from_a_normal_of_the_fan_out_and_norms_from_one_and_
     for name, module in trunk.named_modules():
         if isinstance(module, nn.Conv2d):
             out, _, kh, kw = module.weight.shape
-            assert module.weight.std().item() == pytest.approx(math.sqrt(2 / (kh * kw * out)), rel=0.05), name
+            assert module.weight.std().item() == pytest.approx(
+                math.sqrt(2 / (kh * kw * out)), rel=0.05
+            ), name
         if isinstance(module, nn.BatchNorm2d):
             assert module.weight.eq(0 if name in zeroed else 1).all() and module.bias.eq(0).all()
             assert (module.eps, module.momentum) == (1e-5, 0.1)
 
 
 def test_an_unknown_architecture_is_named_with_the_ones_there_are():
-    with pytest.raises(ValueError, match=r"unknown architecture 'resnet19': choose one of tiny, resnet18, .*resnet101"):
+    with pytest.raises(
+        ValueError,
+        match=r"unknown architecture 'resnet19': choose one of tiny, resnet18, .*resnet101",
+    ):
         build_trunk("resnet19")
 
 
@@ -123,7 +137,7 @@ def test_the_tiny_trunk_does_not_show_where_the_border_is(training):
     assert torch.allclose(features, features[:, :, :1, :1].expand_as(features), atol=1e-9)
 
 
-# ------------------------------------------------------------------------------------------ projector
+# ---------------------------------------------------------------------------------------- projector
 
 
 def test_the_projector_is_three_matrices_with_norm_and_exact_gelu_between_at_every_pixel():
@@ -140,14 +154,19 @@ def test_the_projector_is_three_matrices_with_norm_and_exact_gelu_between_at_eve
                 x = features[i, :, row, column]
                 for linear, norm in ((layers[0], layers[1]), (layers[3], layers[4])):
                     x = linear.weight[:, :, 0, 0] @ x + linear.bias
-                    x = (x - norm.running_mean) / (norm.running_var + 1e-5).sqrt() * norm.weight + norm.bias
+                    x = (x - norm.running_mean) / (
+                        norm.running_var + 1e-5
+                    ).sqrt() * norm.weight + norm.bias
                     x = x.new_tensor([t * (1 + math.erf(t / math.sqrt(2))) / 2 for t in x.tolist()])
                 expected[i, :, row, column] = layers[6].weight[:, :, 0, 0] @ x + layers[6].bias
     assert torch.allclose(projector(features), expected, rtol=1e-12)
 
 
 def test_moving_the_pixels_moves_the_embeddings_and_changes_none():
-    projector, features = Projector(3, 5, 4).double(), random(2, 3, 6, 7)  # in training mode: same set, same statistics
+    projector, features = (
+        Projector(3, 5, 4).double(),
+        random(2, 3, 6, 7),
+    )  # in training mode: same set, same statistics
     moved = features.flip(2).roll(3, dims=3)
     assert torch.allclose(projector(moved), projector(features).flip(2).roll(3, dims=3), rtol=1e-9)
 

@@ -1,8 +1,8 @@
 """checkpoint.py: what is kept on disk, read back without trust.
 
-Promised: files are whole or absent; a checkpoint is tensors and plain values; released checkpoints come in under our
-names; a network is rebuilt from its tensors alone; and each file that is not what it should be is refused in one line.
-"""
+Promised: files are whole or absent; a checkpoint is tensors and plain values; released checkpoints
+come in under our names; a network is rebuilt from its tensors alone; and each file that is not what
+it should be is refused in one line."""
 
 import argparse
 import pickle
@@ -38,9 +38,15 @@ def one_line(error, *parts):
 
 def released(model, prefix="module."):
     """What the released code would have saved of this model."""
-    names = {"student.backbone": "encoder_q", "teacher.backbone": "encoder_k", "student.projector": "projector_q",
-             "teacher.projector": "projector_k", "student.prototypes": "grouping_q.slot_embed",
-             "teacher.prototypes": "grouping_k.slot_embed", "predictor": "predictor_slot"}
+    names = {
+        "student.backbone": "encoder_q",
+        "teacher.backbone": "encoder_k",
+        "student.projector": "projector_q",
+        "teacher.projector": "projector_k",
+        "student.prototypes": "grouping_q.slot_embed",
+        "teacher.prototypes": "grouping_k.slot_embed",
+        "predictor": "predictor_slot",
+    }
     state = {}
     for key, value in model.state_dict().items():
         for here, there in names.items():
@@ -98,14 +104,19 @@ def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
     assert sorted(p.name for p in folder.iterdir()) == [".hidden", "last.pth", "notes.tmp"]
 
 
-@pytest.mark.parametrize("keep_last, keep_every, kept", [
-    (2, 0, [11, 12]), (0, 5, [5, 10]), (1, 4, [4, 8, 12]), (3, 10, [10, 11, 12]), (0, 0, [])])
+@pytest.mark.parametrize(
+    "keep_last, keep_every, kept",
+    [(2, 0, [11, 12]), (0, 5, [5, 10]), (1, 4, [4, 8, 12]), (3, 10, [10, 11, 12]), (0, 0, [])],
+)
 def test_the_newest_epochs_and_every_so_many_th_are_kept(tmp_path, keep_last, keep_every, kept):
     for epoch in range(1, 13):
         (tmp_path / f"epoch_{epoch:04d}.pth").touch()
     (tmp_path / "last.pth").touch()
     checkpoint.keep_newest(tmp_path, keep_last, keep_every)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [*(f"epoch_{e:04d}.pth" for e in kept), "last.pth"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        *(f"epoch_{e:04d}.pth" for e in kept),
+        "last.pth",
+    ]
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -157,11 +168,16 @@ def test_nothing_in_a_file_is_executed(tmp_path):
 
 
 def test_the_command_line_in_a_released_checkpoint_becomes_a_dictionary(tmp_path):
-    torch.save(dict(opt=argparse.Namespace(arch="resnet50", epochs=800), epoch=3), tmp_path / "released.pth")
-    assert checkpoint.read(tmp_path / "released.pth") == dict(opt=dict(arch="resnet50", epochs=800), epoch=3)
+    torch.save(
+        dict(opt=argparse.Namespace(arch="resnet50", epochs=800), epoch=3),
+        tmp_path / "released.pth",
+    )
+    assert checkpoint.read(tmp_path / "released.pth") == dict(
+        opt=dict(arch="resnet50", epochs=800), epoch=3
+    )
 
 
-# ------------------------------------------------------------------------------------------ released names
+# ----------------------------------------------------------------------------------- released names
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
@@ -181,30 +197,45 @@ def test_a_state_dict_of_something_else_is_not_imported():
 
 def test_the_model_is_found_in_our_checkpoints_in_released_ones_and_in_bare_state_dicts(model):
     own = model.state_dict()
-    for contents in (dict(model=own, step=3), dict(model=released(model)), own, released(model, "")):
+    for contents in (
+        dict(model=own, step=3),
+        dict(model=released(model)),
+        own,
+        released(model, ""),
+    ):
         found = weights.model_state(contents, "a.pth")
         assert found.keys() == own.keys() and all(found[key].equal(own[key]) for key in own)
 
 
 def test_a_file_without_slotcon_is_refused_by_what_it_holds(model):
-    with pytest.raises(ValueError, match=r"a.pth is a backbone only \(resnet18\), without projector"):
+    with pytest.raises(
+        ValueError, match=r"a.pth is a backbone only \(resnet18\), without projector"
+    ):
         weights.model_state(torchvision.models.resnet18().state_dict(), "a.pth")
-    with pytest.raises(ValueError, match=r"a.pth holds no SlotCon: expected student.\* or encoder_q.\*, found epoch"):
+    with pytest.raises(
+        ValueError,
+        match=r"a.pth holds no SlotCon: expected student.\* or encoder_q.\*, found epoch",
+    ):
         weights.model_state(dict(epoch=3, loss=1.0), "a.pth")
     with pytest.raises(ValueError, match=r"holds no SlotCon"):
         weights.model_state(dict(model="gone"), "a.pth")
 
 
-# ------------------------------------------------------------------------------------------ networks
+# ----------------------------------------------------------------------------------------- networks
 
 
 @pytest.mark.parametrize("which", ["student", "teacher"])
 @pytest.mark.parametrize("ours", [True, False])
 def test_a_network_is_rebuilt_from_its_tensors_alone(model, tmp_path, which, ours):
     state = model.state_dict() if ours else released(model)
-    torch.save(dict(model=state, config=dict(arch="wrong", num_prototypes=99, image_size=64)), tmp_path / "a.pth")
+    torch.save(
+        dict(model=state, config=dict(arch="wrong", num_prototypes=99, image_size=64)),
+        tmp_path / "a.pth",
+    )
     network, config = weights.load_network(tmp_path / "a.pth", which)
-    assert config == dict(arch="tiny", num_prototypes=K, dim_hidden=HIDDEN, dim_out=D, image_size=64)
+    assert config == dict(
+        arch="tiny", num_prototypes=K, dim_hidden=HIDDEN, dim_out=D, image_size=64
+    )
     assert not network.training
     expected = getattr(model, which).state_dict()
     assert all(value.equal(expected[key]) for key, value in network.state_dict().items())
@@ -220,15 +251,29 @@ def test_the_teacher_is_loaded_unless_asked_otherwise_and_other_names_are_refuse
         weights.load_network(tmp_path / "a.pth", "parent")
 
 
-@pytest.mark.parametrize("spoil, complaint", [
-    (lambda s: s.pop("teacher.prototypes.weight"), "holds no prototypes or projector of the teacher"),
-    (lambda s: s.pop("teacher.projector.mlp.0.weight"), "holds no prototypes or projector of the teacher"),
-    (lambda s: s.pop("teacher.projector.mlp.3.bias"), "lacks 1 tensors, first projector.mlp.3.bias"),
-    (lambda s: s.pop("teacher.backbone.0.weight"), "is none of tiny, resnet18"),
-    (lambda s: s.update({"teacher.extra": torch.zeros(1)}), "has 1 of its own, first extra"),
-    (lambda s: s.update({"teacher.projector.mlp.6.weight": torch.zeros(D, 2, 1, 1)}),
-     "has projector.mlp.6.weight as (7, 2, 1, 1) where (7, 9, 1, 1) is needed"),
-])
+@pytest.mark.parametrize(
+    "spoil, complaint",
+    [
+        (
+            lambda s: s.pop("teacher.prototypes.weight"),
+            "holds no prototypes or projector of the teacher",
+        ),
+        (
+            lambda s: s.pop("teacher.projector.mlp.0.weight"),
+            "holds no prototypes or projector of the teacher",
+        ),
+        (
+            lambda s: s.pop("teacher.projector.mlp.3.bias"),
+            "lacks 1 tensors, first projector.mlp.3.bias",
+        ),
+        (lambda s: s.pop("teacher.backbone.0.weight"), "is none of tiny, resnet18"),
+        (lambda s: s.update({"teacher.extra": torch.zeros(1)}), "has 1 of its own, first extra"),
+        (
+            lambda s: s.update({"teacher.projector.mlp.6.weight": torch.zeros(D, 2, 1, 1)}),
+            "has projector.mlp.6.weight as (7, 2, 1, 1) where (7, 9, 1, 1) is needed",
+        ),
+    ],
+)
 def test_an_incomplete_network_is_never_filled_up_at_random(model, tmp_path, spoil, complaint):
     state = model.state_dict()
     spoil(state)
@@ -244,26 +289,36 @@ def test_the_architecture_is_read_off_names_and_shapes(arch):
         state = build_trunk(arch).state_dict()
         assert weights.architecture_of(state, "a.pth") == arch
         assert weights.architecture_of(state | {"fc.bias": torch.zeros(3)}, "a.pth") == arch
-        with pytest.raises(ValueError, match=r"the backbone in a.pth \(0 tensors.*is none of tiny, resnet18"):
+        with pytest.raises(
+            ValueError, match=r"the backbone in a.pth \(0 tensors.*is none of tiny, resnet18"
+        ):
             weights.architecture_of({}, "a.pth")
 
 
 def test_strict_loading_names_every_kind_of_difference_and_touches_nothing():
     module = nn.Linear(3, 2)
     before = module.weight.detach().clone()
-    for state, complaint in (({"weight": torch.zeros(2, 3)}, "lacks 1 tensors, first bias"),
-                             ({"weight": torch.zeros(2, 3), "bias": torch.zeros(2), "a": torch.zeros(1)},
-                              "has 1 of its own, first a"),
-                             ({"weight": torch.zeros(2, 4), "bias": torch.zeros(2)},
-                              r"has weight as \(2, 4\) where \(2, 3\) is needed")):
-        with pytest.raises(ValueError, match=f"a.pth is of another architecture or size: it {complaint}"):
+    for state, complaint in (
+        ({"weight": torch.zeros(2, 3)}, "lacks 1 tensors, first bias"),
+        (
+            {"weight": torch.zeros(2, 3), "bias": torch.zeros(2), "a": torch.zeros(1)},
+            "has 1 of its own, first a",
+        ),
+        (
+            {"weight": torch.zeros(2, 4), "bias": torch.zeros(2)},
+            r"has weight as \(2, 4\) where \(2, 3\) is needed",
+        ),
+    ):
+        with pytest.raises(
+            ValueError, match=f"a.pth is of another architecture or size: it {complaint}"
+        ):
             checkpoint.load_strictly(module, state, "a.pth")
     assert module.weight.equal(before)
     checkpoint.load_strictly(module, {"weight": torch.ones(2, 3), "bias": torch.zeros(2)}, "a.pth")
     assert module.weight.eq(1).all()
 
 
-# ------------------------------------------------------------------------------------------ training states
+# ---------------------------------------------------------------------------------- training states
 
 
 def trained(seed):
@@ -277,9 +332,21 @@ def trained(seed):
 
 def saved_state(seed):
     module, optimizer, scaler = trained(seed)
-    return dict(format=checkpoint.FORMAT, config={}, step=7, position=8, num_images=30, world_size=1, logged=6,
-                sums=[1.0, 2.0, 3.0, 4.0], bad_steps=1, model=module.state_dict(), optimizer=optimizer.state_dict(),
-                scaler=scaler.state_dict())
+    return dict(
+        format=checkpoint.FORMAT,
+        config={},
+        step=7,
+        position=8,
+        num_images=30,
+        world_size=1,
+        logged=6,
+        sums=[1.0, 2.0, 3.0, 4.0],
+        bad_steps=1,
+        seconds=5.0,
+        model=module.state_dict(),
+        optimizer=optimizer.state_dict(),
+        scaler=scaler.state_dict(),
+    )
 
 
 def test_a_training_state_is_put_back_whole(tmp_path):
@@ -291,7 +358,9 @@ def test_a_training_state_is_put_back_whole(tmp_path):
     assert module.weight.equal(expected.weight)
     assert scaler.get_scale() == 2
     for p, q in zip(module.parameters(), expected.parameters()):
-        assert optimizer.state[p]["momentum_buffer"].equal(optimizer_then.state[q]["momentum_buffer"])
+        assert optimizer.state[p]["momentum_buffer"].equal(
+            optimizer_then.state[q]["momentum_buffer"]
+        )
 
 
 def test_what_cannot_be_continued_is_refused_before_anything_is_touched(model, tmp_path):
@@ -301,12 +370,22 @@ def test_what_cannot_be_continued_is_refused_before_anything_is_touched(model, t
     for contents, reasons, parts in (
         (dict(model=released(model)), [], no_state),
         ({k: v for k, v in saved_state(1).items() if k != "position"}, [], no_state),
-        (saved_state(1), ["k: 5 then, 7 now"], ("was made with other options (k: 5 then, 7 now)", "--force-resume")),
-        (saved_state(1) | {"model": {"weight": torch.zeros(2, 3)}}, [], ("lacks 1 tensors, first bias",)),
+        (
+            saved_state(1),
+            ["k: 5 then, 7 now"],
+            ("was made with other options (k: 5 then, 7 now)", "--force-resume"),
+        ),
+        (
+            saved_state(1) | {"model": {"weight": torch.zeros(2, 3)}},
+            [],
+            ("lacks 1 tensors, first bias",),
+        ),
     ):
         checkpoint.save(tmp_path / "last.pth", contents)
         with pytest.raises(ValueError) as error:
-            checkpoint.restore(tmp_path / "last.pth", module, optimizer, scaler, lambda saved, r=reasons: r)
+            checkpoint.restore(
+                tmp_path / "last.pth", module, optimizer, scaler, lambda saved, r=reasons: r
+            )
         one_line(error, str(tmp_path / "last.pth"), *parts)
         assert module.weight.equal(before)
 
@@ -317,7 +396,7 @@ def test_another_optimiser_is_named_as_the_reason(tmp_path):
     optimizer = torch.optim.SGD([dict(params=[module.weight]), dict(params=[module.bias])], 0.1)
     with pytest.raises(ValueError) as error:
         checkpoint.restore(tmp_path / "last.pth", module, optimizer, scaler, lambda saved: [])
-    one_line(error, "was made with another optimiser")
+    one_line(error, "was made with another optimizer")
 
 
 # ------------------------------------------------------------------------------------------ export
@@ -327,7 +406,9 @@ def test_torchvision_loads_the_backbone_and_misses_only_its_classifier():
     model = SlotCon("resnet18", K, HIDDEN, D)
     nn.init.constant_(model.teacher.backbone.bn1.weight, 3.0)
     theirs = torchvision.models.resnet18()
-    missing, unexpected = theirs.load_state_dict(weights.backbone_state(model.state_dict()), strict=False)
+    missing, unexpected = theirs.load_state_dict(
+        weights.backbone_state(model.state_dict()), strict=False
+    )
     assert (missing, unexpected) == (["fc.weight", "fc.bias"], [])
     assert theirs.bn1.weight.eq(3).all()  # the teacher's
     assert weights.backbone_state(model.state_dict(), "student")["bn1.weight"].eq(1).all()
@@ -336,3 +417,22 @@ def test_torchvision_loads_the_backbone_and_misses_only_its_classifier():
 def test_a_part_of_a_state_dict_is_named_without_its_prefix():
     assert checkpoint.part({"a.b": 1, "a.c.d": 2, "ab": 3, "x.a.b": 4}, "a.") == {"b": 1, "c.d": 2}
     assert checkpoint.some_keys({"a": 1, "b": 2, "c": 3, "d": 4}) == "a, b, c"
+
+
+@pytest.mark.parametrize("missing", list(checkpoint.TRAINING))
+def test_a_state_that_lacks_anything_a_run_needs_is_one_line(missing, tmp_path):
+    state = saved_state(0)
+    del state[missing]
+    torch.save(state, tmp_path / "last.pth")
+    module, optimizer, scaler = trained(1)
+    with pytest.raises(ValueError) as error:
+        checkpoint.restore(tmp_path / "last.pth", module, optimizer, scaler, lambda _: [])
+    one_line(error, "cannot be continued: it holds no training state of this program")
+
+
+def test_a_state_of_a_newer_program_is_refused(tmp_path):
+    torch.save(dict(saved_state(0), format=checkpoint.FORMAT + 1), tmp_path / "last.pth")
+    module, optimizer, scaler = trained(1)
+    with pytest.raises(ValueError) as error:
+        checkpoint.restore(tmp_path / "last.pth", module, optimizer, scaler, lambda _: [])
+    one_line(error, "newer version of this program (format 2, this one reads up to 1)")

@@ -1,4 +1,6 @@
-"""What a cluster and a disk do to a run: signals, bad numbers, bad images, lost processes. train.py, processes.py."""
+"""What a cluster and a disk do to a run: signals, bad numbers, bad images, lost processes.
+train.py, processes.py.
+"""
 
 import json
 import math
@@ -11,6 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
+
+import train
+from engine.schedule import learning_rate
 from staged import (
     PATIENCE,
     ROOT,
@@ -27,8 +32,6 @@ from staged import (
     play,
     start,
 )
-
-import train
 from teacher import teacher_momentum
 
 
@@ -45,31 +48,46 @@ def photographs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_a_signal_ends_the_run_after_its_step_saved_and_with_a_line_that_says_how_to_go_on(name, photographs, tmp_path):
+def test_a_signal_ends_the_run_after_its_step_saved_and_with_a_line_that_says_how_to_go_on(
+    name, photographs, tmp_path
+):
     [run] = play(tmp_path / "run", photographs=photographs, accident=AtStep(5, Signal(name)))
     assert run.process.exitcode == 0 and last_of(tmp_path / "run")["step"] == 5
-    assert run.output.endswith(f"stopped by {name} after step 5 of 18; {tmp_path / 'run' / 'last.pth'} is written, and "
-                               "the same command goes on from there\n")
+    assert run.output.endswith(
+        f"stopped by {name} after step 5 of 18; {tmp_path / 'run' / 'last.pth'} is written, and "
+        "the same command goes on from there\n"
+    )
 
 
 def test_a_signal_before_the_first_step_is_not_lost(photographs, tmp_path):
-    [run] = play(tmp_path / "run", photographs=photographs, accident=signal_while_images_are_found)
+    [run] = play(tmp_path / "run", photographs=photographs, accident=signal_before_the_first_batch)
     assert run.process.exitcode == 0 and last_of(tmp_path / "run")["step"] == 1
 
 
-def signal_while_images_are_found(rank):
-    find_images = train.find_images
-    train.find_images = lambda *arguments: Signal("SIGTERM")() or find_images(*arguments)
+def signal_before_the_first_batch(rank, run):
+    Signal("SIGTERM")()
 
 
 def test_a_signal_in_the_last_step_does_not_turn_the_end_into_a_pause(photographs, tmp_path):
-    [run] = play(tmp_path / "run", "--max-steps", "2", photographs=photographs, accident=AtStep(2, Signal("SIGTERM")))
-    assert run.process.exitcode == 0 and (tmp_path / "run" / "backbone.pth").exists() and "done     2" in run.output
+    [run] = play(
+        tmp_path / "run",
+        "--max-steps",
+        "2",
+        photographs=photographs,
+        accident=AtStep(2, Signal("SIGTERM")),
+    )
+    assert (
+        run.process.exitcode == 0
+        and (tmp_path / "run" / "backbone.pth").exists()
+        and "done     2" in run.output
+    )
 
 
 def test_the_line_does_not_send_a_run_back_to_where_it_was_told_to_start(photographs, tmp_path):
     arguments = "--resume", "none"
-    [run] = play(tmp_path / "run", *arguments, photographs=photographs, accident=AtStep(2, Signal("SIGTERM")))
+    [run] = play(
+        tmp_path / "run", *arguments, photographs=photographs, accident=AtStep(2, Signal("SIGTERM"))
+    )
     assert "is written, and the same command with --resume auto goes on from there\n" in run.output
 
 
@@ -83,7 +101,11 @@ def test_other_signals_do_not_hurry_it(photographs, tmp_path):
     """Clusters repeat SIGTERM, and some send SIGINT before it."""
     several = AtStep(5, Signals("SIGINT", "SIGTERM", "SIGTERM", "SIGUSR1"))
     [run] = play(tmp_path / "run", photographs=photographs, accident=several)
-    assert run.process.exitcode == 0 and last_of(tmp_path / "run")["step"] == 5 and "stopped by SIGINT" in run.output
+    assert (
+        run.process.exitcode == 0
+        and last_of(tmp_path / "run")["step"] == 5
+        and "stopped by SIGINT" in run.output
+    )
 
 
 class Signals:
@@ -98,27 +120,43 @@ class Signals:
 
 @pytest.mark.parametrize("name", ["SIGTERM", slowly_tested("SIGUSR1")])
 def test_all_processes_stop_at_the_step_at_which_one_was_asked_to(name, photographs, tmp_path):
-    runs = play(tmp_path / "run", photographs=photographs, processes=2, accident=AtStep(4, Signal(name), rank=1))
+    runs = play(
+        tmp_path / "run",
+        photographs=photographs,
+        processes=2,
+        accident=AtStep(4, Signal(name), rank=1),
+    )
     assert [run.process.exitcode for run in runs] == [0, 0]
-    assert last_of(tmp_path / "run")["step"] == 4 and "stopped by another process after step 4" in runs[0].output
+    assert (
+        last_of(tmp_path / "run")["step"] == 4
+        and "stopped by another process after step 4" in runs[0].output
+    )
     assert_equal_weights(runs)
 
 
 def test_signals_mean_what_they_did_before_once_a_run_is_over(photographs, tmp_path, capsys):
     before = [signal.getsignal(getattr(signal, name)) for name in ("SIGTERM", "SIGINT", "SIGUSR1")]
-    assert train.main(command_line(tmp_path / "run", "--max-steps", "1", photographs=photographs)) == 0
-    assert [signal.getsignal(getattr(signal, name)) for name in ("SIGTERM", "SIGINT", "SIGUSR1")] == before
+    assert (
+        train.main(command_line(tmp_path / "run", "--max-steps", "1", photographs=photographs)) == 0
+    )
+    assert [
+        signal.getsignal(getattr(signal, name)) for name in ("SIGTERM", "SIGINT", "SIGUSR1")
+    ] == before
 
 
 def assert_equal_weights(runs):
     """All processes hold the same numbers, but for the running statistics of batch norms on a CPU."""
-    first, *others = [{k: v for k, v in run.model.items() if not re.search("running|tracked", k)} for run in runs]
+    first, *others = [
+        {k: v for k, v in run.model.items() if not re.search("running|tracked", k)} for run in runs
+    ]
     assert others and not any(difference(first, other) for other in others)
 
 
 @pytest.mark.slow
 def test_ctrl_c_under_torchrun_and_the_same_command_again(photographs, tmp_path):
-    """torchrun passes the terminal's SIGINT on to all of its processes: a pause, and exactly resumed."""
+    """torchrun passes the terminal's SIGINT on to all of its processes: a pause, and exactly
+    resumed.
+    """
     arguments = "--workers", "1"
     whole = torchrun(tmp_path / "whole", photographs, *arguments)
     assert whole.wait(PATIENCE) == 0, whole.told.read_text()
@@ -140,20 +178,36 @@ def test_ctrl_c_under_torchrun_and_the_same_command_again(photographs, tmp_path)
 
 
 def torchrun(folder, photographs, *arguments, slowly=False):
-    """`torchrun --nproc-per-node=2 train.py`, in a process group of its own; slowly: half a second per step."""
+    """`torchrun --nproc-per-node=2 train.py`, in a process group of its own; slowly: half a second
+    per step.
+    """
     program = ROOT / "train.py"
     if slowly:
         program = folder.with_name("slow_train.py")
-        program.write_text(f"import sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport train\n"
-                           "plain = train.next_batch\n"
-                           "train.next_batch = lambda *arguments: time.sleep(0.5) or plain(*arguments)\n"
-                           "sys.exit(train.main())\n")
+        program.write_text(
+            f"import sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport train\n"
+            "def slowly(run):\n"
+            "    plain = run.batches.next\n"
+            "    run.batches.next = lambda: time.sleep(0.5) or plain()\n"
+            "sys.exit(train.main(prepared=slowly))\n"
+        )
     told = folder.with_name(f"{folder.name}.txt")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(program),
+    ]
     with told.open("w") as file:
         process = subprocess.Popen(
-            [*command, *command_line(folder, *arguments, photographs=photographs)], stdout=file, stderr=file,
-            start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1", "STAGED": str(folder)})
+            [*command, *command_line(folder, *arguments, photographs=photographs)],
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "STAGED": str(folder)},
+        )
     process.told = told
     return process
 
@@ -165,23 +219,37 @@ def wait_for(process, pattern):
         time.sleep(0.05)
 
 
-# ------------------------------------------------------------------------------------------ bad numbers
+# -------------------------------------------------------------------------------------- bad numbers
 
 
 def everything_that_moves(folder):
-    """Of last.pth: weights, teacher, centre, batch norms, optimiser, and the step, on which schedules depend."""
+    """Of last.pth: weights, teacher, centre, batch norms, optimiser, and the step, on which
+    schedules depend.
+    """
     saved = last_of(folder)
     return {name: saved[name] for name in ("step", "model", "optimizer", "logged", "sums")}
 
 
-@pytest.mark.parametrize("processes,where,value,amp", [
-    (1, "views", math.nan, "off"), (1, "gradient", math.inf, "off"), (1, "gradient", math.nan, "fp16"),
-    (2, "loss", math.nan, "off"), slowly_tested(2, "views", math.nan, "off"),
-    slowly_tested(2, "gradient", math.nan, "off")])
-def test_a_step_with_bad_numbers_moves_nothing_on_any_process(processes, where, value, amp, photographs, tmp_path):
+@pytest.mark.parametrize(
+    "processes,where,value,amp",
+    [
+        (1, "views", math.nan, "off"),
+        (1, "gradient", math.inf, "off"),
+        (1, "gradient", math.nan, "fp16"),
+        (2, "loss", math.nan, "off"),
+        slowly_tested(2, "views", math.nan, "off"),
+        slowly_tested(2, "gradient", math.nan, "off"),
+    ],
+)
+def test_a_step_with_bad_numbers_moves_nothing_on_any_process(
+    processes, where, value, amp, photographs, tmp_path
+):
     """Two bad batches, a signal in the second of them: what is saved is the state before them."""
     run, options = tmp_path / "run", dict(photographs=photographs, processes=processes)
-    arguments, good = ("--amp", amp), (4 if amp == "off" else 12)  # fp16 begins with a scale that is too large
+    arguments, good = (
+        ("--amp", amp),
+        (4 if amp == "off" else 12),
+    )  # fp16 begins with a scale that is too large
     play(run, *arguments, accident=AtStep(good, Signal("SIGTERM")), **options)
     before, saved_before = everything_that_moves(run), last_of(run)
     assert before["step"] >= 4 and saved_before["position"] == good
@@ -203,22 +271,35 @@ def test_a_step_with_bad_numbers_moves_nothing_on_any_process(processes, where, 
     assert lines[-1]["step"] == 18 and lines[-1]["skipped_steps"] >= saved["bad_steps"]
     assert lines[-1]["epoch"] == round((18 + lines[-1]["skipped_steps"]) / STEPS_PER_EPOCH, 4)
     for line in lines:
-        assert line["lr"] == train.learning_rate(line["step"] - 1, 18, STEPS_PER_EPOCH, 4 * 4 / 256)
+        assert line["lr"] == learning_rate(line["step"] - 1, 18, STEPS_PER_EPOCH, 4 * 4 / 256)
         assert line["momentum_teacher"] == teacher_momentum(line["step"], 18, 0.99, 1.0)
 
 
 @pytest.mark.parametrize("processes", [slowly_tested(1), 2])
-def test_a_run_without_finite_numbers_stops_with_advice_and_its_last_good_checkpoint(processes, photographs, tmp_path):
+def test_a_run_without_finite_numbers_stops_with_advice_and_its_last_good_checkpoint(
+    processes, photographs, tmp_path
+):
     run, arguments = tmp_path / "run", ("--max-bad-steps", "4")
     bad = BadNumbers(STEPS_PER_EPOCH + 2, count=99, rank=processes - 1)
     runs = play(run, *arguments, photographs=photographs, processes=processes, accident=bad)
     assert [one.process.exitcode for one in runs] == [1] * processes
     assert runs[0].complaints == [
-        f"train.py: 4 steps in a row had no finite loss and gradient; none of them changed the weights. "
-        f"{run / 'last.pth'} is the checkpoint before them: continue it with a lower --base-lr and --force-resume"]
+        "train.py: 4 steps in a row had no finite loss and gradient; none of them changed the "
+        "weights. "
+        f"{run / 'last.pth'} is the checkpoint before them: continue it with a lower --base-lr and "
+        "--force-resume"
+    ]
     assert "Traceback" not in runs[0].output
     assert last_of(run)["step"] == STEPS_PER_EPOCH  # not the state that had led to bad numbers only
-    again = play(run, *arguments, "--base-lr", "1", "--force-resume", photographs=photographs, processes=processes)
+    again = play(
+        run,
+        *arguments,
+        "--base-lr",
+        "1",
+        "--force-resume",
+        photographs=photographs,
+        processes=processes,
+    )
     assert again[0].process.exitcode == 0 and last_of(run)["step"] == 18
 
 
@@ -230,13 +311,16 @@ def test_fewer_bad_steps_than_that_in_a_row_do_not_stop_it(photographs, tmp_path
 
 def test_bad_numbers_from_the_start_say_that_there_is_no_checkpoint(photographs, tmp_path):
     arguments = "--max-bad-steps", "2", "--amp", "fp16"
-    [run] = play(tmp_path / "run", *arguments, photographs=photographs, accident=BadNumbers(1, count=99))
+    [run] = play(
+        tmp_path / "run", *arguments, photographs=photographs, accident=BadNumbers(1, count=99)
+    )
     assert run.process.exitcode == 1 and run.complaints[0].endswith(
-        "there is no checkpoint yet: start again with --amp off, --amp bf16, or a lower --base-lr")
+        "there is no checkpoint yet: start again with --amp off, --amp bf16, or a lower --base-lr"
+    )
     assert not (tmp_path / "run" / "last.pth").exists()
 
 
-# ------------------------------------------------------------------------------------------ bad images
+# --------------------------------------------------------------------------------------- bad images
 
 
 def spoil(photographs, *names):
@@ -250,7 +334,9 @@ def test_a_bad_image_is_named_once_and_the_run_goes_on(tmp_path):
     arguments = "--max-bad-share", "0.1", "--workers", "1"
     runs = play(tmp_path / "run", *arguments, photographs=photographs, processes=2)
     assert [run.process.exitcode for run in runs] == [0, 0], runs[0].output
-    assert (tmp_path / "run" / "skipped.txt").read_text() == "003.png\tnot an image that Pillow knows\n"
+    assert (
+        tmp_path / "run" / "skipped.txt"
+    ).read_text() == "003.png\tnot an image that Pillow knows\n"
 
 
 def test_too_many_bad_images_stop_all_processes(tmp_path):
@@ -259,20 +345,28 @@ def test_too_many_bad_images_stop_all_processes(tmp_path):
     runs = play(tmp_path / "run", "--max-bad-share", "0.1", photographs=photographs, processes=2)
     assert [run.process.exitcode for run in runs] == [1, 1]
     expected = r"train.py: \d of 14 images could not be read, more than the share of 0.1 that is allowed.*/skipped.txt"
-    assert any(re.fullmatch(expected, run.complaints[0]) for run in runs), [run.output for run in runs]
+    assert any(re.fullmatch(expected, run.complaints[0]) for run in runs), [
+        run.output for run in runs
+    ]
     assert all(len(run.complaints) == 1 and "Traceback" not in run.output for run in runs)
-    assert last_of(tmp_path / "run")["step"] == last_of(tmp_path / "run")["position"] < 18  # that step was not made
+    assert (
+        last_of(tmp_path / "run")["step"] == last_of(tmp_path / "run")["position"] < 18
+    )  # that step was not made
 
 
 @pytest.mark.parametrize("workers", [0, slowly_tested(1)])
-def test_images_that_disappear_during_the_run_stop_it_with_a_line_and_a_checkpoint(workers, tmp_path):
+def test_images_that_disappear_during_the_run_stop_it_with_a_line_and_a_checkpoint(
+    workers, tmp_path
+):
     photographs = draw_photographs(tmp_path / "photographs")
     away = AtStep(5, Disappear(photographs), rank=1)
     arguments = "--max-bad-share", "1", "--workers", str(workers)
     runs = play(tmp_path / "run", *arguments, photographs=photographs, processes=2, accident=away)
     assert [run.process.exitcode for run in runs] == [1, 1]
     reason = r"train.py: no more images: 14 images in a row could not be read; \d+.png: no such file or directory"
-    assert any(re.fullmatch(reason, line) for run in runs for line in run.complaints), [run.output for run in runs]
+    assert any(re.fullmatch(reason, line) for run in runs for line in run.complaints), [
+        run.output for run in runs
+    ]
     assert all("Traceback" not in run.output for run in runs)
     stopped = last_of(tmp_path / "run")
     assert stopped["step"] == stopped["position"] >= 4
@@ -301,9 +395,14 @@ def test_check_data_reports_counts_sizes_and_the_bad_ones(tmp_path, capfd):
     assert "bad      003.png: not an image that Pillow knows\n" in told
     assert "sizes    12 different, from 37 x 40 to 37 x 53 (height x width); most often" in told
     assert "checked  14 images: 12 can be read, 2 cannot\n" in told
-    assert complaint == ("train.py: 2 of 14 images cannot be read, more than --max-bad-share 0.01 allows: a run would "
-                         "stop\n")
-    few = command_line(tmp_path / "run", "--check-data", "--max-bad-share", "0.2", photographs=photographs)
+    assert complaint == (
+        "train.py: 2 of 14 images cannot be read, more than --max-bad-share 0.01 allows: a run "
+        "would "
+        "stop\n"
+    )
+    few = command_line(
+        tmp_path / "run", "--check-data", "--max-bad-share", "0.2", photographs=photographs
+    )
     assert train.main(few) == 0
     assert not (tmp_path / "run").exists()
 
@@ -313,20 +412,26 @@ def test_toy_scenes_need_no_check(capsys):
     assert "--check-data reads photographs" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------ lost processes
+# ----------------------------------------------------------------------------------- lost processes
 
 
-@pytest.mark.parametrize("name,lost", [("SIGKILL", 1), slowly_tested("SIGKILL", 0), slowly_tested("SIGSTOP", 1)])
-def test_when_a_process_is_lost_the_other_says_so_and_ends_and_a_rerun_resumes(name, lost, photographs, tmp_path):
+@pytest.mark.parametrize(
+    "name,lost", [("SIGKILL", 1), slowly_tested("SIGKILL", 0), slowly_tested("SIGSTOP", 1)]
+)
+def test_when_a_process_is_lost_the_other_says_so_and_ends_and_a_rerun_resumes(
+    name, lost, photographs, tmp_path
+):
     """Killed, or silent for longer than the timeout."""
     run, arguments = tmp_path / "run", ("--timeout", "4" if name == "SIGSTOP" else "600")
     accident = AtStep(STEPS_PER_EPOCH + 2, Signal(name), rank=lost)
     runs = start(run, *arguments, photographs=photographs, processes=2, accident=accident)
     assert runs[1 - lost].wait() == 1
     runs[lost].process.kill()
-    assert re.fullmatch(rf"train.py: process {1 - lost} has lost contact with another process \(.*\); "
-                        rf"{run / 'last.pth'} is intact, and the same command goes on",
-                        runs[1 - lost].complaints[0])
+    assert re.fullmatch(
+        rf"train.py: process {1 - lost} has lost contact with another process \(.*\); "
+        rf"{run / 'last.pth'} is intact, and the same command goes on",
+        runs[1 - lost].complaints[0],
+    )
     assert len(runs[1 - lost].complaints) == 1 and "Traceback" not in runs[1 - lost].output
     assert last_of(run)["step"] == STEPS_PER_EPOCH
     if name == "SIGKILL" and lost:
@@ -336,39 +441,65 @@ def test_when_a_process_is_lost_the_other_says_so_and_ends_and_a_rerun_resumes(n
 
 @pytest.mark.slow
 def test_a_process_that_never_comes_is_one_line_too(photographs, tmp_path):
-    runs = start(tmp_path / "run", "--timeout", "2", photographs=photographs, processes=2, accident=dead_on_arrival)
+    runs = start(
+        tmp_path / "run",
+        "--timeout",
+        "2",
+        photographs=photographs,
+        processes=2,
+        before=dead_on_arrival,
+    )
     assert runs[0].wait() == 1
     assert "process 0 has lost contact with another process" in runs[0].complaints[0]
     assert "Traceback" not in runs[0].output
 
 
-def dead_on_arrival(rank):
+def dead_on_arrival(rank, argv):
     if rank == 1:
         os._exit(0)
+    return argv
 
 
 def test_a_reading_process_that_dies_is_one_line(photographs, tmp_path):
-    [run] = play(tmp_path / "run", "--workers", "1", photographs=photographs, accident=AtStep(4, kill_a_child))
-    assert run.process.exitcode == 1 and len(run.complaints) == 1 and "Traceback" not in run.output, run.output
-    assert "a process that reads images has died, often for want of memory: try fewer --workers" in run.complaints[0]
+    [run] = play(
+        tmp_path / "run",
+        "--workers",
+        "1",
+        photographs=photographs,
+        accident=AtStep(4, kill_a_child),
+    )
+    assert (
+        run.process.exitcode == 1 and len(run.complaints) == 1 and "Traceback" not in run.output
+    ), run.output
+    assert (
+        "a process that reads images has died, often for want of memory: try fewer --workers"
+        in run.complaints[0]
+    )
 
 
 def kill_a_child():
     import multiprocessing
+
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
 
 
 @pytest.mark.slow
-def test_a_process_killed_under_torchrun_ends_the_run_and_leaves_no_process_behind(photographs, tmp_path):
+def test_a_process_killed_under_torchrun_ends_the_run_and_leaves_no_process_behind(
+    photographs, tmp_path
+):
     arguments = "--workers", "1", "--timeout", "60"
     process = torchrun(tmp_path / "run", photographs, *arguments, slowly=True)
     wait_for(process, r"step 4/18")
-    os.kill(min(processes_of(tmp_path / "run", RANK="1")), signal.SIGKILL)  # not the reading one that it has started
+    os.kill(
+        min(processes_of(tmp_path / "run", RANK="1")), signal.SIGKILL
+    )  # not the reading one that it has started
     assert process.wait(PATIENCE) not in (0, None)
     assert "process 0 has lost contact with another process" in process.told.read_text()
     deadline = time.monotonic() + 60
     while left := processes_of(tmp_path / "run"):
-        assert time.monotonic() < deadline, [Path(f"/proc/{pid}/cmdline").read_text() for pid in left]
+        assert time.monotonic() < deadline, [
+            Path(f"/proc/{pid}/cmdline").read_text() for pid in left
+        ]
         time.sleep(0.2)
     again = torchrun(tmp_path / "run", photographs, *arguments)
     assert again.wait(PATIENCE) == 0 and "resumed" in again.told.read_text()
@@ -376,22 +507,28 @@ def test_a_process_killed_under_torchrun_ends_the_run_and_leaves_no_process_behi
 
 def processes_of(folder, **variables):
     """Living processes that were started for the run of this folder, whatever group they are in."""
-    expected = {f"{name}={value}".encode() for name, value in dict(variables, STAGED=folder).items()}
+    expected = {
+        f"{name}={value}".encode() for name, value in dict(variables, STAGED=folder).items()
+    }
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if expected <= set((process / "environ").read_bytes().split(b"\0")):  # empty for one that has ended
+            if expected <= set(
+                (process / "environ").read_bytes().split(b"\0")
+            ):  # empty for one that has ended
                 found.append(int(process.name))
         except OSError:
             continue
     return found
 
 
-# ------------------------------------------------------------------------------------------ a long run
+# --------------------------------------------------------------------------------------- a long run
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's account of memory")
+@pytest.mark.skipif(
+    not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's account of memory"
+)
 def test_two_thousand_steps_need_no_more_memory_and_files_than_two_hundred(photographs, tmp_path):
     """Main process and reading process; checkpoints, log lines and bad images included."""
     spoiled = draw_photographs(tmp_path / "photographs")
@@ -406,18 +543,22 @@ def test_two_thousand_steps_need_no_more_memory_and_files_than_two_hundred(photo
     assert early["step"] == 200 and late["step"] == 2000 and early.keys() == late.keys()
     for name in early.keys() - {"step"}:
         grown = late[name] / early[name] - 1
-        assert grown <= (0.02 if "memory" in name else 0), f"{name}: {early[name]} -> {late[name]} (+{grown:.1%})"
+        assert grown <= (0.02 if "memory" in name else 0), (
+            f"{name}: {early[name]} -> {late[name]} (+{grown:.1%})"
+        )
 
 
 class Watch:
-    """Writes down memory and open files of a process and of those that it has started, every 200 steps."""
+    """Writes down memory and open files of a process and of those that it has started, every 200
+    steps.
+    """
 
     def __init__(self, file):
         self.file = file
 
-    def __call__(self, rank):
+    def __call__(self, rank, run):
         for step in range(200, 2001, 200):
-            AtStep(step, Look(self.file, step))(rank)
+            AtStep(step, Look(self.file, step))(rank, run)
 
 
 class Look:
@@ -426,11 +567,16 @@ class Look:
 
     def __call__(self):
         import multiprocessing
+
         line = dict(step=self.step)
-        for i, pid in enumerate([os.getpid(), *(child.pid for child in multiprocessing.active_children())]):
+        for i, pid in enumerate(
+            [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+        ):
             # Without files that are mapped, whose share depends on what else runs on the machine.
             rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-            line[f"memory of process {i}, kB"] = int(re.search(r"^Anonymous: +(\d+)", rollup, re.M)[1])
+            line[f"memory of process {i}, kB"] = int(
+                re.search(r"^Anonymous: +(\d+)", rollup, re.M)[1]
+            )
             line[f"files of process {i}"] = len(os.listdir(f"/proc/{pid}/fd"))
         with self.file.open("a") as file:
             file.write(json.dumps(line) + "\n")

@@ -1,8 +1,8 @@
 """lars.py: momentum SGD in which every weight moves by a fixed fraction of its own norm.
 
-Promised: the released arithmetic, tensor by tensor; decay is part of the gradient whose norm is taken; biases and norms
-are left out of both; a norm of zero changes nothing; what is saved continues as if nothing had happened.
-"""
+Promised: the released arithmetic, tensor by tensor; decay is part of the gradient whose norm is
+taken; biases and norms are left out of both; a norm of zero changes nothing; what is saved
+continues as if nothing had happened."""
 
 import math
 
@@ -56,7 +56,10 @@ def test_three_steps_equal_the_loop_over_tensors():
 
 
 def test_a_weight_of_length_5_moves_by_a_thousandth_of_it_and_a_bias_by_its_gradient():
-    weight, bias = torch.tensor([[3.0, 4.0]], requires_grad=True), torch.tensor([1.0, 2.0], requires_grad=True)
+    weight, bias = (
+        torch.tensor([[3.0, 4.0]], requires_grad=True),
+        torch.tensor([1.0, 2.0], requires_grad=True),
+    )
     weight.grad, bias.grad = torch.tensor([[0.0, 100.0]]), torch.tensor([0.5, -0.5])
     LARS([weight, bias], lr=1.0, weight_decay=0.0).step()
     assert weight.flatten().tolist() == pytest.approx([3.0, 4.0 - 0.005])
@@ -67,7 +70,9 @@ def test_the_norm_of_the_gradient_is_taken_after_the_decay():
     weight = torch.tensor([[3.0, 4.0]], requires_grad=True)
     weight.grad = torch.tensor([[-3.0, 0.0]])
     LARS([weight], lr=1.0, weight_decay=1.0, coefficient=0.1).step()
-    assert weight.flatten().tolist() == pytest.approx([3.0, 4.0 - 0.1 * 5])  # (0, 4) scaled to a tenth of 5, not to 5/3
+    assert weight.flatten().tolist() == pytest.approx(
+        [3.0, 4.0 - 0.1 * 5]
+    )  # (0, 4) scaled to a tenth of 5, not to 5/3
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -121,7 +126,10 @@ def test_a_saved_optimiser_goes_on_where_it_was():
 
 def test_the_defaults_are_the_released_ones():
     by_default, spelled_out = weights(), weights()
-    one, other = LARS(by_default, 0.3), LARS(spelled_out, 0.3, momentum=0.9, weight_decay=1e-5, coefficient=0.001)
+    one, other = (
+        LARS(by_default, 0.3),
+        LARS(spelled_out, 0.3, momentum=0.9, weight_decay=1e-5, coefficient=0.001),
+    )
     for step in (1, 2):
         for params, optimizer in ((by_default, one), (spelled_out, other)):
             give_gradients(params, step)

@@ -1,12 +1,11 @@
 """losses.py: what is asked of the student, in one process.
 
-Promised: each loss is its formula; invalid images and missing queries leave a zero that still has a gradient, never an
-exception; the teacher gets none; the order of the prototypes does not matter. Several processes: test_processes.py.
-"""
+Promised: each loss is its formula; invalid images and missing queries leave a zero that still has a
+gradient, never an exception; the teacher gets none; the order of the prototypes does not matter.
+Several processes: test_processes.py."""
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
@@ -27,7 +26,7 @@ def two_maps():
     return random(B, K, H, W).tanh(), random(B, K, H, W, seed=1).tanh()
 
 
-# ------------------------------------------------------------------------------------------ other ranks
+# -------------------------------------------------------------------------------------- other ranks
 
 
 def test_a_process_on_its_own_is_the_first_of_one_and_exchanges_nothing():
@@ -43,7 +42,7 @@ def test_rows_are_gathered_only_where_the_counts_are_right(counts):
         ranks.gather_rows(random(B, D), counts)
 
 
-# ------------------------------------------------------------------------------------------ group consistency
+# -------------------------------------------------------------------------------- group consistency
 
 
 def consistency_slowly(student, teacher, center, temp_student, temp_teacher, valid):
@@ -51,10 +50,17 @@ def consistency_slowly(student, teacher, center, temp_student, temp_teacher, val
     for b in range(B):
         for h in range(H):
             for w in range(W):
-                target = [math.exp((teacher[b, k, h, w] - center[k]) / temp_teacher) for k in range(K)]
+                target = [
+                    math.exp((teacher[b, k, h, w] - center[k]) / temp_teacher) for k in range(K)
+                ]
                 chance = [math.exp(student[b, k, h, w] / temp_student) for k in range(K)]
                 if valid[b]:
-                    values.append(-sum(t / sum(target) * math.log(c / sum(chance)) for t, c in zip(target, chance)))
+                    values.append(
+                        -sum(
+                            t / sum(target) * math.log(c / sum(chance))
+                            for t, c in zip(target, chance)
+                        )
+                    )
     return sum(values) / len(values)
 
 
@@ -71,13 +77,17 @@ def test_the_group_loss_is_the_mean_cross_entropy_over_the_pixels_of_overlapping
 def test_of_two_prototypes_with_shares_2_to_1_and_3_to_1_the_group_loss_is_known():
     student = torch.tensor([0.1 * math.log(3), 0.0]).reshape(1, 2, 1, 1)
     teacher = torch.tensor([0.05 * math.log(2), 0.0]).reshape(1, 2, 1, 1)
-    found = losses.group_consistency(student, teacher, torch.zeros(2), 0.1, 0.05, torch.tensor([True]))
+    found = losses.group_consistency(
+        student, teacher, torch.zeros(2), 0.1, 0.05, torch.tensor([True])
+    )
     assert found.item() == pytest.approx(-2 / 3 * math.log(3 / 4) - 1 / 3 * math.log(1 / 4))
 
 
 def test_a_student_that_sees_no_difference_pays_ln_k():
     _, teacher = two_maps()
-    found = losses.group_consistency(torch.zeros_like(teacher), teacher, torch.zeros(K), 0.1, 0.07, ALL)
+    found = losses.group_consistency(
+        torch.zeros_like(teacher), teacher, torch.zeros(K), 0.1, 0.07, ALL
+    )
     assert found.item() == pytest.approx(math.log(K))
 
 
@@ -91,14 +101,20 @@ def test_identical_views_with_equal_temperatures_and_no_center_pay_the_entropy_a
 
 def test_permuting_the_prototypes_does_not_change_the_group_loss():
     (student, teacher), center = two_maps(), random(K, seed=2)
-    found = losses.group_consistency(student[:, ORDER], teacher[:, ORDER], center[ORDER], 0.1, 0.07, ALL)
-    assert found.item() == pytest.approx(losses.group_consistency(student, teacher, center, 0.1, 0.07, ALL).item())
+    found = losses.group_consistency(
+        student[:, ORDER], teacher[:, ORDER], center[ORDER], 0.1, 0.07, ALL
+    )
+    assert found.item() == pytest.approx(
+        losses.group_consistency(student, teacher, center, 0.1, 0.07, ALL).item()
+    )
 
 
 def test_only_differences_within_the_center_count():
     (student, teacher), center = two_maps(), random(K, seed=2)
     found = losses.group_consistency(student, teacher, center + 3, 0.1, 0.07, ALL)
-    assert found.item() == pytest.approx(losses.group_consistency(student, teacher, center, 0.1, 0.07, ALL).item())
+    assert found.item() == pytest.approx(
+        losses.group_consistency(student, teacher, center, 0.1, 0.07, ALL).item()
+    )
 
 
 def test_the_group_loss_gives_no_gradient_to_the_teacher_the_center_or_an_image_without_overlap():
@@ -118,12 +134,21 @@ def test_with_no_overlap_anywhere_the_group_loss_is_a_zero_that_has_a_gradient_o
     assert student.grad.eq(0).all()
 
 
-@pytest.mark.parametrize("student, teacher, center", [((B, K, H, W), (B, K, W, H), (K,)),
-                                                      ((B, K, H, W), (B, K, H, W), (K - 1,)),
-                                                      ((B, K, H, W), (B, K, H, W), (1, K))])
+@pytest.mark.parametrize(
+    "student, teacher, center",
+    [
+        ((B, K, H, W), (B, K, W, H), (K,)),
+        ((B, K, H, W), (B, K, H, W), (K - 1,)),
+        ((B, K, H, W), (B, K, H, W), (1, K)),
+    ],
+)
 def test_maps_and_center_that_do_not_fit_are_named(student, teacher, center):
-    with pytest.raises(ValueError, match=r"do not fit: expected \(b k h w\), \(b k h w\) and \(k\)"):
-        losses.group_consistency(random(*student), random(*teacher), random(*center), 0.1, 0.07, ALL)
+    with pytest.raises(
+        ValueError, match=r"do not fit: expected \(b k h w\), \(b k h w\) and \(k\)"
+    ):
+        losses.group_consistency(
+            random(*student), random(*teacher), random(*center), 0.1, 0.07, ALL
+        )
 
 
 # ------------------------------------------------------------------------------------------ centre
@@ -134,7 +159,13 @@ def test_the_mean_over_pixels_is_over_images_views_and_places():
     found = losses.mean_over_pixels(views)
     assert found.shape == (K,)
     for k in range(K):
-        values = [view[b, k, h, w].item() for view in views for b in range(B) for h in range(H) for w in range(W)]
+        values = [
+            view[b, k, h, w].item()
+            for view in views
+            for b in range(B)
+            for h in range(H)
+            for w in range(W)
+        ]
         assert found[k].item() == pytest.approx(sum(values) / len(values))
 
 
@@ -153,41 +184,7 @@ def test_a_center_of_momentum_one_stays_and_of_momentum_zero_jumps():
         assert torch.allclose(center, expected)
 
 
-# ------------------------------------------------------------------------------------------ Sinkhorn
-
-
-def test_sinkhorn_alternates_between_equal_prototypes_and_whole_pixels():
-    maps = random(B, K, H, W).tanh()
-    q = np.exp(maps.numpy() / 0.3)
-    for _ in range(2):
-        for k in range(K):
-            q[:, k] /= q[:, k].sum()
-        for b in range(B):
-            for h in range(H):
-                for w in range(W):
-                    q[b, :, h, w] /= q[b, :, h, w].sum()
-    assert torch.allclose(losses.sinkhorn(maps, 0.3, iterations=2), torch.from_numpy(q), rtol=1e-9)
-
-
-def test_after_many_rounds_every_prototype_owns_the_same_share_of_all_pixels():
-    maps = random(B, K, H, W).tanh()
-    maps[:, 1] += 0.5  # everybody's favourite
-    q = losses.sinkhorn(maps, 0.2, iterations=300)
-    assert torch.allclose(q.sum(1), torch.ones(B, H, W, dtype=torch.float64))
-    assert torch.allclose(q.sum((0, 2, 3)), torch.full((K,), B * H * W / K, dtype=torch.float64))
-
-
-def test_four_pixels_that_prefer_one_of_two_prototypes_are_split_evenly():
-    assert losses.sinkhorn(torch.tensor([1.0, -1.0]).reshape(1, 2, 1, 1).expand(1, 2, 2, 2), 0.1).eq(0.5).all()
-
-
-@pytest.mark.parametrize("temperature, iterations", [(0, 3), (-1, 3), (0.02, 3), (0.1, 0)])
-def test_sinkhorn_needs_a_temperature_that_float32_can_hold_and_a_round(temperature, iterations):
-    with pytest.raises(ValueError, match=f"found {temperature} and {iterations}"):
-        losses.sinkhorn(random(B, K, H, W), temperature, iterations)
-
-
-# ------------------------------------------------------------------------------------------ who is contrasted
+# -------------------------------------------------------------------------------- who is contrasted
 
 
 def masks(seed=0):
@@ -220,11 +217,13 @@ def test_without_a_common_slot_there_are_no_queries():
     assert pairs.num_queries == 0 and pairs.queries.numel() == 0 and pairs.keys.numel() == B * K
 
 
-# ------------------------------------------------------------------------------------------ slot contrast
+# ------------------------------------------------------------------------------------ slot contrast
 
 
 def contrast_inputs(count=None):
-    """Slots of both networks, a predictor in evaluation mode, and the pairs (only the first `count` queries)."""
+    """Slots of both networks, a predictor in evaluation mode, and the pairs (only the first `count`
+    queries).
+    """
     student, teacher = masks()
     if count is not None:
         keep = (student & teacher).flatten().nonzero().flatten()[:count]
@@ -233,7 +232,12 @@ def contrast_inputs(count=None):
     for i, p in enumerate(predictor.parameters()):
         p.data = random(*p.shape, seed=10 + i)
     (pairs,) = losses.pair_slots([student], [teacher])
-    return random(B, K, D, seed=4).requires_grad_(), random(B, K, D, seed=5).requires_grad_(), predictor, pairs
+    return (
+        random(B, K, D, seed=4).requires_grad_(),
+        random(B, K, D, seed=5).requires_grad_(),
+        predictor,
+        pairs,
+    )
 
 
 def unit(row):
@@ -249,8 +253,12 @@ def test_a_slot_is_contrasted_with_every_occupied_slot_of_every_image():
             if not (student[b, k] and teacher[b, k]):
                 continue
             query = unit(predictor(student_slots[b, k][None])[0].detach())
-            logits = {(i, j): query @ unit(teacher_slots[i, j].detach()) / 0.2
-                      for i in range(B) for j in range(K) if teacher[i, j]}
+            logits = {
+                (i, j): query @ unit(teacher_slots[i, j].detach()) / 0.2
+                for i in range(B)
+                for j in range(K)
+                if teacher[i, j]
+            }
             chances = {place: math.exp(x) for place, x in logits.items()}
             terms.append(-math.log(chances[b, k] / sum(chances.values())))
     found = losses.slot_contrast(student_slots, teacher_slots, predictor, pairs, 0.2)
@@ -267,11 +275,19 @@ def test_a_contrast_in_parts_has_the_value_and_the_gradient_of_the_whole(monkeyp
         numbers = (loss.detach(), student_slots.grad, predictor.mlp[0].weight.grad)
         found.append(torch.cat([x.flatten() for x in numbers]))
     assert len(pairs.queries) > 2
-    assert torch.allclose(found[1], found[0], rtol=1e-9) and torch.allclose(found[2], found[0], rtol=1e-9)
+    assert torch.allclose(found[1], found[0], rtol=1e-9) and torch.allclose(
+        found[2], found[0], rtol=1e-9
+    )
 
 
-@pytest.mark.parametrize("kind, expected", [(torch.bfloat16, torch.float32), (torch.float32, torch.float32),
-                                            (torch.float64, torch.float64)])
+@pytest.mark.parametrize(
+    "kind, expected",
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
 def test_unit_rows_have_length_one_in_single_precision_or_better(kind, expected):
     rows = random(B, D).to(kind)
     found = losses.unit(rows)
@@ -281,10 +297,18 @@ def test_unit_rows_have_length_one_in_single_precision_or_better(kind, expected)
 
 
 def test_the_cross_entropy_of_a_contrast_is_summed_over_its_rows():
-    rows, keys, positives = losses.unit(random(B, D)), losses.unit(random(4, D, seed=1)), torch.tensor([2, 0, 3])
-    terms = [math.log(sum(math.exp(row @ key / 0.3) for key in keys)) - row @ keys[p] / 0.3
-             for row, p in zip(rows, positives)]
-    assert losses.contrast(rows, positives, keys, 0.3).item() == pytest.approx(sum(terms).item(), rel=1e-10)
+    rows, keys, positives = (
+        losses.unit(random(B, D)),
+        losses.unit(random(4, D, seed=1)),
+        torch.tensor([2, 0, 3]),
+    )
+    terms = [
+        math.log(sum(math.exp(row @ key / 0.3) for key in keys)) - row @ keys[p] / 0.3
+        for row, p in zip(rows, positives)
+    ]
+    assert losses.contrast(rows, positives, keys, 0.3).item() == pytest.approx(
+        sum(terms).item(), rel=1e-10
+    )
 
 
 def test_two_orthogonal_slots_that_find_themselves_pay_the_softmax_of_one_against_nothing():
@@ -349,22 +373,38 @@ def test_the_zero_is_connected_also_to_a_predictor_that_is_a_plain_function():
 
 def test_predictions_and_targets_are_unit_rows_of_the_right_slots():
     student_slots, teacher_slots, _, pairs = contrast_inputs()
-    prediction, target = losses.predicted_and_target_rows(student_slots, teacher_slots, lambda rows: 2 * rows, pairs)
+    prediction, target = losses.predicted_and_target_rows(
+        student_slots, teacher_slots, lambda rows: 2 * rows, pairs
+    )
     student, teacher = masks()
-    expected = [unit(student_slots[b, k].detach()) for b in range(B) for k in range(K) if student[b, k] & teacher[b, k]]
+    expected = [
+        unit(student_slots[b, k].detach())
+        for b in range(B)
+        for k in range(K)
+        if student[b, k] & teacher[b, k]
+    ]
     assert torch.allclose(prediction, torch.stack(expected))
-    expected = [unit(teacher_slots[b, k].detach()) for b in range(B) for k in range(K) if teacher[b, k]]
+    expected = [
+        unit(teacher_slots[b, k].detach()) for b in range(B) for k in range(K) if teacher[b, k]
+    ]
     assert torch.allclose(target, torch.stack(expected)) and not target.requires_grad
 
 
-# ------------------------------------------------------------------------------------------ slot regression
+# ---------------------------------------------------------------------------------- slot regression
 
 
 def test_regression_is_the_mean_of_2_minus_2_cosines():
     student_slots, teacher_slots, predictor, pairs = contrast_inputs()
     student, teacher = masks()
-    terms = [2 - 2 * unit(predictor(student_slots[b, k][None])[0].detach()) @ unit(teacher_slots[b, k].detach())
-             for b in range(B) for k in range(K) if student[b, k] and teacher[b, k]]
+    terms = [
+        2
+        - 2
+        * unit(predictor(student_slots[b, k][None])[0].detach())
+        @ unit(teacher_slots[b, k].detach())
+        for b in range(B)
+        for k in range(K)
+        if student[b, k] and teacher[b, k]
+    ]
     found = losses.slot_regression(student_slots, teacher_slots, predictor, pairs)
     assert found.item() == pytest.approx(sum(terms).item() / len(terms), rel=1e-10)
 
@@ -380,15 +420,21 @@ def test_regression_is_zero_for_the_same_slot_and_four_for_its_opposite(sign, ex
 @pytest.mark.parametrize("loss", SLOT_LOSSES, ids=["regression", "contrast"])
 def test_autocast_leaves_only_the_predictor_in_half_precision(loss):
     student_slots, teacher_slots, predictor, pairs = contrast_inputs()
-    student_slots, teacher_slots, predictor = student_slots.float(), teacher_slots.float(), predictor.float()
+    student_slots, teacher_slots, predictor = (
+        student_slots.float(),
+        teacher_slots.float(),
+        predictor.float(),
+    )
     with torch.autocast("cpu", torch.bfloat16):
         rows = predictor(student_slots.flatten(0, 1)[pairs.queries]).float()
         found = loss(student_slots, teacher_slots, predictor, pairs)
     assert found.dtype == torch.float32
-    assert found.item() == pytest.approx(loss(student_slots, teacher_slots, lambda _: rows, pairs).item(), rel=1e-6)
+    assert found.item() == pytest.approx(
+        loss(student_slots, teacher_slots, lambda _: rows, pairs).item(), rel=1e-6
+    )
 
 
-# ------------------------------------------------------------------------------------------ image contrast
+# ----------------------------------------------------------------------------------- image contrast
 
 
 def test_an_image_is_contrasted_with_the_other_views_of_all():
@@ -403,7 +449,9 @@ def test_an_image_is_contrasted_with_the_other_views_of_all():
 
 def test_two_images_that_have_nothing_in_common_pay_the_softmax_of_one_against_nothing():
     images = torch.eye(2, 3)
-    assert losses.image_contrast(images, images).item() == pytest.approx(0.4 * math.log(1 + math.exp(-5)))
+    assert losses.image_contrast(images, images).item() == pytest.approx(
+        0.4 * math.log(1 + math.exp(-5))
+    )
 
 
 def test_the_image_loss_ignores_lengths_and_gives_the_target_no_gradient():
@@ -420,4 +468,6 @@ def test_the_image_loss_compares_in_single_precision(kind):
     with torch.autocast("cpu", torch.bfloat16):
         found = losses.image_contrast(prediction, target)
     assert found.dtype == torch.float32
-    assert found.item() == pytest.approx(losses.image_contrast(prediction.float(), target.float()).item(), rel=1e-6)
+    assert found.item() == pytest.approx(
+        losses.image_contrast(prediction.float(), target.float()).item(), rel=1e-6
+    )

@@ -1,8 +1,8 @@
 """options.py: a frozen dataclass is a command line.
 
-Promised: one option per field, of the field's type; a preset that only the given options change; one clear line for
-everything that is not a number, not in range, not a choice or not an option at all.
-"""
+Promised: one option per field, of the field's type; a preset that only the given options change;
+one clear line for everything that is not a number, not in range, not a choice or not an option at
+all."""
 
 import dataclasses
 
@@ -36,9 +36,24 @@ def test_without_arguments_the_first_preset_comes_as_it_is():
 
 
 def test_every_type_of_field_is_read_from_the_command_line():
-    found, given = parse("--steps", "7", "--big-rate", "1e-1", "--kind", "square", "--loud", "--no-format", "--both",
-                         "0.3", "1", "--name", "a b")
-    assert found == Dials(steps=7, big_rate=0.1, kind="square", loud=True, format=False, both=(0.3, 1.0), name="a b")
+    found, given = parse(
+        "--steps",
+        "7",
+        "--big-rate",
+        "1e-1",
+        "--kind",
+        "square",
+        "--loud",
+        "--no-format",
+        "--both",
+        "0.3",
+        "1",
+        "--name",
+        "a b",
+    )
+    assert found == Dials(
+        steps=7, big_rate=0.1, kind="square", loud=True, format=False, both=(0.3, 1.0), name="a b"
+    )
     assert given == {"steps", "big_rate", "kind", "loud", "format", "both", "name"}
     assert isinstance(found.both, tuple)
 
@@ -53,23 +68,29 @@ def test_a_given_option_counts_as_given_also_where_it_equals_the_preset():
     assert parse("--steps", "10") == (Dials(), {"steps"})
 
 
-@pytest.mark.parametrize("argv, complaint", [
-    (["--steps", "0"], "--steps 0 is out of range: expected 1 to 100"),
-    (["--steps", "-3"], "--steps -3 is out of range: expected 1 to 100"),
-    (["--steps", "101"], "--steps 101 is out of range: expected 1 to 100"),
-    (["--steps", "1.5"], "argument --steps: invalid int value: '1.5'"),
-    (["--steps"], "argument --steps: expected one argument"),
-    (["--big-rate", "nan"], "--big-rate nan is out of range: expected 0 to 1"),
-    (["--big-rate", "inf"], "--big-rate inf is out of range: expected 0 to 1"),
-    (["--big-rate", "much"], "argument --big-rate: invalid float value: 'much'"),
-    (["--both", "0.5", "nan"], "--both nan is out of range: expected 0 to 1"),
-    (["--both", "0.5"], "argument --both: expected 2 arguments"),
-    (["--kind", "oval"], "argument --kind: invalid choice: 'oval' (choose from "),
-    (["--preset", "slow"], "argument --preset: invalid choice: 'slow' (choose from "),
-    (["--colour", "red"], "unrecognized arguments: --colour red"),
-    (["--step", "3"], "unrecognized arguments: --step 3"),  # no abbreviations: a typo must not become an option
-    (["stray"], "unrecognized arguments: stray"),
-])
+@pytest.mark.parametrize(
+    "argv, complaint",
+    [
+        (["--steps", "0"], "--steps 0 is out of range: expected 1 to 100"),
+        (["--steps", "-3"], "--steps -3 is out of range: expected 1 to 100"),
+        (["--steps", "101"], "--steps 101 is out of range: expected 1 to 100"),
+        (["--steps", "1.5"], "argument --steps: invalid int value: '1.5'"),
+        (["--steps"], "argument --steps: expected one argument"),
+        (["--big-rate", "nan"], "--big-rate nan is out of range: expected 0 to 1"),
+        (["--big-rate", "inf"], "--big-rate inf is out of range: expected 0 to 1"),
+        (["--big-rate", "much"], "argument --big-rate: invalid float value: 'much'"),
+        (["--both", "0.5", "nan"], "--both nan is out of range: expected 0 to 1"),
+        (["--both", "0.5"], "argument --both: expected 2 arguments"),
+        (["--kind", "oval"], "argument --kind: invalid choice: 'oval' (choose from "),
+        (["--preset", "slow"], "argument --preset: invalid choice: 'slow' (choose from "),
+        (["--colour", "red"], "unrecognized arguments: --colour red"),
+        (
+            ["--step", "3"],
+            "unrecognized arguments: --step 3",
+        ),  # no abbreviations: a typo must not become an option
+        (["stray"], "unrecognized arguments: stray"),
+    ],
+)
 def test_what_cannot_be_is_refused_with_one_line(argv, complaint):
     with pytest.raises(ValueError) as caught:
         parse(*argv)
@@ -96,7 +117,9 @@ def test_ranges_and_choices_hold_also_for_what_no_command_line_wrote():
 
 
 def test_differences_name_what_changed_and_pass_over_free_options():
-    earlier = dataclasses.asdict(Dials(steps=5, name="other", format=True)) | {"both": [1.0, 0.1]}  # as JSON has it
+    earlier = dataclasses.asdict(Dials(steps=5, name="other", format=True)) | {
+        "both": [1.0, 0.1]
+    }  # as JSON has it
     assert options.differences(Dials(), earlier) == ["steps: 5 then, 10 now"]
     assert options.differences(Dials(), dataclasses.asdict(Dials())) == []
     del earlier["kind"]

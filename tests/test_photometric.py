@@ -1,4 +1,4 @@
-"""views.py, photometry: one vectorised chain, equal to torchvision's operations one by one."""
+"""photometric.py: one vectorised chain, equal to torchvision's operations one by one."""
 
 import colorsys
 import itertools
@@ -9,8 +9,8 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as TF
 
-import views
-from views import (
+import photometric
+from photometric import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Draw,
@@ -54,40 +54,65 @@ def with_torchvision(view, draw, photometric, i, v):
     return TF.normalize(x, list(IMAGENET_MEAN), list(IMAGENET_STD))
 
 
-@pytest.mark.parametrize("settings", [
-    {}, {"hue": 0.5, "brightness": 0.9, "contrast": 0.9, "saturation": 0.9, "p_jitter": 1, "p_gray": 0.5},
-    {"p_blur": (0.5, 0.5), "p_solarize": (0.5, 0.5), "solarize_threshold": 0}, {"hue": 0}, {"p_jitter": 0},
-    {"brightness": 0, "contrast": 0, "saturation": 0, "hue": 0.5}, {"p_blur": (0, 0)}, {"brightness": 1.8},
-    {"p_blur": (1, 1, 0.5), "p_solarize": (0, 0.2, 1)},
-], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {
+            "hue": 0.5,
+            "brightness": 0.9,
+            "contrast": 0.9,
+            "saturation": 0.9,
+            "p_jitter": 1,
+            "p_gray": 0.5,
+        },
+        {"p_blur": (0.5, 0.5), "p_solarize": (0.5, 0.5), "solarize_threshold": 0},
+        {"hue": 0},
+        {"p_jitter": 0},
+        {"brightness": 0, "contrast": 0, "saturation": 0, "hue": 0.5},
+        {"p_blur": (0, 0)},
+        {"brightness": 1.8},
+        {"p_blur": (1, 1, 0.5), "p_solarize": (0, 0.2, 1)},
+    ],
+    ids=str,
+)
 def test_every_view_is_what_torchvision_makes_of_it_with_the_same_parameters(settings):
     photometric = Photometric(**settings)
     images = batch(b=9, v=len(photometric.p_blur))
     draw = photometric.draw(9, luck(1))
     changed = photometric.apply(images, draw)
-    assert changed.shape == images.shape and changed.dtype == torch.float32 and changed.is_contiguous()
+    assert (
+        changed.shape == images.shape and changed.dtype == torch.float32 and changed.is_contiguous()
+    )
     for i, v in itertools.product(range(9), range(images.shape[1])):
         expected = with_torchvision(images[i, v], draw, photometric, i, v)
         torch.testing.assert_close(changed[i, v], expected, rtol=0, atol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------ single steps
+# ------------------------------------------------------------------------------------- single steps
+
 
 def test_luma_is_the_weighted_sum_of_the_colours():
-    assert luma(torch.tensor([1.0, 0.5, 0.25]).view(1, 3, 1, 1)).item() == pytest.approx(0.2989 + 0.2935 + 0.0285)
+    assert luma(torch.tensor([1.0, 0.5, 0.25]).view(1, 3, 1, 1)).item() == pytest.approx(
+        0.2989 + 0.2935 + 0.0285
+    )
 
 
 @pytest.mark.parametrize("turn", [-0.5, -0.21, 0, 1e-3, 1 / 6, 1 / 3, 0.5])
 def test_hue_turns_the_circle_of_hue_saturation_value(turn):
     levels = [0, 0.25, 1]  # with all ties between colours, greys and black
-    colours = list(itertools.product(levels, repeat=3)) + torch.rand(40, 3, generator=luck()).tolist()
+    colours = (
+        list(itertools.product(levels, repeat=3)) + torch.rand(40, 3, generator=luck()).tolist()
+    )
     expected = []
     for colour in colours:
         h, s, v = colorsys.rgb_to_hsv(*colour)
         expected.append(colorsys.hsv_to_rgb((h + turn) % 1, s, v))
     pixels = torch.tensor(colours).T.reshape(1, 3, 1, -1)
     turned = turn_hue(pixels, torch.tensor([turn]))
-    torch.testing.assert_close(turned, torch.tensor(expected).T.reshape(1, 3, 1, -1), rtol=0, atol=2e-6)
+    torch.testing.assert_close(
+        turned, torch.tensor(expected).T.reshape(1, 3, 1, -1), rtol=0, atol=2e-6
+    )
 
 
 def test_a_third_of_a_turn_makes_red_green():
@@ -98,22 +123,36 @@ def test_a_third_of_a_turn_makes_red_green():
 
 def test_blends_solved_by_hand():
     pixels = torch.tensor([[0.2, 0.8]]).expand(1, 3, 1, 2)  # grey, mean 0.5
-    for weights, expected in [((0.5, 0, 0), (0.1, 0.4)), ((1.5, 0, 0), (0.3, 1.0)), ((0.5, 0.5, 0), (0.35, 0.65)),
-                              ((2, -1, 0), (0.0, 1.0)), ((0.5, 0, 0.5), (0.2, 0.8)), ((1, 0, 0), (0.2, 0.8))]:
+    for weights, expected in [
+        ((0.5, 0, 0), (0.1, 0.4)),
+        ((1.5, 0, 0), (0.3, 1.0)),
+        ((0.5, 0.5, 0), (0.35, 0.65)),
+        ((2, -1, 0), (0.0, 1.0)),
+        ((0.5, 0, 0.5), (0.2, 0.8)),
+        ((1, 0, 0), (0.2, 0.8)),
+    ]:
         blended = blend(pixels, torch.tensor([weights], dtype=torch.float32))
-        torch.testing.assert_close(blended[0, 0, 0], torch.tensor(expected), atol=1e-3, rtol=0)  # luma sums to 0.9999
+        torch.testing.assert_close(
+            blended[0, 0, 0], torch.tensor(expected), atol=1e-3, rtol=0
+        )  # luma sums to 0.9999
 
 
 def test_each_blend_comes_once_and_in_the_drawn_order():
     order = torch.tensor([[2, 0, 1], [1, 2, 0]])
     factors = torch.tensor([[1.1, 0.7, 1.3], [0.8, 1.2, 0.6]])
-    weights = blend_weights(Draw(order, factors, torch.tensor([0.1, 0.1]), torch.tensor([1, 3]), None, None, None))
+    weights = blend_weights(
+        Draw(order, factors, torch.tensor([0.1, 0.1]), torch.tensor([1, 3]), None, None, None)
+    )
     assert weights.shape == (6, 2, 3)
     still = [1, 0, 0]
-    expected = [[[1.3, 0, -0.3], still, still, still, [1.1, 0, 0], [0.7, 0.3, 0]],
-                [[1.2, -0.2, 0], [0.6, 0, 0.4], [0.8, 0, 0], still, still, still]]
+    expected = [
+        [[1.3, 0, -0.3], still, still, still, [1.1, 0, 0], [0.7, 0.3, 0]],
+        [[1.2, -0.2, 0], [0.6, 0, 0.4], [0.8, 0, 0], still, still, still],
+    ]
     for n in range(2):
-        torch.testing.assert_close(weights[:, n], torch.tensor(expected[n], dtype=torch.float32), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            weights[:, n], torch.tensor(expected[n], dtype=torch.float32), atol=1e-6, rtol=0
+        )
 
 
 def blurred_slowly(line, sigma, radius):
@@ -134,7 +173,9 @@ def test_blur_is_the_gaussian_sum_along_both_axes(sigma):
     expected = np.apply_along_axis(blurred_slowly, 2, pixels.numpy(), sigma, 8)
     expected = np.apply_along_axis(blurred_slowly, 3, expected, sigma, 8)
     blurred = gaussian_blur(pixels, torch.tensor([sigma]), 8)
-    torch.testing.assert_close(blurred, torch.tensor(expected, dtype=torch.float32), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        blurred, torch.tensor(expected, dtype=torch.float32), rtol=0, atol=1e-6
+    )
 
 
 def test_blur_gives_each_view_its_own_width_and_keeps_plain_areas():
@@ -143,17 +184,19 @@ def test_blur_gives_each_view_its_own_width_and_keeps_plain_areas():
     together = gaussian_blur(pixels, sigma, 8)
     torch.testing.assert_close(together[0], pixels[0], rtol=0, atol=1e-7)  # 0 is sharp
     for n in range(3):
-        torch.testing.assert_close(together[n:n + 1], gaussian_blur(pixels[n:n + 1], sigma[n:n + 1], 8))
+        torch.testing.assert_close(
+            together[n : n + 1], gaussian_blur(pixels[n : n + 1], sigma[n : n + 1], 8)
+        )
     plain = gaussian_blur(torch.full((1, 3, 40, 24), 0.3), torch.tensor([1.5]), 8)
     torch.testing.assert_close(plain, torch.full((1, 3, 40, 24), 0.3))
 
 
 def test_blur_in_blocks_is_blur_at_once(monkeypatch):
     pixels, sigma = torch.rand(2, 3, 50, 33, generator=luck()), torch.tensor([2.0, 1.0])
-    monkeypatch.setattr(views, "CPU_BLOCK", 1000)
+    monkeypatch.setattr(photometric, "CPU_BLOCK", 1000)
     at_once = gaussian_blur(pixels, sigma, 8)
     for block in (1, 7, 32):
-        monkeypatch.setattr(views, "CPU_BLOCK", block)
+        monkeypatch.setattr(photometric, "CPU_BLOCK", block)
         torch.testing.assert_close(gaussian_blur(pixels, sigma, 8), at_once, rtol=0, atol=1e-6)
 
 
@@ -168,14 +211,20 @@ def test_blur_keeps_float32_under_mixed_precision():
     assert torch.equal(mixed, gaussian_blur(pixels, sigma, 8))
 
 
-@pytest.mark.parametrize("threshold, expected", [
-    (128, (0, 127, 127, 0)), (0, (255, 128, 127, 0)), (256, (0, 127, 128, 255))])
+@pytest.mark.parametrize(
+    "threshold, expected",
+    [(128, (0, 127, 127, 0)), (0, (255, 128, 127, 0)), (256, (0, 127, 128, 255))],
+)
 def test_solarize_inverts_from_the_threshold_up(threshold, expected):
-    photometric = Photometric(p_jitter=0, p_gray=0, p_blur=(0,), p_solarize=(1,), solarize_threshold=threshold)
+    photometric = Photometric(
+        p_jitter=0, p_gray=0, p_blur=(0,), p_solarize=(1,), solarize_threshold=threshold
+    )
     images = torch.tensor([0, 127, 128, 255], dtype=torch.uint8).expand(1, 1, 3, 1, 4)
     changed = photometric(images, luck())[0, 0] * torch.tensor(IMAGENET_STD)[:, None, None]
     levels = 255 * (changed + torch.tensor(IMAGENET_MEAN)[:, None, None])
-    torch.testing.assert_close(levels[1, 0], torch.tensor(expected, dtype=torch.float32), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        levels[1, 0], torch.tensor(expected, dtype=torch.float32), atol=1e-3, rtol=0
+    )
 
 
 def test_normalize_takes_grey_levels_and_fractions():
@@ -187,7 +236,8 @@ def test_normalize_takes_grey_levels_and_fractions():
     assert normalize(images.double() / 255).dtype == torch.float64
 
 
-# ------------------------------------------------------------------------------------------------- luck
+# --------------------------------------------------------------------------------------------- luck
+
 
 def test_the_same_generator_draws_the_same_and_the_next_batch_differs():
     photometric, generator = Photometric(), luck(3)
@@ -215,7 +265,9 @@ def test_draws_follow_their_distributions():
     assert draw.solarize.float().mean(0).tolist() == pytest.approx([0, 0.2], **near)
     sequences = (draw.order * torch.tensor([9, 3, 1])).sum(-1) * 4 + draw.hue_position
     counts = torch.stack([(sequences == s).sum() for s in sequences.unique()])
-    assert len(counts) == 24 and counts.min() > 0.85 * counts.float().mean()  # every order of the four steps
+    assert (
+        len(counts) == 24 and counts.min() > 0.85 * counts.float().mean()
+    )  # every order of the four steps
 
 
 def test_factors_never_become_negative():
@@ -224,15 +276,15 @@ def test_factors_never_become_negative():
 
 
 def test_a_view_does_not_depend_on_its_company(monkeypatch):
-    photometric, images = Photometric(p_blur=(0.5, 0.5), p_solarize=(0.5, 0.5)), batch()
-    draw = photometric.draw(B, luck())
-    together = photometric.apply(images, draw)
+    change, images = Photometric(p_blur=(0.5, 0.5), p_solarize=(0.5, 0.5)), batch()
+    draw = change.draw(B, luck())
+    together = change.apply(images, draw)
     order = torch.tensor([3, 0, 4, 1, 2])
-    exchanged = photometric.apply(images[order], Draw(*(t[order] for t in draw)))
+    exchanged = change.apply(images[order], Draw(*(t[order] for t in draw)))
     torch.testing.assert_close(exchanged, together[order], rtol=0, atol=1e-6)
     for pixels in (1, 3 * Y * X, 1000 * Y * X):
-        monkeypatch.setattr(views, "CPU_CHUNK", pixels)
-        torch.testing.assert_close(photometric.apply(images, draw), together, rtol=0, atol=1e-6)
+        monkeypatch.setattr(photometric, "CPU_CHUNK", pixels)
+        torch.testing.assert_close(change.apply(images, draw), together, rtol=0, atol=1e-6)
 
 
 def test_the_order_of_the_steps_matters():
@@ -241,7 +293,9 @@ def test_the_order_of_the_steps_matters():
     photometric = Photometric(p_blur=(0,), p_solarize=(0,))
     results = []
     for order, place in itertools.product(((0, 1, 2), (1, 0, 2)), (0, 3)):
-        draw = Draw(torch.tensor([[order]]), factors, half, torch.tensor([[place]]), None, None, None)
+        draw = Draw(
+            torch.tensor([[order]]), factors, half, torch.tensor([[place]]), None, None, None
+        )
         results.append(photometric.apply(images, draw))
     for one, other in itertools.combinations(results, 2):
         assert (one - other).abs().max() > 1e-2
@@ -262,18 +316,18 @@ def test_views_that_lie_otherwise_in_memory_give_the_same():
 
 def test_what_can_never_happen_is_neither_drawn_nor_computed(monkeypatch):
     for name in ("blend", "turn_hue", "luma", "gaussian_blur"):
-        monkeypatch.setattr(views, name, lambda *_: pytest.fail("computed"))
-    photometric = Photometric(p_jitter=0, p_gray=0, p_blur=(0, 0), p_solarize=(0, 0))
-    assert all(part is None for part in photometric.draw(B, luck()))
-    torch.testing.assert_close(photometric(batch(), luck()), normalize(batch()))
+        monkeypatch.setattr(photometric, name, lambda *_: pytest.fail("computed"))
+    change = Photometric(p_jitter=0, p_gray=0, p_blur=(0, 0), p_solarize=(0, 0))
+    assert all(part is None for part in change.draw(B, luck()))
+    torch.testing.assert_close(change(batch(), luck()), normalize(batch()))
 
 
 def test_on_a_cpu_a_step_is_left_out_where_no_view_needs_it(monkeypatch):
-    monkeypatch.setattr(views, "turn_hue", lambda *_: pytest.fail("computed"))
-    monkeypatch.setattr(views, "gaussian_blur", lambda *_: pytest.fail("computed"))
-    photometric = Photometric()
-    draw = photometric.draw(B, luck())
-    photometric.apply(batch(), draw._replace(hue=torch.zeros(B, V), sigma=torch.zeros(B, V)))
+    monkeypatch.setattr(photometric, "turn_hue", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr(photometric, "gaussian_blur", lambda *_: pytest.fail("computed"))
+    change = Photometric()
+    draw = change.draw(B, luck())
+    change.apply(batch(), draw._replace(hue=torch.zeros(B, V), sigma=torch.zeros(B, V)))
 
 
 def test_an_empty_batch_stays_empty():
@@ -296,12 +350,21 @@ def test_on_a_gpu_nothing_waits_and_the_result_is_that_of_the_cpu():
     torch.testing.assert_close(changed.cpu(), photometric.apply(images, draw), rtol=0, atol=1e-4)
 
 
-# ----------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 
-@pytest.mark.parametrize("settings, words", [
-    ({"p_jitter": 1.2}, "probabilities lie in 0..1, found .*1.2"), ({"p_blur": (-0.1, 1)}, "probabilities"),
-    ({"p_blur": (1.0,)}, "one probability per view: p_blur has 1, p_solarize 2"), ({"hue": 0.6}, "hue is 0..0.5"),
-    ({"brightness": -1}, "found -1"), ({"blur_sigma": (2, 1)}, "blur_sigma"), ({"blur_sigma": (0, 1)}, "positive")])
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"p_jitter": 1.2}, "probabilities lie in 0..1, found .*1.2"),
+        ({"p_blur": (-0.1, 1)}, "probabilities"),
+        ({"p_blur": (1.0,)}, "one probability per view: p_blur has 1, p_solarize 2"),
+        ({"hue": 0.6}, "hue is 0..0.5"),
+        ({"brightness": -1}, "found -1"),
+        ({"blur_sigma": (2, 1)}, "blur_sigma"),
+        ({"blur_sigma": (0, 1)}, "positive"),
+    ],
+)
 def test_impossible_settings_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         Photometric(**settings)

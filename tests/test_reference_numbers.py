@@ -1,9 +1,9 @@
 """The method is the released one, number by number.
 
-The authors' released code ran in float64 on small networks whose tensors are filled by a rule, and wrote down what it
-computed. The same tensors go through our importer of released checkpoints here, and the same numbers must come out.
-SLOTCON_REFERENCE_NUMBERS names another such file; sections it lacks are skipped.
-"""
+The authors' released code ran in float64 on small networks whose tensors are filled by a rule, and
+wrote down what it computed. The same tensors go through our importer of released checkpoints here,
+and the same numbers must come out. SLOTCON_REFERENCE_NUMBERS names another such file; sections it
+lacks are skipped."""
 
 import json
 import math
@@ -29,14 +29,17 @@ from teacher import teacher_momentum
 OWN = Path(__file__).with_name("official_numbers.json")
 FILE = Path(os.environ.get("SLOTCON_REFERENCE_NUMBERS", OWN))
 NUMBERS = json.loads(FILE.read_text())
-# What float64 leaves after the two steps of our own file (it reaches 1e-11); deeper networks and more steps leave less.
+# What float64 leaves after the two steps of our own file (it reaches 1e-11); deeper networks and
+# more steps leave less.
 RELATIVE, RELATIVE_HEAD = (1e-9, 1e-10) if json.loads(OWN.read_text()) == NUMBERS else (1e-7, 1e-7)
 
-section = lambda name: pytest.mark.skipif(name not in NUMBERS, reason=f"{FILE.name} has no {name}")  # noqa: E731
+section = lambda name: pytest.mark.skipif(name not in NUMBERS, reason=f"{FILE.name} has no {name}")
 
 
 def uniform(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The rule: splitmix64, seeded with the crc of salt + name, one value in [0, 1) per element, row-major."""
+    """The rule: splitmix64, seeded with the crc of salt + name, one value in [0, 1) per element,
+    row-major.
+    """
     with np.errstate(over="ignore"):
         seed = np.uint64(zlib.crc32((NUMBERS["config"]["salt"] + name).encode())) << np.uint64(20)
         z = (np.arange(math.prod(shape), dtype=np.uint64) + seed) * np.uint64(0x9E3779B97F4A7C15)
@@ -58,9 +61,16 @@ def filled(name: str, like: torch.Tensor) -> torch.Tensor:
     return 1 + 0.1 * u if like.ndim == 1 else u * math.sqrt(3 / like[0].numel())
 
 
-RELEASED = {"student.backbone": "encoder_q", "teacher.backbone": "encoder_k", "student.projector": "projector_q",
-            "teacher.projector": "projector_k", "student.prototypes": "grouping_q.slot_embed",
-            "teacher.prototypes": "grouping_k.slot_embed", "predictor": "predictor_slot", "center": "center"}
+RELEASED = {
+    "student.backbone": "encoder_q",
+    "teacher.backbone": "encoder_k",
+    "student.projector": "projector_q",
+    "teacher.projector": "projector_k",
+    "student.prototypes": "grouping_q.slot_embed",
+    "teacher.prototypes": "grouping_k.slot_embed",
+    "predictor": "predictor_slot",
+    "center": "center",
+}
 
 
 def released_name(ours: str) -> str:
@@ -86,7 +96,9 @@ def released_views(config: dict) -> torch.Tensor:
 def close(found, expected, relative=RELATIVE, absolute=0.0):
     found = found.detach().flatten().tolist() if isinstance(found, torch.Tensor) else found
     flat = np.asarray(expected, dtype=np.float64).reshape(-1)
-    assert np.asarray(found, dtype=np.float64).reshape(-1) == pytest.approx(flat, rel=relative, abs=absolute)
+    assert np.asarray(found, dtype=np.float64).reshape(-1) == pytest.approx(
+        flat, rel=relative, abs=absolute
+    )
 
 
 def head(x: torch.Tensor) -> list[float]:
@@ -96,8 +108,18 @@ def head(x: torch.Tensor) -> list[float]:
 def released_model() -> slotcon.SlotCon:
     """SlotCon with the file's sizes, filled by rule through the importer of released checkpoints."""
     given = NUMBERS["config"]
-    same = ("arch", "num_prototypes", "dim_hidden", "dim_out", "temp_student", "temp_teacher", "temp_slot")
-    model = slotcon.SlotCon(group_weight=given["group_loss_weight"], **{name: given[name] for name in same})
+    same = (
+        "arch",
+        "num_prototypes",
+        "dim_hidden",
+        "dim_out",
+        "temp_student",
+        "temp_teacher",
+        "temp_slot",
+    )
+    model = slotcon.SlotCon(
+        group_weight=given["group_loss_weight"], **{name: given[name] for name in same}
+    )
     state = weights.import_released(released_checkpoint(model))
     checkpoint.load_strictly(model.double().train(), state, "the reference")
     return model
@@ -118,19 +140,32 @@ def run_steps():
     """Every step of the file with our code."""
     given = NUMBERS["config"]
     model = released_model()
-    optimizer = LARS([p for p in model.parameters() if p.requires_grad], given["lr"], given["sgd_momentum"],
-                     given["weight_decay"], coefficient=0.001)
+    optimizer = LARS(
+        [p for p in model.parameters() if p.requires_grad],
+        given["lr"],
+        given["sgd_momentum"],
+        given["weight_decay"],
+        coefficient=0.001,
+    )
     images = released_views(given)
     boxes = torch.tensor(given["boxes"], dtype=torch.float64).transpose(0, 1)  # (b v 4)
     flipped = torch.tensor(given["flipped"]).T
     for s, expected in enumerate(NUMBERS["steps"]):
-        momentum = teacher_momentum(given["ema_step"] + s, given["ema_total_steps"], given["momentum_teacher"])
+        momentum = teacher_momentum(
+            given["ema_step"] + s, given["ema_total_steps"], given["momentum_teacher"]
+        )
         model.update_teacher(momentum)
-        teacher = {released_name(k): v.clone() for k, v in model.named_parameters() if k.startswith("teacher")}
+        teacher = {
+            released_name(k): v.clone()
+            for k, v in model.named_parameters()
+            if k.startswith("teacher")
+        }
         loss, report = model(images, boxes, flipped)
         optimizer.zero_grad()
         loss.backward()
-        gradients = {released_name(k): p.grad.clone() for k, p in model.named_parameters() if p.requires_grad}
+        gradients = {
+            released_name(k): p.grad.clone() for k, p in model.named_parameters() if p.requires_grad
+        }
         optimizer.step()
         model.update_center(report.center_mean, given["momentum_center"])
         yield Step(expected, model, loss, report, gradients, teacher)
@@ -143,7 +178,9 @@ def test_every_step_equals_the_released_code_to_1e_9():
         (t1, t2), (s1, s2) = report.teacher, report.student
         close(loss, expected["loss"])
         close(report.group_losses, expected["group_loss_by_direction"])
-        assert [int(t2.occupied.sum()), int(t1.occupied.sum())] == expected["teacher_occupied"]  # by direction
+        assert [int(t2.occupied.sum()), int(t1.occupied.sum())] == expected[
+            "teacher_occupied"
+        ]  # by direction
         close([head(t2.similarity), head(t1.similarity)], expected["teacher_similarity_head"])
         if NUMBERS["config"]["group_loss_weight"] < 1:  # at 1 the released code has no slots
             close(report.slot_losses, expected["slot_loss_by_direction"])
@@ -159,7 +196,9 @@ def test_every_step_equals_the_released_code_to_1e_9():
             close(head(gradients[name]), numbers["head"])
         for name, numbers in expected["parameters_after_step"].items():
             close(parameters[name].norm(), numbers["l2"])
-            close(head(parameters[name]), numbers["head"], RELATIVE_HEAD)  # a LARS that norms before it decays fails
+            close(
+                head(parameters[name]), numbers["head"], RELATIVE_HEAD
+            )  # a LARS that norms before it decays fails
         for name, numbers in expected["teacher_after_ema"].items():
             close(teacher[name].norm(), numbers["l2"])
             close(head(teacher[name]), numbers["head"])
@@ -184,14 +223,20 @@ def test_the_learning_rate_is_the_released_schedule():
 @section("teacher_momentum_schedule")
 def test_the_teachers_momentum_is_the_released_schedule():
     s = NUMBERS["teacher_momentum_schedule"]
-    close([teacher_momentum(t, s["total_steps"], s["start"]) for t in range(len(s["values"]))], s["values"])
+    close(
+        [teacher_momentum(t, s["total_steps"], s["start"]) for t in range(len(s["values"]))],
+        s["values"],
+    )
 
 
 @section("overlap_boxes")
 def test_overlap_boxes_are_the_released_ones():
     for case in NUMBERS["overlap_boxes"]:
-        boxes = data.overlap_boxes(case["crop1_top_left_height_width"], case["crop2_top_left_height_width"],
-                                   case["flipped"])
+        boxes = data.overlap_boxes(
+            case["crop1_top_left_height_width"],
+            case["crop2_top_left_height_width"],
+            case["flipped"],
+        )
         close(boxes, case["boxes_x1y1x2y2"], relative=0, absolute=1e-6)
 
 
@@ -199,5 +244,7 @@ def test_overlap_boxes_are_the_released_ones():
 def test_inverse_augmentation_is_the_released_one():
     case = NUMBERS["inverse_augmentation"]
     maps = torch.arange(80, dtype=torch.float64).pow(1.5).reshape(2, 2, 4, 5)
-    found = inverse_augmentation(maps, torch.tensor(case["boxes"], dtype=torch.float64), torch.tensor(case["flipped"]))
+    found = inverse_augmentation(
+        maps, torch.tensor(case["boxes"], dtype=torch.float64), torch.tensor(case["flipped"])
+    )
     close(found, case["output"])

@@ -1,8 +1,7 @@
 """teacher.py: the student's past, averaged.
 
-Promised: a copy that shares nothing and needs no gradient; an average over parameters, never over buffers; a momentum
-that climbs along a cosine.
-"""
+Promised: a copy that shares nothing and needs no gradient; an average over parameters, never over
+buffers; a momentum that climbs along a cosine."""
 
 import math
 
@@ -76,8 +75,12 @@ def test_a_momentum_outside_0_to_1_is_refused(momentum):
 
 
 def test_the_momentum_is_0_99_at_first_0_995_half_way_and_1_at_the_end():
-    assert [teacher_momentum(t, 1000) for t in (0, 500, 1000)] == pytest.approx([0.99, 0.995, 1.0], rel=1e-14)
-    assert teacher_momentum(250, 1000) == pytest.approx(1 - 0.01 * (math.sqrt(0.5) + 1) / 2, rel=1e-14)
+    assert [teacher_momentum(t, 1000) for t in (0, 500, 1000)] == pytest.approx(
+        [0.99, 0.995, 1.0], rel=1e-14
+    )
+    assert teacher_momentum(250, 1000) == pytest.approx(
+        1 - 0.01 * (math.sqrt(0.5) + 1) / 2, rel=1e-14
+    )
 
 
 def test_the_momentum_never_falls_and_stays_between_its_ends():

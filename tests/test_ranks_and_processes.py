@@ -1,9 +1,10 @@
-"""Two processes with half a batch each are one process with the whole batch; and processes.py's small decisions.
+"""Two processes with half a batch each are one process with the whole batch; and processes.py's
+small decisions.
 
-Promised: loss, gradients, centre, teacher and the log's numbers do not depend on how a batch is split, whatever each
-half holds: unequal numbers of overlapping crops, no overlap, no query, in one process or in both. No process waits for
-another. Batch norms are in evaluation mode here, since only a GPU can synchronise them; one test leaves them training.
-"""
+Promised: loss, gradients, centre, teacher and the log's numbers do not depend on how a batch is
+split, whatever each half holds: unequal numbers of overlapping crops, no overlap, no query, in one
+process or in both. No process waits for another. Batch norms are in evaluation mode here, since
+only a GPU can synchronise them; one test leaves them training."""
 
 import contextlib
 import math
@@ -21,13 +22,14 @@ import losses
 from engine import processes, ranks
 from engine.lars import LARS
 from engine.processes import Place
-from slotcon import SlotCon, statistics
+from measures.course import statistics
+from slotcon import SlotCon
 from slots import SlotPredictor
 
 K, D, HIDDEN, H, W = 6, 7, 9, 4, 5
 B = 4  # images per process
 
-# ------------------------------------------------------------------------------------------ what both sides compute
+# -------------------------------------------------------------------------- what both sides compute
 
 
 def random(*shape, seed=0):
@@ -39,7 +41,11 @@ def build(settings, alike):
     model = SlotCon("tiny", K, HIDDEN, D, **settings).double()
     for name, p in model.named_parameters():
         noise = random(*p.shape, seed=zlib.crc32(name.encode()))
-        p.data = noise * math.sqrt(3 / p[0].numel()) if p.ndim > 1 else noise / 9 + name.endswith("weight")
+        p.data = (
+            noise * math.sqrt(3 / p[0].numel())
+            if p.ndim > 1
+            else noise / 9 + name.endswith("weight")
+        )
     if alike:
         model.teacher.load_state_dict(model.student.state_dict())
         model.teacher.prototypes.weight.data = model.teacher.prototypes.weight.roll(1, 0)
@@ -48,9 +54,14 @@ def build(settings, alike):
 
 
 def joined_batch(valid, flat):
-    """2 B images of both processes; valid: whose crops overlap; flat: which show one colour, the same."""
+    """2 B images of both processes; valid: whose crops overlap; flat: which show one colour, the
+    same.
+    """
     views, flipped = random(2 * B, 2, 3, 4 * H, 4 * W, seed=7), random(2 * B, 2, seed=8) > 0
-    low, high = random(2 * B, 2, 2, seed=9).sigmoid() * 0.4, 1 - random(2 * B, 2, 2, seed=10).sigmoid() * 0.4
+    low, high = (
+        random(2 * B, 2, 2, seed=9).sigmoid() * 0.4,
+        1 - random(2 * B, 2, 2, seed=10).sigmoid() * 0.4,
+    )
     boxes = torch.cat([low, high], dim=2)
     boxes[~torch.tensor(valid)] = 0
     views[flat] = 0.5
@@ -58,7 +69,16 @@ def joined_batch(valid, flat):
 
 
 ALL, NONE, FIRST = [True] * 2 * B, [False] * 2 * B, [True] * B + [False] * B
-SOME = [True, False, True, True, False, False, True, False]  # three of the first process's, one of the second's
+SOME = [
+    True,
+    False,
+    True,
+    True,
+    False,
+    False,
+    True,
+    False,
+]  # three of the first process's, one of the second's
 NOISE, SECOND_FLAT, ALL_FLAT = [], list(range(B, 2 * B)), list(range(2 * B))
 # name -> settings of SlotCon, images whose crops overlap, images of one colour
 CASES = {
@@ -90,22 +110,30 @@ def step(model, wrapped, batch, passes=1):
     optimizer.step()
     losses.update_center(model.center, torch.stack([r.center_mean for r in queries]).mean(0), 0.9)
     model.update_teacher(0.9)
-    return dict(loss=loss_sum, parts=report.losses, gradients=gradients, state=model.state_dict(),
-                statistics=statistics(report, model.center, 0.07))
+    return dict(
+        loss=loss_sum,
+        parts=report.losses,
+        gradients=gradients,
+        state=model.state_dict(),
+        statistics=statistics(report, model.center, 0.07),
+    )
 
 
 def of_rank(batch, rank):
-    return [x[rank * B:(rank + 1) * B] for x in batch]
+    return [x[rank * B : (rank + 1) * B] for x in batch]
 
 
 def half_masks():
     """Occupied slots of direction 1 in which process 0 has no query and process 1 has one."""
-    student, teacher = torch.zeros(2 * B, K, dtype=torch.bool), torch.zeros(2 * B, K, dtype=torch.bool)
+    student, teacher = (
+        torch.zeros(2 * B, K, dtype=torch.bool),
+        torch.zeros(2 * B, K, dtype=torch.bool),
+    )
     student[0, 2], teacher[0, 3], student[B + 1, 4], teacher[B + 1, 4] = True, True, True, True
     return student, teacher
 
 
-# ------------------------------------------------------------------------------------------ one of two processes
+# ----------------------------------------------------------------------------- one of two processes
 
 
 def one_of_two(rank, folder):
@@ -115,7 +143,9 @@ def one_of_two(rank, folder):
     place, found = Place(torch.device("cpu"), rank, 2), {}
     for name, (settings, valid, flat) in CASES.items():
         model = build(settings, alike=bool(flat))
-        found[name] = step(model, processes.wrap(model, place), of_rank(joined_batch(valid, flat), rank))
+        found[name] = step(
+            model, processes.wrap(model, place), of_rank(joined_batch(valid, flat), rank)
+        )
 
     model = build({}, alike=False)
     wrapped = processes.wrap(model, place)
@@ -126,26 +156,34 @@ def one_of_two(rank, folder):
             found["exchanges"].append(wrapped.require_backward_grad_sync)
 
     model = build({}, alike=True).train()  # batch norms that know this process's rows only
-    found["training"] = step(model, processes.wrap(model, place), of_rank(joined_batch(ALL, SECOND_FLAT), rank))
+    found["training"] = step(
+        model, processes.wrap(model, place), of_rank(joined_batch(ALL, SECOND_FLAT), rank)
+    )
 
     found["rank"] = ranks.rank_and_world_size()
     x = torch.tensor([1.0, 10.0]) + rank
     found["sum"], found["kept"] = ranks.sum_over_ranks(x), x
     rows = random(5, D)
-    found["rows"] = [ranks.gather_rows(rows[:2] if rank == 0 else rows[2:], [2, 3]),
-                     ranks.gather_rows(rows[:0] if rank == 0 else rows, [0, 5])]
+    found["rows"] = [
+        ranks.gather_rows(rows[:2] if rank == 0 else rows[2:], [2, 3]),
+        ranks.gather_rows(rows[:0] if rank == 0 else rows, [0, 5]),
+    ]
     try:
         ranks.gather_rows(rows, [2, 3])
     except ValueError as error:
         found["complaint"] = str(error)
-    found["sinkhorn"] = losses.sinkhorn(of_rank([random(2 * B, K, H, W).tanh()], rank)[0], 0.3)
     predictor = SlotPredictor(D, D, HIDDEN)
     (pairs,) = losses.pair_slots(*[[of_rank([mask], rank)[0]] for mask in half_masks()])
     slots = torch.randn(B, K, D, requires_grad=True)
     lone = losses.slot_contrast(slots, slots.detach(), predictor, pairs, 0.2)
     lone.backward()
-    found["one query"] = (pairs.num_queries, len(pairs.queries), lone.item(), slots.grad.abs().max().item(),
-                          [p.grad.abs().max().item() for p in predictor.parameters()])
+    found["one query"] = (
+        pairs.num_queries,
+        len(pairs.queries),
+        lone.item(),
+        slots.grad.abs().max().item(),
+        [p.grad.abs().max().item() for p in predictor.parameters()],
+    )
     torch.save(found, f"{folder}/{rank}.pth")
     processes.finish()
 
@@ -154,7 +192,9 @@ def one_of_two(rank, folder):
 def found(tmp_path_factory):
     """What each of two processes has found."""
     folder = tmp_path_factory.mktemp("ranks")
-    server = multiprocessing.get_context("forkserver")  # a fork of this process could inherit a lock
+    server = multiprocessing.get_context(
+        "forkserver"
+    )  # a fork of this process could inherit a lock
     server.set_forkserver_preload(["torch", "torchvision", "einops"])
     processes = [server.Process(target=one_of_two, args=(rank, str(folder))) for rank in (0, 1)]
     for process in processes:
@@ -174,7 +214,7 @@ def same(a, b):
         assert torch.allclose(a[name].double(), b[name].double(), rtol=1e-8, atol=1e-13), name
 
 
-# ------------------------------------------------------------------------------------------ split = joined
+# ----------------------------------------------------------------------------------- split = joined
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -215,17 +255,21 @@ def test_of_several_passes_the_gradient_is_the_mean_over_passes_and_processes(fo
         same(half["accumulated"]["gradients"], whole["gradients"])
         same(half["accumulated"]["state"], whole["state"])
         assert half["exchanges"] == [False, True]
-    assert sum(half["accumulated"]["loss"] for half in found) / 2 == pytest.approx(whole["loss"], rel=1e-10)
+    assert sum(half["accumulated"]["loss"] for half in found) / 2 == pytest.approx(
+        whole["loss"], rel=1e-10
+    )
 
 
-def test_with_batch_norms_of_their_own_both_processes_still_take_the_same_step_where_one_has_no_query(found):
+def test_with_batch_norms_of_their_own_both_processes_still_take_the_same_step_where_one_has_no_query(
+    found,
+):
     first, second = (rank["training"] for rank in found)
     same(first["gradients"], second["gradients"])
     assert all(g.isfinite().all() for g in first["gradients"].values())
     assert first["parts"][2] > 0 == second["parts"][2]
 
 
-# ------------------------------------------------------------------------------------------ the rank helpers
+# --------------------------------------------------------------------------------- the rank helpers
 
 
 def test_ranks_know_their_place_and_sums_leave_what_is_summed(found):
@@ -241,11 +285,6 @@ def test_unequal_numbers_of_rows_are_gathered_in_the_order_of_the_ranks_even_non
         assert "of 2 holds 5 rows, but the counts say [2, 3]" in rank["complaint"]
 
 
-def test_sinkhorn_balances_over_the_pixels_of_all_ranks(found):
-    whole = losses.sinkhorn(random(2 * B, K, H, W).tanh(), 0.3)
-    assert torch.allclose(torch.cat([rank["sinkhorn"] for rank in found]), whole, rtol=1e-9)
-
-
 def test_a_single_query_in_all_processes_is_a_zero_that_is_connected_in_each(found):
     for r, rank in enumerate(found):
         in_all, here, loss, slots, parameters = rank["one query"]
@@ -253,7 +292,7 @@ def test_a_single_query_in_all_processes_is_a_zero_that_is_connected_in_each(fou
         assert parameters == [0] * 10
 
 
-# ------------------------------------------------------------------------------------------ processes.py, alone
+# ------------------------------------------------------------------------------ processes.py, alone
 
 
 @pytest.fixture
@@ -268,32 +307,46 @@ def test_without_a_launcher_this_is_the_only_process(alone):
     assert not dist.is_initialized()
 
 
-@pytest.mark.parametrize("gpus, local_rank, advice", [(0, 0, "use --device cpu"), (2, 2, "or fewer processes")])
+@pytest.mark.parametrize(
+    "gpus, local_rank, advice", [(0, 0, "use --device cpu"), (2, 2, "or fewer processes")]
+)
 def test_a_gpu_that_is_not_there_is_one_line_and_no_crash(alone, gpus, local_rank, advice):
     alone.setattr(torch.cuda, "device_count", lambda: gpus)
     alone.setenv("LOCAL_RANK", str(local_rank))
     with pytest.raises(ValueError) as error:
         processes.start("cuda", 60)
-    assert f"asks for GPU {local_rank}, found {gpus}" in str(error.value) and advice in str(error.value)
+    assert f"asks for GPU {local_rank}, found {gpus}" in str(error.value) and advice in str(
+        error.value
+    )
 
 
 def test_an_apple_gpu_that_is_not_there_is_one_line_too(alone):
     alone.setattr(processes, "mps_available", lambda: False)
-    with pytest.raises(ValueError, match="--device mps, but this machine has no Apple GPU: use --device auto"):
+    with pytest.raises(
+        ValueError, match="--device mps, but this machine has no Apple GPU: use --device auto"
+    ):
         processes.start("mps", 60)
 
 
-@pytest.mark.parametrize("cuda, mps, processes, expected", [(False, False, 1, "cpu"), (False, True, 1, "mps")])
-def test_auto_takes_the_best_device_there_is(alone, cuda, mps, processes, expected):
+@pytest.mark.parametrize("cuda, mps, expected", [(False, False, "cpu"), (False, True, "mps")])
+def test_auto_takes_the_best_device_there_is(alone, cuda, mps, expected):
     alone.setattr(torch.cuda, "is_available", lambda: cuda)
     alone.setattr(processes, "mps_available", lambda: mps)
     assert processes.start("auto", 60).device.type == expected
 
 
-@pytest.mark.parametrize("amp, device, has_bf16, expected", [
-    ("auto", "cpu", True, None), ("auto", "mps", True, None), ("auto", "cuda", True, torch.bfloat16),
-    ("auto", "cuda", False, torch.float16), ("bf16", "cpu", False, torch.bfloat16),
-    ("fp16", "cuda", True, torch.float16), ("off", "cuda", True, None)])
+@pytest.mark.parametrize(
+    "amp, device, has_bf16, expected",
+    [
+        ("auto", "cpu", True, None),
+        ("auto", "mps", True, None),
+        ("auto", "cuda", True, torch.bfloat16),
+        ("auto", "cuda", False, torch.float16),
+        ("bf16", "cpu", False, torch.bfloat16),
+        ("fp16", "cuda", True, torch.float16),
+        ("off", "cuda", True, None),
+    ],
+)
 def test_the_precision_is_what_the_device_can_do(monkeypatch, amp, device, has_bf16, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
     assert processes.precision(amp, torch.device(device)) == expected
@@ -344,12 +397,17 @@ def test_cores_are_shared_among_the_processes_of_a_machine_and_at_least_one(alon
 
 
 def test_a_place_is_described_in_a_few_words():
-    assert "cpu" in processes.describe(Place(torch.device("cpu"), 0, 1))
-    assert processes.describe(Place(torch.device("cpu"), 0, 1)).endswith("1 process")
-    assert processes.describe(Place(torch.device("mps"), 1, 2)) == "mps, 2 processes"
+    assert "cpu" in processes.describe(Place(torch.device("cpu"), 0, 1), None)
+    assert processes.describe(Place(torch.device("cpu"), 0, 1), None).endswith("1 process, float32")
+    assert (
+        processes.describe(Place(torch.device("mps"), 1, 2), torch.float16)
+        == "mps, 2 processes, fp16"
+    )
 
 
 def test_the_peak_of_memory_never_falls_and_is_in_gigabytes():
     before = processes.peak_memory_gb(torch.device("cpu"))
     ballast = torch.ones(3, 10_000_000)
-    assert 0.05 < before <= processes.peak_memory_gb(torch.device("cpu")) < 1000 and ballast.sum() > 0
+    assert (
+        0.05 < before <= processes.peak_memory_gb(torch.device("cpu")) < 1000 and ballast.sum() > 0
+    )

@@ -1,4 +1,4 @@
-"""views.py, geometry: crops, boxes and the law of their overlap."""
+"""data.py: crops, boxes and the law of their overlap."""
 
 import json
 import math
@@ -13,10 +13,12 @@ import torch
 from torchvision.transforms import v2 as T
 from torchvision.transforms.v2 import functional as TF
 
-import photometric
-from views import center_square, draw_crop, intersection, overlap_boxes, resized_crop
+import data
+from data import center_square, draw_crop, intersection, overlap_boxes, resized_crop
 
-REFERENCE = os.environ.get("SLOTCON_REFERENCE_NUMBERS", Path(__file__).parent / "official_numbers.json")
+REFERENCE = os.environ.get(
+    "SLOTCON_REFERENCE_NUMBERS", Path(__file__).parent / "official_numbers.json"
+)
 
 
 resize = torch.nn.functional.interpolate
@@ -47,16 +49,23 @@ def picture(height, width, seed=0):
 
 def painted(crop, height, width):
     canvas = np.zeros((height, width), dtype=bool)
-    canvas[crop[0]:crop[0] + crop[2], crop[1]:crop[1] + crop[3]] = True
+    canvas[crop[0] : crop[0] + crop[2], crop[1] : crop[1] + crop[3]] = True
     return canvas
 
 
-# ------------------------------------------------------------------------------------------------ boxes
+# -------------------------------------------------------------------------------------------- boxes
 
-@pytest.mark.skipif("overlap_boxes" not in json.loads(Path(REFERENCE).read_text()), reason="no such section")
+
+@pytest.mark.skipif(
+    "overlap_boxes" not in json.loads(Path(REFERENCE).read_text()), reason="no such section"
+)
 def test_boxes_are_those_of_the_released_code():
     for case in json.loads(Path(REFERENCE).read_text())["overlap_boxes"]:
-        boxes = overlap_boxes(case["crop1_top_left_height_width"], case["crop2_top_left_height_width"], case["flipped"])
+        boxes = overlap_boxes(
+            case["crop1_top_left_height_width"],
+            case["crop2_top_left_height_width"],
+            case["flipped"],
+        )
         assert boxes.dtype == torch.float32
         torch.testing.assert_close(boxes, torch.tensor(case["boxes_x1y1x2y2"]), rtol=0, atol=1e-6)
 
@@ -68,13 +77,18 @@ def test_boxes_hold_exactly_the_painted_pixels_that_both_crops_see():
         flipped = [rng.random() < 0.5, rng.random() < 0.5]
         both = painted(crops[0], 33, 47) & painted(crops[1], 33, 47)
         for crop, mirrored, box in zip(crops, flipped, overlap_boxes(*crops, flipped)):
-            seen = both[crop[0]:crop[0] + crop[2], crop[1]:crop[1] + crop[3]]
+            seen = both[crop[0] : crop[0] + crop[2], crop[1] : crop[1] + crop[3]]
             seen = seen[:, ::-1] if mirrored else seen
             if not both.any():
                 assert box.tolist() == [0, 0, 0, 0]
                 continue
             ys, xs = np.nonzero(seen)
-            expected = [xs.min() / crop[3], ys.min() / crop[2], (xs.max() + 1) / crop[3], (ys.max() + 1) / crop[2]]
+            expected = [
+                xs.min() / crop[3],
+                ys.min() / crop[2],
+                (xs.max() + 1) / crop[3],
+                (ys.max() + 1) / crop[2],
+            ]
             np.testing.assert_allclose(box, expected, atol=1e-6)
 
 
@@ -87,7 +101,10 @@ def test_a_box_solved_by_hand_is_mirrored_with_its_view_only():
 
 def test_exchanging_the_crops_exchanges_the_boxes():
     crop1, crop2 = (3, 4, 30, 21), (11, 2, 17, 40)
-    boxes, exchanged = overlap_boxes(crop1, crop2, (True, False)), overlap_boxes(crop2, crop1, (False, True))
+    boxes, exchanged = (
+        overlap_boxes(crop1, crop2, (True, False)),
+        overlap_boxes(crop2, crop1, (False, True)),
+    )
     torch.testing.assert_close(boxes, exchanged.flip(0))
 
 
@@ -101,10 +118,13 @@ def test_intersection_counts_pixels():
     for _ in range(200):
         crop1, crop2 = draw_crop(33, 47, rng), draw_crop(33, 47, rng)
         assert intersection(crop1, crop2) == (painted(crop1, 33, 47) & painted(crop2, 33, 47)).sum()
-    assert intersection((0, 0, 5, 5), (6, 6, 5, 5)) == 0  # two negative sides do not make a positive area
+    assert (
+        intersection((0, 0, 5, 5), (6, 6, 5, 5)) == 0
+    )  # two negative sides do not make a positive area
 
 
-# ------------------------------------------------------------------------------------------------ crops
+# -------------------------------------------------------------------------------------------- crops
+
 
 def test_a_crop_has_the_drawn_area_and_ratio_at_the_drawn_place():
     rng = Script([0.25, math.log(4 / 3)], [7, 11])
@@ -116,19 +136,42 @@ def test_a_draw_that_does_not_fit_is_repeated():
     assert draw_crop(50, 100, rng) == (1, 2, 35, 35)
 
 
-@pytest.mark.parametrize("height, width, expected", [
-    (40, 100, (0, 23, 40, 53)), (100, 30, (30, 0, 40, 30)), (20, 24, (0, 0, 20, 24)),
-    (5000, 1, (2499, 0, 1, 1)), (1, 5000, (0, 2499, 1, 1))])
-def test_ten_draws_that_do_not_fit_give_the_largest_centred_crop_of_allowed_ratio(height, width, expected):
+@pytest.mark.parametrize(
+    "height, width, expected",
+    [
+        (40, 100, (0, 23, 40, 53)),
+        (100, 30, (30, 0, 40, 30)),
+        (20, 24, (0, 0, 20, 24)),
+        (5000, 1, (2499, 0, 1, 1)),
+        (1, 5000, (0, 2499, 1, 1)),
+    ],
+)
+def test_ten_draws_that_do_not_fit_give_the_largest_centred_crop_of_allowed_ratio(
+    height, width, expected
+):
     rng = Script([1.0, math.log(4 / 3)] * 10)
     assert draw_crop(height, width, rng) == expected
 
 
 def test_the_second_crop_must_share_one_percent_of_its_own_area_as_drawn():
-    drawn_2575_rounded_51_times_51 = Script([0.2575, 0.0], [0, 0])  # 25.75 pixels are asked for, not 26.01
-    assert draw_crop(100, 100, drawn_2575_rounded_51_times_51, other=(0, 0, 2, 13)) == (0, 0, 51, 51)
-    drawn_7140_rounded_84_times_84 = Script([0.7140, 0.0, 0.25, 0.0], [0, 0, 0, 0])  # 71.4 pixels, not 70.56
-    assert draw_crop(100, 100, drawn_7140_rounded_84_times_84, other=(0, 0, 1, 71)) == (0, 0, 50, 50)
+    drawn_2575_rounded_51_times_51 = Script(
+        [0.2575, 0.0], [0, 0]
+    )  # 25.75 pixels are asked for, not 26.01
+    assert draw_crop(100, 100, drawn_2575_rounded_51_times_51, other=(0, 0, 2, 13)) == (
+        0,
+        0,
+        51,
+        51,
+    )
+    drawn_7140_rounded_84_times_84 = Script(
+        [0.7140, 0.0, 0.25, 0.0], [0, 0, 0, 0]
+    )  # 71.4 pixels, not 70.56
+    assert draw_crop(100, 100, drawn_7140_rounded_84_times_84, other=(0, 0, 1, 71)) == (
+        0,
+        0,
+        50,
+        50,
+    )
 
 
 def test_a_second_crop_that_misses_is_drawn_again():
@@ -153,7 +196,9 @@ def test_crops_lie_inside_the_image(height, width):
     rng, other = random.Random(0), None
     for _ in range(300):
         top, left, h, w = other = draw_crop(height, width, rng, other=other)
-        assert h >= 1 and w >= 1 and top >= 0 and left >= 0 and top + h <= height and left + w <= width
+        assert (
+            h >= 1 and w >= 1 and top >= 0 and left >= 0 and top + h <= height and left + w <= width
+        )
 
 
 def test_area_is_uniform_and_log_ratio_symmetric():
@@ -166,8 +211,8 @@ def test_area_is_uniform_and_log_ratio_symmetric():
 
 
 def test_the_law_of_the_boxes():
-    """20,000 pairs on 640x480, counted on the released rule: median overlap 0.61 of the second crop; 2.5e-5 of the
-    pairs do not overlap, 2.9 % without the rule."""
+    """20,000 pairs on 640x480, counted on the released rule: median overlap 0.61 of the second
+    crop; 2.5e-5 of the pairs do not overlap, 2.9 % without the rule."""
     rng, shares, missed, missed_without = random.Random(0), [], 0, 0
     for _ in range(20_000):
         crop1 = draw_crop(480, 640, rng)
@@ -180,7 +225,8 @@ def test_the_law_of_the_boxes():
     assert missed_without / 20_000 == pytest.approx(0.029, abs=0.004)
 
 
-# ------------------------------------------------------------------------------------------------ pixels
+# ------------------------------------------------------------------------------------------- pixels
+
 
 @pytest.mark.parametrize("crop", [(0, 0, 40, 60), (3, 5, 17, 30), (39, 59, 1, 1), (0, 7, 40, 1)])
 def test_a_view_is_torchvisions_resized_crop(crop):
@@ -199,21 +245,31 @@ def test_how_an_image_lies_in_memory_changes_no_view():
 
 def test_both_views_show_the_same_place_at_the_same_place_of_their_boxes():
     ys, xs = torch.meshgrid(torch.linspace(0, 255, 160), torch.linspace(0, 255, 200), indexing="ij")
-    image, rng = torch.stack([xs, ys, xs]).round().to(torch.uint8), random.Random(3)  # colour = coordinates
+    image, rng = (
+        torch.stack([xs, ys, xs]).round().to(torch.uint8),
+        random.Random(3),
+    )  # colour = coordinates
     for _ in range(25):
         crop1 = draw_crop(160, 200, rng)
-        crops, flipped = (crop1, draw_crop(160, 200, rng, other=crop1)), [rng.random() < 0.5 for _ in range(2)]
+        crops, flipped = (
+            (crop1, draw_crop(160, 200, rng, other=crop1)),
+            [rng.random() < 0.5 for _ in range(2)],
+        )
         boxes, seen = overlap_boxes(*crops, flipped), []
         for crop, flip, (x1, y1, x2, y2) in zip(crops, flipped, boxes.tolist()):
             view = resized_crop(image, crop, 96, flip)
-            seen.append(view[:2, min(95, int(96 * (y1 + y2) / 2)), min(95, int(96 * (x1 + x2) / 2))].float())
+            seen.append(
+                view[:2, min(95, int(96 * (y1 + y2) / 2)), min(95, int(96 * (x1 + x2) / 2))].float()
+            )
         assert (seen[0] - seen[1]).abs().max() <= 4  # of 255: two pixels of a view
 
 
 @pytest.mark.parametrize("height, width", [(300, 421), (421, 300), (57, 57)])
 def test_the_center_square_is_resize_256_and_centre_crop_224(height, width):
     image = picture(height, width)
-    steps = T.Compose([T.Resize(256, T.InterpolationMode.BICUBIC, antialias=True), T.CenterCrop(224)])
+    steps = T.Compose(
+        [T.Resize(256, T.InterpolationMode.BICUBIC, antialias=True), T.CenterCrop(224)]
+    )
     assert torch.equal(center_square(image, 224), steps(image))
 
 
@@ -226,7 +282,9 @@ def test_the_center_square_keeps_its_share_at_other_sizes():
 
 def test_the_center_square_of_a_panorama_is_that_of_its_middle(monkeypatch):
     image, resized = picture(2, 6000), []
-    monkeypatch.setattr(photometric.F, "interpolate", lambda *args, **named: resized.append(args) or resize(*args, **named))
+    monkeypatch.setattr(
+        data.F, "interpolate", lambda *args, **named: resized.append(args) or resize(*args, **named)
+    )
     square = center_square(image, 28)
     assert torch.equal(square, center_square(image[:, :, 2996:3004], 28))
     assert resized[0][1] == (32, 128)
