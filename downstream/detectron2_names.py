@@ -1,11 +1,13 @@
-"""A ResNet under detectron2's names: the two-way table, and a network with those names to prove a file with.
+"""A ResNet under detectron2's names: the two-way table, and a network with those names to prove a
+file with.
 
 Slide: table 2 (transfer to COCO). Paper: section 4.2, which fine-tuned with detectron2.
-Differs: detectron2 itself no longer installs on today's torch, so its names stand here; they are those of
-detectron2/modeling/backbone/resnet.py, where every convolution holds its norm.
+Differs: detectron2 itself no longer installs on today's torch, so its names stand here; they are
+those of detectron2/modeling/backbone/resnet.py, where every convolution holds its norm.
 
-What a detectron2 configuration must say for these weights: MODEL.RESNETS.STRIDE_IN_1X1 False, MODEL.RESNETS.NORM
-"SyncBN", MODEL.BACKBONE.FREEZE_AT 0, INPUT.FORMAT "RGB", MODEL.PIXEL_MEAN and MODEL.PIXEL_STD as in SETTINGS.
+What a detectron2 configuration must say for these weights: MODEL.RESNETS.STRIDE_IN_1X1 False,
+MODEL.RESNETS.NORM "SyncBN", MODEL.BACKBONE.FREEZE_AT 0, INPUT.FORMAT "RGB", MODEL.PIXEL_MEAN and
+MODEL.PIXEL_STD as in SETTINGS.
 """
 
 from __future__ import annotations
@@ -16,9 +18,14 @@ from collections.abc import Mapping, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SETTINGS = ('INPUT.FORMAT "RGB"', "MODEL.PIXEL_MEAN [123.675, 116.28, 103.53]",
-            "MODEL.PIXEL_STD [58.395, 57.12, 57.375]", "MODEL.RESNETS.STRIDE_IN_1X1 False",
-            'MODEL.RESNETS.NORM "SyncBN"', "MODEL.BACKBONE.FREEZE_AT 0")
+SETTINGS = (
+    'INPUT.FORMAT "RGB"',
+    "MODEL.PIXEL_MEAN [123.675, 116.28, 103.53]",
+    "MODEL.PIXEL_STD [58.395, 57.12, 57.375]",
+    "MODEL.RESNETS.STRIDE_IN_1X1 False",
+    'MODEL.RESNETS.NORM "SyncBN"',
+    "MODEL.BACKBONE.FREEZE_AT 0",
+)
 
 TABLE = (  # torchvision -> detectron2
     (r"^conv1\.", "stem.conv1."),
@@ -57,7 +64,7 @@ def to_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return rename(state, BACK)
 
 
-# ------------------------------------------------------------------------------------ to prove a file with
+# ------------------------------------------------------------------------ to prove a file with
 
 
 class Conv(nn.Conv2d):
@@ -72,7 +79,8 @@ class Conv(nn.Conv2d):
 
 
 class Block(nn.Module):
-    """A residual block of two 3x3 convolutions (kernels 3, 3) or a bottleneck of three (1, 3, 1)."""
+    """A residual block of two 3x3 convolutions (kernels 3, 3) or a bottleneck of three (1, 3,
+    1)."""
 
     def __init__(self, widths: Sequence[int], kernels: Sequence[int], stride: int):
         super().__init__()
@@ -81,7 +89,9 @@ class Block(nn.Module):
         for i, kernel in enumerate(kernels):
             conv = Conv(widths[i], widths[i + 1], kernel, stride if i == strided else 1)
             self.add_module(f"conv{i + 1}", conv)
-        self.shortcut = Conv(inside, outside, 1, stride) if inside != outside or stride > 1 else None
+        self.shortcut = (
+            Conv(inside, outside, 1, stride) if inside != outside or stride > 1 else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = x
@@ -114,4 +124,3 @@ class ResNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = F.max_pool2d(F.relu(self.stem.conv1(images)), 3, 2, 1)
         return self.res5(self.res4(self.res3(self.res2(x))))
-

@@ -1,6 +1,7 @@
 """How good the fine-tuned network is: mean IoU over a whole data set, and COCO's average precision.
 
-Slides: tables 2, 3, 4 and 7. Paper: section 4.2. Differs: nothing known; the precision is pycocotools'.
+Slides: tables 2, 3, 4 and 7. Paper: section 4.2. Differs: nothing known; the precision is
+pycocotools'.
 """
 
 from __future__ import annotations
@@ -23,17 +24,28 @@ from engine.ranks import gather_objects, sum_over_ranks
 from measures import metrics
 from measures.labels import Labelled
 
-PRECISION = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")  # COCOeval's first six numbers
+PRECISION = (
+    "ap",
+    "ap50",
+    "ap75",
+    "ap_small",
+    "ap_medium",
+    "ap_large",
+)  # COCOeval's first six numbers
 
 
 def mean_iou(
-    predict: Callable[[Tensor], Tensor], data: Labelled, device: torch.device, rank: int = 0, world_size: int = 1,
+    predict: Callable[[Tensor], Tensor],
+    data: Labelled,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
     workers: int = 0,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """One confusion matrix over all images of all ranks, then the mean over classes that occur.
 
-    predict(image (3 y x) uint8 on the device) -> (y x) classes. Returns miou and accuracy in [0, 1], and the IoU
-    of each class by name, None for one without a labelled pixel.
+    predict(image (3 y x) uint8 on the device) -> (y x) classes. Returns miou and accuracy in [0,
+    1], and the IoU of each class by name, None for one without a labelled pixel.
     """
     t = len(data.class_names)
     counts = torch.zeros(t, t, dtype=torch.long)
@@ -42,18 +54,25 @@ def mean_iou(
     counts = sum_over_ranks(counts.to(device)).cpu()
     own = torch.arange(t)  # the network knows the classes by name
     each = metrics.iou(counts, own).tolist()
-    by_class = {name: None if np.isnan(value) else value for name, value in zip(data.class_names, each)}
+    by_class = {
+        name: None if np.isnan(value) else value for name, value in zip(data.class_names, each)
+    }
     scores = dict(miou=metrics.miou(counts, own), accuracy=metrics.pixel_accuracy(counts, own))
     return scores, dict(iou=by_class)
 
 
 def coco_precision(
-    predict: Callable[[Tensor], dict[str, Tensor]], data: CocoObjects, device: torch.device, rank: int = 0,
-    world_size: int = 1, workers: int = 0,
+    predict: Callable[[Tensor], dict[str, Tensor]],
+    data: CocoObjects,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """COCO's AP of boxes and masks over all images of all ranks, in [0, 1].
 
-    predict(image (3 y x) uint8 on the device) -> boxes, labels, scores, masks of `Detector.predict`.
+    predict(image (3 y x) uint8 on the device) -> boxes, labels, scores, masks of
+    `Detector.predict`.
     """
     results = []
     for image, target in share(data, rank, world_size, workers, device):
@@ -62,21 +81,34 @@ def coco_precision(
     return average_precision(data, results), dict(detections=len(results))
 
 
-def as_results(found: dict[str, Tensor], image_id: int, categories: Sequence[int]) -> list[dict[str, Any]]:
-    """Detections in one image as COCO's result format has them: box x y width height px, mask as run lengths."""
+def as_results(
+    found: dict[str, Tensor], image_id: int, categories: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Detections in one image as COCO's result format has them: box x y width height px, mask as
+    run lengths."""
     corner, other = found["boxes"].float().cpu().split(2, dim=1)  # over x1 y1 x2 y2
     boxes = torch.cat([corner, other - corner], dim=1)
     masks = found["masks"].to("cpu", torch.uint8).numpy()
     results = []
-    for box, label, score, mask in zip(boxes.tolist(), found["labels"].tolist(), found["scores"].tolist(), masks):
+    for box, label, score, mask in zip(
+        boxes.tolist(), found["labels"].tolist(), found["scores"].tolist(), masks
+    ):
         runs = encoding.encode(np.asfortranarray(mask))
-        results.append(dict(image_id=image_id, category_id=categories[label - 1], bbox=box, score=score,
-                            segmentation={**runs, "counts": runs["counts"].decode()}))
+        results.append(
+            dict(
+                image_id=image_id,
+                category_id=categories[label - 1],
+                bbox=box,
+                score=score,
+                segmentation={**runs, "counts": runs["counts"].decode()},
+            )
+        )
     return results
 
 
 def average_precision(data: CocoObjects, results: list[dict[str, Any]]) -> dict[str, float]:
-    """box_ap, box_ap50 ... mask_ap_large of results on these images; 0 without any, nan where nothing is to be found."""
+    """box_ap, box_ap50 ... mask_ap_large of results on these images; 0 without any, nan where
+    nothing is to be found."""
     numbers = {}
     with contextlib.redirect_stdout(None):  # it prints its tables to stdout
         found = data.coco.loadRes(results) if results else None
@@ -93,11 +125,15 @@ def average_precision(data: CocoObjects, results: list[dict[str, Any]]) -> dict[
     return numbers
 
 
-def share(data: Any, rank: int, world_size: int, workers: int, device: torch.device) -> Iterator[Any]:
+def share(
+    data: Any, rank: int, world_size: int, workers: int, device: torch.device
+) -> Iterator[Any]:
     """This rank's items, read by worker processes, with a bar on a terminal."""
     mine = [[index] for index in range(rank, len(data), world_size)]
     loader = make_loader(data, mine, workers, device, collate=only)
-    return iter(tqdm(loader, "test", disable=rank > 0 or not sys.stderr.isatty(), leave=False, unit="image"))
+    return iter(
+        tqdm(loader, "test", disable=rank > 0 or not sys.stderr.isatty(), leave=False, unit="image")
+    )
 
 
 def only(samples: Sequence[Any]) -> Any:

@@ -1,4 +1,5 @@
-"""The pretrained trunk in a file, whatever kind of checkpoint it is, and the trunk made ready for dense tasks.
+"""The pretrained trunk in a file, whatever kind of checkpoint it is, and the trunk made ready for
+dense tasks.
 
 Slides: tables 2, 3, 4 and 7 (transfer). Paper: section 4.2.
 Differs: nothing is ever loaded in part: a wrong key would leave some of the trunk random, and the
@@ -23,7 +24,8 @@ from engine.weights import architecture_of, model_state
 
 
 class TrunkFile(NamedTuple):
-    """What a file holds: the architecture, its state under torchvision's names, and what kind of file it is."""
+    """What a file holds: the architecture, its state under torchvision's names, and what kind of
+    file it is."""
 
     arch: str
     state: dict[str, Tensor]
@@ -31,10 +33,12 @@ class TrunkFile(NamedTuple):
 
 
 def read_trunk(path: str | Path, network: str = "teacher") -> TrunkFile:
-    """The trunk in a checkpoint: ours (finished or paused), the released code's, backbone.pth, or an exported file.
+    """The trunk in a checkpoint: ours (finished or paused), the released code's, backbone.pth, or
+    an exported file.
 
-    network: teacher or student, where the file holds both. A classifier `fc.*` is no part of a trunk.
-    Raises ValueError with one line: no checkpoint, or not exactly the tensors of one architecture.
+    network: teacher or student, where the file holds both. A classifier `fc.*` is no part of a
+    trunk. Raises ValueError with one line: no checkpoint, or not exactly the tensors of one
+    architecture.
     """
     contents = checkpoint.read(path)
     state = contents.get("model", contents)
@@ -69,12 +73,15 @@ def common(arch: str, state: Mapping[str, Tensor]) -> int:
 def exact(state: Mapping[str, Tensor]) -> bool:
     """Whether the state is one architecture's, tensor by tensor."""
     with torch.device("meta"):
-        return any(common(arch, state) == len(state) == len(build_trunk(arch).state_dict())
-                   for arch in ARCHITECTURES)
+        return any(
+            common(arch, state) == len(state) == len(build_trunk(arch).state_dict())
+            for arch in ARCHITECTURES
+        )
 
 
 def nearest(state: Mapping[str, Tensor], path: str | Path) -> str:
-    """The architecture of which a damaged state is most, so that the complaint can name what differs.
+    """The architecture of which a damaged state is most, so that the complaint can name what
+    differs.
 
     Raises ValueError where it is less than half of any.
     """
@@ -83,7 +90,8 @@ def nearest(state: Mapping[str, Tensor], path: str | Path) -> str:
 
 
 def refuse_differences(trunk: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Raises ValueError, with the first of them, if any tensor is missing, unexpected or of another shape."""
+    """Raises ValueError, with the first of them, if any tensor is missing, unexpected or of another
+    shape."""
     empty = {name: value.to("meta") for name, value in state.items()}
     checkpoint.load_strictly(trunk, empty, path)
 
@@ -102,19 +110,26 @@ def open_trunk(backbone: str, arch: str, network: str = "teacher") -> tuple[nn.M
     trunk = build_trunk(found.arch)
     checkpoint.load_strictly(trunk, found.state, backbone)
     total = len(trunk.state_dict())
-    return trunk, found.arch, (f"{found.arch}, {len(found.state)} of {total} tensors from {backbone} "
-                               f"({found.kind}), none missing, none left over")
+    return (
+        trunk,
+        found.arch,
+        (
+            f"{found.arch}, {len(found.state)} of {total} tensors from {backbone} "
+            f"({found.kind}), none missing, none left over"
+        ),
+    )
 
 
-# ------------------------------------------------------------------------------------ for dense tasks
+# ------------------------------------------------------------------------ for dense tasks
 
 
 def dilate(trunk: nn.Module, output_stride: int) -> None:
-    """A ResNet of stride 32 becomes one of stride 16 or 8: its last stages keep the resolution of what they get.
+    """A ResNet of stride 32 becomes one of stride 16 or 8: its last stages keep the resolution of
+    what they get.
 
-    Their 3x3 convolutions look `dilation` pixels further instead; the first block of a stage has the dilation
-    of the stage before, as in torchvision [P: mmsegmentation's contract_dilation]. No weight changes.
-    Raises ValueError for other strides.
+    Their 3x3 convolutions look `dilation` pixels further instead; the first block of a stage has
+    the dilation of the stage before, as in torchvision [P: mmsegmentation's contract_dilation]. No
+    weight changes. Raises ValueError for other strides.
     """
     stages = {32: (), 16: (trunk.layer4,), 8: (trunk.layer3, trunk.layer4)}
     if output_stride not in stages:
@@ -132,16 +147,20 @@ def dilate(trunk: nn.Module, output_stride: int) -> None:
 
 
 def stages(trunk: nn.Module, aux: bool) -> nn.Module:
-    """What heads ask for: images (b 3 y x) -> {"out": (b c h w)}, and with aux {"aux": (b c h w)}, a ResNet's C4.
+    """What heads ask for: images (b 3 y x) -> {"out": (b c h w)}, and with aux {"aux": (b c h w)},
+    a ResNet's C4.
 
-    A ResNet's state keeps its own names: it fits `torchvision.models.segmentation.fcn_resnet50().backbone`.
-    Raises ValueError where a C4 is wanted of a trunk that has none.
+    A ResNet's state keeps its own names: it fits
+    `torchvision.models.segmentation.fcn_resnet50().backbone`. Raises ValueError where a C4 is
+    wanted of a trunk that has none.
     """
     if hasattr(trunk, "layer4"):
         wanted = {"layer3": "aux", "layer4": "out"} if aux else {"layer4": "out"}
         return IntermediateLayerGetter(trunk, wanted)
     if aux:
-        raise ValueError("the auxiliary head needs a ResNet's C4: set --aux-weight 0 for this trunk")
+        raise ValueError(
+            "the auxiliary head needs a ResNet's C4: set --aux-weight 0 for this trunk"
+        )
     return OneStage(trunk)
 
 

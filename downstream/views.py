@@ -1,7 +1,9 @@
-"""What a training step sees of a labelled image: another size, a crop, a mirror, other colors, with its labels.
+"""What a training step sees of a labelled image: another size, a crop, a mirror, other colors, with
+its labels.
 
 Slides: tables 2, 3 and 4. Paper: section 4.2.
-Differs: all random numbers come from the generator that the loader hands in, a function of (seed, epoch, index).
+Differs: all random numbers come from the generator that the loader hands in, a function of (seed,
+epoch, index).
 """
 
 from __future__ import annotations
@@ -21,16 +23,19 @@ from measures.metrics import IGNORE
 from photometric import IMAGENET_MEAN
 
 TRIES = 10  # crops until one is varied enough [P: mmsegmentation]
-GRAY = tuple(round(255 * value) for value in IMAGENET_MEAN)  # what is beside the image: zero once normalized
+GRAY = tuple(
+    round(255 * value) for value in IMAGENET_MEAN
+)  # what is beside the image: zero once normalized
 
 
 @dataclass(frozen=True)
 class CropView:
-    """A square crop of the resized image: (image (3 y x) uint8, label (y x)) -> (3 crop crop), (crop crop).
+    """A square crop of the resized image: (image (3 y x) uint8, label (y x)) -> (3 crop crop),
+    (crop crop).
 
-    frame: (long, short) px that the image is fitted into, () for its own size; scale: the frame, or the image, is
-    this much larger, drawn evenly; most: a crop in which one class has a larger share of the labelled pixels is
-    drawn again; distort: change the colors.
+    frame: (long, short) px that the image is fitted into, () for its own size; scale: the frame, or
+    the image, is this much larger, drawn evenly; most: a crop in which one class has a larger share
+    of the labelled pixels is drawn again; distort: change the colors.
     """
 
     crop: int
@@ -61,7 +66,8 @@ class CropView:
 
 
 def varied(label: Tensor, most: float) -> bool:
-    """Whether at least two classes are there, and none has more than this share of the labelled pixels."""
+    """Whether at least two classes are there, and none has more than this share of the labelled
+    pixels."""
     counts = torch.bincount(label[label != IGNORE].long())
     return bool((counts > 0).sum() > 1 and counts.max() < most * counts.sum())
 
@@ -78,15 +84,22 @@ def padded(image: Tensor, label: Tensor, side: int) -> tuple[Tensor, Tensor]:
 
 
 def distorted(image: Tensor, rng: random.Random) -> Tensor:
-    """Brightness +-32, contrast and saturation x 0.5..1.5, hue +-0.1 turns, each with probability 1/2 [P: mmsegmentation].
+    """Brightness +-32, contrast and saturation x 0.5..1.5, hue +-0.1 turns, each with probability
+    1/2 [P: mmsegmentation].
 
     image (3 y x) uint8 -> the same. Contrast comes before or after saturation and hue, by chance.
     """
+
     def maybe(low: float, high: float) -> float | None:
         value = rng.uniform(low, high)
         return value if rng.random() < 0.5 else None
 
-    brighter, contrast, saturation, hue = maybe(-32, 32), maybe(0.5, 1.5), maybe(0.5, 1.5), maybe(-0.1, 0.1)
+    brighter, contrast, saturation, hue = (
+        maybe(-32, 32),
+        maybe(0.5, 1.5),
+        maybe(0.5, 1.5),
+        maybe(-0.1, 0.1),
+    )
     first = rng.random() < 0.5
     pixels = image.float()
     if brighter is not None:
@@ -103,7 +116,8 @@ def distorted(image: Tensor, rng: random.Random) -> Tensor:
 
 
 def saturated(pixels: Tensor, factor: float) -> Tensor:
-    """The S of HSV times factor, at most 1; hue and value stay: p -> V - (V - p) min(factor, V / (V - min)).
+    """The S of HSV times factor, at most 1; hue and value stay: p -> V - (V - p) min(factor, V / (V
+    - min)).
 
     pixels (3 y x) float 0..255.
     """
@@ -122,7 +136,9 @@ class ObjectView:
     shorts: Sequence[int]
     longest: int
 
-    def __call__(self, pair: tuple[Tensor, dict], rng: random.Random) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(
+        self, pair: tuple[Tensor, dict], rng: random.Random
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         image, target = pair
         y, x = image.shape[-2:]
         size = fitting((y, x), self.longest, rng.choice(self.shorts))
@@ -131,25 +147,33 @@ class ObjectView:
         boxes = target["boxes"] * torch.tensor([size[1] / x, size[0] / y] * 2)
         if rng.random() < 0.5:
             image, masks = image.flip(-1), masks.flip(-1)  # over x
-            boxes = rearrange([size[1] - boxes[:, 2], boxes[:, 1], size[1] - boxes[:, 0], boxes[:, 3]], "s n -> n s")
+            boxes = rearrange(
+                [size[1] - boxes[:, 2], boxes[:, 1], size[1] - boxes[:, 0], boxes[:, 3]],
+                "s n -> n s",
+            )
         return image, {**target, "boxes": boxes, "masks": masks}
 
 
 def objects(samples: Sequence[tuple[tuple, list]]) -> tuple[tuple[list, list], list]:
-    """A batch of images of unlike sizes: lists instead of tensors, and all files that were skipped."""
+    """A batch of images of unlike sizes: lists instead of tensors, and all files that were
+    skipped."""
     views, failures = zip(*samples)
     images, targets = zip(*views)
     return (list(images), list(targets)), [failure for each in failures for failure in each]
 
 
-def blank_pixels() -> tuple[Tensor, Tensor]:
+def black_pixels() -> tuple[Tensor, Tensor]:
     """A black image without a label, for a rank that has none."""
     return torch.zeros(3, 64, 64, dtype=torch.uint8), torch.full((64, 64), IGNORE)
 
 
-def blank_objects() -> tuple[Tensor, dict[str, Tensor]]:
+def black_objects() -> tuple[Tensor, dict[str, Tensor]]:
     """A black image with one object, for a rank that has none."""
     masks = torch.zeros(1, 64, 64, dtype=torch.uint8)
     masks[:, 16:48, 16:48] = 1
     return torch.zeros(3, 64, 64, dtype=torch.uint8), dict(
-        boxes=torch.tensor([[16.0, 16, 48, 48]]), labels=torch.tensor([1]), masks=masks, image_id=torch.tensor(0))
+        boxes=torch.tensor([[16.0, 16, 48, 48]]),
+        labels=torch.tensor([1]),
+        masks=masks,
+        image_id=torch.tensor(0),
+    )

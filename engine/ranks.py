@@ -52,7 +52,7 @@ def gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
 
 
 def gather_objects(own: Any) -> list[Any]:
-    """What every rank holds, in the order of the ranks, on all of them. For plain values: it is pickled."""
+    """What every rank holds, in the order of the ranks, on all of them. For plain values."""
     world_size = rank_and_world_size()[1]
     if world_size == 1:
         return [own]
@@ -63,7 +63,7 @@ def gather_objects(own: Any) -> list[Any]:
 
 @torch.no_grad()
 def copy_from_main(tensors: Iterable[Tensor]) -> None:
-    """The main process's values into these tensors of every rank, such as statistics that are each rank's own."""
+    """The main process's values into these tensors of every rank, such as batch statistics."""
     if rank_and_world_size()[1] > 1:
         for tensor in tensors:
             dist.broadcast(tensor, 0)

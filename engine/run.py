@@ -144,7 +144,8 @@ def open_run(
     dtype: of autocast, None for float32; view(image, rng): what a batch needs of an image; values:
     names of what every step adds to the log; settings: kept with the checkpoint; changed(saved):
     what has changed since and must not; touched: tensors that a forward changes, which a bad step
-    must return; black, collate: of `run_batches`. Raises ValueError, with one line, for what the person who started it can change.
+    must return; black, collate: of `run_batches`. Raises ValueError, with one line, for what the
+    person who started it can change.
     """
     began, folder, is_main = time.perf_counter(), Path(options.output_dir), place.rank == 0
     gradient = Gradient(model, optimizer, place.device, dtype, options.accumulate)
