@@ -146,7 +146,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
+def start(argv: list[str] | None) -> int:
+    """Read, write, prove, and say what was done."""
     args = parse(argv)
     found = read_trunk(args.checkpoint, args.network)
     if found.arch not in RESNETS:
@@ -166,5 +167,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
+    return run_program("export.py", start, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(run_program("export.py", main))
+    sys.exit(main())
