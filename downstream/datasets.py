@@ -31,8 +31,8 @@ TREES = {  # what --data-dir must hold
     "gtFine/{train,val}/CITY/*_gtFine_labelIds.png",
     "ade20k": "images/{training,validation}/*.jpg + annotations/{training,validation}/*.png, "
     "in it or in its ADEChallengeData2016",
-    "folder": "images/ + labels/ with equal names, labels as PNG, and classes.txt with a name per line; "
-    "both may have folders train and val, else every fifth image is for testing",
+    "folder": "images/ + labels/ with equal names, labels as PNG, and classes.txt with a name per "
+    "line; both may have folders train and val, else every fifth image is for testing",
     "coco": "{train2017,val2017}/*.jpg + annotations/instances_{train2017,val2017}.json",
 }
 
@@ -197,14 +197,14 @@ def paired(
 
 
 def classes_in(files: Sequence[Path], table: np.ndarray, index: int) -> np.ndarray:
-    """(y x) class numbers of one label file. Raises ValueError for a number that the table has
-    not."""
+    """(y x) class numbers of one label file. Raises ValueError for a number that the table has not:
+    it is -1 there, or beyond its end."""
     ids = read_ids(files[index])
-    if ids.size and not 0 <= ids.min() <= ids.max() < len(table):
-        raise ValueError(
-            f"{files[index]} has id {ids.max()}, and only 0..{len(table) - 1} can be one"
-        )
-    return table[ids]
+    known = (ids >= 0) & (ids < len(table))
+    classes = np.where(known, table[np.where(known, ids, 0)], -1)
+    if (classes < 0).any():
+        raise ValueError(f"{files[index]} has id {ids[classes < 0][0]}, which is no class")
+    return classes
 
 
 def some_of(count: int, wanted: int, seed: int) -> list[int]:

@@ -19,8 +19,6 @@ from downstream.trunks import dilate, stages
 from measures.metrics import IGNORE
 from photometric import normalize
 
-LOSSES = ("loss", "main_loss", "aux_loss")  # what `Segmenter` reports, in this order
-
 
 class FCNHead(nn.Module):
     """Convolutions 3x3 with batch norm, then one score per class: map (b c h w) -> scores (b t h
@@ -104,16 +102,18 @@ class Segmenter(nn.Module):
             else None
         )
 
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """The names of what `forward` reports."""
+        return ("loss",) if self.aux_head is None else ("loss", "main_loss", "aux_loss")
+
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """images (b 3 y x) uint8, labels (b y x) in 0..t-1 or IGNORE -> loss, LOSSES (3)
-        detached."""
+        """images (b 3 y x) uint8, labels (b y x) in 0..t-1 or IGNORE -> loss, `losses` (n)."""
         maps = self.backbone(normalize(images))
         main = pixel_loss(self.head(maps["out"]), labels)
-        aux = (
-            main.new_zeros(())
-            if self.aux_head is None
-            else pixel_loss(self.aux_head(maps["aux"]), labels)
-        )
+        if self.aux_head is None:
+            return main, main.detach()[None]
+        aux = pixel_loss(self.aux_head(maps["aux"]), labels)
         loss = main + self.aux_weight * aux
         return loss, torch.stack([loss, main, aux]).detach()
 

@@ -76,6 +76,6 @@ def make_segmentation(c: Segmentation, trunk: nn.Module) -> Task:
     return Task(
         datasets.Training(seen), unseen, views.CropView(c.crop, frame, c.scale, c.most, c.distort),
         loader.collate, views.black_pixels(), model,
-        [dict(params=list(model.parameters()), weight_decay=c.weight_decay)], segmentation.LOSSES,
+        [dict(params=list(model.parameters()), weight_decay=c.weight_decay)], model.losses,
         functools.partial(scores.mean_iou, predict), "miou", sizes_vary=False,
     )  # fmt: skip

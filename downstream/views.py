@@ -55,7 +55,7 @@ class CropView:
         for _ in range(TRIES):
             top, left = (rng.randint(0, max(side - self.crop, 0)) for side in size)
             part = (..., slice(top, top + self.crop), slice(left, left + self.crop))
-            if varied(label[part], self.most):
+            if self.most >= 1 or varied(label[part], self.most):
                 break
         image, label = image[part], label[part].long()
         if rng.random() < 0.5:

@@ -1,4 +1,4 @@
-"""Exported trunks load elsewhere and give the same features there. export.py, downstream/trunks.py."""
+"""Exported trunks load elsewhere and give the same features there. export.py, trunks.py."""
 
 import argparse
 import pickle
@@ -16,7 +16,7 @@ from engine.program import Stopped
 
 
 def trained(arch, seed):
-    """A trunk in which no norm is the identity or zero, so that every tensor shows in the features."""
+    """A trunk in which no norm is the identity or zero: every tensor shows in the features."""
     torch.manual_seed(seed)
     trunk = build_trunk(arch)
     for module in trunk.modules():
@@ -76,13 +76,13 @@ def test_the_student_is_another_network_of_the_same_file(kind, files):
 
 
 @pytest.mark.parametrize("change, complaint", [
-    (lambda s: s.pop("layer3.1.bn2.running_var"), "lacks 1 tensors, first layer3.1.bn2.running_var"),
+    (lambda s: s.pop("layer3.1.bn2.running_var"), "lacks 1 tensors, first layer3.1.bn2"),
     (lambda s: s.update(extra=torch.zeros(1)), "has 1 of its own, first extra"),
     (lambda s: s.update({"bn1.bias": torch.zeros(7)}), r"has bn1.bias as \(7,\) where \(64,\)"),
 ])  # fmt: skip
 @pytest.mark.parametrize("config", [{}, dict(config=dict(arch="resnet18"))])
 def test_a_trunk_that_is_not_whole_is_refused(change, complaint, config, files, tmp_path):
-    folder, teacher, _ = files
+    _, teacher, _ = files
     state = dict(teacher)
     change(state)
     torch.save(dict(model=state, **config), tmp_path / "damaged.pth")
@@ -96,7 +96,7 @@ def test_what_is_no_trunk_and_what_is_another_one_is_refused(files, tmp_path):
         read_trunk(tmp_path / "other.pth")
     with pytest.raises(ValueError, match="no checkpoint at"):
         read_trunk(tmp_path / "absent.pth")
-    with pytest.raises(ValueError, match="--arch resnet50, but .* holds a resnet18"):
+    with pytest.raises(ValueError, match=r"--arch resnet50, but .* holds a resnet18"):
         open_trunk(str(files[0] / "paused.pth"), "resnet50")
 
 
@@ -147,7 +147,7 @@ def test_detectron2_gets_its_own_names_and_the_same_features(suffix, files, tmp_
 
 
 def names_of_detectron2_r50():
-    """As detectron2's model zoo writes them, from its resnet.py: every convolution holds its norm."""
+    """As detectron2's resnet.py names them: every convolution holds its norm."""
     norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     convs = ["stem.conv1"]
     for stage, blocks in (("res2", 3), ("res3", 4), ("res4", 6), ("res5", 3)):
