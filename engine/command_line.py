@@ -41,8 +41,12 @@ class Commands:
         """
         parser = self.subparsers.add_parser(name, help=text, description=text, allow_abbrev=False)
         parser.set_defaults(run=command, paths=paths)
-        parser.add_argument("--json", type=path, metavar="FILE",
-                            help="write the result as JSON; -: to stdout, tables to stderr")
+        parser.add_argument(
+            "--json",
+            type=path,
+            metavar="FILE",
+            help="write the result as JSON; -: to stdout, tables to stderr",
+        )
         return parser
 
     def parse(self, argv: list[str] | None) -> argparse.Namespace:
@@ -80,33 +84,65 @@ class Commands:
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """The checkpoint, --network and --device."""
-    parser.add_argument("checkpoint", type=checkpoint,
-                        help="last.pth of a run, the folder of the run, or a released checkpoint; "
-                             "sizes and k come from it, never from options")
+    parser.add_argument(
+        "checkpoint",
+        type=checkpoint,
+        help="last.pth of a run, the folder of the run, or a released checkpoint; "
+        "sizes and k come from it, never from options",
+    )
     networks = ("teacher", "student")
-    parser.add_argument("--network", choices=networks, default="teacher",
-                        help="which of its two networks (default: teacher)")
-    parser.add_argument("--which", dest="network", choices=networks, default=argparse.SUPPRESS,
-                        help=argparse.SUPPRESS)  # the old name of --network
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
-                        help="auto: a GPU if there is one (default: auto)")
+    parser.add_argument(
+        "--network",
+        choices=networks,
+        default="teacher",
+        help="which of its two networks (default: teacher)",
+    )
+    parser.add_argument(
+        "--which",
+        dest="network",
+        choices=networks,
+        default=argparse.SUPPRESS,
+        help=argparse.SUPPRESS,
+    )  # the old name of --network
+    parser.add_argument(
+        "--device",
+        default="auto",
+        choices=("auto", "cpu", "cuda", "mps"),
+        help="auto: a GPU if there is one (default: auto)",
+    )
 
 
 def add_images(parser: argparse.ArgumentParser, text: str) -> None:
     """--data-dir and how images are read from it; text: what the folder holds."""
     parser.add_argument("--data-dir", type=folder, help=text)
-    parser.add_argument("--limit", type=whole, default=0,
-                        help="use the first N images only, for a quick try; 0: all (default: 0)")
-    parser.add_argument("--batch-size", type=positive, default=16,
-                        help="images at a time; changes no result (default: 16)")
-    parser.add_argument("--workers", type=whole, default=0,
-                        help="processes that decode images; 2 to 8 help on a GPU (default: none)")
+    parser.add_argument(
+        "--limit",
+        type=whole,
+        default=0,
+        help="use the first N images only, for a quick try; 0: all (default: 0)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=positive,
+        default=16,
+        help="images at a time; changes no result (default: 16)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=whole,
+        default=0,
+        help="processes that decode images; 2 to 8 help on a GPU (default: none)",
+    )
 
 
 def add_output(parser: argparse.ArgumentParser, default: str) -> None:
     """--output; default: the name in words."""
-    parser.add_argument("--output", type=path, metavar="FILE",
-                        help=f"file or folder of the figure (default: {default})")
+    parser.add_argument(
+        "--output",
+        type=path,
+        metavar="FILE",
+        help=f"file or folder of the figure (default: {default})",
+    )
 
 
 def output_file(chosen: Path | None, default: Path) -> Path:
@@ -118,8 +154,10 @@ def output_file(chosen: Path | None, default: Path) -> Path:
     if file.is_dir():
         file = file / default.name
     if file.suffix.lower() not in FIGURES:
-        raise ValueError(f"--output {file}: expected a folder, or a name that ends in one of "
-                         f"{', '.join(FIGURES)}")
+        raise ValueError(
+            f"--output {file}: expected a folder, or a name that ends in one of "
+            f"{', '.join(FIGURES)}"
+        )
     check_writable(file, "--output")
     return file
 
@@ -144,8 +182,9 @@ def checkpoint(text: str) -> Path:
         return file
     if not (file / "last.pth").is_file():
         others = ", ".join(sorted(each.name for each in file.glob("*.pth"))[:5])
-        raise argparse.ArgumentTypeError(f"there is no last.pth in the folder {file}"
-                                         + (f"; found {others}" if others else ""))
+        raise argparse.ArgumentTypeError(
+            f"there is no last.pth in the folder {file}" + (f"; found {others}" if others else "")
+        )
     return file / "last.pth"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from engine import checkpoint, files, keeper, processes
-from engine.batches import Batches, run_batches
+from engine.batches import Batches, Collate, run_batches
 from engine.gradient import Gradient
 from engine.journal import Journal
 from engine.keeper import Keeper
-from engine.loader import Skipped
+from engine.loader import Skipped, collate
 from engine.lock import Lock
 from engine.meter import Meter
 from engine.program import Stopped
@@ -75,6 +75,8 @@ class Run:
     num_images: int
     # on the clock of time.perf_counter, moved back by what the run took before it was interrupted
     began: float
+    # what a program wants to know again when it is resumed, plain values
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -95,6 +97,7 @@ class Run:
             num_images=self.num_images,
             world_size=self.place.world_size,
             seconds=time.perf_counter() - self.began,
+            notes=dict(self.notes),
             model=self.model.state_dict(),
             optimizer=self.gradient.optimizer.state_dict(),
             scaler=self.gradient.scaler.state_dict(),
@@ -166,23 +169,28 @@ def open_run(
     settings: Mapping[str, Any],
     changed: Callable[[Mapping[str, Any]], list[str]],
     touched: Sequence[Tensor] = (),
+    black: Any = None,
+    collate: Collate = collate,
 ) -> Run:
     """All parts of a run on this rank, new or resumed; its folder is made.
 
     dtype: of autocast, None for float32; view(image, rng): what a batch needs of an image; values:
     names of what every step adds to the log; settings: kept with the checkpoint; changed(saved):
     what has changed since and must not; touched: tensors that a forward changes, which a bad step
-    must return. Raises ValueError, with one line, for what the person who started it can change.
+    must return; black, collate: of `run_batches`. Raises ValueError, with one line, for what the
+    person who started it can change.
     """
     began, folder, is_main = time.perf_counter(), Path(options.output_dir), place.rank == 0
     gradient = Gradient(model, optimizer, place.device, dtype, options.accumulate)
     progress = Progress(schedule.last_step, options.max_bad_steps)
     meter = Meter(values, options.batch_size)
+    notes: dict[str, Any] = {}
     last = folder / "last.pth" if options.resume == "auto" else Path(options.resume)
     if options.resume != "none" and (options.resume != "auto" or last.exists()):
         saved = checkpoint.restore(last, model, optimizer, gradient.scaler, changed)
         progress.restore(saved)
         meter.restore(saved)
+        notes = dict(saved.get("notes", {}))
         began -= saved["seconds"]
         if is_main:
             others = keeper.change_of_processes(saved["world_size"], place.world_size)
@@ -212,6 +220,8 @@ def open_run(
         place,
         options.workers,
         skipped,
+        black,
+        collate,
     )
     kept = Keeper(
         folder,
@@ -224,4 +234,4 @@ def open_run(
         options.save_minutes,
     )
     parts = Undo(touched), progress, batches, meter, journal, kept, lock, settings
-    return Run(options, place, schedule, model, gradient, *parts, len(images), began)
+    return Run(options, place, schedule, model, gradient, *parts, len(images), began, notes)
