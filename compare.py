@@ -15,6 +15,8 @@ Read next: comparisons/common.py. Side trip: recipes.py, which option is which r
 
 from __future__ import annotations
 
+import engine.interrupt  # noqa: F401  first: Ctrl-C while the others are loaded
+
 import argparse
 import dataclasses
 import sys

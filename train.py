@@ -14,7 +14,8 @@ Read next: evaluate.py. Side trip: recipes.py, all numbers of a run.
 
 from __future__ import annotations
 
-import contextlib
+import engine.interrupt  # noqa: F401  first: Ctrl-C while the others are loaded
+
 import dataclasses
 import functools
 import sys
@@ -24,14 +25,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-import engine.interrupt  # noqa: F401  first: Ctrl-C while the others are loaded
 import recipes
 from engine import checkpoint, loader, processes, weights
-from engine.keeper import same_command, saying_what_is_lost
+from engine.keeper import same_command
 from engine.lars import make_optimizer
 from engine.program import Stopped, run_program
 from engine.progress import seed_of
-from engine.run import Run, open_run
+from engine.run import Run, live, open_run
 from engine.signals import StopSignals
 from engine.verdict import Verdict, agree
 from measures import toy_result
@@ -189,17 +189,14 @@ def start(argv: list[str] | None, prepared: Callable[[Run], None] | None = None)
     if c.check_data:
         check_data(c, given)
         return 0
-    with StopSignals() as signals, contextlib.ExitStack() as at_end:
-        with saying_what_is_lost(c.output_dir, c.resume):
-            run = set_up(c, given)
-        at_end.callback(run.close)
-        with saying_what_is_lost(c.output_dir, c.resume), run.rescued():
-            if prepared:
-                prepared(run)
-            train(c, run, signals)
-        if run.end(signals.received) and run.place.rank == 0:
-            finish(c, run)
-        return signals.status if run.progress.ended == "signal" else 0
+    return live(
+        c.output_dir,
+        c.resume,
+        set_up=lambda: set_up(c, given),
+        loop=lambda run, signals: train(c, run, signals),
+        finish=lambda run: finish(c, run),
+        prepared=prepared,
+    )
 
 
 def main(argv: list[str] | None = None, prepared: Callable[[Run], None] | None = None) -> int:

@@ -28,6 +28,7 @@ from engine.program import Stopped
 from engine.progress import Progress
 from engine.ranks import gather_rows
 from engine.schedule import Schedule
+from engine.signals import StopSignals
 from engine.undo import Undo
 
 
@@ -235,3 +236,30 @@ def open_run(
     )
     parts = Undo(touched), progress, batches, meter, journal, kept, lock, settings
     return Run(options, place, schedule, model, gradient, *parts, len(images), began, notes)
+
+
+def live(
+    output_dir: str,
+    resume: str,
+    set_up: Callable[[], Run],
+    loop: Callable[[Run, StopSignals], None],
+    finish: Callable[[Run], None],
+    prepared: Callable[[Run], None] | None = None,
+) -> int:
+    """The life of a run on this rank: set up, loop, end; returns the exit status.
+
+    loop(run, signals): all steps; finish(run): what a run leaves when it is done, on the main
+    process; prepared(run): called before the first step, to look on. Whatever ends the loop, what
+    was learned is kept. Raises Stopped, ValueError, and what is a mistake of ours.
+    """
+    with StopSignals() as signals, contextlib.ExitStack() as at_end:
+        with keeper.saying_what_is_lost(output_dir, resume):
+            run = set_up()
+        at_end.callback(run.close)
+        with keeper.saying_what_is_lost(output_dir, resume), run.rescued():
+            if prepared:
+                prepared(run)
+            loop(run, signals)
+        if run.end(signals.received) and run.place.rank == 0:
+            finish(run)
+        return signals.status if run.progress.ended == "signal" else 0

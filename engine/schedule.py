@@ -24,7 +24,8 @@ def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float) -
 
 
 def warm_up(step: int, steps: int, start: float, end: float) -> float:
-    """A straight line from start to end over so many steps, then end; end at once where there are none.
+    """A straight line from start to end over so many steps, then end; end at once where there are
+    none.
 
     DINO raises the teacher's temperature like this; SlotCon does not, and no preset does.
     """
