@@ -36,7 +36,7 @@ from downstream.settings import Shared
 from downstream.tasks import Task, make_task
 from engine import checkpoint, files, options, processes
 from engine.journal import say
-from engine.program import Stopped, run_program
+from engine.program import run_program
 from engine.progress import seed_of
 from engine.ranks import copy_from_main
 from engine.run import Run, live, open_run
