@@ -7,9 +7,11 @@ do; photographs are turned upright as their camera noted; a bad file has a name 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import stat
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -255,3 +257,86 @@ def _reason(error):
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return " ".join(str(error).split()) or type(error).__name__
+
+
+# -------------------------------------------------------------------------------------- subsets
+
+
+def choose_subset(
+    paths: np.ndarray, count: int, seed: int, long_tailed: bool = False
+) -> tuple[np.ndarray, str]:
+    """`count` of the paths, sorted, and in words how they were chosen; a function of the seed.
+
+    Where the images lie in folders, the folders are the classes: each gives as many images, or, for
+    a long tail, a number that follows a Pareto distribution of power 6. Else at random [U].
+    Raises ValueError for more images than there are, and for a long tail without classes.
+    """
+    if count > len(paths):
+        raise ValueError(f"--subset {count}, but there are {len(paths)} images: take fewer")
+    rng = np.random.default_rng([seed, count])
+    folders = np.array([os.path.dirname(path) for path in paths])
+    classes = np.unique(folders)
+    if len(classes) < 2:
+        if long_tailed:
+            raise ValueError(
+                "--long-tailed needs folders that are classes, and all images lie in one"
+            )
+        return np.sort(rng.permutation(paths)[:count]), "at random"
+    available = np.array([int((folders == name).sum()) for name in classes])
+    shares = np.ones(len(classes))
+    if long_tailed:  # quantiles of the distribution, in an order of the classes that the seed gives
+        quantiles = (np.arange(len(classes)) + 0.5) / len(classes)
+        shares = rng.permutation((1 - quantiles) ** (-1 / 6) - 1)
+    counts = share_out(count, shares, available)
+    chosen = [
+        rng.permutation(paths[folders == name])[:n] for name, n in zip(classes, counts.tolist())
+    ]
+    how = "with a long tail" if long_tailed else "uniform"
+    return np.sort(np.concatenate(chosen)), (
+        f"{how} over {len(classes)} classes ({counts.min()} to {counts.max()} each)"
+    )
+
+
+def share_out(count: int, shares: np.ndarray, available: np.ndarray) -> np.ndarray:
+    """Whole numbers that sum to `count`, as near to the shares as what is available allows.
+
+    Every class gets at least one where there are enough; what a class cannot give, the others do.
+    """
+    counts = np.minimum(available, 1 if count >= len(shares) else 0)
+    while (left := count - counts.sum()) > 0:
+        room = np.where(counts < available, shares, 0)
+        wanted = left * room / room.sum()
+        added = np.minimum(np.floor(wanted).astype(int), available - counts)
+        if not added.any():  # less than one each: the largest remainders get one
+            added[np.argsort(-wanted, kind="stable")[:left]] = 1
+            added = np.minimum(added, available - counts)
+        counts = counts + added
+    return counts
+
+
+def digest_of(paths: Sequence[str]) -> str:
+    """A hash of the names of the images: another list of as many images is another list."""
+    return hashlib.sha256("\n".join(map(str, paths)).encode(errors="surrogateescape")).hexdigest()
+
+
+def look_like_labels(paths: Sequence[str]) -> str:
+    """A line where many images have the names of others in another folder and another format: label
+    maps beside photographs. Else nothing.
+    """
+    by_folder: dict[str, dict[str, str]] = {}
+    for path in map(str, paths):
+        folder, _, _ = path.partition("/")
+        stem, suffix = os.path.splitext(os.path.basename(path))
+        if folder != path:
+            by_folder.setdefault(folder, {})[stem] = suffix.lower()
+    for folder, files in by_folder.items():
+        for other, others in by_folder.items():
+            common = files.keys() & others.keys()
+            labels = [stem for stem in common if files[stem] == ".png" and others[stem] != ".png"]
+            if folder != other and len(labels) > len(files) / 2:
+                return (
+                    f"{len(labels)} files of {folder}/ have the names of images in {other}/ and "
+                    "may "
+                    f"be label maps: give the folder {other} as --data-dir"
+                )
+    return ""

@@ -115,15 +115,17 @@ def check_ranges(settings) -> None:
                 )
 
 
-def differences(settings, earlier: Mapping[str, Any]) -> list[str]:
-    """What differs in the options that are not free, as "name: EARLIER then, NOW now"."""
-    names = [f.name for f in dataclasses.fields(settings) if not f.metadata["free"]]
-    now = {name: getattr(settings, name) for name in names}
-    return [
-        f"{name}: {earlier.get(name)} then, {now[name]} now"
-        for name in names
-        if as_list(now[name]) != as_list(earlier.get(name))
-    ]
+def differences(settings: Any, earlier: Mapping[str, Any]) -> list[str]:
+    """What differs in the options that are not free, as "name: EARLIER then, NOW now".
+
+    A field that the earlier settings did not know counts as its default.
+    """
+    found = []
+    for f in dataclasses.fields(settings):
+        now, then = getattr(settings, f.name), earlier.get(f.name, f.default)
+        if not f.metadata["free"] and as_list(now) != as_list(then):
+            found.append(f"{f.name}: {then} then, {now} now")
+    return found
 
 
 def as_list(value):

@@ -83,6 +83,16 @@ class Run:
     def folder(self) -> Path:
         return Path(self.options.output_dir)
 
+    def checkpoint_bytes(self) -> int:
+        """About the size of a checkpoint: the model, and what the optimizer will keep per
+        weight.
+        """
+        kept = (
+            1 if isinstance(self.gradient.optimizer, torch.optim.SGD) else 2
+        )  # velocity, or two moments
+        tensors = list(self.model.state_dict().values()) + self.gradient.trained * kept
+        return sum(t.numel() * t.element_size() for t in tensors)
+
     @property
     def trouble(self) -> str:
         """Why this rank cannot go on, in one line, or ""."""

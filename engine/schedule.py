@@ -48,6 +48,18 @@ class Schedule:
         """Whether so many batches are whole epochs."""
         return position % self.steps_per_epoch == 0
 
+    @property
+    def epochs(self) -> int:
+        """Whole epochs until the last step."""
+        return self.last_step // self.steps_per_epoch
+
+    def is_logged(self, step: int, position: int, log_every: int) -> bool:
+        """Whether the log gets a line: every so many steps, after the first, at the last, and at
+        the end of an epoch that is longer than that.
+        """
+        epoch = self.ends_epoch(position) and self.steps_per_epoch > log_every
+        return step % log_every == 0 or step in (1, self.last_step) or epoch
+
     def learning_rate(self, step: int) -> float:
         """Of the step that follows so many."""
         return learning_rate(step, self.total_steps, self.warmup_steps, self.peak)
