@@ -2,7 +2,7 @@
 
 Slides: "On object discovery: the Slot Attention mechanism"; "Slot Attention works well on toy
 data". Locatello et al., 2020, section 2. Differs: none known in the attention; not part of SlotCon,
-here to be compared with it."""
+here to be compared with it. Read next: losses.py, where the path goes on."""
 
 from __future__ import annotations
 
@@ -97,6 +97,6 @@ def query_attention(
 
 
 def weighted_mean(attention: Tensor, values: Tensor) -> Tensor:
-    """attention (b k n) >= 0, values (b n d) -> (b k d): every slot the mean of the pixels it won."""
+    """attention (b k n) >= 0, values (b n d) -> (b k d): each slot the mean of its pixels."""
     attention = F.normalize(attention + EPSILON, p=1, dim=2)  # over n
     return einsum(attention, values, "b k n, b n d -> b k d")

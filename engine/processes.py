@@ -15,6 +15,7 @@ import os
 import re
 import signal
 import sys
+from types import FrameType
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -68,6 +69,7 @@ def start(device: str, timeout: float) -> Place:
 
 
 def mps_available() -> bool:
+    """Whether this machine has an Apple GPU."""
     return torch.backends.mps.is_available()
 
 
@@ -140,7 +142,8 @@ class StopSignals:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def note(self, number: int, _frame) -> None:
+    def note(self, number: int, _frame: FrameType | None) -> None:
+        """A signal has arrived: the first one counts, and a second SIGINT ends the process."""
         if self.interrupted and number == signal.SIGINT:
             end_now(130)
         self.interrupted = self.interrupted or number == signal.SIGINT
