@@ -1,8 +1,8 @@
 """Slots that compete for the pixels of one image, and queries that do not.
 
 Slides: "On object discovery: the Slot Attention mechanism"; "Slot Attention works well on toy
-data". Locatello et al., 2020, section 2. Differs: none known in the attention; not part of SlotCon,
-here to be compared with it. Read next: losses.py, where the path goes on."""
+data". Paper: Locatello et al., 2020, section 2. Differs: none known in the attention; not part of
+SlotCon, here to be compared with it. Read next: losses.py, where the path goes on."""
 
 from __future__ import annotations
 

@@ -260,9 +260,7 @@ def test_of_several_passes_the_gradient_is_the_mean_over_passes_and_processes(fo
     )
 
 
-def test_with_batch_norms_of_their_own_both_processes_still_take_the_same_step_where_one_has_no_query(
-    found,
-):
+def test_with_batch_norms_of_their_own_both_take_the_same_step_where_one_has_no_query(found):
     first, second = (rank["training"] for rank in found)
     same(first["gradients"], second["gradients"])
     assert all(g.isfinite().all() for g in first["gradients"].values())
@@ -321,7 +319,7 @@ def test_a_gpu_that_is_not_there_is_one_line_and_no_crash(alone, gpus, local_ran
 
 
 def test_an_apple_gpu_that_is_not_there_is_one_line_too(alone):
-    alone.setattr(processes, "mps_available", lambda: False)
+    alone.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(
         ValueError, match="--device mps, but this machine has no Apple GPU: use --device auto"
     ):
@@ -331,7 +329,7 @@ def test_an_apple_gpu_that_is_not_there_is_one_line_too(alone):
 @pytest.mark.parametrize("cuda, mps, expected", [(False, False, "cpu"), (False, True, "mps")])
 def test_auto_takes_the_best_device_there_is(alone, cuda, mps, expected):
     alone.setattr(torch.cuda, "is_available", lambda: cuda)
-    alone.setattr(processes, "mps_available", lambda: mps)
+    alone.setattr(torch.backends.mps, "is_available", lambda: mps)
     assert processes.start("auto", 60).device.type == expected
 
 
@@ -378,7 +376,7 @@ def test_a_signal_is_noted_and_afterwards_means_what_it_did_before(alone):
 
 def test_a_person_who_insists_ends_the_run_at_once(monkeypatch):
     ended = []
-    monkeypatch.setattr(processes, "end_now", ended.append)
+    monkeypatch.setattr(os, "_exit", ended.append)
     signals = processes.StopSignals()
     for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
         signals.note(number, None)
