@@ -5,6 +5,8 @@ Slide: none. Paper: none. Differs: the released code writes at the end of an epo
 
 from __future__ import annotations
 
+import os
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -122,7 +124,20 @@ def nothing_finite(steps: int, half_precision: bool, last: Path) -> str:
 
 
 def lost_line(error: RuntimeError, folder: str | Path, resume: str) -> str:
-    """What is said where another process is lost."""
+    """What is said where another process is lost; the trace goes to a file that the line names."""
     last = Path(folder) / "last.pth"
     intact = f"; {last} is intact" if last.exists() else ""
-    return f"{processes.lost(error)}{intact}, and {same_command(resume)} goes on"
+    trace = keep_trace(error, Path(folder))
+    return f"{processes.lost(error)}{intact}, and {same_command(resume)} goes on; {trace}"
+
+
+def keep_trace(error: Exception, folder: Path) -> str:
+    """Write an error's trace to trace.RANK.txt, since only its words tell a lost process from a
+    mistake of ours; returns where it is, in a few words."""
+    file = folder / f"trace.{os.environ.get('RANK', 0)}.txt"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    except OSError as refused:
+        return f"the trace could not be written to {file}: {refused.strerror or refused}"
+    return f"the trace is in {file}"
