@@ -37,11 +37,6 @@ GOOD = Verdict(True, [1.0], stop=False, trouble=False)
 BAD = Verdict(False, [NAN], stop=False, trouble=False)
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 # ---------------------------------------------------------------------------------------- schedule
 
 

@@ -6,12 +6,15 @@ of the mapping so that a law is broken, and asks that it is reported."""
 
 import ast
 import itertools
+import random
 import re
 from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 VERBS = ("train", "evaluate", "visualize", "compare", "transfer", "export")
@@ -594,3 +597,14 @@ def test_a_wide_line_a_long_program_and_a_long_loop_are_reported():
 def test_an_axis_outside_of_the_vocabulary_is_reported():
     found = unknown_axes({"x": "rearrange(a, 'b q -> q b')\nreduce(a, 'b (h w) -> b h w', w=2)"})
     assert found == ["x:1 knows no axis q"]
+
+
+# ------------------------------------------------------------------------------------------- seeds
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_every_test_starts_from_the_same_random_numbers(again):
+    expected = torch.rand(3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(torch.rand(3), expected)
+    assert random.random() == random.Random(0).random()
+    assert np.random.rand() == np.random.RandomState(0).rand()

@@ -138,6 +138,7 @@ def half_masks():
 
 def one_of_two(rank, folder):
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     place, found = Place(torch.device("cpu"), rank, 2), {}
