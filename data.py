@@ -3,7 +3,8 @@
 Slide: "Prior 1: geometric-covariance and photometric-invariance", the first half. Paper: section
 3.1. Differs: crops are resized as uint8 tensors; crops that share nothing get the box 0 0 0 0, and
 with it the image leaves the consistency loss. Finding and decoding files is the work of
-engine/images.py. Read next: photometric.py.
+engine/images.py.
+Read next: photometric.py. Side trip: toy.py, scenes whose every pixel is known.
 """
 
 from __future__ import annotations

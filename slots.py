@@ -75,6 +75,7 @@ class SlotPredictor(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, slots: Tensor) -> Tensor:
+        """slots (n dim_in) -> predictions (n dim_out), not normalized."""
         # A batch norm of its own has no statistics for fewer than two rows, which one of several
         # CPU processes may be left with; it then uses the running ones. Synchronised norms count
         # the rows of all ranks.

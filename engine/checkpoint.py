@@ -135,6 +135,7 @@ def tensors(mapping: Mapping[Any, Any]) -> dict[str, Tensor]:
 
 
 def some_keys(mapping: Mapping[str, Any]) -> str:
+    """Its first names, for a person."""
     return ", ".join(str(key) for key in list(mapping)[:3]) or "nothing"
 
 

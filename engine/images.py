@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 from torch.utils.data import Dataset
 
 # ------------------------------------------------------------------------------ finding photographs
@@ -46,7 +47,9 @@ LAYOUTS = {  # the folders in which each data set's images lie; * stands for one
 PROBES = 16  # files that are tried before a folder counts as unreadable [U]
 
 
-def find_images(data_dir, layout="folder", strict=True):
+def find_images(
+    data_dir: str | Path, layout: str = "folder", strict: bool = True
+) -> tuple[Path, np.ndarray, str]:
     """The images of a data set, in an order that does not depend on the file system.
 
     layout: a key of LAYOUTS. strict: False takes a folder with another layout as a plain folder and
@@ -85,7 +88,7 @@ def find_images(data_dir, layout="folder", strict=True):
     return root, paths, notice
 
 
-def _search(data_dir, layout):
+def _search(data_dir: Path, layout: str) -> list[str]:
     """Relative paths of everything that is called like an image, [] unless all folders of the
     layout have some.
     """
@@ -103,7 +106,7 @@ def _search(data_dir, layout):
     return names
 
 
-def _walk(top, deep):
+def _walk(top: Path, deep: bool) -> list[str]:
     """Paths under top by name alone: hidden ones are left out, links followed, a circle of links
     walked once.
 
@@ -131,7 +134,8 @@ def _walk(top, deep):
     return found
 
 
-def _read_list(file):
+def _read_list(file: Path) -> list[str]:
+    """The paths in a text file. Raises ValueError where it is none."""
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -141,14 +145,15 @@ def _read_list(file):
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
-def _expected(data_dir, layout):
+def _expected(data_dir: Path, layout: str) -> str:
+    """What a layout asks for, in a few words."""
     if layout == "list":
         return "expected a text file with one image path per line"
     folders = ["..." if folder == "." else folder for folder in LAYOUTS[layout]]
     return "expected " + " and ".join(f"{data_dir}/{folder}/*.jpg" for folder in folders)
 
 
-def _found(path):
+def _found(path: Path) -> str:
     """What is at a path, or in the deepest folder on the way to it that exists, in a few words."""
     while not path.is_dir():
         path = path.parent
@@ -157,7 +162,8 @@ def _found(path):
     return f"found in {path}: {', '.join(names[:6]) or 'nothing'}{more}"
 
 
-def _require_readable(images):
+def _require_readable(images: ImageFiles) -> None:
+    """Raises ValueError where none of a few images can be read."""
     reasons = []
     for index in np.linspace(0, len(images) - 1, min(PROBES, len(images))).astype(int):
         try:
@@ -177,7 +183,7 @@ def _require_readable(images):
 class BadImage(Exception):
     """A file that cannot be used, with the reason in a few words."""
 
-    def __init__(self, name, reason):
+    def __init__(self, name: str, reason: str):
         super().__init__(f"{name}: {reason}")
         self.name, self.reason = name, reason
 
@@ -188,16 +194,17 @@ class ImageFiles(Dataset):
     root: folder. paths: array of str relative to it (absolute ones stand for themselves).
     """
 
-    def __init__(self, root, paths):
+    def __init__(self, root: str | Path, paths: np.ndarray):
         self.root, self.paths = os.fspath(root), paths
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.paths)
 
-    def name(self, index):
+    def name(self, index: int) -> str:
+        """Path of an image, relative to root."""
         return str(self.paths[index])
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> Tensor:
         path = os.path.join(self.root, self.name(index))
         try:
             return decode(path)
@@ -205,7 +212,7 @@ class ImageFiles(Dataset):
             raise BadImage(self.name(index), _reason(error)) from None
 
 
-def decode(path):
+def decode(path: str | Path) -> Tensor:
     """One file as a uint8 tensor (3 y x), upright, whatever kind of picture it is.
 
     Grey, palette and CMYK become RGB; 16-bit grey is divided by 257, other numbers are stretched
@@ -236,7 +243,8 @@ def decode(path):
     )  # y x 3 -> 3 y x without moving a byte: crops are cut from rows as they lie
 
 
-def _as_rgb(image):
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """Any mode of Pillow as RGB, as `decode` says."""
     if image.mode.startswith(("I", "F")):  # convert() would cut these at 255
         values = np.asarray(image, dtype=np.float64)
         values = np.where(np.isfinite(values), values, 0)
@@ -250,7 +258,7 @@ def _as_rgb(image):
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _reason(error):
+def _reason(error: Exception) -> str:
     """Why a file could not be used, on one line and without its path, which stands beside it."""
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image that Pillow knows"

@@ -76,6 +76,7 @@ class Journal:
             print(text, flush=True)
 
     def close(self) -> None:
+        """Take the progress bar away."""
         self.bar.close()
 
 

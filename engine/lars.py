@@ -43,6 +43,7 @@ class LARS(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self) -> None:
+        """Adapt the gradients of weights, then move everything by SGD with momentum."""
         for group in self.param_groups:
             weights = [p for p in group["params"] if p.ndim != 1 and p.grad is not None]
             adapt(weights, self.weight_decay, self.coefficient)

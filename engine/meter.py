@@ -46,5 +46,6 @@ class Meter:
         return dict(logged=self.logged, sums=self.sums)
 
     def restore(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what a checkpoint kept; the clock starts anew."""
         self.logged, self.sums = saved["logged"], saved["sums"]
         self.timed = saved["step"]

@@ -1,7 +1,7 @@
 """A frozen dataclass becomes a command line: one option per field, with its help, its range and its
 default.
 
-Paper: none. Differs: not in the released code.
+Slide: none. Paper: none. Differs: not in the released code.
 Read next: train.py, where the dataclass and its presets stand.
 """
 
@@ -10,13 +10,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import typing
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
 
 
-def option(default, text, low=None, high=None, choices=None, free=False):
+def option(
+    default: Any,
+    text: str,
+    low: float | None = None,
+    high: float | None = None,
+    choices: Sequence[str] | None = None,
+    free: bool = False,
+) -> Any:
     """A field: help with unit and origin, allowed range; free: a run that is continued may change
     it.
     """
@@ -28,7 +35,8 @@ def option(default, text, low=None, high=None, choices=None, free=False):
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line, raised as ValueError."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
+        """Raises ValueError(message)."""
         raise ValueError(message)
 
 
@@ -96,7 +104,7 @@ def defaults(presets: Mapping[str, Any], f: dataclasses.Field, by: str = "preset
     return f" (default: {usual}; {others})"
 
 
-def check_ranges(settings) -> None:
+def check_ranges(settings: Any) -> None:
     """Every number in its range, every choice among the choices. Raises ValueError for the first
     that is not.
     """
@@ -128,7 +136,7 @@ def differences(settings: Any, earlier: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def as_list(value):
+def as_list(value: Any) -> Any:
     """Tuples come back from JSON as lists."""
     return list(value) if isinstance(value, tuple) else value
 
@@ -141,10 +149,12 @@ def whole(text: str) -> int:
 
 
 def positive(text: str) -> int:
+    """A number from 1 on, as `whole`."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
     return int(text)
 
 
 def flag(name: str) -> str:
+    """batch_size -> --batch-size."""
     return "--" + name.replace("_", "-")

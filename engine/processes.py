@@ -62,6 +62,7 @@ def start(device: str, timeout: float) -> Place:
 
 
 def mps_available() -> bool:
+    """Whether this machine has an Apple GPU."""
     return torch.backends.mps.is_available()
 
 

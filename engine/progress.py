@@ -30,6 +30,7 @@ class Progress:
 
     @property
     def finished(self) -> bool:
+        """Whether no step follows."""
         return bool(self.ended) or self.step >= self.last_step
 
     def advance(self, verdict: Verdict) -> None:
@@ -55,6 +56,7 @@ class Progress:
         return dict(step=self.step, position=self.position, bad_steps=self.bad_steps)
 
     def restore(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what a checkpoint kept."""
         self.step, self.position, self.bad_steps = (
             saved["step"],
             saved["position"],

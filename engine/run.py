@@ -81,6 +81,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
+        """Where all of the run is written."""
         return Path(self.options.output_dir)
 
     def checkpoint_bytes(self) -> int:

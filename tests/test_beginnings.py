@@ -6,10 +6,10 @@ import io
 
 import numpy as np
 import pytest
-import staged
 import torch
 
 import recipes
+import staged
 import train
 from engine import weights
 from engine.images import choose_subset, digest_of, look_like_labels, share_out

@@ -1,4 +1,4 @@
-"""data.py and engine/loader.py: finding images, two crops of each, and the batches of a whole run."""
+"""data.py and engine/loader.py: finding images, two crops of each, the batches of a run."""
 
 import itertools
 import os
