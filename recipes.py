@@ -138,6 +138,8 @@ class Config:
         low=1, high=1_000_000, free=True)
     save_every: int = option(1, "epochs between two writings of last.pth",
         low=1, high=1_000_000, free=True)
+    save_minutes: float = option(10.0, "minutes between two writings of last.pth, 0: epochs only",
+        low=0, high=1e6, free=True)
     keep_every: int = option(100, "keep epoch_N.pth at every such epoch, 0: none",
         low=0, high=1_000_000, free=True)
     keep_last: int = option(0, "keep the newest epoch_N.pth too, so many",
@@ -376,7 +378,8 @@ def images_of(c: Config, strict: bool = False) -> tuple[Sequence[Tensor], str]:
     """The training images, a sequence of uint8 tensors (3 y x), and a line that says what they are.
 
     strict: a layout that was asked for by name must be there; a preset's layout may turn out to be
-    any folder."""
+    any folder.
+    """
     if c.dataset == "toy":
         return toy.ToyImages(c.seed, c.toy_scenes), f"{c.toy_scenes} toy scenes, drawn here"
     root, paths, notice = find_images(c.data_dir, c.dataset, strict)

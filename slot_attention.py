@@ -77,7 +77,8 @@ class IndependentQueries(nn.Module):
 
 def projections(dim: int) -> list[nn.Linear]:
     """To queries, keys and values. Glorot's initialization [O]: with torch's own, the first logits
-    are a third as large, attention is nearly uniform, and slots take longer to part."""
+    are a third as large, attention is nearly uniform, and slots take longer to part.
+    """
     layers = [nn.Linear(dim, dim, bias=False) for _ in range(3)]
     for layer in layers:
         nn.init.xavier_uniform_(layer.weight)

@@ -10,7 +10,8 @@ picture, drawn or photographed.
 A scene depends on (seed, index, dials) alone, on every machine and numpy version: its random
 numbers are integers, its pixels need only + - * / sqrt and comparisons, which IEEE 754 rounds the
 same everywhere. Between the seed and the bytes there is no sin, no exp, no power, no sum of an
-array and no matrix product; `wave` is our sine."""
+array and no matrix product; `wave` is our sine.
+"""
 
 import math
 from collections.abc import Callable
@@ -114,7 +115,8 @@ class Stream:
     by a key.
 
     numpy's generators promise the same numbers for the same seed only within a version; hence our
-    own."""
+    own.
+    """
 
     def __init__(self, *key: int):
         self.start, self.drawn, self.buffer = np.uint64(0), 0, []
@@ -515,7 +517,8 @@ def frame_pair(seed: int, index: int, preset: str = "scene", speed: int = 4, **d
     along each axis.
 
     Light and noise belong to the camera: only with the dials light=0, noise=0 is second exactly
-    first, moved."""
+    first, moved.
+    """
     dials = _dials(preset, dials)
     stream = Stream(seed, index)
     plan = _plan(stream, dials)

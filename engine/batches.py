@@ -2,7 +2,8 @@
 for it.
 
 Slide: none. Paper: none. Differs: in the released code a dead worker or an unreadable file ends the
-run."""
+run.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +14,21 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import default_collate
 
-from engine import processes
+from engine import processes, signals
 from engine.journal import say
-from engine.loader import Failures, RunSampler, Samples, Skipped, make_loader, moved, on_device
+from engine.loader import (
+    Failures,
+    RunSampler,
+    Samples,
+    Skipped,
+    collate,
+    make_loader,
+    moved,
+    on_device,
+)
+
+Collate = Callable[[Sequence[tuple[Any, Failures]]], tuple[Any, Failures]]
 
 
 def run_batches(
@@ -29,22 +40,27 @@ def run_batches(
     place: processes.Place,
     workers: int,
     skipped: Skipped,
+    black: Any = None,
+    collate: Collate = collate,
 ) -> Batches:
     """This rank's batches of a run from a position on, without end, since a batch with bad numbers
     is made up for.
 
     view(image, rng): what a batch needs of an image; batch_size: of all ranks together; workers:
-    processes that read for this one, -1: one per core."""
+    processes that read for this one, -1: one per core; black: what `images` would hold for a black
+    image, by default the image alone; collate: samples -> a batch and all failures.
+    """
     sampler = RunSampler(
         len(images), batch_size, place.rank, place.world_size, seed, position, sys.maxsize
     )
     loader = make_loader(
-        Samples(images, view, seed), sampler, processes.workers_of(workers), place.device
+        Samples(images, view, seed), sampler, processes.workers_of(workers), place.device, collate
     )
 
     def stand_in() -> Any:
-        black = view(torch.zeros(3, 64, 64, dtype=torch.uint8), random.Random(0))
-        batch = default_collate([black] * (batch_size // place.world_size))
+        alone = torch.zeros(3, 64, 64, dtype=torch.uint8) if black is None else black
+        sample = view(alone, random.Random(0)), []  # and no failures
+        batch, _ = collate([sample] * (batch_size // place.world_size))
         return moved(batch, lambda tensor: tensor.to(place.device))
 
     return Batches(on_device(loader, place.device), skipped, stand_in)
@@ -55,7 +71,8 @@ class Batches:
 
     batches: yields (batch, failures), on the device; skipped: counts unreadable files; stand_in():
     what a rank without a batch trains on, because the other ranks wait for it in the middle of the
-    step."""
+    step.
+    """
 
     def __init__(
         self, batches: Iterator[tuple[Any, Failures]], skipped: Skipped, stand_in: Callable[[], Any]
@@ -71,6 +88,7 @@ class Batches:
         began = time.perf_counter()
         try:
             batch, failures = next(self.batches)
+            signals.ignore_dead_children()  # from here on a dead worker is noticed by `next` alone
         except (ValueError, RuntimeError, OSError) as error:
             self.trouble = self.trouble or no_more_images(error)
             return self.stand_in()
@@ -104,4 +122,4 @@ def no_more_images(error: Exception) -> str:
     line = str(error).strip().splitlines()[-1]  # of the trace that a process sends
     if isinstance(error, ValueError):
         return f"no more images: {line.partition('ValueError: ')[2] or line}"
-    return processes.reader_died(line)
+    return signals.reader_died(line)

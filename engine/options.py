@@ -38,37 +38,55 @@ def parse(presets: Mapping[str, T], argv: list[str] | None, description: str) ->
 
     presets: name -> instance of one dataclass with a field `preset`; the first is the default.
     Raises ValueError with one line for an unknown option, preset or choice, and for a number out of
-    range."""
-    first = next(iter(presets.values()))
-    types = typing.get_type_hints(type(first))
+    range.
+    """
     parser = Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    add_options(parser, presets)
+    return settle(presets, parser.parse_args(argv))
+
+
+def add_options(
+    parser: argparse.ArgumentParser, presets: Mapping[str, Any], by: str = "preset"
+) -> None:
+    """One option per field of the presets' dataclass. by: the field that names a preset."""
+    first = next(iter(presets.values()))
+    types = typing.get_type_hints(type(first))
     for f in dataclasses.fields(first):
         arguments: dict[str, Any] = dict(default=argparse.SUPPRESS)
-        arguments["help"] = f"{f.metadata['help']}{defaults(presets, f)}".replace("%", "%%")
+        arguments["help"] = f"{f.metadata['help']}{defaults(presets, f, by)}".replace("%", "%%")
         if types[f.name] in (bool, bool | None):
             arguments["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(types[f.name]) is tuple:
-            arguments.update(type=float, nargs=len(typing.get_args(types[f.name])), metavar="VIEW")
+            kind, *others = typing.get_args(types[f.name])
+            arguments.update(type=kind, nargs=1 + len(others), metavar="NUMBER")
         else:
-            choices = tuple(presets) if f.name == "preset" else f.metadata["choices"]
+            choices = tuple(presets) if f.name == by else f.metadata["choices"]
             arguments.update(type=types[f.name], choices=choices)
         parser.add_argument(flag(f.name), **arguments)
-    given = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()
-    }
-    settings = dataclasses.replace(presets[given.get("preset", next(iter(presets)))], **given)
+
+
+def settle(
+    presets: Mapping[str, T], args: argparse.Namespace, by: str = "preset"
+) -> tuple[T, set[str]]:
+    """What was given on the command line, over the preset it names; and the names of what was
+    given. Raises ValueError for a number out of range.
+    """
+    first = next(iter(presets))
+    names = {f.name for f in dataclasses.fields(presets[first])}
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items() if k in names}
+    settings = dataclasses.replace(presets[given.get(by, first)], **given)
     check_ranges(settings)
     return settings, set(given)
 
 
-def defaults(presets: Mapping[str, Any], f: dataclasses.Field) -> str:
+def defaults(presets: Mapping[str, Any], f: dataclasses.Field, by: str = "preset") -> str:
     """The value of a field without its option: one where the presets agree, else that of each."""
     values = {name: getattr(preset, f.name) for name, preset in presets.items()}
-    if f.name == "preset":
+    if f.name == by:
         return f" (default: {next(iter(presets))})"
     if len(set(values.values())) == 1:
         value = next(iter(values.values()))

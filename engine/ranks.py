@@ -5,6 +5,9 @@ Slide: none. Paper: section 4.1, 8 GPUs. Differs: the same calls work in a proce
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -33,7 +36,8 @@ def gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
     """The rows of all ranks, in the order of the ranks.
 
     rows (n ...): this rank's; counts: n of every rank, known to all -> (sum of counts ...). Alone:
-    rows itself. On the wire: max(counts) rows per rank, since a gather moves equal pieces."""
+    rows itself. On the wire: max(counts) rows per rank, since a gather moves equal pieces.
+    """
     rank, world_size = rank_and_world_size()
     if len(counts) != world_size or counts[rank] != len(rows):
         raise ValueError(
@@ -46,3 +50,21 @@ def gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
     pieces = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(pieces, padded)
     return torch.cat([piece[:count] for piece, count in zip(pieces, counts)])
+
+
+def gather_objects(own: Any) -> list[Any]:
+    """What every rank holds, in the order of the ranks, on all of them. For plain values."""
+    world_size = rank_and_world_size()[1]
+    if world_size == 1:
+        return [own]
+    pieces = [None] * world_size
+    dist.all_gather_object(pieces, own)
+    return pieces
+
+
+@torch.no_grad()
+def copy_from_main(tensors: Iterable[Tensor]) -> None:
+    """The main process's values into these tensors of every rank, such as batch statistics."""
+    if rank_and_world_size()[1] > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)

@@ -1,7 +1,8 @@
 """The learning rate of every step, and the last step: pure functions of the step.
 
 Slide: none. Paper: section 4.1. Differs: nothing known; the release raises the rate at every step
-too."""
+too.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float) -
     [O].
 
     lr(t) = peak / 100 (99 t / T_w + 1) for t < T_w, then 1e-6 + (peak - 1e-6) (1 + cos(pi (t - T_w)
-    / (T - T_w))) / 2."""
+    / (T - T_w))) / 2.
+    """
     if step < warmup_steps:
         return peak / 100 * (99 * step / warmup_steps + 1)
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)

@@ -13,7 +13,7 @@ import numpy as np
 from einops import rearrange
 from torch import Tensor
 
-from measures.palette import palette
+from measures.palette import prototype_colors
 
 
 def save_comparison(
@@ -32,7 +32,7 @@ def save_comparison(
     rows: dict[str, np.ndarray] = {"scene": rearrange(scenes, "n c y x -> n y x c").numpy()}
     numbered = {"truth: classes": semantic, "truth: objects": regions, **groups}
     for label, numbers in numbered.items():
-        colors = palette(max(int(numbers.max()) + 1, 16))
+        colors = prototype_colors(max(int(numbers.max()) + 1, 16))
         rows[label] = colors[numbers.long().numpy()]
     n = len(scenes)
     figure = Figure((1.15 * n + 2.6, 1.17 * len(rows) + 0.5), layout="constrained")
