@@ -3,7 +3,8 @@
 Slide: "Together: solving segmentation & representation jointly" (the shared pixel embedding
 function). Paper: section 3.1 and the architecture paragraph of the experiments. Differs: nothing
 known for the ResNets, which are torchvision's, key by key. `tiny` is [U]: a trunk for toy images.
-Read next: grouping.py."""
+Read next: grouping.py.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ class ResNetTrunk(TorchvisionResNet):
     """torchvision's ResNet up to C5, the last map before pooling: stride 32, no classifier.
 
     The last batch norm of every residual block starts at zero [O], so that each block starts as the
-    identity. Its state dict is torchvision's without `fc.*`."""
+    identity. Its state dict is torchvision's without `fc.*`.
+    """
 
     stride = 32
 
@@ -63,7 +65,8 @@ class TinyTrunk(nn.Sequential):
     All of it is deliberate. A receptive field as wide as the picture gives one prototype per
     picture, and zero padding tells every pixel how far it is from the border, so prototypes become
     places; hence reflect padding. The first convolution keeps the full resolution, where fine
-    textures still can be told apart."""
+    textures still can be told apart.
+    """
 
     stride = 4
 
@@ -88,7 +91,8 @@ class Projector(nn.Module):
 
     Batch norm and exact GELU after the first two, nothing after the last, biases everywhere [O].
     Weights start from a normal of std 0.02 truncated at +-2 [O], which at this width cuts nothing;
-    biases start at 0."""
+    biases start at 0.
+    """
 
     def __init__(self, in_channels: int, dim_hidden: int, dim_out: int):
         super().__init__()

@@ -3,7 +3,8 @@
 Slide: "Prior 1: geometric-covariance and photometric-invariance", the first half. Paper: section
 3.1. Differs: crops are resized as uint8 tensors; crops that share nothing get the box 0 0 0 0, and
 with it the image leaves the consistency loss. Finding and decoding files is the work of
-engine/images.py. Read next: photometric.py."""
+engine/images.py. Read next: photometric.py.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ class TwoCrops:
     image_size: side of a view, px; min_area: of a crop, as a share of the image; min_overlap: of
     the second crop with the first, as a share of the second, 0: they may miss each other; flip:
     probability of mirroring, per view. geometric=False: both views are the same center square, not
-    mirrored (table 8e). Raises ValueError for numbers out of range."""
+    mirrored (table 8e). Raises ValueError for numbers out of range.
+    """
 
     def __init__(
         self,
@@ -100,7 +102,8 @@ def draw_crop(
     Without `other`: up to TRIES draws until one fits, else the largest center crop whose ratio is
     allowed. With `other`, the first crop: a draw must also share min_overlap of its own area, as
     drawn and not yet rounded to pixels [O], with the first crop; if no draw does, the first crop is
-    ignored."""
+    ignored.
+    """
     for _ in range(TRIES):
         area = rng.uniform(min_area, 1) * height * width
         ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
@@ -130,7 +133,8 @@ def overlap_boxes(
     needs.
 
     flipped: whether each view is mirrored after cropping. Returns (v 4) float32: x1 y1 x2 y2 in
-    0..1 of the (mirrored) view; 0 0 0 0 if the crops share nothing [U]."""
+    0..1 of the (mirrored) view; 0 0 0 0 if the crops share nothing [U].
+    """
     top, left = max(crop1[0], crop2[0]), max(crop1[1], crop2[1])
     bottom = min(crop1[0] + crop1[2], crop2[0] + crop2[2])
     right = min(crop1[1] + crop1[3], crop2[1] + crop2[3])

@@ -16,6 +16,8 @@ Differs: the released code converts for detectron2 only, and does not look at wh
 
 from __future__ import annotations
 
+import engine.interrupt  # noqa: F401  first: Ctrl-C while the others are loaded
+
 import argparse
 import pickle
 import sys

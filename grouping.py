@@ -4,7 +4,8 @@ geometry.
 Slide: "Semantic grouping with pixel-level deep clustering". Paper: section 3.1. Differs: the
 similarity is computed in float32 under mixed precision (the released code leaves it to autocast);
 the flip back is one vectorised selection instead of a loop over images; crops that do not overlap
-give an empty box, never an inverted one. Read next: slots.py."""
+give an empty box, never an inverted one. Read next: slots.py.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def similarity(embeddings: Tensor, prototypes: Tensor) -> Tensor:
 
     embeddings (b d h w), prototypes (k d), neither normalised -> (b k h w) in [-1, 1].
     similarity[b,k,h,w] = <p_k, z_bhw> / (|p_k| |z_bhw|). Slide: "similar assignment scores w.r.t.
-    the same set of cluster centers (prototypes)"."""
+    the same set of cluster centers (prototypes)".
+    """
     # In float32: half precision resolves a cosine to 1/256 only, which temperature 0.07 turns into
     # 6 %.
     with torch.autocast(embeddings.device.type, enabled=False):
@@ -42,7 +44,8 @@ def assignment(similarity: Tensor, temperature: float) -> Tensor:
     """Soft assignment of every pixel to the prototypes: softmax over k of similarity / temperature.
 
     similarity (b k h w) -> (b k h w), positive, summing to 1 over k. Student temperature 0.1,
-    teacher 0.07 [P]."""
+    teacher 0.07 [P].
+    """
     if temperature <= 0:
         raise ValueError(f"the temperature of an assignment must be positive, found {temperature}")
     return (similarity / temperature).softmax(dim=1)  # over k
@@ -81,7 +84,8 @@ class GroupingNetwork(nn.Module):
     evaluated.
 
     arch: a name of `backbone.ARCHITECTURES`; num_prototypes: k; dim_hidden: width of the projector;
-    dim_out: d. Prototypes start from N(0, 1) [O]. Raises ValueError for a size below 1."""
+    dim_out: d. Prototypes start from N(0, 1) [O]. Raises ValueError for a size below 1.
+    """
 
     def __init__(self, arch: str, num_prototypes: int, dim_hidden: int = 4096, dim_out: int = 256):
         super().__init__()

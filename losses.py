@@ -10,7 +10,8 @@ with fewer than two queries the slot loss is zero, where the released code fails
 teacher.py.
 
 Every loss returns this rank's share. DistributedDataParallel takes the mean of the gradients over
-ranks, and the mean of the shares over ranks is the loss of the joined batch."""
+ranks, and the mean of the shares over ranks is the loss of the joined batch.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ def group_consistency(
     - center) / temp_teacher)_k log softmax(s / temp_student)_k. Three things keep it from
     collapsing. Stop-gradient: the teacher is a target. Centering: no prototype can win everywhere.
     Sharpening, temp_teacher < temp_student: the assignment cannot become uniform. Raises ValueError
-    where the shapes do not fit."""
+    where the shapes do not fit.
+    """
     if student.shape != teacher.shape or center.shape != student.shape[1:2]:
         raise ValueError(
             f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)} and center "
@@ -103,7 +105,8 @@ def pair_slots(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[Slo
     student[i], teacher[i] (b k) bool: occupied, in direction i -> one SlotPairs per direction.
     Query: a student's slot that is occupied on both sides. Positive: the teacher's slot of the same
     image and the same prototype (pull force). Negatives: all other occupied slots of the teacher,
-    of this and of all other images (push force)."""
+    of this and of all other images (push force).
+    """
     rank, world_size = rank_and_world_size()
     masks = torch.stack(
         [torch.stack([s & t, t]) for s, t in zip(student, teacher)]
@@ -140,7 +143,8 @@ def slot_contrast(
 
     student_slots, teacher_slots (b k d); predictor: rows (n d) -> (n d), the student's only;
     temp_slot 0.2 [O] -> scalar, one direction. CE = mean_n -log softmax_m(<q_n, k_m> /
-    temp)_positive, times 2 temp. Fewer than two queries over all ranks: zero."""
+    temp)_positive, times 2 temp. Fewer than two queries over all ranks: zero.
+    """
     if pairs.num_queries < 2:
         return connected_zero(student_slots, predictor)
     prediction, target = predicted_and_target_rows(student_slots, teacher_slots, predictor, pairs)
@@ -177,7 +181,8 @@ def image_contrast(prediction: Tensor, target: Tensor, temp_image: float = 0.2) 
 
     prediction (b d) of the student, target (b d) of the teacher, neither normalized -> scalar, one
     direction. CE = mean_b -log softmax_m(<q_b, k_m> / temp)_b, times 2 temp; temperature 0.2, so
-    factor 0.4 [U]."""
+    factor 0.4 [U].
+    """
     rank, world_size = rank_and_world_size()
     b = len(prediction)
     keys = gather_rows(unit(target.detach()), [b] * world_size)

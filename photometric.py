@@ -5,7 +5,8 @@ Slide: "Prior 1: geometric covariance, photometric invariance". Paper: section 3
 details. Differs: the released code rounds to whole gray levels between any two steps, here they
 stay float32 (about one gray level brighter); its blur is an approximation by boxes, here it is the
 Gaussian itself, cut at 4 sigma. A whole batch is changed at once, on the device, with parameters of
-its own for every view. Read next: train.py."""
+its own for every view. Read next: train.py.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +71,8 @@ class Photometric:
     brightness, contrast, saturation: each factor is U(1 - a, 1 + a), cut at 0. hue: U(-a, a) turns,
     a <= 0.5. p_jitter, p_gray: for every view alike. p_blur, p_solarize: one probability per view,
     which sets v. blur_sigma: range in pixels of the view. solarize_threshold: grey levels from here
-    up are inverted; 0 inverts the whole view. The defaults are [O]."""
+    up are inverted; 0 inverts the whole view. The defaults are [O].
+    """
 
     def __init__(
         self,
@@ -205,7 +207,8 @@ def blend_weights(draw):
     Each is f * pixel + (1 - f) * anchor, cut to 0..1; the anchor is black, the view's mean
     brightness, or the pixel's own brightness. Returns (place n 3): weights of pixel, mean
     brightness, own brightness at each of three places before the hue and, if there is one, three
-    after it: every view stands still, with 1 0 0, at three of six."""
+    after it: every view stands still, with 1 0 0, at three of six.
+    """
     if draw.order is None:
         return torch.empty(0, 0)
     factor = rearrange(draw.factors.gather(1, draw.order), "n place -> place n")
@@ -237,7 +240,8 @@ def turn_hue(pixels, turns):
 
     With top and chroma = largest colour and largest - smallest, and a colour's distance on the
     circle, in turns, from where it is strongest: colour = top - chroma * clip(2 - 6 * (distance to
-    its opposite), 0, 1)."""
+    its opposite), 0, 1).
+    """
     red, green, blue = pixels.unbind(1)
     top, bottom = pixels.amax(dim=1), pixels.amin(dim=1)  # over colours
     chroma = top - bottom

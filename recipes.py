@@ -138,6 +138,8 @@ class Config:
         low=1, high=1_000_000, free=True)
     save_every: int = option(1, "epochs between two writings of last.pth",
         low=1, high=1_000_000, free=True)
+    save_minutes: float = option(10.0, "minutes between two writings of last.pth, 0: epochs only",
+        low=0, high=1e6, free=True)
     keep_every: int = option(100, "keep epoch_N.pth at every such epoch, 0: none",
         low=0, high=1_000_000, free=True)
     keep_last: int = option(0, "keep the newest epoch_N.pth too, so many",
@@ -243,6 +245,8 @@ class Row(NamedTuple):
         str, ...
     ]  # of its toy counterpart; where a number makes no sense on toy scenes, another one
     default: bool = False  # the gray row of the slide
+    system: str = "slotcon"  # file of comparisons/ that compare.py runs
+    arguments: tuple[tuple[str, Any], ...] = ()  # what train.py cannot do, of that system alone
 
 
 def _rows(option: str, published: Sequence, toy: Sequence, default: Any) -> tuple[Row, ...]:
@@ -304,11 +308,47 @@ TABLES: dict[str, tuple[str, tuple[Row, ...]]] = {
             Row("without", ("--no-geometric",), ("--no-geometric",)),
         ),
     ),
+    # Slide "Towards semantic prototypes: deep clustering": each way not to collapse, taken away.
+    "collapse": (
+        "ways not to collapse, taken away one at a time, without the slot loss",
+        (
+            Row("all of them", ("--group-weight", "1"), (), True, "self_distillation"),
+            Row(
+                "no center",
+                ("--group-weight", "1", "--momentum-center", "1"),
+                ("--momentum-center", "1"),
+                system="self_distillation",
+            ),
+            Row(
+                "no sharpening",
+                ("--group-weight", "1", "--temp-teacher", "0.1"),
+                ("--temp-teacher", "0.1"),
+                system="self_distillation",
+            ),
+            Row(
+                "no stop-gradient",
+                (),
+                (),
+                system="self_distillation",
+                arguments=(("stop_gradient", False),),
+            ),
+            Row(
+                "no moving average",
+                ("--group-weight", "1", "--momentum-teacher", "0", "--momentum-teacher-end", "0"),
+                ("--momentum-teacher", "0", "--momentum-teacher-end", "0"),
+                system="self_distillation",
+            ),
+        ),
+    ),
 }
 
 
 def command(row: Row, data_dir: str = "COCO") -> str:
-    """The command that trains a row of a table on COCO."""
+    """The command that trains a row of a table on COCO, or on toy scenes where train.py cannot."""
+    if row.arguments:
+        return "python compare.py --table " + next(
+            name for name, (_, rows) in TABLES.items() if row in rows
+        )
     return " ".join(["python train.py --preset coco-r50 --data-dir", data_dir, *row.options])
 
 
@@ -338,7 +378,8 @@ def images_of(c: Config, strict: bool = False) -> tuple[Sequence[Tensor], str]:
     """The training images, a sequence of uint8 tensors (3 y x), and a line that says what they are.
 
     strict: a layout that was asked for by name must be there; a preset's layout may turn out to be
-    any folder."""
+    any folder.
+    """
     if c.dataset == "toy":
         return toy.ToyImages(c.seed, c.toy_scenes), f"{c.toy_scenes} toy scenes, drawn here"
     root, paths, notice = find_images(c.data_dir, c.dataset, strict)

@@ -3,7 +3,8 @@
 Slide: "Together: solving segmentation & representation jointly". Paper: section 3, figure 2.
 Differs: the forward moves neither the teacher nor the center. The training loop does, after the
 optimizer's step; the released code moves the teacher at the start of its next step, which is the
-same student and the same teacher. Read next: data.py."""
+same student and the same teacher. Read next: data.py.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ class SlotCon(nn.Module):
     attentive pooling, 0 for the teacher's; temp_slot: of the contrast. slot_loss: "ctr" contrasts
     slots, "reg" regresses them (table 8b). align: "asgn" undoes the augmentation on similarity
     maps, "proj" on embeddings (table 8c). image_loss: adds table 8d's objective. Raises ValueError
-    for a choice or size that does not exist."""
+    for a choice or size that does not exist.
+    """
 
     def __init__(
         self,
@@ -97,7 +99,8 @@ class SlotCon(nn.Module):
 
     def forward(self, views: Tensor, boxes: Tensor, flipped: Tensor) -> tuple[Tensor, Report]:
         """views (b v 3 y x) normalized; boxes (b v 4) x1 y1 x2 y2 in each view's unit frame;
-        flipped (b v) bool -> this rank's share of the loss, and a report."""
+        flipped (b v) bool -> this rank's share of the loss, and a report.
+        """
         s1, s2 = self.look(self.student, views, boxes, flipped)
         with torch.no_grad():
             t1, t2 = self.look(self.teacher, views, boxes, flipped)

@@ -2,7 +2,8 @@
 
 Slide: "Together: solving segmentation & representation jointly" (attentive pooling over the feature
 maps). Paper: section 3.2. Differs: the predictor is given only the rows that it must predict. Read
-next: losses.py. Side trip: slot_attention.py, the mechanism from which the name comes."""
+next: losses.py. Side trip: slot_attention.py, the mechanism from which the name comes.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def attentive_pooling(embeddings: Tensor, similarity: Tensor, temperature: float
     teacher's, for student and teacher alike [O] -> slots (b k d). The maps are those of the whole
     view, not the aligned ones. a = softmax_k(similarity / temperature) + 1e-6; slot_k = sum_hw a_k
     z / sum_hw a_k. Raises ValueError for a temperature that is not positive or maps of different
-    sizes."""
+    sizes.
+    """
     if embeddings.shape[-2:] != similarity.shape[-2:]:
         raise ValueError(
             f"embeddings {tuple(embeddings.shape)} and similarity {tuple(similarity.shape)} "
@@ -53,7 +55,8 @@ class SlotPredictor(nn.Module):
     d).
 
     The projector's shape and start with linear layers [O]. It runs once per direction, on that
-    direction's queries only, so its batch statistics are per direction."""
+    direction's queries only, so its batch statistics are per direction.
+    """
 
     def __init__(self, dim_in: int, dim_out: int, dim_hidden: int):
         super().__init__()

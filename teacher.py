@@ -3,7 +3,8 @@
 Slide: "Towards semantic prototypes: deep clustering" (self-distillation, stop-gradient). Paper:
 section 3.3. Differs: nothing known. The average covers parameters only. The teacher's batch norms
 stay in training mode and keep running statistics of their own, as in the released code. Read next:
-slotcon.py."""
+slotcon.py.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ picture, drawn or photographed.
 A scene depends on (seed, index, dials) alone, on every machine and numpy version: its random
 numbers are integers, its pixels need only + - * / sqrt and comparisons, which IEEE 754 rounds the
 same everywhere. Between the seed and the bytes there is no sin, no exp, no power, no sum of an
-array and no matrix product; `wave` is our sine."""
+array and no matrix product; `wave` is our sine.
+"""
 
 import math
 from collections.abc import Callable
@@ -92,6 +93,7 @@ class Scene(NamedTuple):
         np.ndarray
     )  # (objects 4) int64, x1 y1 x2 y2 of the visible pixels, ends exclusive; zeros if hidden
     things: np.ndarray  # (objects) uint8, their classes
+    depth: np.ndarray  # (y x) uint8, order of drawing: 0 the stuff, 255 the nearest object
 
 
 class FramePair(NamedTuple):
@@ -113,7 +115,8 @@ class Stream:
     by a key.
 
     numpy's generators promise the same numbers for the same seed only within a version; hence our
-    own."""
+    own.
+    """
 
     def __init__(self, *key: int):
         self.start, self.drawn, self.buffer = np.uint64(0), 0, []
@@ -461,6 +464,7 @@ def _render(plan: Plan, dials: Dials, noise: np.ndarray, camera=(0, 0), moves=()
     boxes = np.array([_box(instance == i + 1) for i in range(len(plan.things))], np.int64).reshape(
         -1, 4
     )
+    depth = (255 * instance.astype(np.int64) // max(len(plan.things), 1)).astype(np.uint8)
     return Scene(
         image,
         PART_CLASS[parts],
@@ -468,6 +472,7 @@ def _render(plan: Plan, dials: Dials, noise: np.ndarray, camera=(0, 0), moves=()
         parts,
         boxes,
         np.array([t.kind for t in plan.things], np.uint8),
+        depth,
     )
 
 
@@ -512,7 +517,8 @@ def frame_pair(seed: int, index: int, preset: str = "scene", speed: int = 4, **d
     along each axis.
 
     Light and noise belong to the camera: only with the dials light=0, noise=0 is second exactly
-    first, moved."""
+    first, moved.
+    """
     dials = _dials(preset, dials)
     stream = Stream(seed, index)
     plan = _plan(stream, dials)
@@ -534,18 +540,19 @@ class ToyImages:
     """`count` scenes, drawn once: for the trainer a sequence of uint8 images (3 y x), with the
     truth beside it.
 
-    images (n 3 y x) uint8 tensor; semantic, instance, parts (n y x) uint8 tensors; n counts scenes.
+    images (n 3 y x) uint8 tensor; semantic, instance, parts, depth (n y x) uint8 tensors; n counts
+    scenes.
     """
 
     def __init__(self, seed: int, count: int, preset: str = "scene", **dials):
         import torch  # only here: the generator itself needs nothing but numpy
 
-        images, *labels, _boxes, _things = zip(
+        images, *labels, _boxes, _things, depth = zip(
             *(scene(seed, index, preset, **dials) for index in range(count))
         )
         self.images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-        self.semantic, self.instance, self.parts = (
-            torch.from_numpy(np.stack(each)) for each in labels
+        self.semantic, self.instance, self.parts, self.depth = (
+            torch.from_numpy(np.stack(each)) for each in (*labels, depth)
         )
 
     def __len__(self) -> int:

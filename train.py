@@ -14,10 +14,12 @@ Read next: evaluate.py. Side trip: recipes.py, all numbers of a run.
 
 from __future__ import annotations
 
-import contextlib
+import engine.interrupt  # noqa: F401  first: Ctrl-C while the others are loaded
+
 import dataclasses
 import functools
 import sys
+import time
 from collections.abc import Callable
 
 import torch
@@ -25,11 +27,12 @@ from torch import Tensor
 
 import recipes
 from engine import checkpoint, loader, processes, weights
-from engine.keeper import lost_line, same_command
+from engine.keeper import same_command
 from engine.lars import make_optimizer
 from engine.program import Stopped, run_program
 from engine.progress import seed_of
-from engine.run import Run, open_run
+from engine.run import Run, live, open_run
+from engine.signals import StopSignals
 from engine.verdict import Verdict, agree
 from measures import toy_result
 from measures.course import brief, statistics
@@ -40,7 +43,7 @@ from teacher import teacher_momentum
 VALUES = ("loss", "group_loss", "slot_loss", "grad_norm")  # what every step adds to the log
 
 
-def train(c: Config, run: Run, signals: processes.StopSignals) -> None:
+def train(c: Config, run: Run, signals: StopSignals) -> None:
     """From the first step, or from where the run was resumed, to the end or to a pause."""
     progress, schedule = run.progress, run.schedule
     photometric = recipes.photometric_of(c)
@@ -156,10 +159,11 @@ def finish(c: Config, run: Run) -> None:
     done = f"done     {run.progress.step} steps"
     print(f"{done}; {file} is the teacher's trunk under torchvision's names")
     if c.dataset == "toy":
+        seconds = time.perf_counter() - run.began
+        teacher = run.model.teacher
         toy_result.show(
-            run.model.teacher, c.arch, c.num_prototypes, c.dim_hidden, c.dim_out, c.seed,
-            c.toy_test_scenes, run.folder, run.began,
-        )  # fmt: skip
+            teacher, c.arch, c.dim_hidden, c.seed, c.toy_test_scenes, run.folder, seconds
+        )
 
 
 def check_data(c: Config, given: set[str]) -> None:
@@ -185,20 +189,14 @@ def start(argv: list[str] | None, prepared: Callable[[Run], None] | None = None)
     if c.check_data:
         check_data(c, given)
         return 0
-    with processes.StopSignals() as signals, contextlib.ExitStack() as at_end:
-        try:
-            run = set_up(c, given)
-            at_end.callback(run.batches.close)  # workers ignore the signal Python ends them with
-            if prepared:
-                prepared(run)
-            train(c, run, signals)
-            if run.end(signals.received) and run.place.rank == 0:
-                finish(c, run)
-        except RuntimeError as error:
-            if not processes.lost(error):
-                raise
-            raise Stopped(lost_line(error, c.output_dir, c.resume)) from None
-    return 0
+    return live(
+        c.output_dir,
+        c.resume,
+        set_up=lambda: set_up(c, given),
+        loop=lambda run, signals: train(c, run, signals),
+        finish=lambda run: finish(c, run),
+        prepared=prepared,
+    )
 
 
 def main(argv: list[str] | None = None, prepared: Callable[[Run], None] | None = None) -> int:

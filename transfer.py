@@ -16,8 +16,9 @@ survives, a fine-tuning does too: the loop is train.py's, and its parts are the 
 
 from __future__ import annotations
 
+import engine.interrupt  # noqa: F401  first: Ctrl-C while the others are loaded
+
 import argparse
-import contextlib
 import dataclasses
 import functools
 import json
@@ -35,15 +36,15 @@ from downstream.settings import Shared
 from downstream.tasks import Task, make_task
 from engine import checkpoint, files, options, processes
 from engine.journal import say
-from engine.keeper import lost_line
-from engine.program import Stopped, run_program
+from engine.program import run_program
 from engine.progress import seed_of
 from engine.ranks import copy_from_main
-from engine.run import Run, open_run
+from engine.run import Run, live, open_run
+from engine.signals import StopSignals
 from engine.verdict import Verdict, agree
 
 
-def train(c: Shared, task: Task, run: Run, signals: processes.StopSignals) -> None:
+def train(c: Shared, task: Task, run: Run, signals: StopSignals) -> None:
     """From the first step, or from where the run was resumed, to the end or to a pause."""
     progress = run.progress
     if test_is_due(c, run):  # the run was interrupted while it was tested
@@ -215,21 +216,20 @@ def parse(argv: list[str] | None) -> tuple[Shared, set[str]]:
 def start(argv: list[str] | None, prepared: Callable[[Run], None] | None = None) -> int:
     """From the command line to the end of the run, or to a pause."""
     c, given = parse(argv)
-    with processes.StopSignals() as signals, contextlib.ExitStack() as at_end:
-        try:
-            c, task, run = set_up(c, given)
-            # workers ignore the signal Python ends them with
-            at_end.callback(run.batches.close)
-            if prepared:
-                prepared(run)
-            train(c, task, run, signals)
-            if run.end(signals.received) and run.place.rank == 0:
-                finish(c, task, run)
-        except RuntimeError as error:
-            if not processes.lost(error):
-                raise
-            raise Stopped(lost_line(error, c.output_dir, c.resume)) from None
-    return 0
+    made: list[Any] = []  # the settings as the data set completes them, and the task
+
+    def opened() -> Run:
+        *made[:], run = set_up(c, given)
+        return run
+
+    return live(
+        c.output_dir,
+        c.resume,
+        set_up=opened,
+        loop=lambda run, signals: train(*made, run, signals),
+        finish=lambda run: finish(*made, run),
+        prepared=prepared,
+    )
 
 
 def main(argv: list[str] | None = None, prepared: Callable[[Run], None] | None = None) -> int:

@@ -7,7 +7,8 @@ One rank's loss and gradient are computed, each variant in a fresh process; the 
 are made up from this rank's by rotating their components, so memory is taken and freed exactly as
 by a real gather. The naive way is the released code's: gather every slot of every image, then keep
 the occupied ones. The predictor is the same in both ways and left out unless asked for
-(--dim-hidden 4096)."""
+(--dim-hidden 4096).
+"""
 
 from __future__ import annotations
 

@@ -156,7 +156,8 @@ def worker_rates(variant, root, paths, args):
 
 def our_stages(root, paths, args):
     """ms per image of each stage in this process. Reading and decoding are one call in data.py:
-    read alone is timed on a file that the system then has in memory, and taken off."""
+    read alone is timed on a file that the system then has in memory, and taken off.
+    """
     seconds = dict.fromkeys(("read", "decode", "boxes", "crops", "collate"), 0.0)
     images, rng, items = ImageFiles(root, paths), random.Random(0), []
     for index in range(args.batch_size):

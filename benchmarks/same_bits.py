@@ -7,7 +7,8 @@ move nothing.
 Six short runs on toy scenes, started from the command line: one process, two processes, and each
 ablation. `check` also resumes them in the middle, from checkpoints that it writes and from those
 that `record` left in FOLDER. Last bits depend on the machine and on torch, so FOLDER is never
-committed."""
+committed.
+"""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ Variants: `plain` is the step as one writes it first (one tensor at a time in te
 loop over images in the inverse augmentation, prototypes repeated for every image, all slots
 gathered, NCHW, fp16 on a GPU); `ours` is what train.py runs, with its guard against bad numbers;
 `compile` adds torch.compile; `nchw`, `channels_last` force the memory format. They take turns
-within one run. The stages are timed in separate steps, since timing them makes the device wait."""
+within one run. The stages are timed in separate steps, since timing them makes the device wait.
+"""
 
 from __future__ import annotations
 

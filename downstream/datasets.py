@@ -1,4 +1,4 @@
-"""Labelled data sets to fine-tune on, in the layouts that their owners publish.
+"""Labeled data sets to fine-tune on, in the layouts that their owners publish.
 
 Slides: tables 2, 3 and 4. Paper: section 4.2.
 Differs: read from the original files; Cityscapes' and ADE20K's numbers become class numbers here,
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from engine.images import BadImage, ImageFiles
 from measures import labels
-from measures.labels import VOC_NAMES, Labelled, read_ids
+from measures.labels import VOC_NAMES, Labeled, read_ids
 from measures.metrics import IGNORE
 
 TREES = {  # what --data-dir must hold
@@ -60,7 +60,7 @@ def open_segmentation(
     train_list: str = "train_aug",
     scenes: int = 768,
     seed: int = 0,
-) -> Labelled:
+) -> Labeled:
     """The labelled images of one part, "train" or "val": pairs of image (3 y x) uint8 and label (y
     x) int64.
 
@@ -70,18 +70,18 @@ def open_segmentation(
     root = Path(data_dir)
     if dataset == "toy":
         count = scenes if part == "train" else 256
-        return labels.open_labelled("toy", None, part, count=count)
+        return labels.open_labeled("toy", None, part, count=count)
     if not root.is_dir():
         raise wrong_tree(dataset, root, f"no folder {root}")
     if dataset == "folder":
         for name in ("images", "labels"):
             if not (root / name).is_dir():
                 raise wrong_tree(dataset, root, f"no folder {root / name}")
-        return labels.open_labelled("folder", root, part)
+        return labels.open_labeled("folder", root, part)
     return {"voc": voc, "cityscapes": cityscapes, "ade20k": ade20k}[dataset](root, part, train_list)
 
 
-def voc(root: Path, part: str, train_list: str) -> Labelled:
+def voc(root: Path, part: str, train_list: str) -> Labeled:
     """PASCAL VOC 2012, 21 classes with the background; `train_aug` is the 10,582 images of SBD and
     VOC together."""
     top = inside(root, "VOCdevkit/VOC2012", "VOC2012")
@@ -132,7 +132,7 @@ CITYSCAPES = {  # name -> the number in *_labelIds.png; everything else is not e
 }
 
 
-def cityscapes(root: Path, part: str, train_list: str = "") -> Labelled:
+def cityscapes(root: Path, part: str, train_list: str = "") -> Labeled:
     """Cityscapes' fine annotations, 19 classes; 2,975 images to train on, 500 to test."""
     folder = root / "leftImg8bit" / part
     images = sorted(str(path.relative_to(folder)) for path in folder.glob("*/*_leftImg8bit.png"))
@@ -147,7 +147,7 @@ def cityscapes(root: Path, part: str, train_list: str = "") -> Labelled:
     return paired("cityscapes", root, folder, images, files, tuple(CITYSCAPES), table)
 
 
-def ade20k(root: Path, part: str, train_list: str = "") -> Labelled:
+def ade20k(root: Path, part: str, train_list: str = "") -> Labeled:
     """ADE20K's scene parsing, 150 classes; 0 in its files means none of them. 20,210 images to
     train on, 2,000 to test."""
     top = inside(root, "ADEChallengeData2016")
@@ -177,7 +177,7 @@ def paired(
     files: Sequence[Path],
     names: tuple[str, ...],
     table: np.ndarray,
-) -> Labelled:
+) -> Labeled:
     """Images (paths under folder) with their label files; table (256): number in the file -> class
     or IGNORE."""
     for kind, paths in (("image", [folder / name for name in images]), ("label", files)):
@@ -191,7 +191,7 @@ def paired(
                 root,
                 f"{len(missing)} of {len(paths)} {kind}s are missing, first {missing[0]}",
             )
-    return Labelled(
+    return Labeled(
         ImageFiles(folder, np.array(images)), partial(classes_in, tuple(files), table), names
     )
 
@@ -217,7 +217,7 @@ def some_of(count: int, wanted: int, seed: int) -> list[int]:
 
 
 class Training:
-    """Labelled images for the loader: one that cannot be used becomes a BadImage, which is replaced
+    """Labeled images for the loader: one that cannot be used becomes a BadImage, which is replaced
     and named.
 
     labelled: a sequence that raises ValueError; name(index) of what it holds.

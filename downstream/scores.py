@@ -22,7 +22,7 @@ from downstream.datasets import CocoObjects
 from engine.loader import make_loader
 from engine.ranks import gather_objects, sum_over_ranks
 from measures import metrics
-from measures.labels import Labelled
+from measures.labels import Labeled
 
 PRECISION = (
     "ap",
@@ -36,7 +36,7 @@ PRECISION = (
 
 def mean_iou(
     predict: Callable[[Tensor], Tensor],
-    data: Labelled,
+    data: Labeled,
     device: torch.device,
     rank: int = 0,
     world_size: int = 1,

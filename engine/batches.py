@@ -2,7 +2,8 @@
 for it.
 
 Slide: none. Paper: none. Differs: in the released code a dead worker or an unreadable file ends the
-run."""
+run.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from engine import processes
+from engine import processes, signals
 from engine.journal import say
 from engine.loader import (
     Failures,
@@ -47,7 +48,8 @@ def run_batches(
 
     view(image, rng): what a batch needs of an image; batch_size: of all ranks together; workers:
     processes that read for this one, -1: one per core; black: what `images` would hold for a black
-    image, by default the image alone; collate: samples -> a batch and all failures."""
+    image, by default the image alone; collate: samples -> a batch and all failures.
+    """
     sampler = RunSampler(
         len(images), batch_size, place.rank, place.world_size, seed, position, sys.maxsize
     )
@@ -69,7 +71,8 @@ class Batches:
 
     batches: yields (batch, failures), on the device; skipped: counts unreadable files; stand_in():
     what a rank without a batch trains on, because the other ranks wait for it in the middle of the
-    step."""
+    step.
+    """
 
     def __init__(
         self, batches: Iterator[tuple[Any, Failures]], skipped: Skipped, stand_in: Callable[[], Any]
@@ -85,6 +88,7 @@ class Batches:
         began = time.perf_counter()
         try:
             batch, failures = next(self.batches)
+            signals.ignore_dead_children()  # from here on a dead worker is noticed by `next` alone
         except (ValueError, RuntimeError, OSError) as error:
             self.trouble = self.trouble or no_more_images(error)
             return self.stand_in()
@@ -118,4 +122,4 @@ def no_more_images(error: Exception) -> str:
     line = str(error).strip().splitlines()[-1]  # of the trace that a process sends
     if isinstance(error, ValueError):
         return f"no more images: {line.partition('ValueError: ')[2] or line}"
-    return processes.reader_died(line)
+    return signals.reader_died(line)

@@ -6,7 +6,8 @@ A training checkpoint (`last.pth`) is a dictionary of tensors and plain values: 
 `step` (optimizer steps taken), `position` (batches consumed), `num_images`, `world_size`,
 `seconds`, `model`, `optimizer`, `scaler`, and what adds up for the log: `logged`, `sums`,
 `bad_steps`. There is no random state in it: every random choice is a function of the seed and of
-the position."""
+the position.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +71,8 @@ def read(path: str | Path) -> dict[str, Any]:
 
     Released checkpoints hold their command line as an `argparse.Namespace`: exactly that class is
     let in, and becomes a dictionary. Raises ValueError with one line: missing, truncated, not a
-    checkpoint, or with something to execute."""
+    checkpoint, or with something to execute.
+    """
     path = Path(path)
     if not path.is_file():
         there = (
@@ -117,6 +119,16 @@ def read(path: str | Path) -> dict[str, Any]:
     return {k: vars(v) if isinstance(v, argparse.Namespace) else v for k, v in contents.items()}
 
 
+def step_of(path: str | Path) -> int | None:
+    """The step of a training checkpoint, without reading its tensors; None where there is none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return int(torch.load(path, map_location="meta", weights_only=True, mmap=True)["step"])
+    except Exception:  # whatever is wrong with it, it is said where it is read
+        return None
+
+
 def tensors(mapping: Mapping[Any, Any]) -> dict[str, Tensor]:
     """Its named tensors: whatever else a stranger has put beside them is left out."""
     return {k: v for k, v in mapping.items() if isinstance(k, str) and isinstance(v, Tensor)}
@@ -158,7 +170,8 @@ def restore(
 
     differences(contents) names what has changed and must not; it is empty where the run may
     continue. Raises ValueError with one line, before anything is touched, if the file is no
-    training state or something changed."""
+    training state or something changed.
+    """
     saved = read(path)
     if not all(isinstance(saved.get(name), kind) for name, kind in TRAINING.items()):
         raise ValueError(

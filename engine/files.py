@@ -18,7 +18,8 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None
     when.
 
     write(file) fills a temporary neighbour, which is flushed to the disk and renamed. Raises
-    OSError (disk full, folder not writable) with `path` untouched and the neighbour removed."""
+    OSError (disk full, folder not writable) with `path` untouched and the neighbour removed.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -49,8 +50,23 @@ def write_json(path: str | Path, contents: dict) -> None:
 
 
 def remove_leftovers(folder: str | Path) -> list[Path]:
-    """Delete temporary files that a killed process left in the folder; returns their paths."""
-    found = [Path(p) for p in glob.glob(str(Path(glob.escape(str(folder))) / ".*.[0-9]*.tmp"))]
-    for path in found:
-        path.unlink(missing_ok=True)
-    return found
+    """Delete temporary files that dead processes left in the folder; returns their paths."""
+    removed = []
+    for name in glob.glob(str(Path(glob.escape(str(folder))) / ".*.[0-9]*.tmp")):
+        if not is_alive(int(name.split(".")[-2])):
+            Path(name).unlink(missing_ok=True)
+            removed.append(Path(name))
+    return removed
+
+
+def is_alive(process: int) -> bool:
+    """Whether this machine has a process of that number, other than this one."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is somebody else's
+        return True
+    return True

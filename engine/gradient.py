@@ -1,7 +1,8 @@
 """The gradient of one batch, in parts and in mixed precision, and the optimizer's step.
 
 Slide: none. Paper: section 4.1 (mixed precision). Differs: accumulation, and a look at the gradient
-before it is used."""
+before it is used.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ class Gradient:
     """loss and backward of a model that returns (loss, report), then one step of the optimizer.
 
     model: as all processes train it, wrapped or not; dtype: of autocast, None for float32;
-    accumulate: parts per batch."""
+    accumulate: parts per batch.
+    """
 
     def __init__(
         self,
@@ -31,6 +33,7 @@ class Gradient:
         self.model, self.optimizer, self.device = model, optimizer, device
         self.dtype, self.accumulate = dtype, accumulate
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.moving = False  # while some weights have moved and others have not
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
 
     def compute(self, *batch: Tensor) -> tuple[list[Any], Tensor]:
@@ -54,7 +57,8 @@ class Gradient:
         )
 
     def step(self, lr: float) -> None:
-        """Move the weights."""
+        """Move the weights. What belongs to the step moves next; `clear` ends it."""
+        self.moving = True
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -64,3 +68,4 @@ class Gradient:
         if scaled:
             self.scaler.update()
         self.optimizer.zero_grad()
+        self.moving = False

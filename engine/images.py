@@ -1,7 +1,8 @@
 """Photographs on disk: finding them in a folder, and decoding whatever is called an image.
 
 Slide: "Overview of the training datasets" (table 1). Paper: section 4.1. Differs: any folder will
-do; photographs are turned upright as their camera noted; a bad file has a name and a reason."""
+do; photographs are turned upright as their camera noted; a bad file has a name and a reason.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ def find_images(data_dir, layout="folder", strict=True):
     says so. Returns root (Path), paths (array of str, relative to root, sorted: one compact block
     of memory, which worker processes share without copying, unlike a list), notice (str, empty if
     there is nothing to say). Raises ValueError if there is no such folder, no image in it, or none
-    that can be read."""
+    that can be read.
+    """
     data_dir = Path(os.path.abspath(Path(data_dir).expanduser()))
     if layout not in LAYOUTS:
         raise ValueError(f"unknown data set layout {layout!r}: choose from {', '.join(LAYOUTS)}")
@@ -104,7 +106,8 @@ def _walk(top, deep):
     walked once.
 
     What is called like an image counts as one, even a folder: reading it will say what is wrong
-    with it."""
+    with it.
+    """
     pending, seen, found = [os.fspath(top)], set(), []
     while pending:
         folder = pending.pop()
@@ -205,7 +208,8 @@ def decode(path):
 
     Grey, palette and CMYK become RGB; 16-bit grey is divided by 257, other numbers are stretched
     from their smallest and largest to 0..255; what is transparent becomes white [U]; of an
-    animation the first picture counts."""
+    animation the first picture counts.
+    """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):  # asked first, because opening a pipe would wait forever
         raise ValueError(

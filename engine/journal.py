@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ class Journal:
 
     folder: of the run; step: where the run starts, lines of later steps are of work that was lost
     and are removed; last_step: where it ends. Raises OSError if the lines cannot be removed,
-    ValueError where TensorBoard is wanted and not installed."""
+    ValueError where TensorBoard is wanted and not installed.
+    """
 
     def __init__(
         self,
@@ -34,7 +36,8 @@ class Journal:
         is_main: bool = True,
         tensorboard: bool = False,
     ):
-        self.is_main, self.last_step = is_main, last_step
+        self.is_main, self.last_step, self.first_step = is_main, last_step, step
+        self.began = time.perf_counter()
         self.log = Log(folder, step, tensorboard) if is_main else None
         self.bar = tqdm(
             total=last_step,
@@ -54,7 +57,18 @@ class Journal:
         self.log.write(record)
         self.bar.set_postfix_str(brief)
         if self.bar.disable:
-            print(f"step {record['step']}/{self.last_step}  {brief}", flush=True)
+            left = self.time_left(record["step"])
+            print(f"step {record['step']}/{self.last_step}  {brief}{left}", flush=True)
+
+    def time_left(self, step: int) -> str:
+        """How long the run will go on, after a few steps."""
+        done, left = step - self.first_step, self.last_step - step
+        if done < 3 or not left:
+            return ""
+        seconds = round((time.perf_counter() - self.began) / done * left)
+        if seconds < 3600:
+            return f"  {seconds // 60}:{seconds % 60:02d} left"
+        return f"  {seconds // 3600} h {seconds // 60 % 60:02d} left"
 
     def print(self, text: str) -> None:
         """Plain text on stdout, from one process of many."""
@@ -70,7 +84,8 @@ class Log:
     not the run.
 
     step: where the run starts. Lines of later steps are of work that was lost, and are removed.
-    Raises OSError if they cannot be, ValueError where TensorBoard is not installed."""
+    Raises OSError if they cannot be, ValueError where TensorBoard is not installed.
+    """
 
     def __init__(self, folder: Path, step: int, tensorboard: bool = False):
         self.file, self.board = folder / "log.jsonl", None

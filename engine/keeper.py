@@ -5,12 +5,18 @@ Slide: none. Paper: none. Differs: the released code writes at the end of an epo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import os
+import shutil
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from engine import checkpoint, processes
+from engine import checkpoint, signals
 from engine.journal import say
+from engine.program import Stopped
 from engine.progress import Progress
 
 
@@ -18,9 +24,11 @@ class Keeper:
     """last.pth never holds a state that was followed by bad steps only; a full disk is a value, not
     an exception.
 
-    save_every: epochs between two writings of last.pth; keep_every: keep epoch_N.pth at every such
-    epoch, 0: none; keep_last: keep the newest of them too; stop_on_error: whether a refused
-    checkpoint should end the run. `trouble` is one line, or "". Only the main process writes."""
+    save_every: epochs between two writings of last.pth; save_minutes: the same in minutes,
+    whichever comes first, 0: epochs only; keep_every: keep epoch_N.pth at every such epoch, 0:
+    none; keep_last: keep the newest of them too; stop_on_error: whether a refused checkpoint should
+    end the run. `trouble` is one line, or "". Only the main process writes.
+    """
 
     def __init__(
         self,
@@ -31,15 +39,17 @@ class Keeper:
         keep_last: int = 0,
         stop_on_error: bool = False,
         is_main: bool = True,
+        save_minutes: float = 0.0,
     ):
         self.folder, self.steps_per_epoch, self.is_main = folder, steps_per_epoch, is_main
         self.save_every, self.keep_every, self.keep_last = save_every, keep_every, keep_last
-        self.stop_on_error, self.trouble = stop_on_error, ""
+        self.stop_on_error, self.save_minutes, self.trouble = stop_on_error, save_minutes, ""
         self.due = 0  # the epoch after which a checkpoint must still be written; 0: none
+        self.written = time.monotonic()  # when last.pth was written, or the run began
 
     def keep(self, progress: Progress, good: bool, state: Callable[[], Mapping[str, Any]]) -> None:
-        """After every step. good: the step has changed the weights; state: called where something
-        is written.
+        """After every step. good: the step has changed the weights; state: asked where it is
+        written.
 
         After a bad step the checkpoint that is due waits for a good one.
         """
@@ -48,19 +58,19 @@ class Keeper:
             self.due = epoch
         if not self.is_main or progress.ended == "diverged":
             return
-        if progress.ended or (self.due and good):
+        late = 0 < self.save_minutes <= (time.monotonic() - self.written) / 60
+        if progress.ended or (good and (self.due or late)):
             self.write(state(), final=bool(progress.ended))
 
     def is_due(self, epoch: int) -> bool:
         """Whether a checkpoint is written after so many whole epochs."""
-        return epoch % self.save_every == 0 or (
-            self.keep_every > 0 and epoch % self.keep_every == 0
-        )
+        kept = self.keep_every > 0 and epoch % self.keep_every == 0
+        return kept or epoch % self.save_every == 0
 
     def write(self, state: Mapping[str, Any], final: bool = False) -> None:
         """last.pth, and epoch_N.pth where that of the epoch that is due is to be kept."""
         file, due = self.folder / "last.pth", self.due
-        self.due = 0
+        self.due, self.written = 0, time.monotonic()
         try:
             checkpoint.save(file, state)
             if due and (self.keep_last or (self.keep_every and due % self.keep_every == 0)):
@@ -70,13 +80,44 @@ class Keeper:
         except OSError as error:
             message = (
                 f"could not write {file} after step {state['step']}: {error.strerror or error}; "
-                "what stood "
-                "there before is intact"
+                "what stood there before is intact"
             )
             if final or self.stop_on_error:
                 self.trouble = self.trouble or message
             else:
                 say(message + ", and the run goes on")
+
+    def space(self, size: int, epochs: int) -> str:
+        """What the checkpoints of a run need and what the disk has, in one line.
+
+        size: bytes of one checkpoint; epochs: of the run.
+        """
+        kept = epochs // self.keep_every if self.keep_every else 0
+        kept = min(epochs, kept + self.keep_last)
+        needed = size * (2 + kept)  # last.pth stands twice while it is written
+        free = shutil.disk_usage(self.folder).free
+        line = (
+            f"{megabytes(size)} a checkpoint, {megabytes(needed)} in all, {megabytes(free)} free "
+            "in "
+            f"{self.folder}"
+        )
+        return line if needed < free else f"{line}: THE DISK IS TOO SMALL for this run"
+
+
+def megabytes(count: float) -> str:
+    """Bytes in the unit that a person reads."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def where_to_go_on(folder: str | Path, resume: str) -> str:
+    """What a run that could not go on has left: the step of its last checkpoint, or that there is
+    none.
+    """
+    last = Path(folder) / "last.pth"
+    step = checkpoint.step_of(last)
+    if step is None:
+        return f"there is no checkpoint in {folder}: the run starts over"
+    return f"{last} holds step {step}, and {same_command(resume)} goes on from there"
 
 
 def same_command(resume: str) -> str:
@@ -121,8 +162,21 @@ def nothing_finite(steps: int, half_precision: bool, last: Path) -> str:
     )
 
 
-def lost_line(error: RuntimeError, folder: str | Path, resume: str) -> str:
-    """What is said where another process is lost."""
-    last = Path(folder) / "last.pth"
-    intact = f"; {last} is intact" if last.exists() else ""
-    return f"{processes.lost(error)}{intact}, and {same_command(resume)} goes on"
+@contextlib.contextmanager
+def saying_what_is_lost(folder: str | Path, resume: str) -> Iterator[None]:
+    """Turn the error of a process that has lost another one into Stopped, with one line.
+
+    The line says what is left and where the trace is: the error may be a mistake of ours that only
+    looks like a lost process.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = signals.lost(error)
+        if not reason:
+            raise
+        trace = Path(folder) / f"trace_{os.environ.get('RANK', 0)}.txt"
+        with contextlib.suppress(OSError):
+            trace.write_text(traceback.format_exc())
+            reason += f" (trace: {trace})"
+        raise Stopped(f"{reason}. {where_to_go_on(folder, resume)}") from None

@@ -19,7 +19,8 @@ class LARS(torch.optim.SGD):
     For tensors with ndim != 1: g <- g + weight_decay p, then g <- g coefficient |p| / |g| (factor 1
     if a norm is 0). Biases and norms (ndim 1) are neither decayed nor adapted. Then, for all:
     velocity <- momentum velocity + g; p <- p - lr velocity. Defaults [O], but for lr, which the
-    schedule sets. A step overwrites the gradients. Raises ValueError for negative settings."""
+    schedule sets. A step overwrites the gradients. Raises ValueError for negative settings.
+    """
 
     def __init__(
         self,

@@ -2,7 +2,8 @@
 
 Slide: none. Paper: none. Differs: a file that cannot be read is replaced by its neighbor and named,
 instead of ending the run; what is drawn at random depends on (seed, epoch, index) alone, not on
-workers or ranks."""
+workers or ranks.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ class Samples(Dataset):
     """What a run sees of each image in each epoch.
 
     images: any sequence of uint8 tensors (3 y x), which may raise BadImage; view(image, rng): cuts
-    from an image what a batch needs; seed: of the random numbers."""
+    from an image what a batch needs; seed: of the random numbers.
+    """
 
     def __init__(
         self, images: Sequence[Tensor], view: Callable[[Tensor, random.Random], Any], seed: int
@@ -54,7 +56,8 @@ class Samples(Dataset):
 
         All random numbers are a function of (seed, epoch, index). A file that cannot be read is
         replaced by the next readable one. Raises ValueError after NEIGHBORS unreadable files in a
-        row."""
+        row.
+        """
         epoch, index = divmod(int(sample), len(self))
         image, failures = self._image_or_neighbor(index)
         rng = random.Random(
@@ -89,7 +92,8 @@ class RunSampler:
     steps_per_epoch. The order is a function of (seed, epoch): a run continues anywhere, and all
     ranks' parts together are the same total_batch images however many ranks there are. Yields lists
     of samples = epoch * num_images + index. Default: one epoch. Raises ValueError for a batch that
-    cannot be made."""
+    cannot be made.
+    """
 
     def __init__(
         self,
@@ -243,7 +247,8 @@ class Skipped:
     the run.
 
     file: path of skipped.txt, made when the first one turns up; other processes may write to it
-    too. max_share: of num_images."""
+    too. max_share: of num_images.
+    """
 
     def __init__(self, file: str | Path, num_images: int, max_share: float = 0.01):
         self.file, self.num_images, self.max_share = Path(file), num_images, max_share

@@ -38,7 +38,8 @@ def parse(presets: Mapping[str, T], argv: list[str] | None, description: str) ->
 
     presets: name -> instance of one dataclass with a field `preset`; the first is the default.
     Raises ValueError with one line for an unknown option, preset or choice, and for a number out of
-    range."""
+    range.
+    """
     parser = Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -72,7 +73,8 @@ def settle(
     presets: Mapping[str, T], args: argparse.Namespace, by: str = "preset"
 ) -> tuple[T, set[str]]:
     """What was given on the command line, over the preset it names; and the names of what was
-    given. Raises ValueError for a number out of range."""
+    given. Raises ValueError for a number out of range.
+    """
     first = next(iter(presets))
     names = {f.name for f in dataclasses.fields(presets[first])}
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items() if k in names}

@@ -1,5 +1,4 @@
-"""One process or many: where this one runs, in what precision, which signals it was sent, what it
-has lost.
+"""One process or many: where this one runs, in what precision, how many workers it has.
 
 Slide: none. Paper: section 4.1 (8 GPUs, mixed precision).
 Differs: needs no launcher and no environment variables; `torchrun` is recognized where it is used.
@@ -10,18 +9,13 @@ from __future__ import annotations
 import contextlib
 import datetime
 import inspect
-import multiprocessing
 import os
-import re
-import signal
 import sys
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
-
-SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")  # what clusters and people send
 
 
 class Place(NamedTuple):
@@ -112,78 +106,9 @@ def wrap(model: nn.Module, place: Place) -> nn.Module:
 
 def exchange(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
     """Of several backward passes into one gradient only the last one averages over processes."""
-    return (
-        model.no_sync()
-        if isinstance(model, nn.parallel.DistributedDataParallel) and not last
-        else (contextlib.nullcontext())
-    )
-
-
-class StopSignals:
-    """SIGTERM, SIGINT and SIGUSR1 ask the run to end after its step; a second SIGINT ends it at
-    once.
-
-    Used as `with StopSignals() as signals`, after which signals mean what they did before.
-    """
-
-    def __init__(self):
-        self.received, self.interrupted = "", False
-
-    def __enter__(self) -> StopSignals:
-        there = [
-            getattr(signal, name) for name in SIGNALS if hasattr(signal, name)
-        ]  # Windows has no SIGUSR1
-        self.before = {number: signal.signal(number, self.note) for number in there}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def note(self, number: int, _frame) -> None:
-        if self.interrupted and number == signal.SIGINT:
-            end_now(130)
-        self.interrupted = self.interrupted or number == signal.SIGINT
-        self.received = self.received or signal.Signals(number).name
-
-
-# What the libraries below say when another process is gone; their error is a plain RuntimeError.
-GONE = re.compile(
-    r"gloo|nccl|connection|connect|socket|timed out|broken pipe|TCPStore|DistStore", re.IGNORECASE
-)
-
-
-def lost(error: RuntimeError) -> str:
-    """What is lost, in a few words, if this error says that another process is; else nothing."""
-    line = re.sub(r"\[\S*/\S*\] *", "", str(error).strip().splitlines()[0])[
-        :120
-    ]  # without the place in C++
-    if line.startswith("DataLoader worker"):
-        return reader_died(line)
-    many = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if many and (isinstance(error, dist.DistError) or GONE.search(line)):
-        return f"process {os.environ['RANK']} has lost contact with another process ({line})"
-    return ""
-
-
-def out_of_memory(error: RuntimeError) -> str:
-    """What did not fit into the memory of a GPU or of the machine, in a few words, if this error
-    says so.
-    """
-    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-        return ""
-    wanted = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
-    return "out of memory" + (f" ({wanted[1]} more were wanted)" if wanted else "")
-
-
-def reader_died(line: str) -> str:
-    """The same for a process that reads images, said once: PyTorch would repeat it with a trace."""
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    return (
-        "a process that reads images has died, often for want of memory: try fewer --workers "
-        f"({line})"
-    )
+    if isinstance(model, nn.parallel.DistributedDataParallel) and not last:
+        return model.no_sync()
+    return contextlib.nullcontext()
 
 
 def finish() -> None:
@@ -192,40 +117,24 @@ def finish() -> None:
         dist.destroy_process_group()
 
 
-def end_now(status: int) -> NoReturn:
-    """End this process and those that read images for it, and wait for nobody: other processes may
-    be gone.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    for child in multiprocessing.active_children():
-        child.kill()
-    os._exit(status)
-
-
 def describe(place: Place, dtype: torch.dtype | None) -> str:
     """One line for a person: device, processes, precision."""
-    precision_name = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "float32"}[dtype]
-    name = (
-        torch.cuda.get_device_name(place.device)
-        if place.device.type == "cuda"
-        else (
-            f"{place.device.type}, {torch.get_num_threads()} threads"
-            if place.device.type == "cpu"
-            else place.device.type
-        )
-    )
+    half = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "float32"}[dtype]
+    name = place.device.type
+    if name == "cuda":
+        name = torch.cuda.get_device_name(place.device)
+    elif name == "cpu":
+        name = f"cpu, {torch.get_num_threads()} threads"
     processes = "1 process" if place.world_size == 1 else f"{place.world_size} processes"
-    return f"{name}, {processes}, {precision_name}"
+    return f"{name}, {processes}, {half}"
 
 
 def cores_per_process(most: int = 8) -> int:
-    """How many cores this process may use, between 1 and `most`: those it is allowed, shared with
-    its neighbours.
-    """
-    allowed = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    """How many cores this process may use, 1 to `most`, shared with the others of this machine."""
+    if hasattr(os, "sched_getaffinity"):
+        allowed = len(os.sched_getaffinity(0))
+    else:
+        allowed = os.cpu_count() or 1
     return max(1, min(most, allowed // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
@@ -235,8 +144,8 @@ def workers_of(workers: int) -> int:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """The most memory this process ever held: of the GPU where there is one, else of the machine.
-    In GB (1e9 bytes).
+    """The most memory this process ever held, GB (1e9 bytes): of the GPU if there is one, else of
+    the machine.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
@@ -244,8 +153,5 @@ def peak_memory_gb(device: torch.device) -> float:
         import resource  # not on Windows
     except ImportError:
         return float("nan")
-    return (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        * (1 if sys.platform == "darwin" else 1024)
-        / 1e9
-    )
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -1,10 +1,11 @@
-"""The same beginning and end for every program: one line for what went wrong, and an exit status
-that says its kind.
+"""The same beginning and end for every program: one line for what went wrong, and an exit status.
 
 Slide: none. Paper: none. Differs: not in the released code.
 
-Exit status: 0 done; 1 stopped, what was learned is on disk; 2 something that the person who started
-it can change; 128 + the number of the signal that ended it, so 130 for Ctrl-C."""
+Exit status: 0 done, or paused by a cluster's SIGTERM or SIGUSR1; 1 stopped, what was learned is on
+disk; 2 something that the person who started it can change; 128 + the number of the signal that
+ended or paused it, so 130 for Ctrl-C and 129 for a lost terminal.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +14,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from engine import processes
+from engine import processes, signals
+from engine.streams import make_unbreakable
 
 
 class Stopped(Exception):
     """The program cannot go on; one line says why. What it did so far is on disk."""
+
+
+class OfThisRank(ValueError):
+    """What only this process has met; every other ValueError is met by all, and rank 0 says it."""
 
 
 def run_program(
@@ -27,36 +33,37 @@ def run_program(
 
     name: of the program, as it stands before the line. ValueError and OSError: status 2; Stopped:
     1; Ctrl-C: 130; memory that does not suffice: 2. Every other exception is a mistake of ours and
-    keeps its trace."""
-    try:
-        status = main(argv)
-    except (ValueError, OSError) as error:
-        return fail(name, error, 2)
-    except Stopped as error:
-        return fail(name, error, 1)
-    except KeyboardInterrupt:
-        return fail(name, "interrupted", 130)
-    except RuntimeError as error:
-        if not processes.out_of_memory(error):
-            raise
-        return fail(
-            name,
-            f"{processes.out_of_memory(error)}: take a smaller --batch-size, --image-size or "
-            "network, or "
-            "more passes by --accumulate",
-            2,
-        )
-    processes.finish()
-    return status
+    keeps its trace.
+    """
+    with make_unbreakable():
+        try:
+            status = main(argv)
+        except (ValueError, OSError) as error:
+            return fail(name, error, 2)
+        except Stopped as error:
+            return fail(name, error, 1)
+        except KeyboardInterrupt:
+            return fail(name, "interrupted", 130)
+        except RuntimeError as error:
+            if not signals.out_of_memory(error):
+                raise
+            advice = (
+                "take a smaller --batch-size, --image-size or network, or more passes by "
+                "--accumulate"
+            )
+            return fail(name, f"{signals.out_of_memory(error)}: {advice}", 2)
+        processes.finish()
+        return status
 
 
 def fail(name: str, reason: Exception | str, status: int) -> int:
-    """One line on stderr. One process of many ends at once: a goodbye to the others could wait for
-    ever.
-    """
-    print(f"{name}: {reason}", file=sys.stderr, flush=True)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        processes.end_now(status)
+    """One line on stderr. One process of many ends at once: the others may wait for ever."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    said_by_rank_0 = isinstance(reason, ValueError) and not isinstance(reason, OfThisRank)
+    if rank == 0 or not said_by_rank_0:
+        print(f"{name}: {reason}", file=sys.stderr, flush=True)
+    if world_size > 1:
+        signals.end_now(status)
     return status
 
 

@@ -36,7 +36,8 @@ def gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
     """The rows of all ranks, in the order of the ranks.
 
     rows (n ...): this rank's; counts: n of every rank, known to all -> (sum of counts ...). Alone:
-    rows itself. On the wire: max(counts) rows per rank, since a gather moves equal pieces."""
+    rows itself. On the wire: max(counts) rows per rank, since a gather moves equal pieces.
+    """
     rank, world_size = rank_and_world_size()
     if len(counts) != world_size or counts[rank] != len(rows):
         raise ValueError(

@@ -1,12 +1,14 @@
 """The parts of a run and their common life: new or resumed, saved, ended. Any model, any data.
 
 Slide: none. Paper: none. Differs: not in the released code. A program puts its own loop around
-these parts; each part's file says what it owns."""
+these parts; each part's file says what it owns.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,13 @@ from engine.gradient import Gradient
 from engine.journal import Journal
 from engine.keeper import Keeper
 from engine.loader import Skipped, collate
+from engine.lock import Lock
 from engine.meter import Meter
 from engine.program import Stopped
 from engine.progress import Progress
 from engine.ranks import gather_rows
 from engine.schedule import Schedule
+from engine.signals import StopSignals
 from engine.undo import Undo
 
 
@@ -41,6 +45,7 @@ class Options:
     workers: int = -1  # processes that read images for each rank, -1: one per core
     resume: str = "auto"
     save_every: int = 1  # epochs
+    save_minutes: float = 0.0
     keep_every: int = 0  # epochs
     keep_last: int = 0
     on_save_error: str = "continue"
@@ -64,6 +69,7 @@ class Run:
     meter: Meter
     journal: Journal
     keeper: Keeper
+    lock: Lock | None  # the main process's
     settings: Mapping[
         str, Any
     ]  # kept with the checkpoint, so that another run can tell whether it may continue
@@ -98,29 +104,57 @@ class Run:
             scaler=self.gradient.scaler.state_dict(),
         )
 
+    @contextlib.contextmanager
+    def rescued(self) -> Iterator[None]:
+        """Around the loop: whatever exception ends it, the unfinished step is undone, and the main
+        process writes what was learned.
+        """
+        try:
+            yield
+        except BaseException:
+            # Not where some weights have moved and others have not, and not where none have.
+            if not self.gradient.moving and self.progress.step:
+                self.undo.undo()
+                if self.place.rank == 0:
+                    self.keeper.write(self.state(), final=True)
+            raise
+
+    def close(self) -> None:
+        """Whatever ends the run: its workers end, and its folder is free."""
+        self.batches.close()
+        self.journal.close()
+        if self.lock:
+            self.lock.release()
+
     def end(self, received: str) -> bool:
         """After the loop: True where the run is done, False where it pauses, which is said.
 
         received: the signal, or "". Raises Stopped where the run could not go on.
         """
         self.journal.close()
-        progress, last, again = (
-            self.progress,
-            self.folder / "last.pth",
-            keeper.same_command(self.options.resume),
-        )
+        self.report_skipped()
+        progress, last, half = self.progress, self.folder / "last.pth", self.gradient.dtype
         if progress.ended == "diverged":
-            raise Stopped(
-                keeper.nothing_finite(progress.bad_in_row, self.gradient.dtype is not None, last)
-            )
+            raise Stopped(keeper.nothing_finite(progress.bad_in_row, half is not None, last))
         if self.trouble or progress.ended == "trouble":
-            raise Stopped(self.trouble or "another process stopped the run, and says why")
+            reason = self.trouble or "another process stopped the run, and says why"
+            raise Stopped(f"{reason}. {keeper.where_to_go_on(self.folder, self.options.resume)}")
         if progress.ended == "signal":
+            again = keeper.same_command(self.options.resume)
             self.journal.print(
                 f"stopped by {received or 'another process'} after step {progress.step} of "
                 f"{progress.last_step}; {last} is written, and {again} goes on from there"
             )
         return progress.ended != "signal"
+
+    def report_skipped(self) -> None:
+        """Say at the end how many images could not be read."""
+        skipped = self.batches.skipped
+        if skipped.names:
+            self.journal.print(
+                f"skipped  {len(skipped.names)} images could not be read and were replaced by "
+                f"their neighbors: {skipped.file}"
+            )
 
 
 def open_run(
@@ -166,6 +200,7 @@ def open_run(
     keeper.check_position(last, gather_rows(position, [1] * place.world_size).tolist())
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = Lock(folder) if is_main else None
         journal = Journal(folder, progress.step, schedule.last_step, is_main, options.tensorboard)
         if is_main:
             if progress.position == 0:  # a new run names its own
@@ -197,21 +232,34 @@ def open_run(
         options.keep_last,
         options.on_save_error == "stop",
         is_main,
+        options.save_minutes,
     )
-    return Run(
-        options,
-        place,
-        schedule,
-        model,
-        gradient,
-        Undo(touched),
-        progress,
-        batches,
-        meter,
-        journal,
-        kept,
-        settings,
-        len(images),
-        began,
-        notes,
-    )
+    parts = Undo(touched), progress, batches, meter, journal, kept, lock, settings
+    return Run(options, place, schedule, model, gradient, *parts, len(images), began, notes)
+
+
+def live(
+    output_dir: str,
+    resume: str,
+    set_up: Callable[[], Run],
+    loop: Callable[[Run, StopSignals], None],
+    finish: Callable[[Run], None],
+    prepared: Callable[[Run], None] | None = None,
+) -> int:
+    """The life of a run on this rank: set up, loop, end; returns the exit status.
+
+    loop(run, signals): all steps; finish(run): what a run leaves when it is done, on the main
+    process; prepared(run): called before the first step, to look on. Whatever ends the loop, what
+    was learned is kept. Raises Stopped, ValueError, and what is a mistake of ours.
+    """
+    with StopSignals() as signals, contextlib.ExitStack() as at_end:
+        with keeper.saying_what_is_lost(output_dir, resume):
+            run = set_up()
+        at_end.callback(run.close)
+        with keeper.saying_what_is_lost(output_dir, resume), run.rescued():
+            if prepared:
+                prepared(run)
+            loop(run, signals)
+        if run.end(signals.received) and run.place.rank == 0:
+            finish(run)
+        return signals.status if run.progress.ended == "signal" else 0

@@ -1,7 +1,8 @@
 """The learning rate of every step, and the last step: pure functions of the step.
 
 Slide: none. Paper: section 4.1. Differs: nothing known; the release raises the rate at every step
-too."""
+too.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +15,21 @@ def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float) -
     [O].
 
     lr(t) = peak / 100 (99 t / T_w + 1) for t < T_w, then 1e-6 + (peak - 1e-6) (1 + cos(pi (t - T_w)
-    / (T - T_w))) / 2."""
+    / (T - T_w))) / 2.
+    """
     if step < warmup_steps:
         return peak / 100 * (99 * step / warmup_steps + 1)
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
     return 1e-6 + (peak - 1e-6) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def warm_up(step: int, steps: int, start: float, end: float) -> float:
+    """A straight line from start to end over so many steps, then end; end at once where there are
+    none.
+
+    DINO raises the teacher's temperature like this; SlotCon does not, and no preset does.
+    """
+    return end if step >= steps else start + (end - start) * step / steps
 
 
 @dataclass(frozen=True)

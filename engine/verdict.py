@@ -5,7 +5,8 @@ Slide: none. Paper: none. Differs: the released code looks at nothing; a bad ste
 weights.
 
 All ranks must agree on whether to skip a step: a rank that skipped one alone would have other
-weights from then on, and a rank that stopped alone would leave the others waiting."""
+weights from then on, and a rank that stopped alone would leave the others waiting.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The networks inside checkpoints, ours and the released code's, by the sizes of their tensors.
 
 Slide: none. Paper: none. Differs: reads the released checkpoints under the names of this
-repository."""
+repository.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +83,8 @@ def load_network(
     Sizes come from the tensors themselves, the architecture from the configuration that was saved;
     a released checkpoint's from the names and shapes of its tensors. The configuration has at least
     arch, num_prototypes, dim_hidden and dim_out. Raises ValueError with one line for any file that
-    does not hold one whole network."""
+    does not hold one whole network.
+    """
     if which not in ("student", "teacher"):
         raise ValueError(f"a checkpoint holds a student and a teacher, not {which!r}")
     contents = read(path)

@@ -1,1 +1,1 @@
-"""Judges what was learned: numbers, labeled data sets, reports, pictures."""
+"""Judges what was learned: numbers, labeled data sets, reports, figures."""

@@ -1,17 +1,32 @@
-"""Which shortcuts the toy scenes leave open: what color, position or untrained texture say about the class.
+"""How far shortcuts get on toy scenes: the class of a pixel guessed from color, place or texture.
 
 Slide: none. Paper: none. Differs: ours [U].
+
+A scene teaches grouping only if simpler clues do not solve it. `shortcuts` measures four of them.
 """
 
 from __future__ import annotations
 
-import numpy as np
+import warnings
+from typing import Any
 
+import numpy as np
+import torch
+from scipy.cluster.vq import kmeans2
+
+from measures import metrics
 from toy import CLASS_NAMES, Stream, scene
 
 
-def audit(seed: int = 0, count: int = 128, preset: str = "scene", **dials) -> dict[str, float]:
-    """How far each shortcut gets: balanced accuracy (chance 1/8) on pixels of unseen scenes, mIoU for k-means."""
+def shortcuts(
+    seed: int = 0, count: int = 128, preset: str = "scene", **dials: Any
+) -> dict[str, float]:
+    """The score of every shortcut on scenes of this seed.
+
+    count: scenes to learn from, and as many to test on; dials: as in `toy.scene`. Returns balanced
+    accuracies in [0, 1] (chance: 1/8) of color, position and random_convolutions, and the mIoU of
+    k-means on color.
+    """
     drawn = [scene(seed, index, preset, **dials) for index in range(2 * count)]
     images, labels = np.stack([s.image for s in drawn]), np.stack([s.semantic for s in drawn])
     red, green, blue = np.moveaxis(images, -1, 0).astype(np.int64) // 32
@@ -24,47 +39,59 @@ def audit(seed: int = 0, count: int = 128, preset: str = "scene", **dials) -> di
     }
 
 
-def _balanced_accuracy(guesses: np.ndarray, labels: np.ndarray) -> float:
-    return float(np.mean([np.mean(guesses[labels == i] == i) for i in np.unique(labels)]))
+def balanced_accuracy(guesses: np.ndarray, labels: np.ndarray) -> float:
+    """The mean over classes of the share of their pixels that is guessed. Same shapes, ids."""
+    return float(np.mean([np.mean(guesses[labels == t] == t) for t in np.unique(labels)]))
 
 
 def lookup_accuracy(cells: np.ndarray, labels: np.ndarray) -> float:
-    """A table cell -> likeliest class (all classes alike), from half of the scenes. cells, labels (n y x) whole."""
+    """Balanced accuracy of a table that holds the likeliest class of each cell, for equal classes.
+
+    cells, labels (b y x) int; the table is made from the first half of the scenes, and tested on
+    the second.
+    """
     half = len(cells) // 2
     counts = np.zeros((cells.max() + 1, len(CLASS_NAMES)))
     np.add.at(counts, (cells[:half], labels[:half]), 1.0)
-    likeliest = (counts / counts.sum(axis=0).clip(1.0)).argmax(axis=1)  # sum over cells, argmax over classes
-    return _balanced_accuracy(likeliest[cells[half:]], labels[half:])
+    likeliest = (counts / counts.sum(axis=0).clip(1.0)).argmax(axis=1)  # over cells; over t
+    return balanced_accuracy(likeliest[cells[half:]], labels[half:])
 
 
-def random_convolution_accuracy(images: np.ndarray, labels: np.ndarray, seed: int = 0, width: int = 128) -> float:
-    """Ridge regression on `width` rectified random 9x9 convolutions: what texture gives away without learning."""
+def random_convolution_accuracy(
+    images: np.ndarray, labels: np.ndarray, seed: int = 0, width: int = 128
+) -> float:
+    """Balanced accuracy of ridge regression on rectified random 9x9 convolutions.
+
+    It says how much of the texture needs no learned features. images (b y x 3) uint8, labels
+    (b y x); width: the number of convolutions. Learns on the first half, tests on the second.
+    """
     stream = Stream(seed)
     filters = stream.field(9 * 9 * 3, width) - 0.5
-    y, x = (stream.field(2, 400) * (labels.shape[1] - 8)).astype(np.int64)  # 400 pixels of each scene
+    y, x = (stream.field(2, 400) * (labels.shape[1] - 8)).astype(np.int64)  # 400 pixels of each
     patches = np.lib.stride_tricks.sliding_window_view(images / 255.0, (9, 9), axis=(1, 2))[:, y, x]
-    features = abs(patches.reshape(*patches.shape[:2], -1) @ (filters - filters.mean(axis=0)))  # over taps
+    patches = patches.reshape(*patches.shape[:2], -1)
+    features = abs(patches @ (filters - filters.mean(axis=0)))  # mean over taps
     features = np.concatenate([features, np.ones_like(features[..., :1])], axis=-1)
     labels, half = labels[:, y + 4, x + 4], len(images) // 2
-    seen, wanted = features[:half].reshape(-1, width + 1), np.eye(len(CLASS_NAMES))[labels[:half].ravel()]
-    weighted = seen / wanted.sum(axis=0).clip(1.0)[labels[:half].ravel()][:, None]  # classes count alike
-    ridge = np.linalg.solve(weighted.T @ seen + 1e-4 * np.eye(width + 1), weighted.T @ wanted)
-    return _balanced_accuracy((features[half:] @ ridge).argmax(axis=-1), labels[half:])
+    learned_from = features[:half].reshape(-1, width + 1)
+    wanted = np.eye(len(CLASS_NAMES))[labels[:half].ravel()]
+    count = wanted.sum(axis=0).clip(1.0)[labels[:half].ravel()]  # over pixels
+    weighted = learned_from / count[:, None]  # every class counts alike
+    square = weighted.T @ learned_from + 1e-4 * np.eye(width + 1)
+    ridge = np.linalg.solve(square, weighted.T @ wanted)
+    return balanced_accuracy((features[half:] @ ridge).argmax(axis=-1), labels[half:])
 
 
 def kmeans_miou(images: np.ndarray, labels: np.ndarray, seed: int = 0, k: int = 8) -> float:
-    """mIoU of k-means on colour, clusters matched with classes one to one. images (n y x 3), labels (n y x)."""
-    from scipy.optimize import linear_sum_assignment
+    """mIoU of k-means on the colors of 50,000 pixels, clusters matched with classes one-to-one.
 
+    images (b y x 3) uint8, labels (b y x).
+    """
     picked = (Stream(seed, k).field(50_000) * labels.size).astype(np.int64)
-    pixels, truth = images.reshape(-1, 3)[picked].astype(np.float64), labels.ravel()[picked]
-    centers = pixels[:k]
-    for _ in range(20):
-        nearest = (centers @ pixels.T - 0.5 * (centers**2).sum(axis=1)[:, None]).argmax(axis=0)  # over centers
-        groups = (pixels[nearest == i] for i in range(k))
-        centers = np.stack([group.mean(axis=0) if len(group) else old for group, old in zip(groups, centers)])
-    overlap = np.zeros((k, len(CLASS_NAMES)))
-    np.add.at(overlap, (nearest, truth), 1.0)
-    i, j = linear_sum_assignment(-overlap)
-    union = overlap.sum(axis=1)[i] + overlap.sum(axis=0)[j] - overlap[i, j]
-    return float(np.mean(overlap[i, j] / union))
+    pixels, target = images.reshape(-1, 3)[picked].astype(np.float64), labels.ravel()[picked]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "One of the clusters is empty")
+        _, groups = kmeans2(pixels, pixels[:k], minit="matrix", iter=20)
+    confusion = metrics.confusion_matrix(
+        torch.from_numpy(groups), torch.from_numpy(target), k, len(CLASS_NAMES))
+    return metrics.miou(confusion, metrics.match(confusion))

@@ -1,10 +1,11 @@
-"""Pictures in which every pixel has a label: COCO-Stuff's 27 classes and other data sets to measure grouping on.
+"""Images whose every pixel has a label: COCO-Stuff's 27 classes, and other data sets to measure on.
 
-Slide: "Understanding the semantic grouping ability: unsupervised semantic segmentation". Paper: table 5.
-Differs: the authors released no evaluation code; the COCO-Stuff part is PiCIE's published protocol [P], the rest [U].
-Read next: segments.py.
+Slide: "Understanding the semantic grouping ability: unsupervised semantic segmentation".
+Paper: table 5.
+Differs: the authors released no evaluation code; the COCO-Stuff part is PiCIE's published protocol
+[P], the rest [U].
 
-Labels are for measuring only: nothing here is seen by training.
+Labels are for measuring only: training uses nothing from this file.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import torchvision.transforms.v2.functional as transforms
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2.functional import center_crop, resize
 from tqdm import tqdm
 
 import toy
@@ -33,23 +35,26 @@ from measures.metrics import IGNORE
 
 # Things first: 0..11, then stuff: 12..26. Food and furniture occur as both [P].
 COARSE_NAMES = (
-    "electronic", "appliance", "food (thing)", "furniture (thing)", "indoor", "kitchen", "accessory", "animal",
-    "outdoor", "person", "sports", "vehicle", "ceiling", "floor", "food", "furniture", "raw material", "textile",
-    "wall", "window", "building", "ground", "plant", "sky", "solid", "structural", "water",
+    "electronic", "appliance", "food (thing)", "furniture (thing)", "indoor", "kitchen",
+    "accessory", "animal", "outdoor", "person", "sports", "vehicle", "ceiling", "floor", "food",
+    "furniture", "raw material", "textile", "wall", "window", "building", "ground", "plant", "sky",
+    "solid", "structural", "water",
 )  # fmt: skip
 FIRST_STUFF = 12
 
 
 def _fine_to_coarse() -> np.ndarray:
-    """The coarse class of the 182 fine ones; IGNORE stays, and every other id becomes -1. Returns (256) int64."""
-    # Fine 0..90 are COCO's category ids minus one, in runs (coarse class, length); 91..181 one by one [P].
-    runs = ((9, 1), (11, 8), (8, 6), (7, 10), (6, 8), (10, 10), (5, 8), (2, 10), (3, 10), (0, 6), (1, 6), (4, 8))
+    """The coarse class of the 182 fine ones; IGNORE stays, other ids become -1. (256) int64."""
+    # Fine 0..90 are COCO's category ids minus one, in runs (coarse class, length); 91..181 are
+    # listed one by one [P].
+    runs = ((9, 1), (11, 8), (8, 6), (7, 10), (6, 8), (10, 10), (5, 8), (2, 10), (3, 10), (0, 6),
+            (1, 6), (4, 8))  # fmt: skip
     things = [coarse for coarse, length in runs for _ in range(length)]
     stuff = [
-        17, 17, 22, 20, 20, 22, 15, 25, 16, 13, 12, 12, 17, 17, 23, 15, 15, 17, 15, 21, 15, 25, 13, 13, 13, 13, 13, 22,
-        26, 14, 14, 15, 22, 21, 21, 24, 20, 22, 15, 17, 16, 15, 22, 24, 21, 17, 25, 16, 21, 17, 22, 16, 21, 21, 25, 21,
-        26, 21, 24, 20, 17, 14, 21, 26, 15, 23, 20, 21, 24, 15, 24, 22, 25, 15, 20, 17, 17, 22, 14, 18, 18, 18, 18, 18,
-        18, 18, 26, 26, 19, 19, 24,
+        17, 17, 22, 20, 20, 22, 15, 25, 16, 13, 12, 12, 17, 17, 23, 15, 15, 17, 15, 21, 15, 25, 13,
+        13, 13, 13, 13, 22, 26, 14, 14, 15, 22, 21, 21, 24, 20, 22, 15, 17, 16, 15, 22, 24, 21, 17,
+        25, 16, 21, 17, 22, 16, 21, 21, 25, 21, 26, 21, 24, 20, 17, 14, 21, 26, 15, 23, 20, 21, 24,
+        15, 24, 22, 25, 15, 20, 17, 17, 22, 14, 18, 18, 18, 18, 18, 18, 18, 26, 26, 19, 19, 24,
     ]  # fmt: skip
     table = np.full(256, -1)
     table[: len(things) + len(stuff)] = things + stuff
@@ -64,38 +69,42 @@ PUBLISHED_LIST = "7c629734c88f1a74bba6311e01d4d9fe976df84f07cb4fc86452ce5116e516
 
 
 def is_curated(fine: np.ndarray) -> bool:
-    """PiCIE's rule [P]: at least 360 pixels high and wide, and at least 3/4 of all pixels are stuff. fine (y x)."""
+    """Whether PiCIE's rule keeps an image [P]: both sides at least 360 px, and 3/4 of it stuff.
+
+    fine (y x): ids of the 182 fine classes.
+    """
     coarse = FINE_TO_COARSE[fine]
     stuff = (coarse >= FIRST_STUFF) & (coarse != IGNORE)
     return min(fine.shape) >= 360 and stuff.mean() >= 0.75
 
 
 def list_digest(names: Sequence[str]) -> str:
-    """sha256 of a list of picture ids, one per line with a line end after each."""
+    """sha256 of a list of image ids, one per line with a line end after each."""
     return hashlib.sha256("".join(f"{name}\n" for name in names).encode()).hexdigest()
 
 
-# -------------------------------------------------------------------------- labelled pictures
+# ------------------------------------------------------------------------------ labeled images
 
 
 @dataclass(frozen=True)
-class Labelled:
+class Labeled:
     """A sequence of (image (3 y x) uint8, label (y x) int64 with IGNORE where there is none).
 
-    class_names: of the ids 0..t-1; empty if the labels are segments without names, unlike from picture to picture.
+    class_names: of the ids 0..t-1; empty if the labels are segments without classes, where an id
+    means something else in every image.
     """
 
-    images: Sequence[Tensor]
+    images: ImageFiles | ToyScenes
     read_label: Callable[[int], np.ndarray]  # index -> (y x) of ids
     class_names: tuple[str, ...]
     notice: str = ""  # what the reader of the numbers should know
-    indices: tuple[int, ...] | None = None  # the pictures of a subset
+    indices: tuple[int, ...] | None = None  # the images of a subset
 
     def __len__(self) -> int:
         return len(self.images if self.indices is None else self.indices)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Raises ValueError with one line: unreadable picture, unlike sizes, ids outside the classes."""
+        """Raises ValueError, one line: unreadable image, unequal sizes, ids outside the classes."""
         index = index if self.indices is None else self.indices[index]
         try:
             image = self.images[index]
@@ -105,162 +114,215 @@ class Labelled:
         if label.shape != image.shape[-2:]:
             height, width = image.shape[-2:]
             found = " x ".join(str(side) for side in label.shape[::-1])
-            raise ValueError(f"{name} is {width} x {height} but its label is {found}: they must show the same pixels")
+            raise ValueError(f"{name} is {width} x {height} but its label is {found}: "
+                             "they must show the same pixels")
         if self.class_names:
             ids = np.unique(label[label != IGNORE])
             if ids.size and not 0 <= ids[0] <= ids[-1] < len(self.class_names):
                 wrong = ids[(ids < 0) | (ids >= len(self.class_names))][0]
-                raise ValueError(f"the label of {name} has id {wrong}, outside 0..{len(self.class_names) - 1} and not "
-                                 f"{IGNORE} (no label)")
+                raise ValueError(f"the label of {name} has id {wrong}, outside "
+                                 f"0..{len(self.class_names) - 1} and not {IGNORE} (no label)")
         return image, torch.from_numpy(label.astype(np.int64))
 
-    def subset(self, indices: Sequence[int]) -> Labelled:
-        """The pictures at these places of the sequence."""
+    def subset(self, indices: Sequence[int]) -> Labeled:
+        """The images at these places of the sequence."""
         own = range(len(self)) if self.indices is None else self.indices
         return replace(self, indices=tuple(own[i] for i in indices))
 
 
 def read_ids(path: Path) -> np.ndarray:
-    """The ids in a label picture, (y x) int64. Raises ValueError: unreadable, or colours instead of ids."""
+    """The ids in a label file, (y x) int64. Raises ValueError: unreadable, or colors, not ids."""
     try:
-        with Image.open(path) as picture:
-            if picture.mode not in ("L", "P", "1", "I", "I;16"):
-                raise ValueError(f"{path} holds colours ({picture.mode}), not class ids: one grey value per class")
-            return np.asarray(picture).astype(np.int64)
+        with Image.open(path) as image:
+            if image.mode not in ("L", "P", "1", "I", "I;16"):
+                raise ValueError(f"{path} holds colors ({image.mode}), not class ids: "
+                                 "one gray value per class")
+            return np.asarray(image).astype(np.int64)
     except (OSError, SyntaxError):
         raise ValueError(f"cannot read the label {path}") from None
 
 
 def square(pair: tuple[Tensor, Tensor], size: int) -> tuple[Tensor, Tensor]:
-    """Short side to `size`, centre cut out: (image (3 y x) bilinear, label (y x) nearest) -> sides of `size` [P]."""
+    """Short side to `size`, then the center: image (3 y x) bilinear, label (y x) nearest [P].
+
+    Returns image (3 size size) and label (size size).
+    """
     image, label = pair
-    image = transforms.resize(image, [size], InterpolationMode.BILINEAR, antialias=True)
-    # PIL's nearest, which the protocol used, takes the pixel under the centre: that is torchvision's "exact".
-    label = transforms.resize(label[None], [size], InterpolationMode.NEAREST_EXACT)
-    return transforms.center_crop(image, [size]), transforms.center_crop(label, [size])[0]
+    image = resize(image, [size], InterpolationMode.BILINEAR, antialias=True)
+    # PIL's nearest, which the protocol used, takes the pixel under the center: torchvision calls
+    # that "exact".
+    label = resize(label[None], [size], InterpolationMode.NEAREST_EXACT)
+    return center_crop(image, [size]), center_crop(label, [size])[0]
 
 
 # ------------------------------------------------------------------------- the known data sets
 
 
-def open_labelled(dataset: str, data_dir: str | Path | None, split: str | None = None, **options) -> Labelled:
-    """The labelled pictures of a data set.
+def open_labeled(
+    dataset: str, data_dir: str | Path | None, split: str | None = None, **options: Any
+) -> Labeled:
+    """The labeled images of a data set.
 
-    dataset: a key of `DATASETS`; split: None for what is usually measured. options, each for one data set only: see
-    its function. Raises ValueError with one line for a wrong tree.
+    dataset: a key of `DATASETS`; split: None for what is usually measured; options: each for one
+    data set only, see its function. Raises ValueError with one line for a wrong folder.
     """
     if dataset not in DATASETS:
-        raise ValueError(f"unknown labelled data set {dataset!r}: choose one of {', '.join(DATASETS)}")
+        raise ValueError(f"unknown labeled data set {dataset!r}: choose one of "
+                         f"{', '.join(DATASETS)}")
     if dataset == "toy":
         return _toy(split, **options)
     if data_dir is None:
-        raise ValueError(f"--data-dir is missing: the folder of {dataset}, laid out as {TREES[dataset]}")
+        raise ValueError(f"--data-dir is missing: the folder of {dataset}, laid out as "
+                         f"{TREES[dataset]}")
     return DATASETS[dataset](Path(data_dir), split, **options)
 
 
-def _coco_stuff(root: Path, split: str | None, list_file: str | Path | None = None) -> Labelled:
-    """COCO-Stuff 27 on PiCIE's curated pictures; list_file: their ids one per line, else rebuilt by the rule."""
+def _coco_stuff(
+    root: Path, split: str | None, list_file: str | Path | None = None,
+    published: str = PUBLISHED_LIST,
+) -> Labeled:  # fmt: skip
+    """COCO-Stuff 27 on PiCIE's curated images.
+
+    list_file: their ids one per line; without it the list is rebuilt by the rule. published: the
+    digest of the list that papers use.
+    """
     split = _year(split)
-    labels = root / "stuffthingmaps_trainval2017" / split
-    if not labels.is_dir():
-        raise ValueError(f"no labels in {labels}: expected {TREES['coco_stuff']}")
+    folder = root / "stuffthingmaps_trainval2017" / split
+    if not folder.is_dir():
+        raise ValueError(f"no labels in {folder}: expected {TREES['coco_stuff']}")
     if list_file is None:
-        names = _curated(sorted(path for path in os.listdir(labels) if path.endswith(".png")), labels)
+        files = sorted(name for name in os.listdir(folder) if name.endswith(".png"))
+        names = _curated(files, folder)
     else:
         names = [Path(line.strip()).stem for line in _lines(list_file) if line.strip()]
     if not names:
-        raise ValueError(f"no picture of {labels} is curated: 360 px on both sides and 3/4 stuff")
-    notice = "curated pictures"
-    if split == "val2017" and list_digest(names) != PUBLISHED_LIST:
+        raise ValueError(f"no image of {folder} is curated: 360 px on both sides and 3/4 stuff")
+    notice = "curated images"
+    if split == "val2017" and list_digest(names) != published:
         notice += ", NOT the published list of 2,175: the numbers compare with no paper"
-    fine = [labels / f"{name}.png" for name in names]
-    images = _pictures(root / split, [f"{name}.jpg" for name in names], fine)
-    return Labelled(images, partial(_coarse_of, fine), COARSE_NAMES, notice)
+    fine = [folder / f"{name}.png" for name in names]
+    images = _image_files(root / split, [f"{name}.jpg" for name in names], fine)
+    return Labeled(images, partial(_coarse_of, fine), COARSE_NAMES, notice)
 
 
 def _curated(files: Sequence[str], folder: Path) -> list[str]:
-    """Ids of the label maps that the rule keeps, sorted. The size stands in a file's header, so it is asked first."""
+    """Ids of the label files that the rule keeps. The size is tested first: it is in the header."""
     kept = []
     for name in tqdm(files, "curated list", unit="label", disable=None, leave=False):
-        with contextlib.suppress(OSError), Image.open(folder / name) as picture:
-            if min(picture.size) < 360:
+        with contextlib.suppress(OSError), Image.open(folder / name) as image:
+            if min(image.size) < 360:
                 continue
         if is_curated(_fine_ids(folder / name)):
             kept.append(Path(name).stem)
     return kept
 
 
-def _coco_things(root: Path, split: str | None) -> Labelled:
-    """The 12 coarse thing classes painted from COCO's instance annotations; everything else is ignored [U]."""
+def _coco_things(root: Path, split: str | None) -> Labeled:
+    """The 12 coarse thing classes drawn from COCO's instances; everything else is ignored [U]."""
     from pycocotools.coco import COCO
 
     split = _year(split)
     file = root / "annotations" / f"instances_{split}.json"
     if not file.is_file():
         raise ValueError(f"no {file}: expected {TREES['coco_things']}")
-    with contextlib.redirect_stdout(None):  # it reports its progress to stdout, where our result goes
+    with contextlib.redirect_stdout(None):  # it prints its progress to stdout, the place of results
         coco = COCO(file)
-    pictures = sorted((p for p in coco.imgs.values() if coco.imgToAnns[p["id"]]), key=lambda p: p["file_name"])
-    images = _pictures(root / split, [picture["file_name"] for picture in pictures])
-    paint = partial(_things_of, coco, pictures)
-    return Labelled(images, paint, COARSE_NAMES[:FIRST_STUFF], "things only, everything else is left out")
+    annotated = sorted((each for each in coco.imgs.values() if coco.imgToAnns[each["id"]]),
+                       key=lambda each: each["file_name"])
+    images = _image_files(root / split, [each["file_name"] for each in annotated])
+    return Labeled(images, partial(_things_of, coco, annotated), COARSE_NAMES[:FIRST_STUFF],
+                   "things only, everything else is left out")
 
 
 VOC_NAMES = (
-    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
-    "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
+    "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
+    "train", "tvmonitor",
 )  # fmt: skip
 
 
-def _voc(root: Path, split: str | None) -> Labelled:
+def _voc(root: Path, split: str | None) -> Labeled:
     """PASCAL VOC 2012, 21 classes with the background; root is VOCdevkit or VOC2012."""
     root = root / "VOC2012" if (root / "VOC2012").is_dir() else root
     listed = root / "ImageSets" / "Segmentation" / f"{split or 'val'}.txt"
     if not listed.is_file():
         raise ValueError(f"no {listed}: expected {TREES['voc']}")
     names = [line.strip() for line in _lines(listed) if line.strip()]
-    labels = [root / "SegmentationClass" / f"{name}.png" for name in names]
-    images = _pictures(root / "JPEGImages", [f"{name}.jpg" for name in names], labels)
-    return Labelled(images, partial(_ids_of, labels), VOC_NAMES)
+    files = [root / "SegmentationClass" / f"{name}.png" for name in names]
+    images = _image_files(root / "JPEGImages", [f"{name}.jpg" for name in names], files)
+    return Labeled(images, partial(_ids_of, files), VOC_NAMES)
 
 
-def _bsds(root: Path, split: str | None) -> Labelled:
-    """Berkeley's photographs, cut into segments by one person each; the segments have no names."""
+def _bsds(root: Path, split: str | None) -> Labeled:
+    """Berkeley's photographs, each cut into segments by one person; segments have no classes."""
     split = split or "val"
     folder, paths = _found(root / "images" / split, "bsds")
-    labels = [root / "segments" / split / f"{Path(path).stem}.png" for path in paths]
-    return Labelled(_pictures(folder, paths, labels), partial(_ids_of, labels), ())
+    files = [root / "segments" / split / f"{Path(path).stem}.png" for path in paths]
+    return Labeled(_image_files(folder, paths, files), partial(_ids_of, files), ())
 
 
-def _folder(root: Path, split: str | None, num_classes: int | None = None) -> Labelled:
-    """Any images/ + labels/ with equal names; classes.txt, one name per line, or num_classes says what the ids mean.
+def _folder(root: Path, split: str | None, num_classes: int | None = None) -> Labeled:
+    """Any images/ + labels/ with equal names.
 
-    split: a folder within both, if they have it; else "train" and "val" are four fifths and one fifth, and None all.
+    classes.txt (one name per line), else num_classes, defines the classes; without both the ids
+    are counted. split: a folder within both, if they have it; else "train" and "val" are four
+    fifths and one fifth, and None is all.
     """
     inner = split if split and (root / "images" / split).is_dir() else "."
     folder, paths = _found(root / "images" / inner, "folder")
-    labels = [root / "labels" / inner / Path(path).with_suffix(".png") for path in paths]
-    images = _pictures(folder, paths, labels)
-    names = [line.strip() for line in _lines(root / "classes.txt")] if (root / "classes.txt").is_file() else []
+    files = [root / "labels" / inner / Path(path).with_suffix(".png") for path in paths]
+    images = _image_files(folder, paths, files)
+    listed = root / "classes.txt"
+    names = [line.strip() for line in _lines(listed)] if listed.is_file() else []
+    notice = ""
     if num_classes is None and not names:
-        ids = [read_ids(label) for label in tqdm(labels, "classes", unit="label", disable=None, leave=False)]
-        num_classes = 1 + max((int(each[each != IGNORE].max(initial=0)) for each in ids), default=0)
+        num_classes, notice = count_classes(files)
     names = names or [f"class {number}" for number in range(num_classes)]
-    whole = Labelled(images, partial(_ids_of, labels), tuple(names))
+    whole = Labeled(images, partial(_ids_of, files), tuple(names), notice)
     if inner != "." or split is None:
         return whole
     if split not in ("train", "val"):
-        raise ValueError(f"no folder {root / 'images' / split}, and without it a split is train or val")
+        raise ValueError(f"no folder {root / 'images' / split}, and without it a split is train or "
+                         "val")
     return whole.subset([i for i in range(len(whole)) if (i % 5 == 0) == (split == "val")])
+
+
+def count_classes(files: Sequence[Path]) -> tuple[int, str]:
+    """The largest id in the label files + 1, and one line where smaller ids occur nowhere.
+
+    One wrong pixel shows as a gap between the ids: the line names the first id after the widest
+    gap, and the file that it is in. Raises ValueError where no pixel has a class.
+    """
+    first: dict[int, Path] = {}  # id -> the first file that has it
+    for file in tqdm(files, "classes", unit="label", disable=None, leave=False):
+        for number in np.unique(read_ids(file)).tolist():
+            if number != IGNORE:
+                first.setdefault(number, file)
+    if not first:
+        raise ValueError(f"nothing is labeled: all pixels of the {len(files)} label files are "
+                         f"{IGNORE} (no class)")
+    ids = sorted(first)
+    count = ids[-1] + 1
+    if count == len(ids):
+        return count, ""
+    gap, before, after = max((b - a, a, b) for a, b in zip([-1, *ids], ids))
+    missing = f"ids {before + 1} to {after - 1} occur" if gap > 2 else f"id {before + 1} occurs"
+    return count, (
+        f"{count} classes counted from the ids, but {missing} in no label, and {after} first in "
+        f"{first[after]}: if that is a mistake, correct the file; --num-classes "
+        f"{before + 1 or count} sets their number")
 
 
 UNSEEN = 2**32  # seeds of training runs end at 2^31
 
 
 class ToyScenes:
-    """Scenes drawn when they are asked for, by default with a seed that no training run can have."""
+    """A sequence of scenes (3 y x) uint8, each drawn when it is read.
 
-    def __init__(self, count: int, seed: int = UNSEEN, preset: str = "scene", **dials):
+    The default seed is one that no training run can have.
+    """
+
+    def __init__(self, count: int, seed: int = UNSEEN, preset: str = "scene", **dials: Any):
         self.seed, self.count, self.preset, self.dials = seed, count, preset, dials
 
     def __len__(self) -> int:
@@ -276,10 +338,12 @@ class ToyScenes:
         return f"toy scene {index} of seed {self.seed}"
 
 
-def _toy(split: str | None, count: int = 256, seed: int = UNSEEN, preset: str = "scene", **dials) -> Labelled:
+def _toy(
+    split: str | None, count: int = 256, seed: int = UNSEEN, preset: str = "scene", **dials: Any
+) -> Labeled:
     """Toy scenes with their 8 classes; split "train" is the next seed."""
     scenes = ToyScenes(count, seed + (split == "train"), preset, **dials)
-    return Labelled(scenes, partial(_semantic_of, scenes), toy.CLASS_NAMES)
+    return Labeled(scenes, partial(_semantic_of, scenes), toy.CLASS_NAMES)
 
 
 DATASETS = {
@@ -299,7 +363,7 @@ TREES = {
 }
 
 
-# Labels by index. Module-level functions, since worker processes of a data loader may have to pickle them.
+# Labels by index. Functions of the module, since workers of a data loader may have to pickle them.
 def _ids_of(files: Sequence[Path], index: int) -> np.ndarray:
     return read_ids(files[index])
 
@@ -308,10 +372,10 @@ def _coarse_of(files: Sequence[Path], index: int) -> np.ndarray:
     return FINE_TO_COARSE[_fine_ids(files[index])]
 
 
-def _things_of(coco, pictures: Sequence[dict], index: int) -> np.ndarray:
-    label = np.full((pictures[index]["height"], pictures[index]["width"]), IGNORE)
-    shapes = coco.imgToAnns[pictures[index]["id"]]
-    for shape in sorted(shapes, key=lambda shape: -shape["area"]):  # small over large, or the plate hides the food
+def _things_of(coco: Any, annotated: Sequence[dict], index: int) -> np.ndarray:
+    label = np.full((annotated[index]["height"], annotated[index]["width"]), IGNORE)
+    shapes = coco.imgToAnns[annotated[index]["id"]]
+    for shape in sorted(shapes, key=lambda shape: -shape["area"]):  # small ones over large ones
         label[coco.annToMask(shape) > 0] = FINE_TO_COARSE[shape["category_id"] - 1]
     return label
 
@@ -320,12 +384,13 @@ def _semantic_of(scenes: ToyScenes, index: int) -> np.ndarray:
     return scenes.scene(index).semantic
 
 
-def _pictures(folder: Path, paths: Sequence[str], labels: Sequence[Path] = ()) -> ImageFiles:
-    """The pictures, once all of them and all of their labels are seen to be there."""
-    for kind, files in (("picture", [folder / path for path in paths]), ("label", labels)):
-        missing = [file for file in files if not file.is_file()]
+def _image_files(folder: Path, paths: Sequence[str], files: Sequence[Path] = ()) -> ImageFiles:
+    """The images, after a check that all of them and all of their label files are there."""
+    for kind, expected in (("image", [folder / path for path in paths]), ("label", files)):
+        missing = [file for file in expected if not file.is_file()]
         if missing:
-            raise ValueError(f"{len(missing)} of {len(files)} {kind}s are missing, first {missing[0]}")
+            raise ValueError(f"{len(missing)} of {len(expected)} {kind}s are missing, "
+                             f"first {missing[0]}")
     return ImageFiles(folder, np.array(paths))
 
 
@@ -348,6 +413,8 @@ def _lines(file: str | Path) -> list[str]:
         return Path(file).read_text().splitlines()
     except OSError as error:
         raise ValueError(f"cannot read {file}: {error.strerror.lower()}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is not a text file: one name per line is expected") from None
 
 
 def _year(split: str | None) -> str:

@@ -1,7 +1,6 @@
-"""One colour per prototype, the same in every picture, apart from each other for every kind of colour vision.
+"""One color per prototype, the same in every figure, and distinct for every kind of color vision.
 
 Slide: none. Paper: none. Differs: ours [U].
-Read next: visualize.py.
 """
 
 from __future__ import annotations
@@ -11,10 +10,12 @@ import functools
 import numpy as np
 
 # Okabe and Ito (2008): orange, sky blue, bluish green, yellow, blue, vermilion, reddish purple.
-FIRST = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
-GREY = (160, 160, 160)  # what has no prototype
+FIRST = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0),
+         (204, 121, 167))  # fmt: skip
+GRAY = (160, 160, 160)  # what has no prototype
 
-# How linear RGB looks without the long-, medium- or short-wave cones (Machado, Oliveira, Fernandes 2009, severity 1).
+# How linear RGB looks without the long-, medium- or short-wave cones (Machado, Oliveira, Fernandes
+# 2009, severity 1).
 VISIONS = {
     "usual": np.eye(3),
     "protanopia": np.array([[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
@@ -25,11 +26,16 @@ VISIONS = {
                             [0.004733, 0.691367, 0.303900]]),
 }  # fmt: skip
 
-# Linear RGB -> cone responses -> Oklab, in which equal distances look about equally different (Ottosson 2020).
-TO_CONES = np.array([[0.4122214708, 0.5363325363, 0.0514459929], [0.2119034982, 0.6806995451, 0.1073969566],
-                     [0.0883024619, 0.2817188376, 0.6299787005]])  # fmt: skip
-TO_OKLAB = np.array([[0.2104542553, 0.7936177850, -0.0040720468], [1.9779984951, -2.4285922050, 0.4505937099],
-                     [0.0259040371, 0.7827717662, -0.8086757660]])  # fmt: skip
+# Linear RGB -> cone responses -> Oklab, in which equal distances look about equally different
+# (Ottosson 2020).
+TO_CONES = np.array([
+    [0.4122214708, 0.5363325363, 0.0514459929], [0.2119034982, 0.6806995451, 0.1073969566],
+    [0.0883024619, 0.2817188376, 0.6299787005],
+])  # fmt: skip
+TO_OKLAB = np.array([
+    [0.2104542553, 0.7936177850, -0.0040720468], [1.9779984951, -2.4285922050, 0.4505937099],
+    [0.0259040371, 0.7827717662, -0.8086757660],
+])  # fmt: skip
 
 
 def appearance(colors: np.ndarray) -> np.ndarray:
@@ -41,24 +47,25 @@ def appearance(colors: np.ndarray) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=8)
-def palette(num_prototypes: int) -> np.ndarray:
-    """The colours of prototypes 0..k-1: (k 3) uint8, not writable. Prototype i has the same colour for any k.
+def prototype_colors(num_prototypes: int) -> np.ndarray:
+    """The colors of prototypes 0..k-1: (k 3) uint8, read-only. That of a prototype suits any k.
 
-    Starting from Okabe and Ito's seven, each next colour is the candidate whose nearest neighbour among those before
-    it, seen by the vision that separates the two worst, is the farthest away. Usual vision, which most readers have,
-    must separate them better than the others: its squared distances count for a third.
+    The first seven are Okabe and Ito's. Each next color is the candidate that is farthest from its
+    nearest color so far, where the distance is that of the vision that separates the two worst.
+    Most readers have usual vision, which must separate them better than the others: its squared
+    distances count for a third.
     """
     level = np.linspace(0, 255, 17).round()
     candidates = np.stack(np.meshgrid(level, level, level, indexing="ij"), axis=-1).reshape(-1, 3)
-    looks = appearance(candidates)
-    middle = (looks[:, 0, 0] > 0.25) & (looks[:, 0, 0] < 0.95)  # lightness: visible on black and on white
-    candidates, looks = candidates[middle], looks[middle]
+    seen = appearance(candidates)
+    middle = (seen[:, 0, 0] > 0.25) & (seen[:, 0, 0] < 0.95)  # lightness: clear of black and white
+    candidates, seen = candidates[middle], seen[middle]
     chosen, nearest = list(FIRST[:num_prototypes]), np.full(len(candidates), np.inf)
     weight = np.array([1 / 3 if vision == "usual" else 1 for vision in VISIONS])
 
-    def distance(color) -> np.ndarray:
-        by_vision = np.square(looks - appearance(np.array([color]))).sum(axis=2)  # over Oklab
-        return (by_vision * weight).min(axis=1)
+    def distance(color: np.ndarray | tuple[int, ...]) -> np.ndarray:
+        by_vision = np.square(seen - appearance(np.array([color]))).sum(axis=2)  # over Oklab
+        return (by_vision * weight).min(axis=1)  # over visions
 
     for color in chosen:
         nearest = np.minimum(nearest, distance(color))

@@ -1,7 +1,8 @@
 """Runs of train.py in processes of their own, and the accidents that are staged in them.
 
 A process is forked from one that has imported everything already, so that a whole run takes about a
-second."""
+second.
+"""
 
 import json
 import multiprocessing
@@ -101,7 +102,8 @@ class Played:
 
 def start(folder, *arguments, photographs, processes=1, accident=None, before=None):
     """Starts a small run that writes to `folder`; accident(rank, run) is called in each process
-    before the first step, before(rank, argv) -> argv before everything else."""
+    before the first step, before(rank, argv) -> argv before everything else.
+    """
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["train", "staged"])
     python_path = os.environ.get("PYTHONPATH", "")

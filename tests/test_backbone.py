@@ -3,7 +3,8 @@ toy images.
 
 Promised: torchvision's keys and numbers; blocks that start as the identity; published parameter
 counts; a tiny trunk that sees 17 px and cannot tell where the border is; a projector that treats
-every pixel alike."""
+every pixel alike.
+"""
 
 import math
 

@@ -43,11 +43,11 @@ def test_a_killed_save_leaves_the_old_checkpoint_or_the_new_one(tmp_path):
         number = loaded["number"]
         assert all((tensor == number).all() for tensor in loaded["tensors"])
     assert interrupted, "no save was ever interrupted: this test shows nothing"
-    (tmp_path / ".last.pth.1.tmp").write_bytes(
-        b"half a save"
-    )  # one at least, however the fifty fell
+    dead, alive = tmp_path / ".last.pth.4194399.tmp", tmp_path / f".last.pth.{os.getppid()}.tmp"
+    dead.write_bytes(b"half a save")  # one at least, however the fifty fell
+    alive.write_bytes(b"another run's save, which goes on")
     files.remove_leftovers(tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["last.pth"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [alive.name, "last.pth"]
 
 
 def child_that_saves(path, number):
@@ -146,7 +146,9 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_the_run_goes_on(photograph
     assert run.process.exitcode == 1 and "Traceback" not in run.output
     assert run.complaints == [
         f"train.py: could not write {tmp_path / 'run' / 'last.pth'} after step 18: File too "
-        "large; what stood there before is intact"
+        f"large; what stood there before is intact. {tmp_path / 'run' / 'last.pth'} holds step 6, "
+        "and "
+        "the same command goes on from there"
     ]
     assert not list((tmp_path / "run").glob(".*"))
     [again] = play(tmp_path / "run", photographs=photographs)
@@ -161,7 +163,9 @@ def test_a_full_disk_stops_the_run_if_that_is_asked_for(photographs, tmp_path):
     assert [run.process.exitcode for run in runs] == [1, 1]
     assert runs[0].complaints == [
         f"train.py: could not write {tmp_path / 'run' / 'last.pth'} after step 9: File too "
-        "large; what stood there before is intact"
+        f"large; what stood there before is intact. {tmp_path / 'run' / 'last.pth'} holds step 6, "
+        "and "
+        "the same command goes on from there"
     ]
     assert last_of(tmp_path / "run")["step"] == 6
 
@@ -188,8 +192,7 @@ def test_a_read_only_folder_is_survived_too(photographs, tmp_path):
     [run] = play(tmp_path / "run", photographs=photographs, accident=read_only)
     assert (
         "after step 9: Read-only file system; what stood there before is intact, and the run goes "
-        "on"
-        in run.output
+        "on" in run.output
     )
     assert last_of(tmp_path / "run")["step"] == 6 and "Traceback" not in run.output
 
@@ -208,7 +211,7 @@ def test_a_folder_that_cannot_be_written_to_is_one_line_at_the_start(photographs
 
 def test_a_run_keeps_what_it_is_told_to_and_cleans_up_after_the_killed_one(photographs, tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".last.pth.4711.tmp").touch()
+    (tmp_path / "run" / ".last.pth.4194399.tmp").touch()
     arguments = "--save-every", "2", "--keep-every", "3", "--keep-last", "1"
     play(tmp_path / "run", *arguments, photographs=photographs)
     kept = sorted(file.name for file in (tmp_path / "run").iterdir())

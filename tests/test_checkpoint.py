@@ -2,7 +2,8 @@
 
 Promised: files are whole or absent; a checkpoint is tensors and plain values; released checkpoints
 come in under our names; a network is rebuilt from its tensors alone; and each file that is not what
-it should be is refused in one line."""
+it should be is refused in one line.
+"""
 
 import argparse
 import pickle

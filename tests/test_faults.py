@@ -6,7 +6,9 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -52,7 +54,9 @@ def test_a_signal_ends_the_run_after_its_step_saved_and_with_a_line_that_says_ho
     name, photographs, tmp_path
 ):
     [run] = play(tmp_path / "run", photographs=photographs, accident=AtStep(5, Signal(name)))
-    assert run.process.exitcode == 0 and last_of(tmp_path / "run")["step"] == 5
+    assert run.process.exitcode == (130 if name == "SIGINT" else 0)
+    assert last_of(tmp_path / "run")["step"] == 5
+    assert f"{name} received: the run ends after this step and saves" in run.output
     assert run.output.endswith(
         f"stopped by {name} after step 5 of 18; {tmp_path / 'run' / 'last.pth'} is written, and "
         "the same command goes on from there\n"
@@ -102,7 +106,7 @@ def test_other_signals_do_not_hurry_it(photographs, tmp_path):
     several = AtStep(5, Signals("SIGINT", "SIGTERM", "SIGTERM", "SIGUSR1"))
     [run] = play(tmp_path / "run", photographs=photographs, accident=several)
     assert (
-        run.process.exitcode == 0
+        run.process.exitcode == 130
         and last_of(tmp_path / "run")["step"] == 5
         and "stopped by SIGINT" in run.output
     )
@@ -344,7 +348,7 @@ def test_too_many_bad_images_stop_all_processes(tmp_path):
     spoil(photographs, "003.png", "004.png", "005.png", "006.png")
     runs = play(tmp_path / "run", "--max-bad-share", "0.1", photographs=photographs, processes=2)
     assert [run.process.exitcode for run in runs] == [1, 1]
-    expected = r"train.py: \d of 14 images could not be read, more than the share of 0.1 that is allowed.*/skipped.txt"
+    expected = r"train.py: \d of 14 images could not be read, more than the share of 0.1 that is allowed.*/skipped.txt\. .*"
     assert any(re.fullmatch(expected, run.complaints[0]) for run in runs), [
         run.output for run in runs
     ]
@@ -363,7 +367,7 @@ def test_images_that_disappear_during_the_run_stop_it_with_a_line_and_a_checkpoi
     arguments = "--max-bad-share", "1", "--workers", str(workers)
     runs = play(tmp_path / "run", *arguments, photographs=photographs, processes=2, accident=away)
     assert [run.process.exitcode for run in runs] == [1, 1]
-    reason = r"train.py: no more images: 14 images in a row could not be read; \d+.png: no such file or directory"
+    reason = r"train.py: no more images: 14 images in a row could not be read; \d+.png: no such file or directory\. .*"
     assert any(re.fullmatch(reason, line) for run in runs for line in run.complaints), [
         run.output for run in runs
     ]
@@ -427,13 +431,16 @@ def test_when_a_process_is_lost_the_other_says_so_and_ends_and_a_rerun_resumes(
     runs = start(run, *arguments, photographs=photographs, processes=2, accident=accident)
     assert runs[1 - lost].wait() == 1
     runs[lost].process.kill()
+    kept = STEPS_PER_EPOCH if lost == 0 else STEPS_PER_EPOCH + 1  # the surviving main process saves
     assert re.fullmatch(
-        rf"train.py: process {1 - lost} has lost contact with another process \(.*\); "
-        rf"{run / 'last.pth'} is intact, and the same command goes on",
+        rf"train.py: process {1 - lost} has lost contact with another process \(.*\) "
+        rf"\(trace: {run}/trace_{1 - lost}.txt\)\. "
+        rf"{run / 'last.pth'} holds step {kept}, and the same command goes on from there",
         runs[1 - lost].complaints[0],
     )
     assert len(runs[1 - lost].complaints) == 1 and "Traceback" not in runs[1 - lost].output
-    assert last_of(run)["step"] == STEPS_PER_EPOCH
+    assert "RuntimeError" in (run / f"trace_{1 - lost}.txt").read_text()
+    assert last_of(run)["step"] == kept
     if name == "SIGKILL" and lost:
         again = play(run, *arguments, photographs=photographs, processes=2)
         assert [one.process.exitcode for one in again] == [0, 0] and "resumed" in again[0].output
@@ -460,21 +467,101 @@ def dead_on_arrival(rank, argv):
     return argv
 
 
-def test_a_reading_process_that_dies_is_one_line(photographs, tmp_path):
-    [run] = play(
-        tmp_path / "run",
-        "--workers",
-        "1",
-        photographs=photographs,
-        accident=AtStep(4, kill_a_child),
-    )
-    assert (
-        run.process.exitcode == 1 and len(run.complaints) == 1 and "Traceback" not in run.output
-    ), run.output
+def test_a_reading_process_that_dies_is_one_line_and_what_was_learned_is_saved(
+    photographs, tmp_path
+):
+    accident = AtStep(5, kill_a_child)
+    [run] = play(tmp_path / "run", "--workers", "1", photographs=photographs, accident=accident)
+    assert run.process.exitcode == 1 and len(run.complaints) == 1, run.output
+    assert "Traceback" not in run.output
     assert (
         "a process that reads images has died, often for want of memory: try fewer --workers"
         in run.complaints[0]
     )
+    step = last_of(tmp_path / "run")["step"]
+    assert step >= 4  # not 3, where the epoch ended: batches that were read ahead are used up
+    assert run.complaints[0].endswith(
+        f"last.pth holds step {step}, and the same command goes on from there"
+    )
+
+
+def test_before_the_first_step_a_lost_run_does_not_say_that_it_can_go_on(photographs, tmp_path):
+    [run] = play(tmp_path / "run", "--workers", "1", photographs=photographs, accident=kill_at_once)
+    assert run.process.exitcode == 1
+    if not (tmp_path / "run" / "last.pth").exists():
+        assert "there is no checkpoint in" in run.complaints[0]
+    assert "goes on" not in run.complaints[0] or (tmp_path / "run" / "last.pth").exists()
+
+
+def kill_at_once(rank, run):
+    run.batches.next()
+    kill_a_child()
+
+
+def test_a_lost_terminal_is_a_pause_with_its_own_status(photographs, tmp_path):
+    accident = AtStep(5, Signal("SIGHUP"))
+    [run] = play(tmp_path / "run", photographs=photographs, accident=accident)
+    assert run.process.exitcode == 129 and last_of(tmp_path / "run")["step"] == 5
+
+
+def test_the_error_of_a_step_keeps_its_trace_and_what_was_learned(photographs, tmp_path):
+    """A mistake of ours in step 5: four steps are saved, as if the fifth had never begun."""
+    [run] = play(tmp_path / "run", photographs=photographs, accident=broken_after_four)
+    assert run.process.exitcode == 1 and "Traceback" in run.output
+    assert last_of(tmp_path / "run")["step"] == 4
+    play(tmp_path / "run", photographs=photographs)
+    play(tmp_path / "whole", photographs=photographs)
+    assert not difference(last_of(tmp_path / "run")["model"], last_of(tmp_path / "whole")["model"])
+
+
+def broken_after_four(rank, run):
+    compute, count = run.gradient.compute, []
+
+    def broken(*batch):
+        count.append(1)
+        result = compute(*batch)
+        if len(count) == 5:
+            raise ArithmeticError("a mistake of ours")
+        return result
+
+    run.gradient.compute = broken
+
+
+@pytest.mark.parametrize("minutes, kept", [("0", 3), ("0.000001", 4)])
+def test_a_long_epoch_is_saved_by_the_clock(minutes, kept, photographs, tmp_path):
+    accident = AtStep(5, Signal("SIGKILL"))
+    arguments = "--save-minutes", minutes
+    play(tmp_path / "run", *arguments, photographs=photographs, accident=accident)
+    assert last_of(tmp_path / "run")["step"] == kept
+
+
+def test_a_second_run_in_the_same_directory_is_refused_with_host_and_process(photographs, tmp_path):
+    slow = AtStep(3, sleep_a_while)
+    [first] = start(tmp_path / "run", photographs=photographs, accident=slow)
+    first.wait_for("chance")
+    waiting = tmp_path / "waiting"  # the second process's own place for what it says
+    arguments = "--output-dir", str(tmp_path / "run")
+    [second] = play(waiting, *arguments, photographs=photographs)
+    assert second.process.exitcode == 2
+    assert f"is in use by process {first.process.pid} on {socket.gethostname()}" in second.output
+    assert first.wait() == 0 and last_of(tmp_path / "run")["step"] == 18
+    assert not (tmp_path / "run" / "run.lock").exists()
+
+
+def sleep_a_while():
+    time.sleep(6)
+
+
+def test_a_closed_and_a_full_output_cost_lines_and_not_the_run(photographs, tmp_path):
+    for name, sink in (("closed", "| true"), ("full", "> /dev/full")):
+        folder = tmp_path / name
+        command = [sys.executable, "train.py", *command_line(folder, photographs=photographs)]
+        line = f"{shlex.join(command)} 2>&1 {sink}"
+        subprocess.run(["bash", "-c", line], cwd=ROOT, timeout=PATIENCE, check=False)
+        deadline = time.monotonic() + PATIENCE
+        while not (folder / "backbone.pth").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)  # `| true` ends before the run does
+        assert last_of(folder)["step"] == 18, name
 
 
 def kill_a_child():

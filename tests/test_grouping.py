@@ -3,7 +3,8 @@ together.
 
 Promised: a cosine, a softmax over prototypes, and a cut that puts the same place of the scene at
 the same position of both maps, whatever the crops and flips were. Half precision never reaches
-them; double precision is never lost."""
+them; double precision is never lost.
+"""
 
 import math
 

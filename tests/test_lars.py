@@ -2,7 +2,8 @@
 
 Promised: the released arithmetic, tensor by tensor; decay is part of the gradient whose norm is
 taken; biases and norms are left out of both; a norm of zero changes nothing; what is saved
-continues as if nothing had happened."""
+continues as if nothing had happened.
+"""
 
 import math
 

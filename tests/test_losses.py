@@ -2,7 +2,8 @@
 
 Promised: each loss is its formula; invalid images and missing queries leave a zero that still has a
 gradient, never an exception; the teacher gets none; the order of the prototypes does not matter.
-Several processes: test_processes.py."""
+Several processes: test_processes.py.
+"""
 
 import math
 

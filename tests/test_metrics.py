@@ -28,7 +28,7 @@ def random_confusion(num_predicted, num_classes, seed, empty_class=None):
 
 
 def one_to_one_namings(num_predicted, num_classes):
-    """Every way to hand min(k, t) different classes to prototypes, as lists with UNMATCHED for the rest."""
+    """Every assignment of min(k, t) different classes to prototypes; UNMATCHED for the rest."""
     padded = list(range(num_classes)) + [UNMATCHED] * max(num_predicted - num_classes, 0)
     return {tuple(p[:num_predicted]) for p in permutations(padded)}
 
@@ -39,7 +39,9 @@ def scores_by_hand(confusion, naming):
     right, ious = 0, []
     for c in range(t):
         tp = sum(int(confusion[p, c]) for p in range(k) if naming[p] == c)
-        fp = sum(int(confusion[p, o]) for p in range(k) for o in range(t) if naming[p] == c and o != c)
+        fp = sum(
+            int(confusion[p, o]) for p in range(k) for o in range(t) if naming[p] == c and o != c
+        )
         fn = sum(int(confusion[p, c]) for p in range(k) if naming[p] != c)
         right += tp
         if tp + fn:  # classes that occur
@@ -51,12 +53,18 @@ def scores_by_hand(confusion, naming):
     "num_predicted, num_classes, empty_class",
     [(1, 1, None), (2, 3, None), (4, 4, 2), (7, 7, None), (3, 7, 5), (7, 4, None), (6, 5, 0)],
 )
-def test_matching_and_scores_equal_a_search_over_all_permutations(num_predicted, num_classes, empty_class):
-    for seed in range(1 if num_predicted * num_classes > 40 else 3):  # 7! namings take a second each
+def test_matching_and_scores_equal_a_search_over_all_permutations(
+    num_predicted, num_classes, empty_class
+):
+    for seed in range(
+        1 if num_predicted * num_classes > 40 else 3
+    ):  # 7! namings take a second each
         confusion = random_confusion(num_predicted, num_classes, seed, empty_class)
         found = match(confusion)
         right, mean_iou = scores_by_hand(confusion, found.tolist())
-        best = max(scores_by_hand(confusion, n)[0] for n in one_to_one_namings(num_predicted, num_classes))
+        best = max(
+            scores_by_hand(confusion, n)[0] for n in one_to_one_namings(num_predicted, num_classes)
+        )
         assert right == best
         assert pixel_accuracy(confusion, found) == pytest.approx(best / int(confusion.sum()))
         assert miou(confusion, found) == pytest.approx(mean_iou)
@@ -80,7 +88,7 @@ def test_ids_of_large_tables_do_not_overflow_eight_bits():
     assert confusion[200, 26] == 1 and confusion.sum() == 1
 
 
-def test_the_table_does_not_depend_on_how_the_pictures_are_split():
+def test_the_table_does_not_depend_on_how_the_images_are_split():
     generator = torch.Generator().manual_seed(0)
     predicted = torch.randint(0, 5, (11, 6, 7), generator=generator)
     target = torch.randint(0, 3, (11, 6, 7), generator=generator)
@@ -110,7 +118,9 @@ def test_constant_prediction_earns_the_largest_class_alone():
 
 
 def test_independent_prediction_gives_the_closed_form():
-    confusion = torch.full((4, 4), 25)  # every prototype covers every class equally: tp 25, union 175
+    confusion = torch.full(
+        (4, 4), 25
+    )  # every prototype covers every class equally: tp 25, union 175
     assert miou(confusion, match(confusion)) == pytest.approx(1 / 7)
     assert pixel_accuracy(confusion, match(confusion)) == pytest.approx(1 / 4)
     assert nmi(confusion) == pytest.approx(0, abs=1e-12)
@@ -119,7 +129,9 @@ def test_independent_prediction_gives_the_closed_form():
 
 def test_iou_solved_by_hand_with_an_unmatched_prototype_and_an_absent_class():
     confusion = torch.tensor([[6, 2, 0], [1, 3, 0], [4, 1, 0]])
-    classes = torch.tensor([0, 1, UNMATCHED])  # class 0: tp 6, fp 2, fn 1 + 4; class 1: tp 3, fp 1, fn 2 + 1
+    classes = torch.tensor(
+        [0, 1, UNMATCHED]
+    )  # class 0: tp 6, fp 2, fn 1 + 4; class 1: tp 3, fp 1, fn 2 + 1
     assert iou(confusion, classes)[:2].tolist() == pytest.approx([6 / 13, 3 / 7])
     assert iou(confusion, classes)[2].isnan()
     assert miou(confusion, classes) == pytest.approx((6 / 13 + 3 / 7) / 2)
@@ -136,7 +148,9 @@ def test_many_to_one_merges_prototypes_of_one_class():
 def test_many_to_one_never_has_fewer_right_pixels_than_one_to_one():
     for seed in range(5):
         confusion = random_confusion(9, 4, seed)
-        assert pixel_accuracy(confusion, majority(confusion)) >= pixel_accuracy(confusion, match(confusion))
+        assert pixel_accuracy(confusion, majority(confusion)) >= pixel_accuracy(
+            confusion, match(confusion)
+        )
 
 
 def test_mutual_information_equals_a_sum_over_the_table():
@@ -164,18 +178,25 @@ def test_rand_index_equals_counting_all_pairs_of_pixels():
             total += 1
     expected = in_groups * in_classes / total
     by_hand = (both - expected) / ((in_groups + in_classes) / 2 - expected)
-    assert adjusted_rand_index(confusion_matrix(groups, classes, 4, 3)) == pytest.approx(float(by_hand))
+    assert adjusted_rand_index(confusion_matrix(groups, classes, 4, 3)) == pytest.approx(
+        float(by_hand)
+    )
 
 
-def test_rand_index_of_one_segment_against_one_segment_is_one_and_of_large_pictures_is_exact():
+def test_rand_index_of_one_segment_against_one_segment_is_one_and_of_large_images_is_exact():
     assert adjusted_rand_index(torch.tensor([[12]])) == 1
     assert adjusted_rand_index(torch.tensor([[10**6, 0], [0, 10**6]])) == pytest.approx(1)
 
 
-def test_no_labelled_pixel_scores_zero():
+def test_no_labeled_pixel_scores_zero():
     nothing = confusion_matrix(torch.zeros(6, dtype=torch.long), torch.full((6,), IGNORE), 3, 2)
     assert nothing.sum() == 0
-    assert miou(nothing, match(nothing)) == pixel_accuracy(nothing, match(nothing)) == nmi(nothing) == 0
+    assert (
+        miou(nothing, match(nothing))
+        == pixel_accuracy(nothing, match(nothing))
+        == nmi(nothing)
+        == 0
+    )
 
 
 def test_wrong_input_is_refused_with_the_numbers_seen():

@@ -2,7 +2,8 @@
 
 Promised: one option per field, of the field's type; a preset that only the given options change;
 one clear line for everything that is not a number, not in range, not a choice or not an option at
-all."""
+all.
+"""
 
 import dataclasses
 

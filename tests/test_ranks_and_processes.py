@@ -4,7 +4,8 @@ small decisions.
 Promised: loss, gradients, centre, teacher and the log's numbers do not depend on how a batch is
 split, whatever each half holds: unequal numbers of overlapping crops, no overlap, no query, in one
 process or in both. No process waits for another. Batch norms are in evaluation mode here, since
-only a GPU can synchronise them; one test leaves them training."""
+only a GPU can synchronise them; one test leaves them training.
+"""
 
 import contextlib
 import math
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 import losses
-from engine import processes, ranks
+from engine import processes, ranks, signals
 from engine.lars import LARS
 from engine.processes import Place
 from measures.course import statistics
@@ -367,23 +368,23 @@ def test_a_process_on_its_own_is_not_wrapped_and_exchanges_nothing():
 
 
 def test_a_signal_is_noted_and_afterwards_means_what_it_did_before(alone):
-    before = {name: signal.getsignal(getattr(signal, name)) for name in processes.SIGNALS}
-    with processes.StopSignals() as signals:
-        assert signals.received == ""
+    before = {name: signal.getsignal(getattr(signal, name)) for name in signals.STATUS}
+    with signals.StopSignals() as asked:
+        assert asked.received == ""
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert signals.received == "SIGUSR1"  # the first counts
-    assert {name: signal.getsignal(getattr(signal, name)) for name in processes.SIGNALS} == before
+        assert asked.received == "SIGUSR1"  # the first counts
+    assert {name: signal.getsignal(getattr(signal, name)) for name in signals.STATUS} == before
 
 
 def test_a_person_who_insists_ends_the_run_at_once(monkeypatch):
     ended = []
-    monkeypatch.setattr(processes, "end_now", ended.append)
-    signals = processes.StopSignals()
+    monkeypatch.setattr(signals, "end_now", ended.append)
+    asked = signals.StopSignals()
     for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
-        signals.note(number, None)
+        asked.note(number, None)
         assert ended == []
-    signals.note(signal.SIGINT, None)
+    asked.note(signal.SIGINT, None)
     assert ended == [130]
 
 

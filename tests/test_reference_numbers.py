@@ -3,7 +3,8 @@
 The authors' released code ran in float64 on small networks whose tensors are filled by a rule, and
 wrote down what it computed. The same tensors go through our importer of released checkpoints here,
 and the same numbers must come out. SLOTCON_REFERENCE_NUMBERS names another such file; sections it
-lacks are skipped."""
+lacks are skipped.
+"""
 
 import json
 import math

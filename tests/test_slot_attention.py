@@ -1,20 +1,35 @@
-"""slot_attention.py: slots that compete for pixels, and queries that do not."""
+"""slot_attention.py: slots that compete for pixels, queries that do not, and the decoder that
+reconstructs.
 
+Promised: slots compete over k, queries attend alone over n; Slot Attention is its paper's
+algorithm; the decoder's masks share out every pixel, and what it paints is the mixture of the
+slots' images.
+"""
+
+import itertools
 import math
 
 import pytest
 import torch
+from torch import nn
 
-from slot_attention import IndependentQueries, SlotAttention, query_attention, weighted_mean
+from slot_attention import (
+    IndependentQueries,
+    PositionEmbedding,
+    SlotAttention,
+    SpatialBroadcastDecoder,
+    query_attention,
+    weighted_mean,
+)
 
-B, K, D, N = 3, 5, 7, 8
+B, K, D, N, C, H, W = 3, 5, 7, 8, 2, 4, 6
 
 
 def random(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-# ----------------------------------------------------------------------------- attention mechanisms
+# ---------------------------------------------------------------------------------------- attention
 
 
 def test_competing_queries_share_each_pixel_and_lone_queries_share_their_own_gaze():
@@ -127,3 +142,78 @@ def test_an_independent_query_does_not_notice_that_another_moved():
     module.queries.data[2] += 1
     after = module(pixels)[0].detach()
     assert (before != after).any(2).all(0).tolist() == [False, False, True, False, False]
+
+
+# -------------------------------------------------------------------------------------- the decoder
+
+
+def test_positions_are_a_linear_function_of_the_distances_from_four_borders():
+    module, maps = PositionEmbedding(C).double(), random(B, C, H, W)
+    found = module(maps)
+    for h, w in itertools.product(range(H), range(W)):
+        v, u = h / (H - 1), w / (W - 1)
+        distances = torch.tensor([v, u, 1 - v, 1 - u], dtype=torch.float64)
+        expected = maps[:, :, h, w] + module.project.weight @ distances + module.project.bias
+        assert torch.allclose(found[:, :, h, w], expected)
+
+
+def slow_conv(layer, image):
+    """A 3x3 convolution whose border cells are repeated: image (c h w) -> (o h w)."""
+    _, h, w = image.shape
+    out = torch.zeros(len(layer.weight), h, w, dtype=image.dtype)
+    for y, x, i, j in itertools.product(range(h), range(w), range(3), range(3)):
+        cell = image[:, min(max(y + i - 1, 0), h - 1), min(max(x + j - 1, 0), w - 1)]
+        out[:, y, x] += layer.weight[:, :, i, j] @ cell
+    return out + layer.bias[:, None, None]
+
+
+def test_every_slot_paints_a_whole_image_and_a_softmax_over_slots_mixes_them():
+    module, slots = SpatialBroadcastDecoder(D, C, width=6).double(), random(B, K, D)
+    image, masks = module(slots, (3, 2))
+    assert image.shape == (B, C, 3, 2) and masks.shape == (B, K, 3, 2)
+    convolutions = [layer for layer in module.paint if isinstance(layer, nn.Conv2d)]
+    for b in range(B):
+        painted = []
+        for k in range(K):
+            cells = slots[b, k][:, None, None].expand(D, 3, 2)
+            x = module.position(cells[None])[0]
+            x = slow_conv(convolutions[0], x).clamp(min=0)
+            x = slow_conv(convolutions[1], x).clamp(min=0)
+            painted.append(slow_conv(convolutions[2], x))
+        shares = torch.stack([each[C].exp() for each in painted])
+        shares = shares / shares.sum(0)
+        assert torch.allclose(masks[b], shares)
+        assert torch.allclose(
+            image[b], sum(share * each[:C] for share, each in zip(shares, painted))
+        )
+
+
+def test_of_two_slots_that_are_alike_each_owns_half_by_hand():
+    module = SpatialBroadcastDecoder(D, C).double()
+    slots = random(1, 1, D).expand(1, 2, D)
+    image, masks = module(slots, (H, W))
+    assert torch.allclose(masks, torch.full_like(masks, 0.5))
+    assert torch.allclose(image, module(slots[:, :1], (H, W))[0])
+
+
+def test_the_decoder_knows_no_order_of_slots_and_every_weight_gets_a_gradient():
+    module, slots, order = (
+        SpatialBroadcastDecoder(D, C).double(),
+        random(B, K, D).requires_grad_(),
+        [3, 0, 4, 1, 2],
+    )
+    image, masks = module(slots, (H, W))
+    again, permuted = module(slots[:, order], (H, W))
+    assert torch.allclose(image, again) and torch.allclose(masks[:, order], permuted)
+    image.square().sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in module.parameters()) and slots.grad.abs().min() > 0
+
+
+def test_slots_without_a_mask_could_not_be_told_apart():
+    """The image alone does not say which slot painted it: equal images, unequal masks."""
+    module = SpatialBroadcastDecoder(D, C).double()
+    last = module.paint[-1]
+    last.weight.data[:C], last.bias.data[:C] = 0, 1  # every slot paints ones
+    slots = random(B, K, D)
+    image, masks = module(slots, (H, W))
+    assert torch.allclose(image, torch.ones_like(image)) and masks.std(1).max() > 0

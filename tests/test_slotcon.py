@@ -4,7 +4,8 @@ Promised: the loss of the paper and of each of its ablations; the same loss what
 prototypes, views or images; a teacher that no gradient reaches and a forward that moves neither
 teacher nor centre; batch statistics of one view at a time; no exception where nothing overlaps or
 nothing is found; float32 at least where it matters. The default method against the released code's
-numbers: test_reference_numbers.py."""
+numbers: test_reference_numbers.py.
+"""
 
 import math
 import zlib

@@ -1,7 +1,8 @@
 """slots.py: pixels pool into one vector per prototype and image.
 
 Promised: a weighted mean over the pixels of each group that never divides by zero; a prototype
-occupies what it is nearest to; a predictor that survives fewer than two rows."""
+occupies what it is nearest to; a predictor that survives fewer than two rows.
+"""
 
 import math
 

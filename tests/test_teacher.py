@@ -1,7 +1,8 @@
 """teacher.py: the student's past, averaged.
 
 Promised: a copy that shares nothing and needs no gradient; an average over parameters, never over
-buffers; a momentum that climbs along a cosine."""
+buffers; a momentum that climbs along a cosine.
+"""
 
 import math
 

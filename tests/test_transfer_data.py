@@ -1,4 +1,4 @@
-"""Labelled data in the owners' layouts, what a step sees of it, and what the scores are.
+"""Labeled data in the owners' layouts, what a step sees of it, and what the scores are.
 
 downstream/datasets.py, views.py, scores.py. The trees are drawn here; COCO's fifty images come from
 the folder that SLOTCON_TINY_COCO names.
@@ -31,7 +31,7 @@ from downstream.views import (
     saturated,
 )
 from engine.images import BadImage
-from measures.labels import Labelled
+from measures.labels import Labeled
 from measures.metrics import IGNORE
 
 TINY_COCO = os.environ.get("SLOTCON_TINY_COCO")
@@ -474,4 +474,4 @@ def test_every_rank_scores_its_own_images():
 def test_the_black_image_of_a_rank_without_data_can_be_learned_from():
     image, target = ObjectView((64,), 100)(black_objects(), random.Random(0))
     assert image.shape == (3, 64, 64) and target["masks"].sum() == 32 * 32
-    assert isinstance(open_segmentation("toy", "", "val"), Labelled)
+    assert isinstance(open_segmentation("toy", "", "val"), Labeled)

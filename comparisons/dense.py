@@ -1,0 +1,82 @@
+"""Pixel level: a place finds itself in the other view, among all places of all images.
+
+Slide: "Image-level, pixel-level, and object-level contrastive learning", the middle column.
+Papers: DenseCL (Wang et al., CVPR 2021), section 3.2; PixPro (Xie et al., CVPR 2021), section 3.1.
+Differs: one contrast that keeps what both share. Places correspond by geometry; DenseCL pairs the
+places whose trunk features are most alike, takes its negatives from a queue of pooled vectors of
+other images, and adds the image-level loss with weight 1/2. PixPro also goes by geometry: all
+places within 0.7 of a cell are positives, its final version (PixPro, not PixContrast) smooths one
+branch by feature similarity and has no negatives. Here: one positive, all others are negatives.
+Read next: given_masks.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from backbone import Projector
+from comparisons.common import Outcome, PixelNetwork, System, each_view, overlapping
+from engine.ranks import gather_rows, rank_and_world_size
+from grouping import inverse_augmentation
+from losses import contrast_in_parts, unit
+from teacher import make_teacher, update_teacher
+
+PLACES = 4  # [U] the shared part is cut into so many rows and columns: the closer, the more alike
+
+
+def place_contrast(query: Tensor, key: Tensor, valid: Tensor, temperature: float) -> Tensor:
+    """Each place of the scene finds its own key among the places of all images of all ranks.
+
+    query, key (b d h w): aligned, so that (h, w) is the same place in both; valid (b) bool: the
+    crops overlap -> scalar, one direction.
+    CE = mean_n -log softmax_m(<q_n, k_m> / temperature)_n, times 2 temperature.
+    """
+    query, key = (F.adaptive_avg_pool2d(maps, PLACES) for maps in (query, key))
+    rows = [rearrange(maps[valid], "b d h w -> (b h w) d") for maps in (query, key.detach())]
+    rank, world_size = rank_and_world_size()
+    counts = gather_rows(valid.sum()[None] * PLACES**2, [1] * world_size).tolist()
+    keys = gather_rows(unit(rows[1]), counts)
+    positives = torch.arange(counts[rank], device=query.device) + sum(counts[:rank])
+    if not counts[rank]:
+        return 0 * query.sum()
+    total = contrast_in_parts(unit(rows[0]), positives, keys, temperature)
+    return 2 * temperature * total * world_size / sum(counts)
+
+
+class Dense(System):
+    """Student, teacher and predictor of places.
+
+    arch, dim_hidden, dim_out (d): sizes of the networks; temp_slot: of the contrast.
+    """
+
+    def __init__(self, arch: str, dim_hidden: int, dim_out: int, temp_slot: float = 0.2):
+        super().__init__()
+        self.student = PixelNetwork(arch, dim_hidden, dim_out)
+        self.predictor = Projector(dim_out, dim_hidden, dim_out)
+        self.teacher = make_teacher(self.student)
+        self.temp_slot = temp_slot
+
+    def forward(
+        self, views: Tensor, boxes: Tensor, flipped: Tensor, told: Tensor
+    ) -> tuple[Tensor, Outcome]:
+        """L = contrast(q1, k2) + contrast(q2, k1), both at the places that the views share."""
+        queries = [self.predictor(embeddings) for embeddings in each_view(self.student, views)]
+        with torch.no_grad():
+            keys = each_view(self.teacher, views)
+        q1, q2 = (inverse_augmentation(queries[i], boxes[:, i], flipped[:, i]) for i in (0, 1))
+        k1, k2 = (inverse_augmentation(keys[i], boxes[:, i], flipped[:, i]) for i in (0, 1))
+        valid = overlapping(boxes)
+        loss = place_contrast(q1, k2, valid, self.temp_slot) + place_contrast(
+            q2, k1, valid, self.temp_slot
+        )
+        return loss, Outcome(loss.detach())
+
+    @property
+    def trunk(self) -> nn.Module:
+        return self.teacher.backbone
+
+    def after_step(self, memo: None, momentum: float) -> None:
+        update_teacher(self.teacher, self.student, momentum)

@@ -1,0 +1,91 @@
+"""Object level with a prior: the contrast of groups, where the groups are given and not learned.
+
+Slide: "Image-level, pixel-level, and object-level contrastive learning", the right column; table
+2's column "Obj. Prior". Paper: DetCon (Henaff et al., ICCV 2021), section 3.
+Differs: the contrast is SlotCon's, so that what is compared is where the masks come from. DetCon
+samples 16 masks per image and leaves the other masks of the same image out of the negatives; here
+every mask takes part. The masks: `grid`, three by three squares (DetCon's "spatial heuristic");
+`color`, clusters of the colors of each scene (its Felzenszwalb segments); `truth`, every object and
+both kinds of stuff as they were drawn, the upper bound.
+Read next: slot_attention.py of this folder.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce
+from torch import Tensor, nn
+
+from comparisons.common import Outcome, PixelNetwork, System, each_view
+from comparisons.kmeans import cluster, nearest_center
+from losses import pair_slots, slot_contrast
+from slot_attention import weighted_mean
+from slots import SlotPredictor
+from teacher import make_teacher, update_teacher
+
+MASKS = 9  # of each scene, at most: seven objects and two kinds of stuff, or three by three squares
+
+
+def pool_in_masks(embeddings: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """One vector per mask: the mean of the embeddings under it.
+
+    embeddings (b d h w); masks (b k y x) in 0..1 -> slots (b k d), and which masks cover at least
+    one cell of the map (b k) bool.
+    """
+    cover = F.adaptive_avg_pool2d(masks, embeddings.shape[-2:])
+    slots = weighted_mean(
+        rearrange(cover, "b k h w -> b k (h w)"), rearrange(embeddings, "b d h w -> b (h w) d")
+    )
+    return slots, reduce(cover, "b k h w -> b k", "sum") >= 1
+
+
+def color_clusters(image: Tensor) -> Tensor:
+    """image (3 y x) uint8 -> the number of each pixel's color cluster (y x), one of MASKS."""
+    _, y, x = image.shape
+    rows = rearrange(image, "c y x -> (y x) c").float()
+    generator = torch.Generator().manual_seed(0)
+    some = torch.randperm(len(rows), generator=generator)[:512]
+    centers = cluster(rows[some], MASKS, generator, rounds=8)
+    return nearest_center(rows, centers).reshape(y, x)
+
+
+class GivenMasks(System):
+    """Student, teacher and predictor of masks.
+
+    arch, dim_hidden, dim_out (d): sizes of the networks; temp_slot: of the contrast; masks: where
+    they come from, "grid", "color" or "truth". ValueError for any other.
+    """
+
+    def __init__(
+        self, arch: str, dim_hidden: int, dim_out: int, temp_slot: float = 0.2, masks: str = "truth"
+    ):
+        super().__init__()
+        if masks not in ("grid", "color", "truth"):
+            raise ValueError(f"masks are grid, color or truth, found {masks!r}")
+        self.told = masks
+        self.student = PixelNetwork(arch, dim_hidden, dim_out)
+        self.predictor = SlotPredictor(dim_out, dim_out, dim_hidden)
+        self.teacher = make_teacher(self.student)
+        self.temp_slot = temp_slot
+
+    def forward(
+        self, views: Tensor, boxes: Tensor, flipped: Tensor, told: Tensor
+    ) -> tuple[Tensor, Outcome]:
+        """told (b v k y x): masks, cut like the views. L = contrast(s1, t2) + contrast(s2, t1)."""
+        masks = told.unbind(1)  # over v
+        (s1, seen1), (s2, seen2) = map(pool_in_masks, each_view(self.student, views), masks)
+        with torch.no_grad():
+            (t1, _), (t2, _) = map(pool_in_masks, each_view(self.teacher, views), masks)
+        pairs12, pairs21 = pair_slots([seen1, seen2], [seen2, seen1])
+        loss = slot_contrast(s1, t2, self.predictor, pairs12, self.temp_slot) + slot_contrast(
+            s2, t1, self.predictor, pairs21, self.temp_slot
+        )
+        return loss, Outcome(loss.detach())
+
+    @property
+    def trunk(self) -> nn.Module:
+        return self.teacher.backbone
+
+    def after_step(self, memo: None, momentum: float) -> None:
+        update_teacher(self.teacher, self.student, momentum)

@@ -1,0 +1,120 @@
+"""Pseudo-labels by k-means: cluster the pixels, learn to predict the clusters, cluster again.
+
+Slide: "Towards semantic prototypes: deep clustering" (pseudo-labeling: k-means).
+Paper: DeepCluster (Caron et al., ECCV 2018), section 3, on pixels instead of images.
+Differs: the labels of an epoch come from a copy of the network as it was when the epoch began, so
+no label is stored; the clusters are of the pixels of the last batches, not of the whole data set;
+the classifier is the clusters' centers (as in PiCIE), where DeepCluster starts a new linear layer
+every epoch; clusters are not balanced by sampling. An empty cluster takes half of the largest [P].
+Read next: picie.py.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from comparisons.common import Outcome, System, target_loss
+from grouping import GroupingNetwork
+from losses import unit
+from teacher import make_teacher, update_teacher
+
+BATCHES = 8  # [U] of the last views, whose pixels are clustered
+PIXELS = 8192  # [U] of them, so many
+
+
+def cluster(rows: Tensor, k: int, generator: torch.Generator, rounds: int = 20) -> Tensor:
+    """k-means (Lloyd): rows (n d) -> centers (k d). It starts from k of the rows.
+
+    Raises ValueError for fewer rows than clusters.
+    """
+    if len(rows) < k:
+        raise ValueError(f"{k} clusters of {len(rows)} rows")
+    centers = rows[torch.randperm(len(rows), generator=generator)[:k]].clone()
+    for _ in range(rounds):
+        nearest = nearest_center(rows, centers)
+        counts = torch.bincount(nearest, minlength=k)
+        for empty in (counts == 0).nonzero()[:, 0].tolist():
+            largest = int(counts.argmax())
+            mine = (nearest == largest).nonzero()[:, 0]
+            nearest[mine[::2]] = empty  # over n: every other row of the largest cluster
+            counts = torch.bincount(nearest, minlength=k)
+        sums = torch.zeros_like(centers).index_add_(0, nearest, rows)
+        centers = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1), centers)
+    return centers
+
+
+def nearest_center(rows: Tensor, centers: Tensor) -> Tensor:
+    """rows (n d), centers (k d) -> the index of the nearest one by distance (n)."""
+    return (rows @ centers.T - centers.square().sum(1) / 2).argmax(1)  # over d; over k
+
+
+class Kmeans(System):
+    """A network that learns, and the copy of it that labels.
+
+    arch, num_prototypes (k), dim_hidden, dim_out (d): sizes; temp_student: of the assignment;
+    steps_per_epoch: the labels change so often; seed: of the clusters.
+    """
+
+    def __init__(
+        self,
+        arch: str,
+        num_prototypes: int,
+        dim_hidden: int,
+        dim_out: int,
+        temp_student: float,
+        steps_per_epoch: int,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.network = GroupingNetwork(arch, num_prototypes, dim_hidden, dim_out)
+        self.network.prototypes.requires_grad_(False)  # they are the centers of the clusters
+        self.labeler = make_teacher(self.network)
+        self.temp_student, self.steps_per_epoch, self.steps = temp_student, steps_per_epoch, 0
+        self.recent: deque[Tensor] = deque(maxlen=BATCHES)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def forward(
+        self, views: Tensor, boxes: Tensor, flipped: Tensor, told: Tensor
+    ) -> tuple[Tensor, Outcome]:
+        """Each view alone: L = mean_v CE(s_v, y_v), y_v the nearest center in the copy's eyes."""
+        if not self.recent:
+            self.recent.append(views)
+            self.reassign()
+        images = rearrange(views, "b v c y x -> (b v) c y x")
+        _, similarity = self.network(images)
+        labels = self.labeler(images)[1].argmax(1)  # over k; labels have no gradient
+        valid = torch.ones(len(images), dtype=torch.bool, device=images.device)
+        loss = target_loss(similarity, labels, self.temp_student, valid)
+        return loss, Outcome(loss.detach(), views)
+
+    @torch.no_grad()
+    def reassign(self) -> None:
+        """A new epoch: copy the network, and cluster its embeddings of the last views."""
+        update_teacher(self.labeler, self.network, momentum=0.0)
+        pixels = [
+            self.labeler.embed(rearrange(views, "b v c y x -> (b v) c y x"))[1]
+            for views in self.recent
+        ]
+        rows = unit(rearrange(torch.cat(pixels), "b d h w -> (b h w) d"))
+        some = torch.randperm(len(rows), generator=self.generator)[:PIXELS].to(rows.device)
+        k = len(self.network.prototypes.weight)
+        centers = cluster(rows[some], k, self.generator)
+        for network in (self.network, self.labeler):
+            network.prototypes.weight.copy_(centers)
+
+    @property
+    def trunk(self) -> nn.Module:
+        return self.network.backbone
+
+    def after_step(self, memo: Tensor, momentum: float) -> None:
+        self.recent.append(memo)
+        self.steps += 1
+        if self.steps % self.steps_per_epoch == 0:
+            self.reassign()
+
+    def maps(self, images: Tensor) -> Tensor:
+        return self.network(images)[1]

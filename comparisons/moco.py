@@ -1,0 +1,64 @@
+"""Image level: an image finds its other view among all images of the batch (MoCo v3).
+
+Slide: "Image-level, pixel-level, and object-level contrastive learning", the left column.
+Paper: Chen, Xie, He, 2021, "An Empirical Study of Training Self-Supervised Vision Transformers",
+algorithm 1.
+Differs: a convolutional trunk; our projector and predictor; the temperature is SlotCon's 0.2, which
+is MoCo v3's too. It makes no groups: clusters of its trunk's features are measured instead.
+Read next: dense.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import reduce
+from torch import Tensor, nn
+
+from backbone import build_trunk
+from comparisons.common import Outcome, System, each_view
+from losses import image_contrast
+from slots import SlotPredictor
+from teacher import make_teacher, update_teacher
+
+
+class ImageNetwork(nn.Module):
+    """Trunk, mean over all places, projector: images (b 3 y x) -> one vector per image (b d)."""
+
+    def __init__(self, arch: str, dim_hidden: int, dim_out: int):
+        super().__init__()
+        self.backbone = build_trunk(arch)
+        self.projector = SlotPredictor(self.backbone.out_channels, dim_out, dim_hidden)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.projector(reduce(self.backbone(images), "b c h w -> b c", "mean"))
+
+
+class Moco(System):
+    """Student, teacher and predictor of whole images.
+
+    arch, dim_hidden, dim_out (d): sizes of the networks; temp_slot: of the contrast.
+    """
+
+    def __init__(self, arch: str, dim_hidden: int, dim_out: int, temp_slot: float = 0.2):
+        super().__init__()
+        self.student = ImageNetwork(arch, dim_hidden, dim_out)
+        self.predictor = SlotPredictor(dim_out, dim_out, dim_hidden)
+        self.teacher = make_teacher(self.student)
+        self.temp_slot = temp_slot
+
+    def forward(
+        self, views: Tensor, boxes: Tensor, flipped: Tensor, told: Tensor
+    ) -> tuple[Tensor, Outcome]:
+        """L = contrast(q1, k2) + contrast(q2, k1); contrast = 2 tau CE(<q_b, k_m> / tau, m = b)."""
+        q1, q2 = (self.predictor(vectors) for vectors in each_view(self.student, views))
+        with torch.no_grad():
+            k1, k2 = each_view(self.teacher, views)
+        loss = image_contrast(q1, k2, self.temp_slot) + image_contrast(q2, k1, self.temp_slot)
+        return loss, Outcome(loss.detach())
+
+    @property
+    def trunk(self) -> nn.Module:
+        return self.teacher.backbone
+
+    def after_step(self, memo: None, momentum: float) -> None:
+        update_teacher(self.teacher, self.student, momentum)

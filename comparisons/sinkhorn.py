@@ -1,0 +1,74 @@
+"""Targets in which every prototype owns the same share of all pixels (SwAV).
+
+Slide: "Towards semantic prototypes: deep clustering" (pseudo-labeling: Sinkhorn-Knopp).
+Papers: Cuturi, 2013; SwAV (Caron et al., NeurIPS 2020), section 3.1, on pixels instead of images.
+Differs: no queue, since a batch of pixels is large; no multi-crop; the prototypes have a gradient
+from the first step on. It is the method without teacher and center: one network, two views.
+Read next: self_distillation.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange, reduce
+from torch import Tensor, nn
+
+from comparisons.common import Outcome, System, each_view, overlapping, target_loss
+from engine.ranks import sum_over_ranks
+from grouping import GroupingNetwork, inverse_augmentation
+
+TEMPERATURE = 0.05  # of the targets [P]
+
+
+@torch.no_grad()
+def sinkhorn(similarity: Tensor, temperature: float, iterations: int = 3) -> Tensor:
+    """Balanced targets: alternately every prototype, then every pixel, is given the same sum.
+
+    similarity (b k h w) of this rank -> assignment (b k h w), summing to 1 over k; over all pixels
+    of all ranks each prototype sums to nearly the same (Cuturi, 2013). Three iterations [P].
+    Raises ValueError for a temperature below 0.03 or fewer than one iteration.
+    """
+    if temperature < 0.03 or iterations < 1:
+        raise ValueError(
+            "Sinkhorn needs a temperature of at least 0.03, below which float32 "
+            f"underflows, and an iteration; found {temperature} and {iterations}"
+        )
+    q = ((similarity - 1) / temperature).exp()  # exp(-2 / 0.03) is 1e-29; only ratios matter
+    for _ in range(iterations):
+        q = q / rearrange(sum_over_ranks(reduce(q, "b k h w -> k", "sum")), "k -> k 1 1")
+        q = q / reduce(q, "b k h w -> b 1 h w", "sum")
+    return q
+
+
+class Sinkhorn(System):
+    """One network with prototypes.
+
+    arch, num_prototypes (k), dim_hidden, dim_out (d): sizes; temp_student: of the prediction.
+    """
+
+    def __init__(
+        self, arch: str, num_prototypes: int, dim_hidden: int, dim_out: int, temp_student: float
+    ):
+        super().__init__()
+        self.network = GroupingNetwork(arch, num_prototypes, dim_hidden, dim_out)
+        self.temp_student = temp_student
+
+    def forward(
+        self, views: Tensor, boxes: Tensor, flipped: Tensor, told: Tensor
+    ) -> tuple[Tensor, Outcome]:
+        """L = CE(s1, q2) + CE(s2, q1) with q = sinkhorn(s), which has no gradient."""
+        maps = [similarity for _, similarity in each_view(self.network, views)]
+        s1, s2 = (inverse_augmentation(maps[i], boxes[:, i], flipped[:, i]) for i in (0, 1))
+        q1, q2 = (sinkhorn(aligned, TEMPERATURE) for aligned in (s1, s2))
+        valid = overlapping(boxes)
+        loss = target_loss(s1, q2, self.temp_student, valid) + target_loss(
+            s2, q1, self.temp_student, valid
+        )
+        return loss, Outcome(loss.detach())
+
+    @property
+    def trunk(self) -> nn.Module:
+        return self.network.backbone
+
+    def maps(self, images: Tensor) -> Tensor:
+        return self.network(images)[1]

@@ -1,0 +1,111 @@
+"""The road the talk gave up: slots of each view alone, matched between the views, then contrasted.
+
+Slide: "And..., what about real-world images?" ("Matching the slots [of] two views is hard").
+Paper: none; the talk's own attempt before SlotCon, of which nothing was published.
+Differs: everything is our reading of one slide [U]: Slot Attention per view, a momentum teacher for
+the other view, the Hungarian method on cosines, and SlotCon's contrast of what was matched, with
+all other slots of the batch as negatives. Groups are the attention of the teacher's last iteration.
+Read next: kmeans.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+from comparisons.common import Outcome, System, each_view
+from comparisons.slot_attention import NUM_SLOTS, PixelEncoder
+from engine.ranks import gather_rows, rank_and_world_size
+from losses import contrast, unit
+from slot_attention import SlotAttention
+from slots import SlotPredictor
+from teacher import make_teacher, update_teacher
+
+
+class SlotNetwork(nn.Module):
+    """Encoder and Slot Attention: images (b 3 y x) -> slots (b k d), last attention (b k h w)."""
+
+    def __init__(self, arch: str, dim_hidden: int, dim_out: int):
+        super().__init__()
+        self.encoder = PixelEncoder(arch, dim_hidden, dim_out)
+        self.slots = SlotAttention(dim_out, NUM_SLOTS)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        pixels = self.encoder(images)
+        slots, history = self.slots(rearrange(pixels, "b d h w -> b (h w) d"))
+        return slots, rearrange(history[-1], "b k (h w) -> b k h w", h=pixels.shape[2])
+
+
+@torch.no_grad()
+def match_slots(slots: Tensor, others: Tensor) -> Tensor:
+    """Pair the slots of two views of each image so that the sum of their cosines is the largest.
+
+    slots, others (b k d) -> (b k): the slot of `others` that belongs to each slot.
+    """
+    directions = [F.normalize(x, dim=2) for x in (slots, others)]  # over d
+    cosines = einsum(*directions, "b i d, b j d -> b i j")
+    columns = [linear_sum_assignment(each, maximize=True)[1] for each in cosines.cpu().numpy()]
+    return torch.stack([torch.from_numpy(each) for each in columns]).to(slots.device)
+
+
+def matched_contrast(
+    prediction: Tensor, target: Tensor, matching: Tensor, temperature: float
+) -> Tensor:
+    """Every slot finds its partner among the slots of all images of all ranks.
+
+    prediction, target (b k d); matching (b k), as `match_slots` gives it -> scalar, one direction.
+    CE = mean_bk -log softmax_m(<q_bk, t_m> / temperature)_partner, times 2 temperature.
+    """
+    b, k, _ = prediction.shape
+    rank, world_size = rank_and_world_size()
+    rows, own = (unit(rearrange(x, "b k d -> (b k) d")) for x in (prediction, target.detach()))
+    keys = gather_rows(own, [b * k] * world_size)
+    first = torch.arange(b, device=matching.device)[:, None] * k + rank * b * k
+    partners = rearrange(matching + first, "b k -> (b k)")
+    return 2 * temperature * contrast(rows, partners, keys, temperature) / (b * k)
+
+
+class SlotMatching(System):
+    """Student, teacher and predictor of slots that have no names.
+
+    arch, dim_hidden, dim_out (d): sizes of the networks; temp_slot: of the contrast.
+    """
+
+    per_image = True
+    rate = 0.1  # as slot_attention.py
+
+    def __init__(self, arch: str, dim_hidden: int, dim_out: int, temp_slot: float = 0.2):
+        super().__init__()
+        self.student = SlotNetwork(arch, dim_hidden, dim_out)
+        self.predictor = SlotPredictor(dim_out, dim_out, dim_hidden)
+        self.teacher = make_teacher(self.student)
+        self.temp_slot = temp_slot
+
+    def forward(
+        self, views: Tensor, boxes: Tensor, flipped: Tensor, told: Tensor
+    ) -> tuple[Tensor, Outcome]:
+        """L = contrast(q1, t2) + contrast(q2, t1); s, not q = predictor(s), is matched with t."""
+        (s1, _), (s2, _) = each_view(self.student, views)
+        with torch.no_grad():
+            (t1, _), (t2, _) = each_view(self.teacher, views)
+        loss = self.direction(s1, t2) + self.direction(s2, t1)
+        return loss, Outcome(loss.detach())
+
+    def direction(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Slots (b k d) of the student's view and of the teacher's other view -> scalar."""
+        rows = self.predictor(rearrange(student, "b k d -> (b k) d"))
+        prediction = rearrange(rows, "(b k) d -> b k d", k=student.shape[1])
+        return matched_contrast(prediction, teacher, match_slots(student, teacher), self.temp_slot)
+
+    @property
+    def trunk(self) -> nn.Module:
+        return self.teacher.encoder.backbone
+
+    def after_step(self, memo: None, momentum: float) -> None:
+        update_teacher(self.teacher, self.student, momentum)
+
+    def maps(self, images: Tensor) -> Tensor:
+        return self.teacher(images)[1]

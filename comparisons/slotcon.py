@@ -1,0 +1,44 @@
+"""The method itself, in the protocol of this folder.
+
+Slide: "Together: solving segmentation & representation jointly". Paper: section 3.
+Differs: nothing known from the top-level slotcon.py, which it calls.
+Read next: compare.py, which runs all of them.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from comparisons.common import Outcome, System
+from slotcon import SlotCon
+
+
+class WholeMethod(System):
+    """SlotCon, its center and its teacher.
+
+    momentum_center: of the center; settings: of `slotcon.SlotCon`.
+    """
+
+    def __init__(self, momentum_center: float = 0.9, **settings):
+        super().__init__()
+        self.method = SlotCon(**settings)
+        self.momentum_center = momentum_center
+
+    def forward(
+        self, views: Tensor, boxes: Tensor, flipped: Tensor, told: Tensor
+    ) -> tuple[Tensor, Outcome]:
+        """lambda (consistency of both directions) + (1 - lambda) (contrast of both directions)."""
+        loss, report = self.method(views, boxes, flipped)
+        return loss, Outcome(loss.detach(), report.center_mean)
+
+    @property
+    def trunk(self) -> nn.Module:
+        return self.method.teacher.backbone
+
+    def after_step(self, memo: Tensor, momentum: float) -> None:
+        """memo: the mean teacher similarity (k)."""
+        self.method.update_center(memo, self.momentum_center)
+        self.method.update_teacher(momentum)
+
+    def maps(self, images: Tensor) -> Tensor:
+        return self.method.teacher(images)[1]

@@ -1,0 +1,57 @@
+"""Output that cannot be written costs lines, not the run: a closed pipe, a full disk.
+
+Slide: none. Paper: none. Differs: not in the released code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from typing import Any, TextIO
+
+
+class Unbreakable:
+    """A stream whose writes never fail: after a failure everything goes to the null device."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            written = self.stream.write(text)
+            if "\n" in text:
+                self.stream.flush()
+            return written
+        except (OSError, ValueError):  # ValueError: the stream is closed
+            self.silence()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            self.silence()
+
+    def silence(self) -> None:
+        """Point the file descriptor to the null device: what is still buffered goes there too."""
+        with contextlib.suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.stream.fileno())
+            os.close(null)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def make_unbreakable() -> contextlib.ExitStack:
+    """stdout and stderr of this process, until the returned stack is closed."""
+    stack = contextlib.ExitStack()
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None or isinstance(stream, Unbreakable):
+            continue
+        setattr(sys, name, Unbreakable(stream))
+        stack.callback(setattr, sys, name, stream)
+        stack.callback(getattr(sys, name).flush)
+    return stack

@@ -1,0 +1,68 @@
+"""measures/streams.py: images in order, in batches, by worker processes."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from measures import streams
+from measures.labels import ToyScenes
+
+
+def identity(item):  # of the module, since worker processes may pickle it
+    return item
+
+
+@pytest.mark.parametrize("batch_size, workers", [(1, 0), (4, 0), (4, 2)])
+def test_images_come_in_order_whatever_the_batch_and_the_workers(batch_size, workers):
+    images = [torch.full((3, 2, 2), i, dtype=torch.uint8) for i in range(9)]
+    batches = list(streams.stream(images, identity, batch_size, workers))
+    assert torch.cat([indices for indices, _ in batches]).tolist() == list(range(9))
+    assert torch.cat([images for _, images in batches])[:, 0, 0, 0].tolist() == list(range(9))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_named_and_left_out_and_the_others_keep_their_numbers(
+    tmp_path, capsys, workers
+):
+    for i in range(4):
+        Image.fromarray(np.full((8, 8, 3), i, dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "1.png").write_bytes(b"torn")
+    images = streams.open_images("folder", tmp_path)
+    found = list(streams.stream(images, streams.center_view(8), 2, workers))
+    assert [indices.tolist() for indices, _ in found] == [[0], [2, 3]]
+    assert "left out 1.png" in capsys.readouterr().err
+
+
+class Broken:
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if index == 2:
+            raise ValueError("the label of b.png has id 9")
+        return torch.zeros(3, 2, 2)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_problem_in_a_worker_process_is_still_one_line(workers):
+    with pytest.raises(ValueError, match=r"^the label of b\.png has id 9$"):
+        list(streams.stream(Broken(), identity, 3, workers))
+
+
+def test_images_come_from_a_folder_from_its_val2017_or_are_drawn(tmp_path):
+    (tmp_path / "val2017").mkdir()
+    for folder in (tmp_path, tmp_path / "val2017"):
+        Image.new("RGB", (9, 7)).save(folder / "a.png")
+    assert len(streams.open_images("folder", tmp_path)) == 1
+    assert len(streams.open_images("toy", None, 5)) == 5
+    assert isinstance(streams.open_images("toy", None), ToyScenes)
+
+
+def test_a_square_of_the_right_size_is_left_alone_and_others_are_cut_from_the_center():
+    image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+    assert streams.center_view(64)(image).equal(image)
+    wide = torch.zeros(3, 70, 210, dtype=torch.uint8)
+    wide[:, :, 70:140] = 200
+    view = streams.center_view(56)(wide)
+    assert view.shape == (3, 56, 56) and view.float().mean() == 200
