@@ -1,8 +1,9 @@
 """Two views of one image: crops that overlap, where they overlap, and which of them are mirrored.
 
-Slide: "Prior 1: geometric-covariance and photometric-invariance", the first half. Paper: section
-3.1. Differs: crops are resized as uint8 tensors; crops that share nothing get the box 0 0 0 0, and
-with it the image leaves the consistency loss. Finding and decoding files is the work of
+Slide: "Prior 1: geometric-covariance and photometric-invariance", the first half.
+Paper: section 3.1.
+Differs: crops are resized as uint8 tensors; crops that share nothing get the box 0 0 0 0, and with
+it the image leaves the consistency loss. Finding and decoding files is the work of
 engine/images.py.
 Read next: photometric.py. Side trip: toy.py, scenes whose every pixel is known.
 """

@@ -1,11 +1,13 @@
 """What a view looks like may change, what it shows may not: colors, blur and solarization of a
 whole batch.
 
-Slide: "Prior 1: geometric covariance, photometric invariance". Paper: section 3.1, implementation
-details. Differs: the released code rounds to whole gray levels between any two steps, here they
-stay float32 (about one gray level brighter); its blur is an approximation by boxes, here it is the
-Gaussian itself, cut at 4 sigma. A whole batch is changed at once, on the device, with parameters of
-its own for every view. Read next: train.py.
+Slide: "Prior 1: geometric covariance, photometric invariance".
+Paper: section 3.1, implementation details.
+Differs: the released code rounds to whole gray levels between any two steps, here they stay float32
+(about one gray level brighter); its blur is an approximation by boxes, here it is the Gaussian
+itself, cut at 4 sigma. A whole batch is changed at once, on the device, with parameters of its own
+for every view.
+Read next: train.py.
 """
 
 from __future__ import annotations

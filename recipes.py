@@ -1,7 +1,8 @@
 """The configuration, the published recipes, and which option is which row of which table of the
 slides.
 
-Slides: tables 1, 6 and 8. Paper: section 4.1 and the ablation studies.
+Slides: tables 1, 6 and 8.
+Paper: section 4.1 and the ablation studies.
 Differs: hyper-parameters of `toy` are ours [U]; each number is explained where it stands.
 Read next: train.py, which composes a run from these numbers.
 

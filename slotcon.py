@@ -1,9 +1,11 @@
 """SlotCon: student, teacher, center and the two losses, put together.
 
-Slide: "Together: solving segmentation & representation jointly". Paper: section 3, figure 2.
+Slide: "Together: solving segmentation & representation jointly".
+Paper: section 3, figure 2.
 Differs: the forward moves neither the teacher nor the center. The training loop does, after the
 optimizer's step; the released code moves the teacher at the start of its next step, which is the
-same student and the same teacher. Read next: data.py.
+same student and the same teacher.
+Read next: data.py.
 """
 
 from __future__ import annotations

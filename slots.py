@@ -1,8 +1,10 @@
 """Pixels pool into slots: one feature vector per prototype and image.
 
 Slide: "Together: solving segmentation & representation jointly" (attentive pooling over the feature
-maps). Paper: section 3.2. Differs: the predictor is given only the rows that it must predict. Read
-next: losses.py. Side trip: slot_attention.py, the mechanism from which the name comes.
+maps).
+Paper: section 3.2.
+Differs: the predictor is given only the rows that it must predict.
+Read next: losses.py. Side trip: slot_attention.py, the mechanism from which the name comes.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ photographs.
     python train.py --preset coco-r50 --data-dir COCO                 the published recipe
     torchrun --nproc-per-node=8 train.py --preset coco-r50 --data-dir COCO      on eight GPUs
 
-Slide: "Together: solving segmentation & representation jointly". Paper: sections 3 and 4.1.
+Slide: "Together: solving segmentation & representation jointly".
+Paper: sections 3 and 4.1.
 Differs: starts without a launcher; the two losses are normalized over all ranks (losses.py); a step
 whose loss or gradient is not finite changes nothing; every random choice is a function of the seed
 and of the position in the run.

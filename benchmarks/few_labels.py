@@ -3,9 +3,9 @@
     python benchmarks/few_labels.py --trunks random=random slotcon=runs/toy/last.pth \
         --labelled 4 8 16 --seeds 0 1 2 --output-dir runs/few-toy -- --dataset toy --batch-size 4
 
-What stands behind `--` goes to `transfer.py segmentation`. A seed decides the heads' weights, the order
-of the images, and which of them are labelled: the same ones for every trunk. Runs that are done are not
-done again; best.pth and last.pth are removed, since only the scores count.
+What stands behind `--` goes to `transfer.py segmentation`. A seed decides the heads' weights, the
+order of the images, and which of them are labelled: the same ones for every trunk. Runs that are
+done are not done again; best.pth and last.pth are removed, since only the scores count.
 """
 
 from __future__ import annotations

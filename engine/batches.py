@@ -1,8 +1,9 @@
 """One batch per rank and position of the run, whatever dies; and the time that was spent waiting
 for it.
 
-Slide: none. Paper: none. Differs: in the released code a dead worker or an unreadable file ends the
-run.
+Slide: none.
+Paper: none.
+Differs: in the released code a dead worker or an unreadable file ends the run.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Checkpoints: reading without running a stranger's code, and putting a training state back.
 
-Slide: none. Paper: none. Differs: the released code reads its checkpoints with the full unpickler.
+Slide: none.
+Paper: none.
+Differs: the released code reads its checkpoints with the full unpickler.
 
 A training checkpoint (`last.pth`) is a dictionary of tensors and plain values: `format`, `config`,
 `step` (optimizer steps taken), `position` (batches consumed), `num_images`, `world_size`,

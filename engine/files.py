@@ -1,6 +1,8 @@
 """Files that are whole or absent, whatever ends the process in the middle of writing one.
 
-Slide: none. Paper: none. Differs: the released code writes its checkpoints in place.
+Slide: none.
+Paper: none.
+Differs: the released code writes its checkpoints in place.
 """
 
 from __future__ import annotations

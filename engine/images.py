@@ -1,7 +1,9 @@
 """Photographs on disk: finding them in a folder, and decoding whatever is called an image.
 
-Slide: "Overview of the training datasets" (table 1). Paper: section 4.1. Differs: any folder will
-do; photographs are turned upright as their camera noted; a bad file has a name and a reason.
+Slide: "Overview of the training datasets" (table 1).
+Paper: section 4.1.
+Differs: any folder will do; photographs are turned upright as their camera noted; a bad file has a
+name and a reason.
 """
 
 from __future__ import annotations

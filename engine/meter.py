@@ -1,6 +1,8 @@
 """What adds up between two lines of the log, across restarts too.
 
-Slide: none. Paper: none. Differs: not in the released code.
+Slide: none.
+Paper: none.
+Differs: not in the released code.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """A frozen dataclass becomes a command line: one option per field, with its help, its range and its
 default.
 
-Slide: none. Paper: none. Differs: not in the released code.
+Slide: none.
+Paper: none.
+Differs: not in the released code.
 Read next: train.py, where the dataclass and its presets stand.
 """
 

@@ -1,6 +1,8 @@
 """How far a run is: steps taken, batches consumed, and how it ended.
 
-Slide: none. Paper: none. Differs: the released code counts epochs only.
+Slide: none.
+Paper: none.
+Differs: the released code counts epochs only.
 """
 
 from __future__ import annotations

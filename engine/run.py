@@ -1,7 +1,9 @@
 """The parts of a run and their common life: new or resumed, saved, ended. Any model, any data.
 
-Slide: none. Paper: none. Differs: not in the released code. A program puts its own loop around
-these parts; each part's file says what it owns.
+Slide: none.
+Paper: none.
+Differs: not in the released code. A program puts its own loop around these parts; each part's file
+says what it owns.
 """
 
 from __future__ import annotations

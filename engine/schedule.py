@@ -1,7 +1,8 @@
 """The learning rate of every step, and the last step: pure functions of the step.
 
-Slide: none. Paper: section 4.1. Differs: nothing known; the release raises the rate at every step
-too.
+Slide: none.
+Paper: section 4.1.
+Differs: nothing known; the release raises the rate at every step too.
 """
 
 from __future__ import annotations

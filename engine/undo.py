@@ -1,6 +1,8 @@
 """A step with bad numbers must leave no trace: what its forward has touched returns, bit for bit.
 
-Slide: none. Paper: none. Differs: not in the released code.
+Slide: none.
+Paper: none.
+Differs: not in the released code.
 """
 
 from __future__ import annotations

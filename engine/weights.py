@@ -1,7 +1,8 @@
 """The networks inside checkpoints, ours and the released code's, by the sizes of their tensors.
 
-Slide: none. Paper: none. Differs: reads the released checkpoints under the names of this
-repository.
+Slide: none.
+Paper: none.
+Differs: reads the released checkpoints under the names of this repository.
 """
 
 from __future__ import annotations
@@ -136,7 +137,8 @@ def start_from(model: torch.nn.Module, path: str | Path) -> str:
         )
     model.load_state_dict({**own, **used})
     parts = sorted({key.split(".")[1] if "." in key else key for key in used})
-    return f"{path}: {len(used)} of {len(own)} tensors used ({', '.join(parts)}), the others are random"
+    count = f"{len(used)} of {len(own)} tensors used"
+    return f"{path}: {count} ({', '.join(parts)}), the others are random"
 
 
 def architecture_of(trunk_state: Mapping[str, Tensor], path: str | Path) -> str:

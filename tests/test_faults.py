@@ -348,7 +348,8 @@ def test_too_many_bad_images_stop_all_processes(tmp_path):
     spoil(photographs, "003.png", "004.png", "005.png", "006.png")
     runs = play(tmp_path / "run", "--max-bad-share", "0.1", photographs=photographs, processes=2)
     assert [run.process.exitcode for run in runs] == [1, 1]
-    expected = r"train.py: \d of 14 images could not be read, more than the share of 0.1 that is allowed.*/skipped.txt\. .*"
+    expected = r"train.py: \d of 14 images could not be read, more than the share of 0.1 that is "
+    expected += r"allowed.*/skipped.txt\. .*"
     assert any(re.fullmatch(expected, run.complaints[0]) for run in runs), [
         run.output for run in runs
     ]
@@ -367,7 +368,8 @@ def test_images_that_disappear_during_the_run_stop_it_with_a_line_and_a_checkpoi
     arguments = "--max-bad-share", "1", "--workers", str(workers)
     runs = play(tmp_path / "run", *arguments, photographs=photographs, processes=2, accident=away)
     assert [run.process.exitcode for run in runs] == [1, 1]
-    reason = r"train.py: no more images: 14 images in a row could not be read; \d+.png: no such file or directory\. .*"
+    reason = r"train.py: no more images: 14 images in a row could not be read; \d+.png: "
+    reason += r"no such file or directory\. .*"
     assert any(re.fullmatch(reason, line) for run in runs for line in run.complaints), [
         run.output for run in runs
     ]

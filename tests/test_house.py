@@ -26,22 +26,7 @@ SIDE_TRIPS = ("toy", "slot_attention", "recipes")
 WIDTH, MOST_LINES_OF_TRAIN, MOST_LINES_OF_THE_LOOP = 100, 260, 90
 
 # Law -> files that do not keep it yet. Empty at the end; a file that keeps its law must leave.
-TO_MEND = {
-    "folders_that_look_up": {"measures.toy_result"},
-    "without_hints_or_docstring": {
-        "evaluate", "measures.audit", "measures.labels", "measures.segments",
-        "measures.toy_result", "toy", "visualize",
-    },
-    "files_without_a_header": {"evaluate", "measures.toy_result", "toy", "visualize"},
-    "too_wide": {
-        "benchmarks.same_bits", "evaluate", "measures.audit", "measures.labels",
-        "measures.metrics", "measures.palette", "measures.probes", "measures.segments",
-        "measures.toy_result", "tests.test_evaluate", "tests.test_labels", "tests.test_metrics",
-        "tests.test_segments", "tests.test_toy", "tests.test_visualize", "toy", "visualize",
-    },
-    "unknown_axes": {"measures.probes"},
-    "patched_globals": {"tests.test_evaluate", "tests.test_labels", "tests.test_visualize"},
-}  # fmt: skip
+TO_MEND: dict[str, set[str]] = {}
 
 # (test file, what it replaces) -> why an object that is given would not do.
 SIZE = "the size of a block: a small one lets small inputs cross its seams"

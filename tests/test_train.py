@@ -26,7 +26,7 @@ import photometric
 import recipes
 import staged
 import train
-from engine import checkpoint, loader, options, processes, weights
+from engine import checkpoint, loader, options, weights
 from engine.lars import LARS, make_optimizer
 from engine.progress import seed_of
 from engine.schedule import learning_rate
