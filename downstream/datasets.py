@@ -61,7 +61,7 @@ def open_segmentation(
     scenes: int = 768,
     seed: int = 0,
 ) -> Labeled:
-    """The labelled images of one part, "train" or "val": pairs of image (3 y x) uint8 and label (y
+    """The labeled images of one part, "train" or "val": pairs of image (3 y x) uint8 and label (y
     x) int64.
 
     train_list: VOC's list for training; scenes, seed: of toy scenes. Raises ValueError for a wrong
@@ -211,7 +211,7 @@ def some_of(count: int, wanted: int, seed: int) -> list[int]:
     """The indices of `wanted` random ones among `count`, sorted; all of them for wanted 0. Raises
     ValueError."""
     if wanted > count:
-        raise ValueError(f"--labelled {wanted}, but there are {count} labelled images")
+        raise ValueError(f"--labeled {wanted}, but there are {count} labeled images")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return order[: wanted or count].sort().values.tolist()
 
@@ -220,20 +220,20 @@ class Training:
     """Labeled images for the loader: one that cannot be used becomes a BadImage, which is replaced
     and named.
 
-    labelled: a sequence that raises ValueError; name(index) of what it holds.
+    labeled: a sequence that raises ValueError; name(index) of what it holds.
     """
 
-    def __init__(self, labelled: Any):
-        self.labelled = labelled
+    def __init__(self, labeled: Any):
+        self.labeled = labeled
 
     def __len__(self) -> int:
-        return len(self.labelled)
+        return len(self.labeled)
 
     def __getitem__(self, index: int) -> Any:
         try:
-            return self.labelled[index]
+            return self.labeled[index]
         except ValueError as error:
-            raise BadImage(f"labelled image {index}", str(error)) from None
+            raise BadImage(f"labeled image {index}", str(error)) from None
 
 
 # ------------------------------------------------------------------------ boxes and masks

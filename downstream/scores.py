@@ -45,7 +45,7 @@ def mean_iou(
     """One confusion matrix over all images of all ranks, then the mean over classes that occur.
 
     predict(image (3 y x) uint8 on the device) -> (y x) classes. Returns miou and accuracy in [0,
-    1], and the IoU of each class by name, None for one without a labelled pixel.
+    1], and the IoU of each class by name, None for one without a labeled pixel.
     """
     t = len(data.class_names)
     counts = torch.zeros(t, t, dtype=torch.long)

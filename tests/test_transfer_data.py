@@ -188,12 +188,12 @@ def test_missing_labels_are_counted_and_the_first_is_named(tmp_path):
         open_segmentation("voc", top, "train")
 
 
-def test_some_labelled_images_are_a_random_few_the_same_for_the_same_seed():
+def test_some_labeled_images_are_a_random_few_the_same_for_the_same_seed():
     assert some_of(9, 0, seed=3) == list(range(9))
     few = some_of(500, 20, seed=3)
     assert len(set(few)) == 20 and few == sorted(few) == some_of(500, 20, seed=3)
     assert few != some_of(500, 20, seed=4)
-    with pytest.raises(ValueError, match="--labelled 10, but there are 9"):
+    with pytest.raises(ValueError, match="--labeled 10, but there are 9"):
         some_of(9, 10, seed=0)
 
 
