@@ -111,11 +111,11 @@ def average_precision(data: CocoObjects, results: list[dict[str, Any]]) -> dict[
     nothing is to be found."""
     numbers = {}
     with contextlib.redirect_stdout(None):  # it prints its tables to stdout
-        found = data.coco.loadRes(results) if results else None
+        found = data.truth.loadRes(results) if results else None
         for kind, name in (("bbox", "box"), ("segm", "mask")):
             stats = [0.0] * len(PRECISION)
             if found:
-                judge = COCOeval(data.coco, found, kind)
+                judge = COCOeval(data.truth, found, kind)
                 judge.params.imgIds = data.ids
                 judge.evaluate()
                 judge.accumulate()

@@ -41,11 +41,11 @@ def make_task(c: Shared, trunk: nn.Module) -> Task:
 
 def make_detection(c: Detection, trunk: nn.Module) -> Task:
     """Mask R-CNN on COCO's objects: table 2."""
-    seen = datasets.CocoObjects(c.data_dir, "train", trained=True)
+    seen = datasets.CocoObjects(c.data_dir, "train", trained=True, judged=c.test_on == "train")
     seen = seen.subset(datasets.some_of(len(seen), c.labeled, c.seed))
     unseen = seen
     if c.test_on == "val":
-        unseen = datasets.CocoObjects(c.data_dir, "val", trained=False)
+        unseen = datasets.CocoObjects(c.data_dir, "val", trained=False, judged=True)
     network = detection.mask_rcnn(
         trunk, len(seen.categories), c.test_short, c.longest, c.smallest_anchor, c.regions
     )
