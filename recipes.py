@@ -187,8 +187,8 @@ PRESETS = {
     # the method nowhere. All [U]; what it learns and what was tried: benchmarks/toy.md.
     # The networks: widths for 8 classes, a trunk that sees 17 px. A view has the size of a typical
     #   crop of a 64 px scene, so textures keep the scale that they have in whole scenes.
-    # num_prototypes, momentum_center: 32 prototypes and a center quicker than the published 0.9. With
-    #   16 and 0.9 some seeds never parted two classes, since a group that owns both lets no other in.
+    # num_prototypes, momentum_center: 32 prototypes and a center quicker than the published 0.9.
+    #   With 16 and 0.9 some seeds never parted two classes: the group of both lets no other in.
     # min_area: a crop of 0.2 enlarges a texture 1.7 times, the published 0.08 would 2.7 times.
     # temp_teacher: a feature grows only if its correlation between the views exceeds temp_teacher /
     #   temp_student. An untrained trunk offers less than the published 0.7.
@@ -207,9 +207,9 @@ PRESETS = {
         warmup_epochs=0.625, channels_last=True, threads=1, workers=1, log_every=20, save_every=10,
         keep_every=0,
     ),
-    # For a folder of photographs and one small machine: about half an hour on 2 cores for any folder
-    # from about 300 photographs on. All [U]; measured in benchmarks/photos.md.
-    # The networks: the small trunk; 32 prototypes, as a folder of photographs shows tens of things.
+    # For a folder of photographs and one small machine: about half an hour on 2 cores, for any
+    # folder from about 300 photographs on. All [U]; measured in benchmarks/photos.md.
+    # The networks: the small trunk; 32 prototypes, as photographs show tens of things.
     # image_size: small views are many views per second; the trunk is shown whole images afterwards.
     # temp_teacher: 0.4 of the student's. An untrained trunk's features correlate less between two
     # views than the published 0.7, so that nothing would grow.
