@@ -1,8 +1,10 @@
 """Images become pixel embeddings: a convolutional trunk, then a projector of 1x1 convolutions.
 
 Slide: "Together: solving segmentation & representation jointly" (the shared pixel embedding
-function). Paper: section 3.1 and the architecture paragraph of the experiments. Differs: nothing
-known for the ResNets, which are torchvision's, key by key. `tiny` is [U]: a trunk for toy images.
+function).
+Paper: section 3.1 and the architecture paragraph of the experiments.
+Differs: nothing known for the ResNets, which are torchvision's, key by key. `tiny` is [U]: a trunk
+for toy images.
 Read next: grouping.py.
 """
 

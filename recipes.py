@@ -1,7 +1,8 @@
 """The configuration, the published recipes, and which option is which row of which table of the
 slides.
 
-Slides: tables 1, 6 and 8. Paper: section 4.1 and the ablation studies.
+Slides: tables 1, 6 and 8.
+Paper: section 4.1 and the ablation studies.
 Differs: hyper-parameters of `toy` are ours [U]; each number is explained where it stands.
 Read next: train.py, which composes a run from these numbers.
 
@@ -24,10 +25,10 @@ import toy
 from backbone import ARCHITECTURES
 from data import TwoCrops
 from engine import options
-from engine.images import LAYOUTS, ImageFiles, find_images
+from engine.images import LAYOUTS, ImageFiles, choose_subset, find_images, look_like_labels
 from engine.options import option
 from engine.run import Options
-from engine.schedule import Schedule
+from engine.schedule import Schedule, warm_up
 from photometric import Photometric
 from slotcon import SlotCon
 
@@ -45,6 +46,11 @@ class Config:
         "file of paths", free=True)
     dataset: str = option("folder", "layout of the folder; a preset's layout falls back to a "
         "plain folder, and says so", choices=(*LAYOUTS, "toy"))
+    subset: int = option(0, "learn from N images only, 0: all; uniform per class where folders are "
+        "classes, else at random; the names are written to subset.txt (table 1)",
+        low=0, high=10**9)
+    long_tailed: bool = option(False, "the subset's classes follow a Pareto distribution of power "
+        "6 (table 1, ImageNet-118K-LT)")
     toy_scenes: int = option(0, "toy scenes drawn for training, preset toy only", low=0)
     toy_test_scenes: int = option(256, "toy scenes of another seed, for the result at the end",
         low=8, free=True)
@@ -66,6 +72,10 @@ class Config:
         low=1e-4, high=100)
     temp_teacher: float = option(0.07, "temperature of the teacher's assignment [P]; learning "
         "needs it well below the student's", low=1e-4, high=100)
+    temp_teacher_start: float = option(0.0, "the same at the first step, 0: no warm-up [U]",
+        low=0, high=100)
+    temp_teacher_epochs: float = option(0.0, "from there it changes along a line over these [U]",
+        low=0, high=1_000_000)
     temp_pool: float = option(0.0, "temperature of attentive pooling, 0: the teacher's [O]",
         low=0, high=100)
     temp_slot: float = option(0.2, "temperature of the slot contrast [O]", low=1e-4, high=100)
@@ -83,6 +93,7 @@ class Config:
     geometric: bool = option(True, "random crops and flips; off: both views are the center square "
         "(table 8e)")
     min_area: float = option(0.08, "smallest crop, as a share of the image [O]", low=0.001, high=1)
+    max_area: float = option(1.0, "largest crop, as a share of the image [O]", low=0.001, high=1)
     min_overlap: float = option(0.01, "least overlap, as a share of the second crop [O]",
         low=0, high=1)
     brightness: float = option(0.4, "strength of the brightness jitter: factor in 1 +- this [O]",
@@ -112,6 +123,10 @@ class Config:
     epochs: int = option(800, "length of the run and of all schedules [P]", low=1, high=1_000_000)
     warmup_epochs: float = option(5.0, "the learning rate rises over these [O]",
         low=0, high=1_000_000)
+    steps: int = option(0, "length in optimizer steps instead of epochs, 0: --epochs; a folder of "
+        "any size then takes the same time", low=0, high=10**9)
+    warmup_steps: int = option(0, "the same for the warm-up, 0: --warmup-epochs",
+        low=0, high=10**9)
     seed: int = option(0, "of weights, order, crops and colors", low=0, high=2**31)
     # the machine
     device: str = option("auto", "auto takes a GPU where there is one",
@@ -130,6 +145,7 @@ class Config:
         low=1, high=1e6, free=True)
     # what is written
     output_dir: str = option("", "default: runs/PRESET", free=True)
+    init: str = option("", "start from these weights: a checkpoint, or a backbone.pth", free=True)
     resume: str = option("auto", "auto continues output-dir/last.pth if it is there; or a path; "
         "or none", free=True)
     force_resume: bool = option(False, "continue although options that matter have changed",
@@ -371,21 +387,28 @@ def parse(argv: Sequence[str] | None, description: str) -> tuple[Config, set[str
         raise ValueError(
             f"--toy-scenes {c.toy_scenes} are fewer than --batch-size {c.batch_size}: draw more"
         )
-    return dataclasses.replace(c, output_dir=c.output_dir or f"runs/{c.preset}"), given
+    # What was asked for in epochs is not overruled by a preset that counts steps.
+    steps = 0 if "epochs" in given and "steps" not in given else c.steps
+    warmup = 0 if "warmup_epochs" in given and "warmup_steps" not in given else c.warmup_steps
+    folder = c.output_dir or f"runs/{c.preset}"
+    return dataclasses.replace(c, steps=steps, warmup_steps=warmup, output_dir=folder), given
 
 
 def images_of(c: Config, strict: bool = False) -> tuple[Sequence[Tensor], str]:
-    """The training images, a sequence of uint8 tensors (3 y x), and a line that says what they are.
+    """The training images, a sequence of uint8 tensors (3 y x), and lines that say what they are.
 
     strict: a layout that was asked for by name must be there; a preset's layout may turn out to be
-    any folder.
+    any folder. Raises ValueError where there are too few.
     """
     if c.dataset == "toy":
         return toy.ToyImages(c.seed, c.toy_scenes), f"{c.toy_scenes} toy scenes, drawn here"
     root, paths, notice = find_images(c.data_dir, c.dataset, strict)
-    return ImageFiles(root, paths), f"{len(paths)} images: " + (
-        notice or f"{c.data_dir}, layout {c.dataset}"
-    )
+    about = f"{len(paths)} images: " + (notice or f"{c.data_dir}, layout {c.dataset}")
+    if c.subset:
+        paths, how = choose_subset(paths, c.subset, c.seed, c.long_tailed)
+        about += f"; {len(paths)} of them, {how}"
+    doubt = look_like_labels(paths)
+    return ImageFiles(root, paths), about + (f"\nwarning  {doubt}" if doubt else "")
 
 
 def model_of(c: Config, device: torch.device | str = "cpu", synchronized: bool = False) -> SlotCon:
@@ -404,7 +427,9 @@ def model_of(c: Config, device: torch.device | str = "cpu", synchronized: bool =
 
 def crops_of(c: Config) -> TwoCrops:
     """What cuts two views out of an image."""
-    return TwoCrops(c.image_size, c.min_area, c.min_overlap, geometric=c.geometric)
+    return TwoCrops(
+        c.image_size, c.min_area, c.min_overlap, geometric=c.geometric, max_area=c.max_area
+    )
 
 
 def photometric_of(c: Config) -> Photometric:
@@ -452,23 +477,47 @@ def schedule_of(c: Config, num_images: int) -> Schedule:
     256 [O].
     """
     steps_per_epoch = num_images // c.batch_size
-    total = c.epochs * steps_per_epoch
-    return Schedule(
-        steps_per_epoch,
-        total,
-        round(c.warmup_epochs * steps_per_epoch),
-        min(total, c.max_steps or total),
-        c.base_lr * c.batch_size / 256,
-    )
+    total = c.steps or c.epochs * steps_per_epoch
+    warmup = c.warmup_steps or round(c.warmup_epochs * steps_per_epoch)
+    last = min(total, c.max_steps or total)
+    return Schedule(steps_per_epoch, total, warmup, last, c.base_lr * c.batch_size / 256)
 
 
-def differences(c: Config, num_images: int, saved: Mapping[str, Any]) -> list[str]:
-    """What a checkpoint was made with and this run is not; empty where that is allowed by
-    --force-resume.
+def teacher_temperature(c: Config, schedule: Schedule, step: int) -> float:
+    """Of the teacher's assignment in the step that follows so many."""
+    if not c.temp_teacher_start:
+        return c.temp_teacher
+    steps = round(c.temp_teacher_epochs * schedule.steps_per_epoch)
+    return warm_up(step, steps, c.temp_teacher_start, c.temp_teacher)
+
+
+def doubts(c: Config, schedule: Schedule, world_size: int) -> list[str]:
+    """What a person may not have meant, a line each; the run goes on."""
+    found = []
+    if schedule.warmup_steps >= schedule.total_steps:
+        found.append(
+            f"the warm-up of {schedule.warmup_steps} steps is not shorter than the run of "
+            f"{schedule.total_steps}: the learning rate only rises; lower --warmup-epochs"
+        )
+    if c.accumulate > 1 and c.batch_size // (world_size * c.accumulate) == 1:
+        found.append(
+            f"--accumulate {c.accumulate} leaves one image per pass: batch norm and contrast see "
+            "no "
+            "other image; lower it"
+        )
+    return found
+
+
+def differences(c: Config, num_images: int, digest: str, saved: Mapping[str, Any]) -> list[str]:
+    """What a checkpoint was made with and this run is not; empty where --force-resume allows it.
+
+    digest: of the names of the images; "" for toy scenes.
     """
     changed = options.differences(c, saved["config"])
     if saved["num_images"] != num_images:
         changed.append(f"images: {saved['num_images']} then, {num_images} now")
+    elif saved.get("notes", {}).get("images", digest) != digest:
+        changed.append(f"images: as many then ({num_images}), but with other names")
     return [] if c.force_resume else changed
 
 

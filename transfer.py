@@ -182,7 +182,9 @@ def finish(c: Shared, task: Task, run: Run) -> None:
     best = 100 * run.notes["best"]
     print(f"done     {run.progress.step} steps; {len(task.test)} images of {c.dataset}, "
           f"{c.test_on}; best {task.score} of all tests {best:.2f} %")  # fmt: skip
-    for name, (scratch, target) in settings.TARGETS.get(c.dataset, {}).items():
+    whole = c.test_on == "val" and not c.labelled
+    targets = settings.TARGETS.get(c.dataset, {}) if whole else {}
+    for name, (scratch, target) in targets.items():
         print(f"         {name:<10}{100 * (result[name] or 0):6.2f} %   the slides: {target} "
               f"pretrained on COCO, {scratch} from random weights")  # fmt: skip
     print(json.dumps(result))

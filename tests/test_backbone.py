@@ -134,7 +134,8 @@ def test_the_tiny_trunk_does_not_show_where_the_border_is(training):
     trunk = build_trunk("tiny").double().train(training)
     images = random(2, 3, 1, 1).expand(-1, -1, 32, 48)  # each one colour
     features = trunk(images)
-    assert features.std() > 0.1
+    # Not all zero: of 100 random trunks the flattest has 0.085, where no batch norm stretches it.
+    assert features.std() > 0.02
     assert torch.allclose(features, features[:, :, :1, :1].expand_as(features), atol=1e-9)
 
 

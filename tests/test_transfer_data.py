@@ -166,7 +166,8 @@ def test_a_wrong_tree_says_what_was_expected_and_what_was_found(dataset, there, 
         opened(*arguments)
     said = str(caught.value)
     expected = {"voc": "train_aug", "cityscapes": "gtFine/{train,val}/CITY",
-                "ade20k": "annotations/", "folder": "labels as PNG", "coco": "annotations/instances_"}[dataset]  # fmt: skip
+                "ade20k": "annotations/", "folder": "labels as PNG",
+                "coco": "annotations/instances_"}[dataset]  # fmt: skip
     assert f"--dataset {dataset} expects in --data-dir: " in said and expected in said
     assert f"found in {tmp_path}: holiday/" in said and "\n" not in said
 
@@ -320,8 +321,9 @@ def test_a_batch_of_unlike_sizes_is_two_lists():
 # ------------------------------------------------------------------------ boxes and masks
 
 
-def draw_coco(root):
-    """Two images to learn from, one of them without an object; square objects, a crowd, no area."""
+def draw_coco(root, more=0):
+    """Two images, one of them without an object; square objects, a crowd, no area. more: images
+    like the first."""
     runs = encoding.encode(np.asfortranarray(np.ones((24, 40), dtype=np.uint8)))
     crowd = {**runs, "counts": runs["counts"].decode()}
     shapes = [
@@ -336,11 +338,13 @@ def draw_coco(root):
         dict(image_id=6, category_id=3, bbox=[0, 0, 40, 24], iscrowd=1, area=960,
              segmentation=crowd),
     ]  # fmt: skip
+    ids = [6, 5, *range(7, 7 + more)]
+    shapes += [dict(shape, image_id=i) for i in ids[2:] for shape in shapes[:2]]
     for part in ("train", "val"):
-        for i in (5, 6):
+        for i in ids:
             save(root / f"{part}2017" / f"{i:012d}.jpg", photo(i))
         contents = dict(
-            images=[dict(id=i, file_name=f"{i:012d}.jpg", height=24, width=40) for i in (6, 5)],
+            images=[dict(id=i, file_name=f"{i:012d}.jpg", height=24, width=40) for i in ids],
             categories=[dict(id=18, name="dog"), dict(id=3, name="car")],
             annotations=[
                 dict(each, id=n + 1)
