@@ -70,21 +70,35 @@ def added(parts: Iterable[Moments]) -> Moments:
 
 
 def covariances(m: Moments) -> tuple[Tensor, Tensor]:
-    """C within a view and S between the views, both (c c), float64 on the CPU."""
-    count, total, same, cross = (x.detach().cpu().double() for x in m)
+    """C within a view and S between the views, both (c c)."""
+    count, total, same, cross = m
     mean = total / (2 * count)
     mean_square = torch.outer(mean, mean)
     return same / (2 * count) - mean_square, cross / (2 * count) - mean_square
 
 
+def projected(m: Moments, axes: Tensor) -> Moments:
+    """The moments of the features along axes (c i)."""
+    axes = axes.to(m.same)
+    return Moments(m.count, axes.T @ m.total, axes.T @ m.same @ axes, axes.T @ m.cross @ axes)
+
+
+def principal_axes(m: Moments) -> Tensor:
+    """The DIRECTIONS strongest directions of C (c i), scaled to variance 1, but for the ridge."""
+    variance, axes = torch.linalg.eigh(covariances(m)[0])  # ascending
+    variance, axes = variance[-DIRECTIONS:].clamp(min=0), axes[:, -DIRECTIONS:]
+    return axes * (variance + RIDGE * variance.mean() + 1e-30).rsqrt()
+
+
 def strongest_direction(m: Moments) -> Tensor:
-    """The direction (c) of the largest p'Sp / p'Cp, among the DIRECTIONS strongest of C."""
-    within, between = covariances(m)
-    variance, axes = torch.linalg.eigh(within)  # ascending
-    variance, axes = variance[-DIRECTIONS:], axes[:, -DIRECTIONS:]
-    scale = (variance.clamp(min=0) + RIDGE * variance.mean().clamp(min=1e-30)).rsqrt()
-    whiten = axes * scale
-    return whiten @ torch.linalg.eigh(whiten.T @ between @ whiten)[1][:, -1]
+    """The direction p (c) of the largest p'Sp / p'Cp."""
+    axes = principal_axes(m)
+    return axes @ torch.linalg.eigh(covariances(projected(m, axes))[1])[1][:, -1]  # the largest
+
+
+def double(m: Moments) -> Moments:
+    """In float64 on the CPU, where eigenvectors are found."""
+    return Moments(*(x.detach().cpu().double() for x in m))
 
 
 def correlation_along(direction: Tensor, m: Moments) -> float:
@@ -102,8 +116,10 @@ def correlation_of(halves: tuple[Moments, Moments]) -> float:
     by chance. Judged on the other half, a direction found in few images is not yet the best one.
     With three times the images both come to lie near the middle.
     """
-    one, other = halves
-    together = added(halves)
+    together = added(map(double, halves))
+    axes = principal_axes(together)  # once, since a ResNet-50 has 2048 features
+    one, other = (projected(double(half), axes) for half in halves)
+    together = projected(together, axes)
     above = correlation_along(strongest_direction(together), together)
     below = correlation_along(strongest_direction(one), other)
     below += correlation_along(strongest_direction(other), one)
