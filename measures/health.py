@@ -58,23 +58,28 @@ def lasting_lines(
 
 
 def is_uniform(lines: Sequence[Record], most: float, sizes: Sizes) -> bool:
+    """The group loss is what a uniform assignment has."""
     return all(r["group_loss"] >= UNIFORM * 2 * math.log(sizes.num_prototypes) for r in lines)
 
 
 def is_few(lines: Sequence[Record], most: float, sizes: Sizes) -> bool:
+    """Few prototypes are in use, of those that once were."""
     return most > A_FEW and all(r["prototypes_used"] <= max(FEW * most, A_FEW) for r in lines)
 
 
 def is_alone(lines: Sequence[Record], most: float, sizes: Sizes) -> bool:
+    """Each image has a prototype for itself."""
     return all(r["occupied_per_image"] < ALONE for r in lines)
 
 
 def is_chance(lines: Sequence[Record], most: float, sizes: Sizes) -> bool:
+    """Student and teacher agree as often as by chance."""
     chance = 1 / sizes.num_prototypes
     return all(r["agreement"] < chance + min(chance, NEAR) for r in lines)
 
 
 def uniform_line(last: Record, sizes: Sizes) -> str:
+    """Too soft a teacher."""
     chance = 2 * math.log(sizes.num_prototypes)
     return (
         f"the group loss is still {last['group_loss']:.3f}, where a uniform assignment has 2 ln k "
@@ -83,6 +88,7 @@ def uniform_line(last: Record, sizes: Sizes) -> str:
 
 
 def few_line(last: Record, sizes: Sizes) -> str:
+    """Too coarse a map, too quick a teacher, or too slow a center: what the run shows of these."""
     momentum = last["momentum_teacher"]
     if 0 < sizes.cells <= COARSE:
         advice = (
@@ -100,6 +106,7 @@ def few_line(last: Record, sizes: Sizes) -> str:
 
 
 def alone_line(last: Record, sizes: Sizes) -> str:
+    """A trunk that sees too much."""
     return (
         f"{last['occupied_per_image']:.1f} prototypes per image: whole images are grouped, since "
         "the trunk sees the whole image; take an --arch of a smaller stride and receptive field "
@@ -108,6 +115,7 @@ def alone_line(last: Record, sizes: Sizes) -> str:
 
 
 def chance_line(last: Record, sizes: Sizes) -> str:
+    """Views that differ too much."""
     return (
         f"student and teacher agree on {last['agreement']:.0%} of the places, where chance is "
         f"{1 / sizes.num_prototypes:.0%}: the trunk finds nothing that both views share; take "

@@ -151,7 +151,7 @@ def test_lines_reach_back_a_tenth_of_the_run_and_never_into_the_warm_up():
     records = lines(20)
     assert [r["step"] for r in lasting_lines(records, SMALL)] == [300, 320, 340, 360, 380, 400]
     assert lasting_lines(records[:6], SMALL) == []  # step 20 lies in the warm-up
-    assert [r["step"] for r in lasting_lines(records[:7], SMALL)][0] == 40
+    assert lasting_lines(records[:7], SMALL)[0]["step"] == 40
 
 
 def test_rare_lines_of_the_log_still_count_at_least_five():
