@@ -6,7 +6,8 @@
     python evaluate.py probe last.pth --dataset voc --data-dir VOCdevkit   features, with labels
 
 Slides: "Understanding the semantic grouping ability: unsupervised semantic segmentation";
-"Statistics about the slots". Paper: section 4, table 5.
+"Statistics about the slots".
+Paper: section 4, table 5.
 Differs: the authors released none of this. Segmentation follows PiCIE's published protocol [P],
 which they say they used (measures/metrics.py); the baselines and the probes are ours [U].
 Read next: visualize.py.

@@ -1,10 +1,12 @@
 """Every pixel is assigned to the prototypes that it resembles: pixel-level deep clustering, and its
 geometry.
 
-Slide: "Semantic grouping with pixel-level deep clustering". Paper: section 3.1. Differs: the
-similarity is computed in float32 under mixed precision (the released code leaves it to autocast);
-the flip back is one vectorised selection instead of a loop over images; crops that do not overlap
-give an empty box, never an inverted one. Read next: slots.py.
+Slide: "Semantic grouping with pixel-level deep clustering".
+Paper: section 3.1.
+Differs: the similarity is computed in float32 under mixed precision (the released code leaves it to
+autocast); the flip back is one vectorised selection instead of a loop over images; crops that do
+not overlap give an empty box, never an inverted one.
+Read next: slots.py.
 """
 
 from __future__ import annotations

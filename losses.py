@@ -2,12 +2,13 @@
 the other view.
 
 Slides: "Towards semantic prototypes: deep clustering" (avoiding collapse), "Semantic grouping with
-pixel-level deep clustering" and "Group-level representation learning by contrasting slots". Paper:
-sections 3.1 to 3.3. Differs: means run over the valid pixels and queries of all ranks, not of each
-rank, so the result does not depend on how a batch is split; keys are cut to the occupied slots
-before they are gathered, not after; images whose crops do not overlap leave the consistency loss;
-with fewer than two queries the slot loss is zero, where the released code fails. Read next:
-teacher.py.
+pixel-level deep clustering" and "Group-level representation learning by contrasting slots".
+Paper: sections 3.1 to 3.3.
+Differs: means run over the valid pixels and queries of all ranks, not of each rank, so the result
+does not depend on how a batch is split; keys are cut to the occupied slots before they are
+gathered, not after; images whose crops do not overlap leave the consistency loss; with fewer than
+two queries the slot loss is zero, where the released code fails.
+Read next: teacher.py.
 
 Every loss returns this rank's share. DistributedDataParallel takes the mean of the gradients over
 ranks, and the mean of the shares over ranks is the loss of the joined batch.

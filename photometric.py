@@ -1,21 +1,25 @@
 """What a view looks like may change, what it shows may not: colors, blur and solarization of a
 whole batch.
 
-Slide: "Prior 1: geometric covariance, photometric invariance". Paper: section 3.1, implementation
-details. Differs: the released code rounds to whole gray levels between any two steps, here they
-stay float32 (about one gray level brighter); its blur is an approximation by boxes, here it is the
-Gaussian itself, cut at 4 sigma. A whole batch is changed at once, on the device, with parameters of
-its own for every view. Read next: train.py.
+Slide: "Prior 1: geometric covariance, photometric invariance".
+Paper: section 3.1, implementation details.
+Differs: the released code rounds to whole gray levels between any two steps, here they stay float32
+(about one gray level brighter); its blur is an approximation by boxes, here it is the Gaussian
+itself, cut at 4 sigma. A whole batch is changed at once, on the device, with parameters of its own
+for every view.
+Read next: train.py.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from einops import rearrange, reduce, repeat
+from torch import Tensor
 
 IMAGENET_MEAN = (
     0.485,
@@ -29,7 +33,7 @@ CPU_CHUNK = 100_000
 CPU_BLOCK = 32  # side of the blocks in which a blur's matrix is applied on a CPU [U]
 
 
-def normalize(images):
+def normalize(images: Tensor) -> Tensor:
     """Pixels on the scale that networks expect: (value - mean) / std, per colour.
 
     images: (... 3 y x) uint8 0..255, or float 0..1. Returns float of the same shape.
@@ -44,7 +48,7 @@ def normalize(images):
 
 
 @functools.lru_cache(maxsize=64)
-def _constant(values, device):
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     """A tuple as a float32 tensor, copied once, since the host waits for every copy to a GPU."""
     return torch.tensor(values, dtype=torch.float32, device=device)
 
@@ -54,15 +58,13 @@ class Draw(NamedTuple):
     even computed.
     """
 
-    order: (
-        torch.Tensor | None
-    )  # (b v 3) sequence of the blends: 0 brightness, 1 contrast, 2 saturation
-    factors: torch.Tensor | None  # (b v 3) of brightness, contrast and saturation; 1 = unchanged
-    hue: torch.Tensor | None  # turns of the colour circle, -0.5..0.5; 0 = unchanged
-    hue_position: torch.Tensor | None  # how many blends come before the hue, 0..3
-    gray: torch.Tensor | None  # bool
-    sigma: torch.Tensor | None  # of the blur, in pixels of the view; 0 = sharp
-    solarize: torch.Tensor | None  # bool
+    order: Tensor | None  # (b v 3) sequence of the blends: 0 brightness, 1 contrast, 2 saturation
+    factors: Tensor | None  # (b v 3) of brightness, contrast and saturation; 1 = unchanged
+    hue: Tensor | None  # turns of the colour circle, -0.5..0.5; 0 = unchanged
+    hue_position: Tensor | None  # how many blends come before the hue, 0..3
+    gray: Tensor | None  # bool
+    sigma: Tensor | None  # of the blur, in pixels of the view; 0 = sharp
+    solarize: Tensor | None  # bool
 
 
 class Photometric:
@@ -76,16 +78,16 @@ class Photometric:
 
     def __init__(
         self,
-        brightness=0.4,
-        contrast=0.4,
-        saturation=0.2,
-        hue=0.1,
-        p_jitter=0.8,
-        p_gray=0.2,
-        p_blur=(1.0, 0.1),
-        blur_sigma=(0.1, 2.0),
-        p_solarize=(0.0, 0.2),
-        solarize_threshold=128,
+        brightness: float = 0.4,
+        contrast: float = 0.4,
+        saturation: float = 0.2,
+        hue: float = 0.1,
+        p_jitter: float = 0.8,
+        p_gray: float = 0.2,
+        p_blur: Sequence[float] = (1.0, 0.1),
+        blur_sigma: tuple[float, float] = (0.1, 2.0),
+        p_solarize: Sequence[float] = (0.0, 0.2),
+        solarize_threshold: int = 128,
     ):
         if not all(0 <= p <= 1 for p in (p_jitter, p_gray, *p_blur, *p_solarize)):
             raise ValueError(
@@ -113,11 +115,11 @@ class Photometric:
         self.blur_radius = math.ceil(4 * blur_sigma[1])  # 6e-5 of the weight lies outside [U]
         self.threshold = solarize_threshold / 255
 
-    def __call__(self, views, generator):
+    def __call__(self, views: Tensor, generator: torch.Generator) -> Tensor:
         """Draws and applies. views: (b v 3 y x) uint8. Returns (b v 3 y x) float32, normalised."""
         return self.apply(views, self.draw(len(views), generator))
 
-    def draw(self, b, generator):
+    def draw(self, b: int, generator: torch.Generator) -> Draw:
         """The parameters of b images, from one call of the generator and on its device."""
         device = generator.device
         luck = torch.rand(
@@ -145,7 +147,7 @@ class Photometric:
             else None,
         )
 
-    def apply(self, views, draw):
+    def apply(self, views: Tensor, draw: Draw) -> Tensor:
         """Changes every view as drawn, the same way every time. Shapes as in __call__; views stay
         as they are.
         """
@@ -163,7 +165,7 @@ class Photometric:
             )
         return rearrange(changed, "(b v) c y x -> b v c y x", v=views.shape[1])
 
-    def _change(self, pixels, draw, blends):
+    def _change(self, pixels: Tensor, draw: Draw, blends: Tensor) -> Tensor:
         """pixels (n 3 y x) float 0..1 and what happens to them, in this order."""
         for weights in blends[:3]:
             pixels = blend(pixels, weights)
@@ -183,24 +185,25 @@ class Photometric:
         return pixels
 
 
-def _wanted(amount):
+def _wanted(amount: Tensor | None) -> bool:
     """Whether any view needs a step. A GPU is never asked, since waiting for its answer costs more
     than the step.
     """
     return amount is not None and (amount.device.type != "cpu" or bool(amount.any()))
 
 
-def _per_view(amount):
+def _per_view(amount: Tensor) -> Tensor:
+    """(n) -> (n 1 1 1)."""
     return rearrange(amount, "n -> n 1 1 1")
 
 
-def luma(pixels):
+def luma(pixels: Tensor) -> Tensor:
     """Brightness of each pixel: (n 3 y x) -> (n 1 y x)."""
     red, green, blue = pixels.split(1, dim=1)  # over colours
     return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
 
 
-def blend_weights(draw):
+def blend_weights(draw: Draw) -> Tensor:
     """Brightness, contrast and saturation as one formula, so that views in different orders advance
     together.
 
@@ -220,7 +223,7 @@ def blend_weights(draw):
     return torch.stack([factor, (1 - factor) * (kind == 1), (1 - factor) * (kind == 2)], dim=-1)
 
 
-def blend(pixels, weights):
+def blend(pixels: Tensor, weights: Tensor) -> Tensor:
     """pixels (n 3 y x) in 0..1, weights (n 3) of the pixel, its view's mean brightness and its own
     brightness.
     """
@@ -234,7 +237,7 @@ def blend(pixels, weights):
     return blended.clamp_(0, 1)
 
 
-def turn_hue(pixels, turns):
+def turn_hue(pixels: Tensor, turns: Tensor) -> Tensor:
     """Turns the colour circle of pixels (n 3 y x) in 0..1 by turns (n), lightest and darkest colour
     kept.
 
@@ -260,7 +263,7 @@ def turn_hue(pixels, turns):
     return torch.addcmul(top[:, None], chroma[:, None], missing, value=-1)
 
 
-def gaussian_blur(pixels, sigma, radius):
+def gaussian_blur(pixels: Tensor, sigma: Tensor, radius: int) -> Tensor:
     """Separable Gaussian, mirrored at the border, as two matrix products: rows * pixels * columns'.
 
     pixels: (n 3 y x). sigma: (n) pixels, 0 = sharp. radius: taps on each side of the centre.
@@ -275,7 +278,7 @@ def gaussian_blur(pixels, sigma, radius):
     return pixels
 
 
-def _blur_columns(pixels, matrix, radius):
+def _blur_columns(pixels: Tensor, matrix: Tensor, radius: int) -> Tensor:
     """pixels (n 3 y x), matrix (n y i) -> (n 3 x y). On a CPU in blocks that leave most of the
     matrix's zeros out.
     """
@@ -294,7 +297,7 @@ def _blur_columns(pixels, matrix, radius):
     )
 
 
-def _blur_matrix(sigma, radius, length):
+def _blur_matrix(sigma: Tensor, radius: int, length: int) -> Tensor:
     """(n y i): the weight of pixel i of a line in pixel y of the blurred line."""
     tap = torch.arange(-radius, radius + 1, device=sigma.device)
     weights = torch.exp(
@@ -307,7 +310,7 @@ def _blur_matrix(sigma, radius, length):
 
 
 @functools.lru_cache(maxsize=8)
-def _mirrored_taps(radius, length, device):
+def _mirrored_taps(radius: int, length: int, device: torch.device) -> Tensor:
     """(y tap): the pixel that this tap of pixel y reads, mirrored at a border it would cross."""
     source = torch.arange(length)[:, None] + torch.arange(-radius, radius + 1)
     return (length - 1 - (length - 1 - source.abs()).abs()).to(device)

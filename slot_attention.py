@@ -5,7 +5,7 @@ with reconstruction".
 Papers: Locatello et al., NeurIPS 2020, section 2; Watters et al., 2019, for the decoder.
 Differs: nothing known in the attention; the decoder has three 3x3 convolutions where Locatello et
 al. have four 5x5 and enlarge, and paints at the size of its grid. Not part of SlotCon.
-Side trip: it stands beside slots.py.
+Read next: losses.py, where the path goes on.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """SlotCon: student, teacher, center and the two losses, put together.
 
-Slide: "Together: solving segmentation & representation jointly". Paper: section 3, figure 2.
+Slide: "Together: solving segmentation & representation jointly".
+Paper: section 3, figure 2.
 Differs: the forward moves neither the teacher nor the center. The training loop does, after the
 optimizer's step; the released code moves the teacher at the start of its next step, which is the
-same student and the same teacher. Read next: data.py.
+same student and the same teacher.
+Read next: data.py.
 """
 
 from __future__ import annotations
@@ -81,9 +83,7 @@ class SlotCon(nn.Module):
         self.teacher = make_teacher(self.student)
         self.group_weight, self.slot_loss, self.where_aligned = group_weight, slot_loss, align
         self.temp_student, self.temp_teacher, self.temp_slot = temp_student, temp_teacher, temp_slot
-        self.temp_pool = (
-            temp_pool or temp_teacher
-        )  # student and teacher pool at the same temperature [O]
+        self.temp_pool = temp_pool
         self.image_loss = image_loss
         if slot_loss not in ("ctr", "reg") or align not in ("asgn", "proj"):
             raise ValueError(
@@ -161,9 +161,10 @@ class SlotCon(nn.Module):
             aligned = similarity(
                 inverse_augmentation(embeddings, boxes, flipped), network.prototypes.weight
             )
-        slots = (
-            None if self.predictor is None else attentive_pooling(embeddings, maps, self.temp_pool)
-        )
+        slots = None
+        if self.predictor is not None:
+            # Student and teacher pool at the same temperature, the teacher's [O].
+            slots = attentive_pooling(embeddings, maps, self.temp_pool or self.temp_teacher)
         return View(features, embeddings, maps, aligned, slots, occupied(maps))
 
     def consistency(self, student: View, teacher: View, valid: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
 """Pixels pool into slots: one feature vector per prototype and image.
 
 Slide: "Together: solving segmentation & representation jointly" (attentive pooling over the feature
-maps). Paper: section 3.2. Differs: the predictor is given only the rows that it must predict. Read
-next: losses.py. Side trip: slot_attention.py, the mechanism from which the name comes.
+maps).
+Paper: section 3.2.
+Differs: the predictor is given only the rows that it must predict.
+Read next: losses.py. Side trip: slot_attention.py, the mechanism from which the name comes.
 """
 
 from __future__ import annotations
@@ -75,6 +77,7 @@ class SlotPredictor(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, slots: Tensor) -> Tensor:
+        """slots (n dim_in) -> predictions (n dim_out), not normalized."""
         # A batch norm of its own has no statistics for fewer than two rows, which one of several
         # CPU processes may be left with; it then uses the running ones. Synchronised norms count
         # the rows of all ranks.

@@ -1,9 +1,10 @@
 """The teacher is a moving average of the student; no gradient reaches it.
 
-Slide: "Towards semantic prototypes: deep clustering" (self-distillation, stop-gradient). Paper:
-section 3.3. Differs: nothing known. The average covers parameters only. The teacher's batch norms
-stay in training mode and keep running statistics of their own, as in the released code. Read next:
-slotcon.py.
+Slide: "Towards semantic prototypes: deep clustering" (self-distillation, stop-gradient).
+Paper: section 3.3.
+Differs: nothing known. The average covers parameters only. The teacher's batch norms stay in
+training mode and keep running statistics of their own, as in the released code.
+Read next: slotcon.py.
 """
 
 from __future__ import annotations

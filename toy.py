@@ -1,11 +1,12 @@
-"""Toy scenes: small pictures drawn by rule, in which the class, the object and the part of every
+"""Toy scenes: small images drawn by rule, in which the class, the object and the part of every
 pixel are known.
 
-Slide: "Slot Attention works well on toy data", and its next question, what of real scenes? These
-lie in between: several textured, overlapping, truncated things on two kinds of stuff, in colours
-that say little about the class. Differs: not in the paper [U]. `Dials` sets what makes a scene
-hard, `audit` measures which shortcuts are open. Read next: data.py, which takes two views of a
-picture, drawn or photographed.
+Slide: "Slot Attention works well on toy data".
+Paper: none.
+Differs: ours [U]. These scenes lie between the slide's toy data and photographs: several textured,
+overlapping, truncated things on two kinds of stuff, in colors that say little about the class.
+`Dials` sets what makes a scene hard, measures/audit.py measures which shortcuts are open.
+Read next: data.py, which takes two views of an image, drawn or photographed.
 
 A scene depends on (seed, index, dials) alone, on every machine and numpy version: its random
 numbers are integers, its pixels need only + - * / sqrt and comparisons, which IEEE 754 rounds the
@@ -16,7 +17,7 @@ array and no matrix product; `wave` is our sine.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -140,6 +141,7 @@ class Stream:
         return ((self._mix(counter) >> np.uint64(11)) * 2.0**-53).reshape(shape)
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
+        """One number between low and high."""
         if not self.buffer:
             self.buffer = self.field(
                 64
@@ -152,7 +154,7 @@ class Stream:
 
 
 # ------------------------------------ textures: (p, q) in periods, random table -> value in [-1, 1]
-def wave(t):
+def wave(t: np.ndarray | float) -> np.ndarray | float:
     """sin(2 pi t) within 0.0011 from exactly rounded operations: a parabola, bent once towards the
     sine.
     """
@@ -186,42 +188,51 @@ def _blobs(p, q, table):
     return upper * (1.0 - v) + lower * v
 
 
-def grain(p, q, table):
+def grain(p: np.ndarray, q: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Soft speckles."""
     return np.clip(4.0 * _blobs(p, q, table) - 2.0, -1.0, 1.0)
 
 
-def waves(p, q, table):
+def waves(p: np.ndarray, q: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Wavy lines along p."""
     return wave(q + 0.3 * wave(0.3 * p))
 
 
-def bricks(p, q, table):
+def bricks(p: np.ndarray, q: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Bricks with mortar between them."""
     p = 0.5 * (p + np.floor(q))  # twice as wide as high, every other course shifted by half a brick
     mortar = (_fraction(q) < 0.22) | (_fraction(p) < 0.11)
     return np.where(mortar, -1.0, 0.2 + 0.6 * _cell(p, q, table))
 
 
-def gloss(p, q, table):
+def gloss(p: np.ndarray, q: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Bright in the middle, in rings."""
     return wave(np.sqrt(p * p + q * q) + 0.25)  # bright in the middle
 
 
-def checks(p, q, table):
+def checks(p: np.ndarray, q: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """A chessboard."""
     return np.where((_fraction(p) < 0.5) == (_fraction(q) < 0.5), 1.0, -1.0)
 
 
-def stripes(p, q, table):
+def stripes(p: np.ndarray, q: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Stripes across p, slightly wavy."""
     return wave(p + 0.1 * wave(0.15 * q))
 
 
-def dots(p, q, table):
+def dots(p: np.ndarray, q: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Dots in rows, every other row shifted."""
     u, v = _fraction(p + 0.5 * np.floor(q)) - 0.5, _fraction(q) - 0.5
     return np.where(u * u + v * v < 0.09, 1.0, -0.5)
 
 
-def leaves(p, q, table):
+def leaves(p: np.ndarray, q: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Hard-edged blobs."""
     return np.where(_blobs(p, q, table) > 0.5, 1.0, -1.0)
 
 
-def bark(p, q, table):
+def bark(p: np.ndarray, q: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Speckles drawn out along q."""
     return grain(p, 0.3 * q, table)
 
 
@@ -306,6 +317,8 @@ class Look(NamedTuple):
 
 
 class Thing(NamedTuple):
+    """One object of a scene."""
+
     kind: int  # its class
     center: tuple[float, float]  # x y, 64ths of the side
     radius: float  # 64ths of the side
@@ -504,15 +517,17 @@ def _dials(preset: str, changes: dict) -> Dials:
     return dials
 
 
-def scene(seed: int, index: int, preset: str = "scene", **dials) -> Scene:
-    """Scene number `index` of the endless series `seed`. ValueError for an unknown preset or dial."""
+def scene(seed: int, index: int, preset: str = "scene", **dials: Any) -> Scene:
+    """Scene number `index` of the series `seed`. ValueError for an unknown preset or dial."""
     dials = _dials(preset, dials)
     stream = Stream(seed, index)
     plan = _plan(stream, dials)
     return _render(plan, dials, stream.field(dials.size, dials.size, 3))
 
 
-def frame_pair(seed: int, index: int, preset: str = "scene", speed: int = 4, **dials) -> FramePair:
+def frame_pair(
+    seed: int, index: int, preset: str = "scene", speed: int = 4, **dials: Any
+) -> FramePair:
     """The scene of that number and its next frame: camera and objects move by up to `speed` px
     along each axis.
 
@@ -544,7 +559,7 @@ class ToyImages:
     scenes.
     """
 
-    def __init__(self, seed: int, count: int, preset: str = "scene", **dials):
+    def __init__(self, seed: int, count: int, preset: str = "scene", **dials: Any):
         import torch  # only here: the generator itself needs nothing but numpy
 
         images, *labels, _boxes, _things, depth = zip(
@@ -558,5 +573,5 @@ class ToyImages:
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> Any:
         return self.images[index]

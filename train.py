@@ -5,7 +5,8 @@ photographs.
     python train.py --preset coco-r50 --data-dir COCO                 the published recipe
     torchrun --nproc-per-node=8 train.py --preset coco-r50 --data-dir COCO      on eight GPUs
 
-Slide: "Together: solving segmentation & representation jointly". Paper: sections 3 and 4.1.
+Slide: "Together: solving segmentation & representation jointly".
+Paper: sections 3 and 4.1.
 Differs: starts without a launcher; the two losses are normalized over all ranks (losses.py); a step
 whose loss or gradient is not finite changes nothing; every random choice is a function of the seed
 and of the position in the run.
@@ -26,7 +27,8 @@ import torch
 from torch import Tensor
 
 import recipes
-from engine import checkpoint, loader, processes, weights
+from engine import checkpoint, files, loader, processes, weights
+from engine.images import digest_of
 from engine.keeper import same_command
 from engine.lars import make_optimizer
 from engine.program import Stopped, run_program
@@ -34,7 +36,7 @@ from engine.progress import seed_of
 from engine.run import Run, live, open_run
 from engine.signals import StopSignals
 from engine.verdict import Verdict, agree
-from measures import toy_result
+from measures import photos_result, toy_result
 from measures.course import brief, statistics
 from recipes import Config
 from slotcon import Report
@@ -52,6 +54,7 @@ def train(c: Config, run: Run, signals: StopSignals) -> None:
         batch = run.batches.next()  # never raises: trouble travels to the verdict
         generator.manual_seed(seed_of(c.seed, progress.position, run.place.rank))
         views = photometric(batch.views, generator)
+        run.model.temp_teacher = recipes.teacher_temperature(c, schedule, progress.step)
         verdict, report = take_step(
             c, run, views, batch.boxes, batch.flipped, bool(signals.received), bool(run.trouble)
         )
@@ -59,8 +62,7 @@ def train(c: Config, run: Run, signals: StopSignals) -> None:
         if verdict.good:
             run.meter.add(verdict.values)
             run.journal.advance()
-            last = progress.step == schedule.last_step
-            if progress.step % c.log_every == 0 or schedule.ends_epoch(progress.position) or last:
+            if schedule.is_logged(progress.step, progress.position, c.log_every):
                 log(c, run, report)
         run.keeper.keep(progress, verdict.good, run.state)
 
@@ -99,7 +101,7 @@ def momentum_after(c: Config, run: Run, steps: int) -> float:
 def log(c: Config, run: Run, report: Report) -> None:
     """A line of the log: means since the last one, statistics of this step. All ranks call it."""
     progress = run.progress
-    numbers = statistics(report, run.model.center, c.temp_teacher)
+    numbers = statistics(report, run.model.center, run.model.temp_teacher)
     means = run.meter.read(progress.step)
     waited = run.batches.waited_since() / means.pop("steps_timed")
     grad_norm, speed = means.pop("grad_norm"), means.pop("images_per_second")
@@ -129,20 +131,31 @@ def set_up(c: Config, given: set[str]) -> Run:
     recipes.check_batch(c, place.world_size, len(images))
     schedule = recipes.schedule_of(c, len(images))
     model = recipes.model_of(c, place.device, synchronized=place.world_size > 1)
+    started = weights.start_from(model, c.init) if c.init else "random weights"
     optimizer = make_optimizer(c.optimizer, model.parameters(), schedule.peak, c.weight_decay)
+    names = getattr(images, "paths", [])  # toy scenes have none
+    digest = digest_of(names)
     run = open_run(
         recipes.run_options(c), place, dtype, schedule, model, optimizer, images,
         view=recipes.crops_of(c), values=VALUES, settings=dataclasses.asdict(c),
-        changed=functools.partial(recipes.differences, c, len(images)),
+        changed=functools.partial(recipes.differences, c, len(images), digest),
         touched=[buffer for buffer in model.buffers() if buffer is not model.center],
     )  # fmt: skip
+    run.notes["images"] = digest
+    if c.subset and place.rank == 0:
+        files.write_lines(run.folder / "subset.txt", names)
     if c.compile:
         for network in (model.student, model.teacher):
             network.backbone.compile()
             network.projector.compile()
     run.gradient.model = processes.wrap(model, place)
-    run.journal.print(f"device   {processes.describe(place, dtype)}\ndata     {about}")
-    run.journal.print(recipes.describe(c, schedule, place.world_size, model))
+    say = run.journal.print
+    say(f"device   {processes.describe(place, dtype)}\ndata     {about}")
+    say(recipes.describe(c, schedule, place.world_size, model))
+    say(f"start    {started}" if not run.progress.position else "start    where it stopped")
+    say(f"disk     {run.keeper.space(run.checkpoint_bytes(), schedule.epochs)}")
+    for doubt in recipes.doubts(c, schedule, place.world_size):
+        say(f"warning  {doubt}")
     return run
 
 
@@ -158,12 +171,14 @@ def finish(c: Config, run: Run) -> None:
         ) from None
     done = f"done     {run.progress.step} steps"
     print(f"{done}; {file} is the teacher's trunk under torchvision's names")
+    seconds, teacher = time.perf_counter() - run.began, run.model.teacher
     if c.dataset == "toy":
-        seconds = time.perf_counter() - run.began
-        teacher = run.model.teacher
         toy_result.show(
             teacher, c.arch, c.dim_hidden, c.seed, c.toy_test_scenes, run.folder, seconds
         )
+    elif c.held_out:
+        images = recipes.held_out_images(c)
+        photos_result.show(teacher, images, c.temp_teacher, run.folder, seconds)
 
 
 def check_data(c: Config, given: set[str]) -> None:

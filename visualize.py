@@ -6,7 +6,8 @@
     python visualize.py training runs/a runs/b         the same curves of several runs
 
 Slides: "Understanding the semantic grouping ability: nearest neighbor visualization"; "Statistics
-about the slots". Paper: section 4, figures 3 and 4.
+about the slots".
+Paper: section 4, figures 3 and 4.
 Differs: the released script also ranks images in which a prototype owns no pixel
 (measures/retrieval.py); the other figures are ours [U].
 Read next: the notebooks.

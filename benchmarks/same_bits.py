@@ -2,7 +2,7 @@
 move nothing.
 
     python benchmarks/same_bits.py record FOLDER      before the change: hashes, checkpoints
-    python benchmarks/same_bits.py check FOLDER       after it, on the same machine with the same torch
+    python benchmarks/same_bits.py check FOLDER       after it, on the same machine
 
 Six short runs on toy scenes, started from the command line: one process, two processes, and each
 ablation. `check` also resumes them in the middle, from checkpoints that it writes and from those

@@ -58,11 +58,11 @@ class Entry(NamedTuple):
 class Bench:
     """Scenes, drawn once for all rows, and the measures of what is untrained.
 
-    count: scenes to train on; test_count: unseen ones to judge on.
+    count: scenes to train on; test_count: unseen ones to judge on; draw: makes them.
     """
 
-    def __init__(self, count: int, test_count: int):
-        self.count, self.test_count = count, test_count
+    def __init__(self, count: int, test_count: int, draw: Callable[..., Scenes] = Scenes):
+        self.count, self.test_count, self.draw = count, test_count, draw
         self.drawn: dict[tuple, Scenes] = {}
         self.untrained: dict[tuple, dict[str, Any]] = {}  # (seed, kind) -> measures
         self.judging: dict[tuple, float] = {}  # kind -> seconds
@@ -73,7 +73,7 @@ class Bench:
         if key not in self.drawn:
             if seed < UNSEEN:
                 self.drawn = {k: v for k, v in self.drawn.items() if k[0] >= seed}
-            self.drawn[key] = Scenes(seed, count, system.sees, told, preset)
+            self.drawn[key] = self.draw(seed, count, system.sees, told, preset)
         return self.drawn[key]
 
     def prepare(self, entries: Sequence[Entry], seed: int) -> None:

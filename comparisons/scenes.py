@@ -8,6 +8,8 @@ mirrored by the same `data.TwoCrops`. All that is told are amounts, which may be
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -31,21 +33,10 @@ class Scenes:
     def __init__(
         self, seed: int, count: int, sees: str = "image", told: str = "", preset: str = "scene"
     ):
-        if sees == "flow":
-            pairs = [toy.frame_pair(seed, i, preset, SPEED) for i in range(count)]
-            scenes = [pair.first for pair in pairs]
-        else:
-            scenes = [toy.scene(seed, i, preset) for i in range(count)]
-        stack = [
-            np.stack([getattr(scene, name) for scene in scenes])
-            for name in ("image", "semantic", "instance", "depth")
-        ]
-        image, self.semantic, self.instance, depth = map(torch.from_numpy, stack)
+        image, self.semantic, self.instance, depth = drawn(seed, count, preset)
         self.colors = rearrange(image, "n y x c -> n c y x").contiguous()
         self.regions = torch.where(self.instance > 0, self.instance + 1, stuff_of(self.semantic))
-        seen = self.colors
-        if sees == "flow":
-            seen = flow_image(torch.from_numpy(np.stack([pair.flow for pair in pairs])))
+        seen = flow_image(drawn_flow(seed, count, preset)) if sees == "flow" else self.colors
         extra = [] if not told else [depth[:, None] if told == "depth" else self.masks(told)]
         self.images = torch.cat([seen, *extra], dim=1)  # over channels
 
@@ -68,6 +59,20 @@ class Scenes:
         else:
             raise ValueError(f"masks are grid, color or truth, found {kind!r}")
         return rearrange(255 * F.one_hot(numbers, MASKS).byte(), "n y x m -> n m y x")
+
+
+@functools.lru_cache(maxsize=8)
+def drawn(seed: int, count: int, preset: str) -> list[Tensor]:
+    """image (n y x 3), semantic, instance and depth (n y x) of the scenes, all uint8."""
+    scenes = [toy.scene(seed, index, preset) for index in range(count)]
+    names = ("image", "semantic", "instance", "depth")
+    return [torch.from_numpy(np.stack([getattr(s, name) for s in scenes])) for name in names]
+
+
+def drawn_flow(seed: int, count: int, preset: str) -> Tensor:
+    """The flow (n y x 2) from each scene to the next frame, px."""
+    pairs = (toy.frame_pair(seed, index, preset, SPEED) for index in range(count))
+    return torch.from_numpy(np.stack([pair.flow for pair in pairs]))
 
 
 def stuff_of(semantic: Tensor) -> Tensor:

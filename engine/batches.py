@@ -1,8 +1,9 @@
 """One batch per rank and position of the run, whatever dies; and the time that was spent waiting
 for it.
 
-Slide: none. Paper: none. Differs: in the released code a dead worker or an unreadable file ends the
-run.
+Slide: none.
+Paper: none.
+Differs: in the released code a dead worker or an unreadable file ends the run.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class Batches:
         try:
             batch, failures = next(self.batches)
             signals.ignore_dead_children()  # from here on a dead worker is noticed by `next` alone
-        except (ValueError, RuntimeError, OSError) as error:
+        except (ValueError, RuntimeError, OSError, StopIteration) as error:
             self.trouble = self.trouble or no_more_images(error)
             return self.stand_in()
         finally:
@@ -119,7 +120,8 @@ def no_more_images(error: Exception) -> str:
     """What stopped the processes that read images: a ValueError is of the images, anything else of
     the processes.
     """
-    line = str(error).strip().splitlines()[-1]  # of the trace that a process sends
+    text = str(error).strip() or type(error).__name__
+    line = text.splitlines()[-1]  # of the trace that a process sends
     if isinstance(error, ValueError):
         return f"no more images: {line.partition('ValueError: ')[2] or line}"
     return signals.reader_died(line)

@@ -1,6 +1,8 @@
 """Checkpoints: reading without running a stranger's code, and putting a training state back.
 
-Slide: none. Paper: none. Differs: the released code reads its checkpoints with the full unpickler.
+Slide: none.
+Paper: none.
+Differs: the released code reads its checkpoints with the full unpickler.
 
 A training checkpoint (`last.pth`) is a dictionary of tensors and plain values: `format`, `config`,
 `step` (optimizer steps taken), `position` (batches consumed), `num_images`, `world_size`,
@@ -135,6 +137,7 @@ def tensors(mapping: Mapping[Any, Any]) -> dict[str, Tensor]:
 
 
 def some_keys(mapping: Mapping[str, Any]) -> str:
+    """Its first names, for a person."""
     return ", ".join(str(key) for key in list(mapping)[:3]) or "nothing"
 
 

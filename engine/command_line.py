@@ -1,6 +1,8 @@
 """One command line for all programs: subcommands, the options that they share, the result as JSON.
 
-Slide: none. Paper: none. Differs: not in the released code.
+Slide: none.
+Paper: none.
+Differs: not in the released code.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Files that are whole or absent, whatever ends the process in the middle of writing one.
 
-Slide: none. Paper: none. Differs: the released code writes its checkpoints in place.
+Slide: none.
+Paper: none.
+Differs: the released code writes its checkpoints in place.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -47,6 +49,12 @@ def write_json(path: str | Path, contents: dict) -> None:
     """JSON with an indent of one, atomically. Raises OSError."""
     text = json.dumps(contents, indent=1) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_lines(path: str | Path, lines: Iterable[str]) -> None:
+    """One line each, atomically. Raises OSError."""
+    text = "".join(f"{line}\n" for line in lines)
+    write_atomically(path, lambda file: file.write(text.encode(errors="surrogateescape")))
 
 
 def remove_leftovers(folder: str | Path) -> list[Path]:

@@ -1,7 +1,8 @@
 """The gradient of one batch, in parts and in mixed precision, and the optimizer's step.
 
-Slide: none. Paper: section 4.1 (mixed precision). Differs: accumulation, and a look at the gradient
-before it is used.
+Slide: none.
+Paper: section 4.1 (mixed precision).
+Differs: accumulation, and a look at the gradient before it is used.
 """
 
 from __future__ import annotations

@@ -1,20 +1,25 @@
 """Photographs on disk: finding them in a folder, and decoding whatever is called an image.
 
-Slide: "Overview of the training datasets" (table 1). Paper: section 4.1. Differs: any folder will
-do; photographs are turned upright as their camera noted; a bad file has a name and a reason.
+Slide: "Overview of the training datasets" (table 1).
+Paper: section 4.1.
+Differs: any folder will do; photographs are turned upright as their camera noted; a bad file has a
+name and a reason.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import stat
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 from torch.utils.data import Dataset
 
 # ------------------------------------------------------------------------------ finding photographs
@@ -44,7 +49,9 @@ LAYOUTS = {  # the folders in which each data set's images lie; * stands for one
 PROBES = 16  # files that are tried before a folder counts as unreadable [U]
 
 
-def find_images(data_dir, layout="folder", strict=True):
+def find_images(
+    data_dir: str | Path, layout: str = "folder", strict: bool = True
+) -> tuple[Path, np.ndarray, str]:
     """The images of a data set, in an order that does not depend on the file system.
 
     layout: a key of LAYOUTS. strict: False takes a folder with another layout as a plain folder and
@@ -83,7 +90,7 @@ def find_images(data_dir, layout="folder", strict=True):
     return root, paths, notice
 
 
-def _search(data_dir, layout):
+def _search(data_dir: Path, layout: str) -> list[str]:
     """Relative paths of everything that is called like an image, [] unless all folders of the
     layout have some.
     """
@@ -101,7 +108,7 @@ def _search(data_dir, layout):
     return names
 
 
-def _walk(top, deep):
+def _walk(top: Path, deep: bool) -> list[str]:
     """Paths under top by name alone: hidden ones are left out, links followed, a circle of links
     walked once.
 
@@ -129,7 +136,8 @@ def _walk(top, deep):
     return found
 
 
-def _read_list(file):
+def _read_list(file: Path) -> list[str]:
+    """The paths in a text file. Raises ValueError where it is none."""
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -139,14 +147,15 @@ def _read_list(file):
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
-def _expected(data_dir, layout):
+def _expected(data_dir: Path, layout: str) -> str:
+    """What a layout asks for, in a few words."""
     if layout == "list":
         return "expected a text file with one image path per line"
     folders = ["..." if folder == "." else folder for folder in LAYOUTS[layout]]
     return "expected " + " and ".join(f"{data_dir}/{folder}/*.jpg" for folder in folders)
 
 
-def _found(path):
+def _found(path: Path) -> str:
     """What is at a path, or in the deepest folder on the way to it that exists, in a few words."""
     while not path.is_dir():
         path = path.parent
@@ -155,7 +164,8 @@ def _found(path):
     return f"found in {path}: {', '.join(names[:6]) or 'nothing'}{more}"
 
 
-def _require_readable(images):
+def _require_readable(images: ImageFiles) -> None:
+    """Raises ValueError where none of a few images can be read."""
     reasons = []
     for index in np.linspace(0, len(images) - 1, min(PROBES, len(images))).astype(int):
         try:
@@ -175,7 +185,7 @@ def _require_readable(images):
 class BadImage(Exception):
     """A file that cannot be used, with the reason in a few words."""
 
-    def __init__(self, name, reason):
+    def __init__(self, name: str, reason: str):
         super().__init__(f"{name}: {reason}")
         self.name, self.reason = name, reason
 
@@ -186,16 +196,17 @@ class ImageFiles(Dataset):
     root: folder. paths: array of str relative to it (absolute ones stand for themselves).
     """
 
-    def __init__(self, root, paths):
+    def __init__(self, root: str | Path, paths: np.ndarray):
         self.root, self.paths = os.fspath(root), paths
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.paths)
 
-    def name(self, index):
+    def name(self, index: int) -> str:
+        """Path of an image, relative to root."""
         return str(self.paths[index])
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> Tensor:
         path = os.path.join(self.root, self.name(index))
         try:
             return decode(path)
@@ -203,7 +214,7 @@ class ImageFiles(Dataset):
             raise BadImage(self.name(index), _reason(error)) from None
 
 
-def decode(path):
+def decode(path: str | Path) -> Tensor:
     """One file as a uint8 tensor (3 y x), upright, whatever kind of picture it is.
 
     Grey, palette and CMYK become RGB; 16-bit grey is divided by 257, other numbers are stretched
@@ -234,7 +245,8 @@ def decode(path):
     )  # y x 3 -> 3 y x without moving a byte: crops are cut from rows as they lie
 
 
-def _as_rgb(image):
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """Any mode of Pillow as RGB, as `decode` says."""
     if image.mode.startswith(("I", "F")):  # convert() would cut these at 255
         values = np.asarray(image, dtype=np.float64)
         values = np.where(np.isfinite(values), values, 0)
@@ -248,10 +260,100 @@ def _as_rgb(image):
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _reason(error):
+def _reason(error: Exception) -> str:
     """Why a file could not be used, on one line and without its path, which stands beside it."""
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image that Pillow knows"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return " ".join(str(error).split()) or type(error).__name__
+
+
+# -------------------------------------------------------------------------------------- subsets
+
+
+def choose_subset(
+    paths: np.ndarray, count: int, seed: int, long_tailed: bool = False
+) -> tuple[np.ndarray, str]:
+    """`count` of the paths, sorted, and in words how they were chosen; a function of the seed.
+
+    Where the images lie in folders, the folders are the classes: each gives as many images, or, for
+    a long tail, a number that follows a Pareto distribution of power 6. Else at random [U].
+    Raises ValueError for more images than there are, and for a long tail without classes.
+    """
+    if count > len(paths):
+        raise ValueError(f"--subset {count}, but there are {len(paths)} images: take fewer")
+    rng = np.random.default_rng([seed, count])
+    folders = np.array([os.path.dirname(path) for path in paths])
+    classes = np.unique(folders)
+    if len(classes) < 2:
+        if long_tailed:
+            raise ValueError(
+                "--long-tailed needs folders that are classes, and all images lie in one"
+            )
+        return np.sort(rng.permutation(paths)[:count]), "at random"
+    available = np.array([int((folders == name).sum()) for name in classes])
+    shares = np.ones(len(classes))
+    if long_tailed:  # quantiles of the distribution, in an order of the classes that the seed gives
+        quantiles = (np.arange(len(classes)) + 0.5) / len(classes)
+        shares = rng.permutation((1 - quantiles) ** (-1 / 6) - 1)
+    counts = share_out(count, shares, available)
+    chosen = [
+        rng.permutation(paths[folders == name])[:n] for name, n in zip(classes, counts.tolist())
+    ]
+    how = "with a long tail" if long_tailed else "uniform"
+    return np.sort(np.concatenate(chosen)), (
+        f"{how} over {len(classes)} classes ({counts.min()} to {counts.max()} each)"
+    )
+
+
+def hold_out(paths: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The paths to learn from, and `count` to keep out, at most a tenth; a function of the seed."""
+    count = min(count, len(paths) // 10)
+    order = np.random.default_rng([seed, 10]).permutation(len(paths))
+    return np.sort(paths[order[count:]]), np.sort(paths[order[:count]])
+
+
+def share_out(count: int, shares: np.ndarray, available: np.ndarray) -> np.ndarray:
+    """Whole numbers that sum to `count`, as near to the shares as what is available allows.
+
+    Every class gets at least one where there are enough; what a class cannot give, the others do.
+    """
+    counts = np.minimum(available, 1 if count >= len(shares) else 0)
+    while (left := count - counts.sum()) > 0:
+        room = np.where(counts < available, shares, 0)
+        wanted = left * room / room.sum()
+        added = np.minimum(np.floor(wanted).astype(int), available - counts)
+        if not added.any():  # less than one each: the largest remainders get one
+            added[np.argsort(-wanted, kind="stable")[:left]] = 1
+            added = np.minimum(added, available - counts)
+        counts = counts + added
+    return counts
+
+
+def digest_of(paths: Sequence[str]) -> str:
+    """A hash of the names of the images: another list of as many images is another list."""
+    return hashlib.sha256("\n".join(map(str, paths)).encode(errors="surrogateescape")).hexdigest()
+
+
+def look_like_labels(paths: Sequence[str]) -> str:
+    """A line where many images have the names of others in another folder and another format: label
+    maps beside photographs. Else nothing.
+    """
+    by_folder: dict[str, dict[str, str]] = {}
+    for path in map(str, paths):
+        folder, _, _ = path.partition("/")
+        stem, suffix = os.path.splitext(os.path.basename(path))
+        if folder != path:
+            by_folder.setdefault(folder, {})[stem] = suffix.lower()
+    for folder, files in by_folder.items():
+        for other, others in by_folder.items():
+            common = files.keys() & others.keys()
+            labels = [stem for stem in common if files[stem] == ".png" and others[stem] != ".png"]
+            if folder != other and len(labels) > len(files) / 2:
+                return (
+                    f"{len(labels)} files of {folder}/ have the names of images in {other}/ and "
+                    "may "
+                    f"be label maps: give the folder {other} as --data-dir"
+                )
+    return ""

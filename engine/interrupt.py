@@ -1,6 +1,8 @@
 """Imported first by every program: Ctrl-C during the other imports is one line too.
 
-Slide: none. Paper: none. Differs: not in the released code.
+Slide: none.
+Paper: none.
+Differs: not in the released code.
 
 It also lets idle threads sleep. They spin by default, and two runs on one machine then slow each
 other down many times. The setting counts only before torch is loaded.

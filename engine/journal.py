@@ -1,8 +1,10 @@
 """What a run says while it runs: one JSON object per line in log.jsonl, a progress bar or plain
 lines on the screen.
 
-Slide: none. Paper: none. Differs: the released code logs the sum of the losses as text.
-The README says what each key of the log means.
+Slide: none.
+Paper: none.
+Differs: the released code logs the sum of the losses as text. The README says what each key of the
+log means.
 """
 
 from __future__ import annotations
@@ -76,6 +78,7 @@ class Journal:
             print(text, flush=True)
 
     def close(self) -> None:
+        """Take the progress bar away."""
         self.bar.close()
 
 

@@ -1,6 +1,8 @@
 """When the state of a run is written, and what is said where it cannot be.
 
-Slide: none. Paper: none. Differs: the released code writes at the end of an epoch only, in place.
+Slide: none.
+Paper: none.
+Differs: the released code writes at the end of an epoch only, in place.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """LARS: momentum SGD in which every weight tensor moves by a fixed fraction of its own norm.
 
-Slide: none. Paper: the optimisation paragraph of the experiments; You et al., 2017. Differs: the
-arithmetic of the released code, on all tensors at once instead of one after another, and in place.
+Slide: none.
+Paper: the optimisation paragraph of the experiments; You et al., 2017.
+Differs: the arithmetic of the released code, on all tensors at once instead of one after another,
+and in place.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ class LARS(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self) -> None:
+        """Adapt the gradients of weights, then move everything by SGD with momentum."""
         for group in self.param_groups:
             weights = [p for p in group["params"] if p.ndim != 1 and p.grad is not None]
             adapt(weights, self.weight_decay, self.coefficient)

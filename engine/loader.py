@@ -1,8 +1,9 @@
 """From images to batches: worker processes, the order of a whole run, replacements for bad files.
 
-Slide: none. Paper: none. Differs: a file that cannot be read is replaced by its neighbor and named,
-instead of ending the run; what is drawn at random depends on (seed, epoch, index) alone, not on
-workers or ranks.
+Slide: none.
+Paper: none.
+Differs: a file that cannot be read is replaced by its neighbor and named, instead of ending the
+run; what is drawn at random depends on (seed, epoch, index) alone, not on workers or ranks.
 """
 
 from __future__ import annotations

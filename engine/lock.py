@@ -1,6 +1,8 @@
 """One run per output directory.
 
-Slide: none. Paper: none. Differs: not in the released code.
+Slide: none.
+Paper: none.
+Differs: not in the released code.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """What adds up between two lines of the log, across restarts too.
 
-Slide: none. Paper: none. Differs: not in the released code.
+Slide: none.
+Paper: none.
+Differs: not in the released code.
 """
 
 from __future__ import annotations
@@ -46,5 +48,6 @@ class Meter:
         return dict(logged=self.logged, sums=self.sums)
 
     def restore(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what a checkpoint kept; the clock starts anew."""
         self.logged, self.sums = saved["logged"], saved["sums"]
         self.timed = saved["step"]

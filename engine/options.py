@@ -1,7 +1,9 @@
 """A frozen dataclass becomes a command line: one option per field, with its help, its range and its
 default.
 
-Paper: none. Differs: not in the released code.
+Slide: none.
+Paper: none.
+Differs: not in the released code.
 Read next: train.py, where the dataclass and its presets stand.
 """
 
@@ -10,13 +12,21 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import typing
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
 
 
-def option(default, text, low=None, high=None, choices=None, free=False, also=()):
+def option(
+    default: Any,
+    text: str,
+    low: float | None = None,
+    high: float | None = None,
+    choices: Sequence[str] | None = None,
+    free: bool = False,
+    also: Sequence[str] = (),
+) -> Any:
     """A field: help with unit and origin, allowed range; free: a run that is continued may change
     it; also: other spellings of the option, as "--colour".
     """
@@ -27,7 +37,8 @@ def option(default, text, low=None, high=None, choices=None, free=False, also=()
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line, raised as ValueError."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
+        """Raises ValueError(message)."""
         raise ValueError(message)
 
 
@@ -95,7 +106,7 @@ def defaults(presets: Mapping[str, Any], f: dataclasses.Field, by: str = "preset
     return f" (default: {usual}; {others})"
 
 
-def check_ranges(settings) -> None:
+def check_ranges(settings: Any) -> None:
     """Every number in its range, every choice among the choices. Raises ValueError for the first
     that is not.
     """
@@ -114,18 +125,20 @@ def check_ranges(settings) -> None:
                 )
 
 
-def differences(settings, earlier: Mapping[str, Any]) -> list[str]:
-    """What differs in the options that are not free, as "name: EARLIER then, NOW now"."""
-    names = [f.name for f in dataclasses.fields(settings) if not f.metadata["free"]]
-    now = {name: getattr(settings, name) for name in names}
-    return [
-        f"{name}: {earlier.get(name)} then, {now[name]} now"
-        for name in names
-        if as_list(now[name]) != as_list(earlier.get(name))
-    ]
+def differences(settings: Any, earlier: Mapping[str, Any]) -> list[str]:
+    """What differs in the options that are not free, as "name: EARLIER then, NOW now".
+
+    A field that the earlier settings did not know counts as its default.
+    """
+    found = []
+    for f in dataclasses.fields(settings):
+        now, then = getattr(settings, f.name), earlier.get(f.name, f.default)
+        if not f.metadata["free"] and as_list(now) != as_list(then):
+            found.append(f"{f.name}: {then} then, {now} now")
+    return found
 
 
-def as_list(value):
+def as_list(value: Any) -> Any:
     """Tuples come back from JSON as lists."""
     return list(value) if isinstance(value, tuple) else value
 
@@ -138,10 +151,12 @@ def whole(text: str) -> int:
 
 
 def positive(text: str) -> int:
+    """A number from 1 on, as `whole`."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
     return int(text)
 
 
 def flag(name: str) -> str:
+    """batch_size -> --batch-size."""
     return "--" + name.replace("_", "-")

@@ -1,6 +1,7 @@
 """One process or many: where this one runs, in what precision, how many workers it has.
 
-Slide: none. Paper: section 4.1 (8 GPUs, mixed precision).
+Slide: none.
+Paper: section 4.1 (8 GPUs, mixed precision).
 Differs: needs no launcher and no environment variables; `torchrun` is recognized where it is used.
 """
 
@@ -62,6 +63,7 @@ def start(device: str, timeout: float) -> Place:
 
 
 def mps_available() -> bool:
+    """Whether this machine has an Apple GPU."""
     return torch.backends.mps.is_available()
 
 

@@ -1,6 +1,8 @@
 """The same beginning and end for every program: one line for what went wrong, and an exit status.
 
-Slide: none. Paper: none. Differs: not in the released code.
+Slide: none.
+Paper: none.
+Differs: not in the released code.
 
 Exit status: 0 done, or paused by a cluster's SIGTERM or SIGUSR1; 1 stopped, what was learned is on
 disk; 2 something that the person who started it can change; 128 + the number of the signal that

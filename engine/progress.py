@@ -1,6 +1,8 @@
 """How far a run is: steps taken, batches consumed, and how it ended.
 
-Slide: none. Paper: none. Differs: the released code counts epochs only.
+Slide: none.
+Paper: none.
+Differs: the released code counts epochs only.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ class Progress:
 
     @property
     def finished(self) -> bool:
+        """Whether no step follows."""
         return bool(self.ended) or self.step >= self.last_step
 
     def advance(self, verdict: Verdict) -> None:
@@ -55,6 +58,7 @@ class Progress:
         return dict(step=self.step, position=self.position, bad_steps=self.bad_steps)
 
     def restore(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what a checkpoint kept."""
         self.step, self.position, self.bad_steps = (
             saved["step"],
             saved["position"],

@@ -1,6 +1,8 @@
 """What one process must know of the others: their number, sums over them, their rows.
 
-Slide: none. Paper: section 4.1, 8 GPUs. Differs: the same calls work in a process on its own.
+Slide: none.
+Paper: section 4.1, 8 GPUs.
+Differs: the same calls work in a process on its own.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """The parts of a run and their common life: new or resumed, saved, ended. Any model, any data.
 
-Slide: none. Paper: none. Differs: not in the released code. A program puts its own loop around
-these parts; each part's file says what it owns.
+Slide: none.
+Paper: none.
+Differs: not in the released code. A program puts its own loop around these parts; each part's file
+says what it owns.
 """
 
 from __future__ import annotations
@@ -81,7 +83,18 @@ class Run:
 
     @property
     def folder(self) -> Path:
+        """Where all of the run is written."""
         return Path(self.options.output_dir)
+
+    def checkpoint_bytes(self) -> int:
+        """About the size of a checkpoint: the model, and what the optimizer will keep per
+        weight.
+        """
+        kept = (
+            1 if isinstance(self.gradient.optimizer, torch.optim.SGD) else 2
+        )  # velocity, or two moments
+        tensors = list(self.model.state_dict().values()) + self.gradient.trained * kept
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     @property
     def trouble(self) -> str:

@@ -1,7 +1,8 @@
 """The learning rate of every step, and the last step: pure functions of the step.
 
-Slide: none. Paper: section 4.1. Differs: nothing known; the release raises the rate at every step
-too.
+Slide: none.
+Paper: section 4.1.
+Differs: nothing known; the release raises the rate at every step too.
 """
 
 from __future__ import annotations
@@ -47,6 +48,18 @@ class Schedule:
     def ends_epoch(self, position: int) -> bool:
         """Whether so many batches are whole epochs."""
         return position % self.steps_per_epoch == 0
+
+    @property
+    def epochs(self) -> int:
+        """Whole epochs until the last step."""
+        return self.last_step // self.steps_per_epoch
+
+    def is_logged(self, step: int, position: int, log_every: int) -> bool:
+        """Whether the log gets a line: every so many steps, after the first, at the last, and at
+        the end of an epoch that is longer than that.
+        """
+        epoch = self.ends_epoch(position) and self.steps_per_epoch > log_every
+        return step % log_every == 0 or step in (1, self.last_step) or epoch
 
     def learning_rate(self, step: int) -> float:
         """Of the step that follows so many."""

@@ -1,6 +1,8 @@
 """What can happen to a process: signals, lost neighbors, memory that does not suffice.
 
-Slide: none. Paper: none. Differs: in the released code each of these ends the run with a trace.
+Slide: none.
+Paper: none.
+Differs: in the released code each of these ends the run with a trace.
 """
 
 from __future__ import annotations

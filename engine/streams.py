@@ -1,6 +1,8 @@
 """Output that cannot be written costs lines, not the run: a closed pipe, a full disk.
 
-Slide: none. Paper: none. Differs: not in the released code.
+Slide: none.
+Paper: none.
+Differs: not in the released code.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """A step with bad numbers must leave no trace: what its forward has touched returns, bit for bit.
 
-Slide: none. Paper: none. Differs: not in the released code.
+Slide: none.
+Paper: none.
+Differs: not in the released code.
 """
 
 from __future__ import annotations
@@ -19,10 +21,9 @@ class Undo:
     def __init__(self, tensors: Iterable[Tensor]):
         tensors = list(tensors)
         # A list of one type is copied in one launch, so sums are kept apart from whole-number
-        # counts.
-        self.now = [
-            [t for t in tensors if t.is_floating_point() == floating] for floating in (True, False)
-        ]
+        # counts. An empty list is none: torch refuses it.
+        types = dict.fromkeys(t.dtype for t in tensors)
+        self.now = [[t for t in tensors if t.dtype == dtype] for dtype in types]
         self.before = [[t.clone() for t in group] for group in self.now]
         self.armed = False  # whether a step is under way
 

@@ -1,8 +1,9 @@
 """All ranks judge a step together: whether its numbers may reach the weights, and whether the run
 must stop.
 
-Slide: none. Paper: none. Differs: the released code looks at nothing; a bad step reaches the
-weights.
+Slide: none.
+Paper: none.
+Differs: the released code looks at nothing; a bad step reaches the weights.
 
 All ranks must agree on whether to skip a step: a rank that skipped one alone would have other
 weights from then on, and a rank that stopped alone would leave the others waiting.

@@ -1,7 +1,8 @@
 """The networks inside checkpoints, ours and the released code's, by the sizes of their tensors.
 
-Slide: none. Paper: none. Differs: reads the released checkpoints under the names of this
-repository.
+Slide: none.
+Paper: none.
+Differs: reads the released checkpoints under the names of this repository.
 """
 
 from __future__ import annotations
@@ -108,6 +109,36 @@ def load_network(
     load_strictly(network, state, path)
     config.update(arch=arch, num_prototypes=num_prototypes, dim_hidden=dim_hidden, dim_out=dim_out)
     return network.to(device).eval(), config
+
+
+def start_from(model: torch.nn.Module, path: str | Path) -> str:
+    """Start a new model from given weights: a SlotCon of ours or of the release, or a backbone.
+
+    model: a SlotCon; a backbone goes into student and teacher, of a whole checkpoint everything
+    that has the same name and shape. Returns what was used, in one line. Raises ValueError where
+    the backbone is not there as a whole.
+    """
+    contents, own = read(path), model.state_dict()
+    try:
+        given = model_state(contents, path)
+    except ValueError:
+        trunk = {
+            k: v for k, v in tensors(contents.get("model", contents)).items() if "fc." not in k
+        }
+        both = "student.backbone.", "teacher.backbone."
+        given = {prefix + k: v for prefix in both for k, v in trunk.items()}
+    used = {k: v for k, v in given.items() if k in own and own[k].shape == v.shape}
+    missing = [k for k in own if ".backbone." in k and k not in used]
+    if missing:
+        raise ValueError(
+            f"--init {path} does not hold this backbone: {len(missing)} of its tensors are missing "
+            "or of "
+            f"another shape, first {missing[0]}; found {some_keys(given)}"
+        )
+    model.load_state_dict({**own, **used})
+    parts = sorted({key.split(".")[1] if "." in key else key for key in used})
+    count = f"{len(used)} of {len(own)} tensors used"
+    return f"{path}: {count} ({', '.join(parts)}), the others are random"
 
 
 def architecture_of(trunk_state: Mapping[str, Tensor], path: str | Path) -> str:

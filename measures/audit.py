@@ -1,6 +1,8 @@
 """How far shortcuts get on toy scenes: the class of a pixel guessed from color, place or texture.
 
-Slide: none. Paper: none. Differs: ours [U].
+Slide: none.
+Paper: none.
+Differs: ours [U].
 
 A scene teaches grouping only if simpler clues do not solve it. `shortcuts` measures four of them.
 """

@@ -1,6 +1,8 @@
 """Groups by color alone, k-means on RGB: the baseline that anything learned must beat.
 
-Slide: none. Paper: none. Differs: ours [U].
+Slide: none.
+Paper: none.
+Differs: ours [U].
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """One image of all systems: rows are systems, columns the same unseen scenes, each with its groups.
 
 Slide: "Image-level, pixel-level, and object-level contrastive learning", and what follows it.
-Paper: none. Differs: ours [U].
+Paper: none.
+Differs: ours [U].
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def save_comparison(
 ) -> None:
     """scenes (n 3 y x) uint8, semantic and regions (n y x): the truth; groups: label of the row ->
     (n y x). Draws to a file. One color is one group of a row: colors of two rows have nothing in
-    common, and in rows of slots nothing from scene to scene either."""
+    common, and in rows of slots nothing from scene to scene either.
+    """
     from matplotlib.figure import Figure  # draws to files, with no window and no global state
 
     rows: dict[str, np.ndarray] = {"scene": rearrange(scenes, "n c y x -> n y x c").numpy()}

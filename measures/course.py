@@ -1,6 +1,7 @@
 """Is it learning? What one line of the log says about a step; the README has the glossary.
 
-Slide: "Statistics about the slots" (figure 4, occupied slots during training). Paper: section 4.4.
+Slide: "Statistics about the slots" (figure 4, occupied slots during training).
+Paper: section 4.4.
 Differs: the released code logs the sum of the losses only.
 """
 

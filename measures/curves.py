@@ -1,6 +1,7 @@
 """Curves of a training run from its log, beside what a network would log that has learned nothing.
 
-Slide: "Statistics about the slots" (figure 4: active slots during training). Paper: appendix.
+Slide: "Statistics about the slots" (figure 4: active slots during training).
+Paper: appendix.
 Differs: ours [U].
 """
 

@@ -1,6 +1,8 @@
 """The networks that are measured: read from a checkpoint, or random for comparison.
 
-Slide: none. Paper: none. Differs: ours [U].
+Slide: none.
+Paper: none.
+Differs: ours [U].
 """
 
 from __future__ import annotations

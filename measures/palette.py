@@ -1,6 +1,8 @@
 """One color per prototype, the same in every figure, and distinct for every kind of color vision.
 
-Slide: none. Paper: none. Differs: ours [U].
+Slide: none.
+Paper: none.
+Differs: ours [U].
 """
 
 from __future__ import annotations

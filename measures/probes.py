@@ -1,6 +1,7 @@
 """How well frozen features tell classes apart: a linear and a nearest-neighbor classifier per cell.
 
-Slide: none; the common way to judge features without fine-tuning. Paper: none.
+Slide: none; the common way to judge features without fine-tuning.
+Paper: none.
 Differs: ours [U].
 
 Both classifiers learn from cells of the feature map. The label of a cell is the mixture of classes

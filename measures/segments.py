@@ -1,6 +1,7 @@
 """The segments that a network finds in an image: the nearest prototype of every pixel.
 
-Slide: "Understanding the semantic grouping ability". Paper: section 4.
+Slide: "Understanding the semantic grouping ability".
+Paper: section 4.
 Differs: the similarity maps are enlarged before the decision, as PiCIE does [P]; the released code
 has no evaluation.
 """

@@ -1,6 +1,7 @@
 """How many slots are active in an image, and how often each slot is active.
 
-Slide: "Statistics about the slots". Paper: appendix.
+Slide: "Statistics about the slots".
+Paper: appendix.
 Differs: the authors released none of this [U]. "Active" is the slides' word for occupied.
 """
 

@@ -1,6 +1,8 @@
 """Images one batch after another: opened, cut to squares, and read in order by worker processes.
 
-Slide: none. Paper: none. Differs: ours [U].
+Slide: none.
+Paper: none.
+Differs: ours [U].
 
 Memory does not depend on the number of images. An image that cannot be read is left out and named;
 it does not end the program.

@@ -1,7 +1,7 @@
 """The same measures for every system that compare.py runs, whatever kind of groups it makes.
 
-Slide: "Understanding the semantic grouping ability". Paper: table 5, and the papers of
-comparisons/.
+Slide: "Understanding the semantic grouping ability".
+Paper: table 5, and the papers of comparisons/.
 Differs: ours [U].
 Read next: comparison_image.py.
 
@@ -90,7 +90,8 @@ def agreement(groups: Tensor, semantic: Tensor, num_classes: int) -> dict[str, f
 
 def rand_index(groups: Tensor, truth: Tensor, counted: Tensor | None = None) -> float:
     """The adjusted Rand index of each scene, averaged. groups, truth (n y x); counted (n y x) bool:
-    only these pixels. A scene without such a pixel is left out."""
+    only these pixels. A scene without such a pixel is left out.
+    """
     values = []
     for i in range(len(groups)):
         which = slice(None) if counted is None else counted[i]
@@ -132,7 +133,8 @@ def probe(
 
 def groups_in_use(groups: Tensor, per_image: bool) -> int:
     """groups (n y x) -> how many own a pixel: in all scenes together, or, where they have no names,
-    in the scene that has the most."""
+    in the scene that has the most.
+    """
     return max(len(some.unique()) for some in (groups if per_image else [groups]))
 
 
@@ -166,7 +168,8 @@ COLUMNS = {  # key of a row -> heading
 
 def format_table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """For the eye: label -> the records of its seeds; the median of each number, and how many of
-    the seeds have collapsed. A star: k-means on the trunk's features stands in for the groups."""
+    the seeds have collapsed. A star: k-means on the trunk's features stands in for the groups.
+    """
     lines = [" " * 30 + "".join(f"{heading:>10}" for heading in COLUMNS.values()) + " collapsed"]
     for label, records in rows.items():
         cells = ""

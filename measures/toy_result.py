@@ -1,7 +1,8 @@
 """The result of a toy run: what the teacher's prototypes found in scenes it was never trained on.
 
-Slide: "Slot Attention works well on toy data", and its next question, what of real scenes?
-Paper: none. Differs: ours [U].
+Slide: "Slot Attention works well on toy data", and its next question, what of real scenes? Paper:
+none.
+Differs: ours [U].
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ def play(folder, *arguments, **options):
 
 
 def _play(argv, place, accident, before, output, model_file):
-    file = open(output, "w", buffering=1)
+    file = open(output, "w", buffering=1)  # noqa: SIM115, open until the process ends
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)
     sys.stdout = sys.stderr = file

@@ -205,7 +205,8 @@ def test_a_folder_that_cannot_be_written_to_is_one_line_at_the_start(photographs
     assert run.process.exitcode == 2
     assert (
         run.output
-        == f"train.py: --output-dir {tmp_path / 'file' / 'run'} cannot be written to: Not a directory\n"
+        == f"train.py: --output-dir {tmp_path / 'file' / 'run'} cannot be written to: "
+        "Not a directory\n"
     )
 
 
@@ -287,7 +288,7 @@ def test_a_file_of_another_kind_is_refused(contents, tmp_path):
 
 
 def test_whatever_is_broken_in_a_file_is_one_line_or_still_a_network(good, tmp_path):
-    """Bytes changed at random, most of them in the structure: never an exception of another kind."""
+    """Bytes changed at random, most in the structure: never an exception of another kind."""
     whole, luck, path = good.read_bytes(), random.Random(6), tmp_path / "broken.pth"
     pickled = whole.index(b"data.pkl")
     for _ in range(100):

@@ -1,4 +1,4 @@
-"""data.py and engine/loader.py: finding images, two crops of each, and the batches of a whole run."""
+"""data.py and engine/loader.py: finding images, two crops of each, the batches of a run."""
 
 import itertools
 import os
@@ -266,11 +266,13 @@ def test_views_are_the_crops_that_draw_crop_draws(monkeypatch):
         return (1, 2, 30, 40) if len(drawn) == 1 else (5, 6, 20, 25)
 
     monkeypatch.setattr(data, "draw_crop", draw_crop)
-    (views, _, _), _ = samples_of(images, 24, min_area=0.2, min_overlap=0.3, flip=0)[4]
+    settings = dict(min_area=0.2, max_area=0.9, min_overlap=0.3, flip=0)
+    (views, _, _), _ = samples_of(images, 24, **settings)[4]
     assert torch.equal(views[0], resized_crop(images[4], (1, 2, 30, 40), 24, False))
     assert torch.equal(views[1], resized_crop(images[4], (5, 6, 20, 25), 24, False))
-    (height, width, _, area), (_, _, _, _, other, overlap) = drawn
-    assert (height, width, area, other, overlap) == (37, 53, 0.2, (1, 2, 30, 40), 0.3)
+    (height, width, _, least, most), (_, _, _, _, _, other, overlap) = drawn
+    assert (height, width, least, most) == (37, 53, 0.2, 0.9)
+    assert (other, overlap) == ((1, 2, 30, 40), 0.3)
 
 
 def test_the_second_crop_overlaps_the_first_only_if_it_must():

@@ -149,7 +149,7 @@ def test_signals_mean_what_they_did_before_once_a_run_is_over(photographs, tmp_p
 
 
 def assert_equal_weights(runs):
-    """All processes hold the same numbers, but for the running statistics of batch norms on a CPU."""
+    """All processes hold the same numbers, but for the statistics of batch norms on a CPU."""
     first, *others = [
         {k: v for k, v in run.model.items() if not re.search("running|tracked", k)} for run in runs
     ]
@@ -348,7 +348,8 @@ def test_too_many_bad_images_stop_all_processes(tmp_path):
     spoil(photographs, "003.png", "004.png", "005.png", "006.png")
     runs = play(tmp_path / "run", "--max-bad-share", "0.1", photographs=photographs, processes=2)
     assert [run.process.exitcode for run in runs] == [1, 1]
-    expected = r"train.py: \d of 14 images could not be read, more than the share of 0.1 that is allowed.*/skipped.txt\. .*"
+    expected = r"train.py: \d of 14 images could not be read, more than the share of 0.1 that is "
+    expected += r"allowed.*/skipped.txt\. .*"
     assert any(re.fullmatch(expected, run.complaints[0]) for run in runs), [
         run.output for run in runs
     ]
@@ -367,7 +368,8 @@ def test_images_that_disappear_during_the_run_stop_it_with_a_line_and_a_checkpoi
     arguments = "--max-bad-share", "1", "--workers", str(workers)
     runs = play(tmp_path / "run", *arguments, photographs=photographs, processes=2, accident=away)
     assert [run.process.exitcode for run in runs] == [1, 1]
-    reason = r"train.py: no more images: 14 images in a row could not be read; \d+.png: no such file or directory\. .*"
+    reason = r"train.py: no more images: 14 images in a row could not be read; \d+.png: "
+    reason += r"no such file or directory\. .*"
     assert any(re.fullmatch(reason, line) for run in runs for line in run.complaints), [
         run.output for run in runs
     ]
@@ -444,6 +446,22 @@ def test_when_a_process_is_lost_the_other_says_so_and_ends_and_a_rerun_resumes(
     if name == "SIGKILL" and lost:
         again = play(run, *arguments, photographs=photographs, processes=2)
         assert [one.process.exitcode for one in again] == [0, 0] and "resumed" in again[0].output
+
+
+def test_a_mistake_of_ours_that_reads_like_a_lost_process_keeps_its_trace(photographs, tmp_path):
+    """The words of an error decide what is said, so the trace must tell what it was."""
+    run, accident = tmp_path / "run", AtStep(STEPS_PER_EPOCH + 2, mistaken, rank=0)
+    runs = play(run, photographs=photographs, processes=2, accident=accident)
+    assert runs[0].process.exitcode == 1 and len(runs[0].complaints) == 1
+    file = run / "trace.0.txt"
+    assert runs[0].complaints[0].endswith(f"; the trace is in {file}")
+    trace = file.read_text()
+    assert trace.startswith("Traceback") and "in mistaken" in trace
+    assert "RuntimeError: these two layers do not connect" in trace.splitlines()[-1]
+
+
+def mistaken():
+    raise RuntimeError("these two layers do not connect: 12 and 7 channels")
 
 
 @pytest.mark.slow

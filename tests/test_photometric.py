@@ -37,7 +37,7 @@ def luck(seed=0):
 
 
 def with_torchvision(view, draw, photometric, i, v):
-    """The chain from its description, one operation of torchvision after the other, for one view."""
+    """The chain from its description, one operation of torchvision after the other."""
     x, done = view.float() / 255, 0
     for place in range(4):
         if draw.hue is not None and place == draw.hue_position[i, v]:

@@ -139,6 +139,7 @@ def half_masks():
 
 def one_of_two(rank, folder):
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     place, found = Place(torch.device("cpu"), rank, 2), {}
@@ -261,9 +262,7 @@ def test_of_several_passes_the_gradient_is_the_mean_over_passes_and_processes(fo
     )
 
 
-def test_with_batch_norms_of_their_own_both_processes_still_take_the_same_step_where_one_has_no_query(
-    found,
-):
+def test_with_batch_norms_of_their_own_both_take_the_same_step_where_one_has_no_query(found):
     first, second = (rank["training"] for rank in found)
     same(first["gradients"], second["gradients"])
     assert all(g.isfinite().all() for g in first["gradients"].values())
@@ -322,7 +321,7 @@ def test_a_gpu_that_is_not_there_is_one_line_and_no_crash(alone, gpus, local_ran
 
 
 def test_an_apple_gpu_that_is_not_there_is_one_line_too(alone):
-    alone.setattr(processes, "mps_available", lambda: False)
+    alone.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(
         ValueError, match="--device mps, but this machine has no Apple GPU: use --device auto"
     ):
@@ -332,7 +331,7 @@ def test_an_apple_gpu_that_is_not_there_is_one_line_too(alone):
 @pytest.mark.parametrize("cuda, mps, expected", [(False, False, "cpu"), (False, True, "mps")])
 def test_auto_takes_the_best_device_there_is(alone, cuda, mps, expected):
     alone.setattr(torch.cuda, "is_available", lambda: cuda)
-    alone.setattr(processes, "mps_available", lambda: mps)
+    alone.setattr(torch.backends.mps, "is_available", lambda: mps)
     assert processes.start("auto", 60).device.type == expected
 
 
@@ -379,7 +378,7 @@ def test_a_signal_is_noted_and_afterwards_means_what_it_did_before(alone):
 
 def test_a_person_who_insists_ends_the_run_at_once(monkeypatch):
     ended = []
-    monkeypatch.setattr(signals, "end_now", ended.append)
+    monkeypatch.setattr(os, "_exit", ended.append)
     asked = signals.StopSignals()
     for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
         asked.note(number, None)

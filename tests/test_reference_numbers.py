@@ -107,7 +107,7 @@ def head(x: torch.Tensor) -> list[float]:
 
 
 def released_model() -> slotcon.SlotCon:
-    """SlotCon with the file's sizes, filled by rule through the importer of released checkpoints."""
+    """SlotCon with the file's sizes, filled by rule through the importer of checkpoints."""
     given = NUMBERS["config"]
     same = (
         "arch",

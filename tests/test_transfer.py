@@ -350,8 +350,7 @@ def test_the_real_layouts_train_and_test_with_their_own_settings(
     draw(tmp_path)
     small = ["segmentation", "--dataset", dataset, "--data-dir", str(tmp_path), "--arch",
              "resnet18", "--batch-size", "2", "--base-steps", "1", "--frame", "80", "48",
-             "--crop", "48",
-             "--head-width", "16", "--workers", "0", "--log-every", "1",
+             "--crop", "48", "--head-width", "16", "--workers", "0", "--log-every", "1",
              "--threads", "1"]  # fmt: skip
     if dataset == "cityscapes":
         small += ["--window", "32", "--window-stride", "24"]
