@@ -135,7 +135,7 @@ def saved_step(folder: Path) -> int:
 
 
 def storm(scratch: Path, faults: int, seed: int, epochs: int) -> Counter:
-    """Run it; returns how often each fault struck. Raises AssertionError where a promise is broken."""
+    """Run it; returns how often each fault struck. AssertionError where a promise is broken."""
     rng, struck = random.Random(seed), Counter()
     photographs = scratch / "photographs"
     photographs.mkdir()

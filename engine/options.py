@@ -44,8 +44,8 @@ class Parser(argparse.ArgumentParser):
         kind, _, words = message.partition("unrecognized arguments: ")
         if not kind and len(words.split()) > 4:
             message = (
-                f"unrecognized arguments: {words.split()[0]} and {len(words.split()) - 1} more; give "
-                "the folder, or put a pattern into quotes"
+                f"unrecognized arguments: {words.split()[0]} and {len(words.split()) - 1} "
+                "more; give the folder, or put a pattern into quotes"
             )
         raise ValueError(message)
 
