@@ -108,7 +108,8 @@ def watch_of(c: Config, run: Run) -> Watch:
     side = -(-c.image_size // run.model.student.backbone.stride)
     sizes = Sizes(c.num_prototypes, schedule.warmup_steps, schedule.total_steps, side * side)
     temp_teacher = recipes.teacher_temperature(c, schedule, step)
-    return Watch(sizes, c.temp_student, temp_teacher, run.notes, fresh=step == 0)
+    records = run.journal.records()
+    return Watch(sizes, c.temp_student, temp_teacher, run.notes, step == 0, records)
 
 
 def log(c: Config, run: Run, report: Report) -> dict[str, float]:

@@ -48,6 +48,10 @@ class Journal:
             unit="step",
         )
 
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of the log so far; on ranks that write none, none."""
+        return self.log.read() if self.log else []
+
     def advance(self) -> None:
         """One step was taken."""
         self.bar.update()
@@ -116,6 +120,12 @@ class Log:
         kept = [line for line in lines if step_of(line) <= step]
         if kept != lines:
             files.write_atomically(self.file, lambda file: file.writelines(kept))
+
+    def read(self) -> list[dict[str, Any]]:
+        """All lines, as objects."""
+        if not self.file.exists():
+            return []
+        return [json.loads(line) for line in self.file.read_bytes().splitlines() if line.strip()]
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Add a line."""

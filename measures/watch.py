@@ -7,7 +7,7 @@ measures/health.py.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -23,17 +23,17 @@ class Watch:
 
     sizes: of the run; temp_student, temp_teacher: at the first step; notes: of the run, kept with
     its checkpoint, where it is noted what was said; fresh: the run starts here, so the law is
-    measured.
+    measured; records: the lines of the log so far.
     """
 
     def __init__(
         self, sizes: Sizes, temp_student: float, temp_teacher: float,
-        notes: MutableMapping[str, Any], fresh: bool,
+        notes: MutableMapping[str, Any], fresh: bool, records: Sequence[Record] = (),
     ):  # fmt: skip
         self.sizes, self.notes = sizes, notes
         self.temperatures = temp_student, temp_teacher
         self.correlation = ViewCorrelation() if fresh else None
-        self.records: list[Record] = []
+        self.records: list[Record] = list(records)
 
     def first_steps(self, report: Report, boxes: Tensor, flipped: Tensor) -> list[str]:
         """What the law says, once it has seen enough images. All ranks call it after each step.
