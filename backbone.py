@@ -21,7 +21,7 @@ RESNETS = {
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
     "resnet101": (Bottleneck, (3, 4, 23, 3)),
 }
-ARCHITECTURES = ("tiny", *RESNETS)
+ARCHITECTURES = ("tiny", "small", *RESNETS)
 
 
 def build_trunk(arch: str) -> nn.Module:
@@ -32,6 +32,8 @@ def build_trunk(arch: str) -> nn.Module:
     """
     if arch == "tiny":
         return TinyTrunk()
+    if arch == "small":
+        return SmallTrunk()
     if arch in RESNETS:
         return ResNetTrunk(*RESNETS[arch])
     raise ValueError(f"unknown architecture {arch!r}: choose one of {', '.join(ARCHITECTURES)}")
@@ -77,14 +79,67 @@ class TinyTrunk(nn.Sequential):
     ):
         layers, channels = [], 3
         for width, stride in zip(widths, strides):
-            conv = nn.Conv2d(
-                channels, width, 3, stride, padding=1, padding_mode="reflect", bias=False
-            )
-            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+            conv = reflected_conv(channels, width, stride)
             layers += [conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
             channels = width
         super().__init__(*layers)
         self.out_channels = channels
+
+
+class SmallTrunk(nn.Sequential):
+    """A small ResNet for small photographs: output stride 8, receptive field 71 px [U].
+
+    A stem of one 3x3 convolution, then residual blocks. A ResNet's stride of 32 leaves 4 x 4 cells
+    of a view of 128 px, too coarse to group; the field of the tiny trunk sees texture only. The
+    padding reflects, since zeros tell a pixel how far it is from the border.
+    """
+
+    def __init__(
+        self,
+        stem: tuple[int, int] = (32, 2),
+        widths: tuple[int, ...] = (48, 96, 192),
+        strides: tuple[int, ...] = (2, 2, 1),
+    ):
+        channels, stride = stem
+        norm = nn.BatchNorm2d(channels)
+        layers = [reflected_conv(3, channels, stride), norm, nn.ReLU(inplace=True)]
+        for width, step in zip(widths, strides):
+            layers.append(SmallBlock(channels, width, step))
+            channels, stride = width, stride * step
+        super().__init__(*layers)
+        self.out_channels, self.stride = channels, stride
+
+
+class SmallBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut, whose stride is an average over the cells [U]."""
+
+    def __init__(self, in_channels: int, width: int, stride: int):
+        super().__init__()
+        self.residual = nn.Sequential(
+            reflected_conv(in_channels, width, stride),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+            reflected_conv(width, width),
+            nn.BatchNorm2d(width),
+        )
+        self.shortcut = nn.Sequential()
+        if stride > 1:
+            self.shortcut.append(nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False))
+        if in_channels != width:
+            self.shortcut.append(nn.Conv2d(in_channels, width, 1, bias=False))
+            self.shortcut.append(nn.BatchNorm2d(width))
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """maps (b c h w) -> (b c' h' w'), h' = h / stride, rounded up."""
+        return self.relu(self.residual(maps) + self.shortcut(maps))
+
+
+def reflected_conv(in_channels: int, width: int, stride: int = 1) -> nn.Conv2d:
+    """A 3x3 convolution with reflect padding, no bias, and a ResNet's random weights."""
+    conv = nn.Conv2d(in_channels, width, 3, stride, padding=1, padding_mode="reflect", bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return conv
 
 
 class Projector(nn.Module):

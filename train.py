@@ -36,7 +36,7 @@ from engine.progress import seed_of
 from engine.run import Run, live, open_run
 from engine.signals import StopSignals
 from engine.verdict import Verdict, agree
-from measures import toy_result
+from measures import photos_result, toy_result
 from measures.course import brief, statistics
 from recipes import Config
 from slotcon import Report
@@ -171,12 +171,14 @@ def finish(c: Config, run: Run) -> None:
         ) from None
     done = f"done     {run.progress.step} steps"
     print(f"{done}; {file} is the teacher's trunk under torchvision's names")
+    seconds, teacher = time.perf_counter() - run.began, run.model.teacher
     if c.dataset == "toy":
-        seconds = time.perf_counter() - run.began
-        teacher = run.model.teacher
         toy_result.show(
             teacher, c.arch, c.dim_hidden, c.seed, c.toy_test_scenes, run.folder, seconds
         )
+    elif c.held_out:
+        images = recipes.held_out_images(c)
+        photos_result.show(teacher, images, c.temp_teacher, run.folder, seconds)
 
 
 def check_data(c: Config, given: set[str]) -> None:

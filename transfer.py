@@ -1,7 +1,7 @@
 """Fine-tune a pretrained trunk: object detection with Mask R-CNN, semantic segmentation with an
 FCN.
 
-    python transfer.py segmentation --dataset toy --labelled 16 --backbone runs/toy/last.pth
+    python transfer.py segmentation --dataset toy --labeled 16 --backbone runs/toy/last.pth
     python transfer.py segmentation --dataset voc --data-dir VOCdevkit --backbone last.pth
     python transfer.py detection --data-dir COCO --backbone last.pth
     torchrun --nproc-per-node=8 transfer.py detection --data-dir COCO --backbone last.pth
@@ -182,7 +182,7 @@ def finish(c: Shared, task: Task, run: Run) -> None:
     best = 100 * run.notes["best"]
     print(f"done     {run.progress.step} steps; {len(task.test)} images of {c.dataset}, "
           f"{c.test_on}; best {task.score} of all tests {best:.2f} %")  # fmt: skip
-    whole = c.test_on == "val" and not c.labelled
+    whole = c.test_on == "val" and not c.labeled
     targets = settings.TARGETS.get(c.dataset, {}) if whole else {}
     for name, (scratch, target) in targets.items():
         print(f"         {name:<10}{100 * (result[name] or 0):6.2f} %   the slides: {target} "

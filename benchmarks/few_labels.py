@@ -1,10 +1,10 @@
-"""Trunks side by side, fine-tuned on few labelled images: mean IoU over seeds.
+"""Trunks side by side, fine-tuned on few labeled images: mean IoU over seeds.
 
     python benchmarks/few_labels.py --trunks random=random slotcon=runs/toy/last.pth \
-        --labelled 4 8 16 --seeds 0 1 2 --output-dir runs/few-toy -- --dataset toy --batch-size 4
+        --labeled 4 8 16 --seeds 0 1 2 --output-dir runs/few-toy -- --dataset toy --batch-size 4
 
 What stands behind `--` goes to `transfer.py segmentation`. A seed decides the heads' weights, the
-order of the images, and which of them are labelled: the same ones for every trunk. Runs that are
+order of the images, and which of them are labeled: the same ones for every trunk. Runs that are
 done are not done again; best.pth and last.pth are removed, since only the scores count.
 """
 
@@ -44,25 +44,25 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--trunks", nargs="+", required=True, help="NAME=FILE, or NAME=random")
-    parser.add_argument("--labelled", nargs="+", type=int, required=True, help="0: all")
+    parser.add_argument("--labeled", nargs="+", type=int, required=True, help="0: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("options", nargs="*", help="of transfer.py segmentation")
     args = parser.parse_args()
-    print("| labelled | " + " | ".join(each.partition("=")[0] for each in args.trunks) + " |")
+    print("| labeled | " + " | ".join(each.partition("=")[0] for each in args.trunks) + " |")
     print("|---" * (1 + len(args.trunks)) + "|")
-    for labelled in args.labelled:
+    for labeled in args.labeled:
         cells = []
         for each in args.trunks:
             name, _, file = each.partition("=")
             scores = []
             for seed in args.seeds:
-                command = [*args.options, "--backbone", file, "--labelled", str(labelled)]
-                folder = args.output_dir / f"{name}-{labelled}-{seed}"
+                command = [*args.options, "--backbone", file, "--labeled", str(labeled)]
+                folder = args.output_dir / f"{name}-{labeled}-{seed}"
                 scores.append(score(folder, [*command, "--seed", str(seed)]))
             each_one = " ".join(f"{value:.1f}" for value in scores)
             cells.append(f"{statistics.mean(scores):.1f} ({each_one})")
-        print(f"| {labelled or 'all'} | " + " | ".join(cells) + " |", flush=True)
+        print(f"| {labeled or 'all'} | " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -34,14 +34,11 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import transforms as T
 from torchvision.transforms import functional as TF
 
+sys.path.insert(0, os.fspath(Path(__file__).resolve().parent.parent))
+import data
 import photometric
 from engine import loader
 from engine.images import ImageFiles, find_images
-
-sys.path.insert(0, os.fspath(Path(__file__).resolve().parent.parent))
-import views
-
-import data
 
 PLAIN, OURS, FINISHED = "plain", "ours", "finished"
 
@@ -56,7 +53,7 @@ class PlainTwoCrops(Dataset):
         self.jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8)
         self.gray = T.RandomGrayscale(p=0.2)
         self.finish = T.Compose(
-            [T.ToTensor(), T.Normalize(views.IMAGENET_MEAN, views.IMAGENET_STD)]
+            [T.ToTensor(), T.Normalize(photometric.IMAGENET_MEAN, photometric.IMAGENET_STD)]
         )
         self.seconds = dict.fromkeys(
             (
@@ -64,7 +61,7 @@ class PlainTwoCrops(Dataset):
                 "decode",
                 "boxes",
                 "crops",
-                "jitter and grey",
+                "jitter and gray",
                 "blur and solarize",
                 "float and normalize",
                 "collate",
@@ -93,7 +90,7 @@ class PlainTwoCrops(Dataset):
         pair = [TF.hflip(view) if flip else view for view, flip in zip(pair, flipped)]
         clock("crops")
         pair = [self.gray(self.jitter(view)) for view in pair]
-        clock("jitter and grey")
+        clock("jitter and gray")
         for number, (p_blur, p_solarize) in enumerate([(1.0, 0.0), (0.1, 0.2)]):
             if random.random() < p_blur:
                 pair[number] = pair[number].filter(
@@ -120,11 +117,9 @@ class Clock:
 
 
 def finished(items):
-    batch = loader.collate(items)
-    seed = int(torch.randint(2**31, ()))
-    return batch._replace(
-        views=photometric.Photometric()(batch.views, torch.Generator().manual_seed(seed))
-    )
+    batch, failures = loader.collate(items)
+    generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+    return batch._replace(views=photometric.Photometric()(batch.views, generator)), failures
 
 
 def stamped(collate, items):
@@ -138,16 +133,16 @@ def worker_rates(variant, root, paths, args):
     if variant == PLAIN:
         dataset, collate = PlainTwoCrops(root, paths, args.image_size), default_collate
     else:
-        dataset = data.TwoCrops(ImageFiles(root, paths), args.image_size, seed=0)
+        dataset = loader.Samples(ImageFiles(root, paths), data.TwoCrops(args.image_size), seed=0)
         collate = loader.collate if variant == OURS else finished
     sampler = loader.RunSampler(len(paths), args.batch_size, stop=args.batches + 1)
-    loader = DataLoader(
+    batches = DataLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=1,
         collate_fn=functools.partial(stamped, collate),
     )
-    stamps = [stamp for _, *stamp in loader]
+    stamps = [stamp for _, *stamp in batches]
     return tuple(
         args.batches * args.batch_size / (last - first)
         for first, last in zip(stamps[0], stamps[-1])
@@ -179,9 +174,9 @@ def our_stages(root, paths, args):
             ]
         )
         clock("crops")
-        items.append((pair, boxes, torch.tensor(flipped), []))
+        items.append((data.Batch(pair, boxes, torch.tensor(flipped)), []))
     clock = Clock(seconds)
-    batch = loader.collate(items)
+    batch, _ = loader.collate(items)
     clock("collate")
     seconds["decode"] -= seconds["read"]
     return {stage: 1e3 * value / args.batch_size for stage, value in seconds.items()}, batch
@@ -199,13 +194,13 @@ def plain_stages(root, paths, args):
 def photometric_ms(batch, device):
     """ms per image of photometric.Photometric for a batch that is on the device already."""
     on_device, generator = batch.views.to(device), torch.Generator(device).manual_seed(0)
-    photometric, clock, wait = photometric.Photometric(), time.process_time, lambda: None
+    change, clock, wait = photometric.Photometric(), time.process_time, lambda: None
     if device.type == "cuda":
         clock, wait = time.perf_counter, torch.cuda.synchronize
-    photometric(on_device[:2], generator)  # the first call prepares the blur's table
+    change(on_device[:2], generator)  # the first call prepares the blur's table
     wait()
     start = clock()
-    photometric(on_device, generator)
+    change(on_device, generator)
     wait()
     return 1e3 * (clock() - start) / len(on_device)
 

@@ -4,9 +4,10 @@
     python benchmarks/step.py --batch 64 --amp bf16 --variants plain ours compile      on a GPU
     python benchmarks/step.py --updates          teacher update and LARS alone
 
-Variants: `plain` is the step as one writes it first (one tensor at a time in teacher and LARS, a
-loop over images in the inverse augmentation, prototypes repeated for every image, all slots
-gathered, NCHW, fp16 on a GPU); `ours` is what train.py runs, with its guard against bad numbers;
+Every variant is train.take_step on a run that train.set_up has made. `plain` gives it a model, a
+gradient and an optimizer as one writes them first: one tensor at a time in teacher and LARS, a loop
+over images in the inverse augmentation, prototypes repeated for every image, keys copied where they
+would be gathered, NCHW, fp16 on a GPU, no norm and nothing to undo. `ours` is what train.py runs;
 `compile` adds torch.compile; `nchw`, `channels_last` force the memory format. They take turns
 within one run. The stages are timed in separate steps, since timing them makes the device wait.
 """
@@ -15,12 +16,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import statistics
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +31,16 @@ import torchvision
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import losses
-import slotcon
+import recipes
 import teacher
+import train
 from engine import processes
+from engine.gradient import Gradient
 from engine.lars import LARS
+from engine.run import Run
+from engine.undo import Undo
+from slotcon import SlotCon, View
+from slots import attentive_pooling, occupied
 
 # ----------------------------------------------------------------------------------- the plain form
 
@@ -94,126 +102,169 @@ class PlainLARS(torch.optim.Optimizer):
                 p.add_(velocity, alpha=-group["lr"])
 
 
-PLAIN = [
-    (slotcon, "similarity", plain_similarity),
-    (slotcon, "inverse_augmentation", plain_inverse_augmentation),
-    (slotcon, "update_teacher", plain_update_teacher),
-    (losses, "slot_contrast", plain_slot_contrast),
-]
+class PlainSlotCon(SlotCon):
+    """The same numbers in the plain form."""
+
+    def look(self, network, views, boxes, flipped):
+        """As SlotCon.look."""
+        looked = []
+        for i, images in enumerate(views.unbind(1)):  # over v
+            features, embeddings = network.embed(images)
+            maps = plain_similarity(embeddings, network.prototypes.weight)
+            looked.append(
+                self.describe(network, features, embeddings, maps, boxes[:, i], flipped[:, i])
+            )
+        return looked
+
+    def describe(self, network, features, embeddings, maps, boxes, flipped):
+        """As SlotCon.describe."""
+        aligned = plain_inverse_augmentation(maps, boxes, flipped)
+        slots = attentive_pooling(embeddings, maps, self.temp_pool)
+        return View(features, embeddings, maps, aligned, slots, occupied(maps))
+
+    def contrast(self, student, teacher, pairs):
+        """As SlotCon.contrast."""
+        return plain_slot_contrast(
+            student.slots, teacher.slots, self.predictor, pairs, self.temp_slot
+        )
+
+    def update_teacher(self, momentum):
+        """As SlotCon.update_teacher."""
+        plain_update_teacher(self.teacher, self.student, momentum)
+
+
+class PlainGradient(Gradient):
+    """Loss and backward; in place of the gradient's norm the loss is looked at."""
+
+    def compute(self, *batch):
+        """As Gradient.compute."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+            loss, report = self.model(*batch)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        return [report], loss.detach()
+
 
 # ---------------------------------------------------------------------------------- one step, timed
 
 
+def config_of(variant: str, a: argparse.Namespace, folder: str) -> recipes.Config:
+    """The published recipe at the sizes asked for. Toy scenes stand for the data set, which no step
+    reads."""
+    formats = {"plain": False, "nchw": False, "channels_last": True}
+    return dataclasses.replace(
+        recipes.PRESETS["coco-r50"],
+        dataset="toy",
+        toy_scenes=a.batch,
+        arch=a.arch,
+        image_size=a.image_size,
+        num_prototypes=a.k,
+        dim_hidden=a.dim_hidden,
+        batch_size=a.batch,
+        device=a.device,
+        amp=a.amp,
+        channels_last=formats.get(variant),
+        compile=variant == "compile",
+        workers=0,
+        output_dir=folder,
+        resume="none",
+    )
+
+
+def make_plain(run: Run) -> None:
+    """Give a run the plain model with the same weights, the plain gradient and optimizer."""
+    ours, device = run.model, run.place.device
+    model = PlainSlotCon(
+        run.settings["arch"], run.settings["num_prototypes"], run.settings["dim_hidden"]
+    )
+    model.load_state_dict(ours.state_dict())
+    run.model = model.to(device).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    dtype = torch.float16 if device.type == "cuda" else run.gradient.dtype
+    run.gradient = PlainGradient(model, PlainLARS(trained, run.schedule.peak), device, dtype)
+    run.undo = Undo([])
+
+
 class Step:
-    """A model of its own, and one whole training step on the same two views of noise again and
-    again.
-    """
+    """A run of its own, and train.take_step on the same two views of noise again and again."""
 
-    def __init__(self, variant: str, a: argparse.Namespace, device: torch.device):
-        torch.manual_seed(0)
-        self.variant, self.device, self.plain = variant, device, variant == "plain"
-        cuda = device.type == "cuda"
-        self.dtype = processes.precision("fp16" if self.plain and cuda else a.amp, device)
-        self.model = slotcon.SlotCon(a.arch, a.k, a.dim_hidden, 256).to(device).train()
-        if variant == "channels_last" or (cuda and variant in ("ours", "compile")):
-            self.model = self.model.to(memory_format=torch.channels_last)
-        if variant == "compile":
-            for network in (self.model.student, self.model.teacher):
-                network.backbone.compile()
-                network.projector.compile()
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = (PlainLARS if self.plain else LARS)(trained, 0.1)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        buffers = [b for b in self.model.buffers() if b is not self.model.center]
-        self.buffers = [
-            [b for b in buffers if b.is_floating_point() == floating] for floating in (True, False)
-        ]
-        self.before = [[b.clone() for b in group] for group in self.buffers]
-        self.trained = trained
-        self.views = torch.randn(a.batch, 2, 3, a.image_size, a.image_size, device=device)
-        self.boxes = torch.tensor(
-            [[0.1, 0.2, 0.9, 0.8], [0.0, 0.3, 0.7, 1.0]], device=device
-        ).expand(a.batch, 2, 4)
-        self.flipped = torch.rand(a.batch, 2, device=device) < 0.5
+    def __init__(self, variant: str, a: argparse.Namespace):
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+            self.config = config_of(variant, a, folder)
+            self.run = train.set_up(self.config, set())
+        self.run.batches.close()
+        if variant == "plain":
+            make_plain(self.run)
+        device, self.dtype = self.run.place.device, self.run.gradient.dtype
+        generator = torch.Generator(device).manual_seed(0)
+        size = (a.batch, 2, 3, a.image_size, a.image_size)
+        boxes = torch.tensor([[0.1, 0.2, 0.9, 0.8], [0.0, 0.3, 0.7, 1.0]], device=device)
+        self.batch = (
+            torch.randn(size, device=device, generator=generator),
+            boxes.expand(a.batch, 2, 4),
+            torch.rand(a.batch, 2, device=device, generator=generator) < 0.5,
+        )
 
-    def patches(self) -> contextlib.ExitStack:
-        stack = contextlib.ExitStack()
-        for module, name, function in PLAIN if self.plain else ():
-            stack.enter_context(mock.patch.object(module, name, function))
-        return stack
-
-    def __call__(self, watch: Stopwatch | None = None) -> torch.Tensor:
-        time_of = watch.stage if watch else lambda _: contextlib.nullcontext()
-        with self.patches(), watch.spying(self) if watch else contextlib.nullcontext():
-            for then, now in zip(self.before, self.buffers) if not self.plain else ():
-                torch._foreach_copy_(then, now)
-            with time_of("teacher update"):
-                self.model.update_teacher(0.99)
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-                loss, report = self.model(self.views, self.boxes, self.flipped)
-            with time_of("backward"):
-                self.scaler.scale(loss).backward()
-            with time_of("optimiser"):
-                if self.plain:
-                    self.scaler.unscale_(self.optimizer)
-                    self.scaler.step(self.optimizer)
-                    loss.item()
-                else:
-                    self.scaler.unscale_(self.optimizer)
-                    norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained])
-                    torch.cat(
-                        [report.losses, norm[None]]
-                    ).tolist()  # the host looks before anything moves
-                    self.optimizer.step()
-                    losses.update_center(self.model.center, report.center_mean, 0.9)
-                self.scaler.update()
-                self.optimizer.zero_grad()
-        return loss.detach()
+    def __call__(self) -> float:
+        """One step; returns the loss."""
+        verdict, _ = train.take_step(self.config, self.run, *self.batch)
+        return verdict.values[0]
 
 
 class Stopwatch:
-    """Seconds per stage of one step; what no stage covers is `rest`."""
+    """Seconds per stage of one step, each without the stages inside of it; `rest` is what no stage
+    covers. The parts of one run are wrapped, and unwrapped again."""
 
-    def __init__(self, device: torch.device):
-        self.device, self.seconds = device, {}
+    def __init__(self, step: Step):
+        self.step, self.seconds, self.open = step, {}, []
 
     @contextlib.contextmanager
-    def stage(self, name: str):
-        synchronize(self.device)
+    def stage(self, name: str) -> Iterator[None]:
+        """Time what happens inside."""
+        device = self.step.run.place.device
+        inside = [0.0]
+        synchronize(device)
         clock = time.perf_counter()
+        self.open.append(inside)
         yield
-        synchronize(self.device)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - clock
+        synchronize(device)
+        self.open.pop()
+        spent = time.perf_counter() - clock
+        self.seconds[name] = self.seconds.get(name, 0.0) + spent - inside[0]
+        if self.open:
+            self.open[-1][0] += spent
 
-    @contextlib.contextmanager
-    def spying(self, step: Step):
-        """Stages inside the forward, told apart by the function that runs."""
-        stages = {
-            (slotcon, "look"): None,
-            (slotcon, "inverse_augmentation"): "alignment",
-            (slotcon, "attentive_pooling"): "pooling",
-            (slotcon, "occupied"): "pooling",
-            (losses, "group_consistency"): "group loss",
-            (losses, "mean_over_pixels"): "group loss",
-            (losses, "pair_slots"): "slot loss",
-            (losses, "slot_contrast"): "slot loss",
-        }
-        with contextlib.ExitStack() as stack:
-            for (module, name), stage in stages.items():
-                stack.enter_context(
-                    mock.patch.object(module, name, self.timed(getattr(module, name), stage, step))
-                )
-            yield
+    def wrapped(self, function: Callable, name: str) -> Callable:
+        """The same function, timed."""
 
-    def timed(self, function, stage: str | None, step: Step):
         def call(*args, **kwargs):
-            name = stage or (
-                "teacher forward" if args[0] is step.model.teacher else "student forward"
-            )
             with self.stage(name):
                 return function(*args, **kwargs)
 
         return call
+
+    def __call__(self) -> dict[str, float]:
+        """One step with all stages timed."""
+        run, model = self.step.run, self.step.run.model
+        parts = [
+            (run.undo, "remember", "undo"),
+            (run.gradient, "compute", "backward"),
+            (model, "forward", "other forward"),
+            (model.student, "embed", "student forward"),
+            (model.teacher, "embed", "teacher forward"),
+            (model, "describe", "alignment and pooling"),
+            (model, "consistency", "group loss"),
+            (model, "contrast", "slot loss"),
+            (run.gradient, "step", "optimizer"),
+            (model, "update_teacher", "teacher update"),
+        ]
+        for owner, name, stage in parts:
+            setattr(owner, name, self.wrapped(getattr(owner, name), stage))
+        with self.stage("rest"):
+            self.step()
+        for owner, name, _ in parts:
+            delattr(owner, name)
+        return self.seconds
 
 
 def synchronize(device: torch.device) -> None:
@@ -254,29 +305,30 @@ def spread(values: list[float]) -> str:
 
 
 def steps(a: argparse.Namespace, device: torch.device) -> dict:
-    made = {variant: Step(variant, a, device) for variant in a.variants}
+    """The table of all variants."""
+    made = {variant: Step(variant, a) for variant in a.variants}
     flops = flops_of(made.get("plain") or next(iter(made.values())))
-    made = {variant: Step(variant, a, device) for variant in a.variants}
+    made = {variant: Step(variant, a) for variant in a.variants}
     first, whole, stages, memory = {}, {v: [] for v in made}, {v: [] for v in made}, {}
     for variant, step in made.items():
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             rest = torch.cuda.memory_allocated(device)
-        first[variant] = step().item()
+        first[variant] = step()
         for _ in range(a.warmup - 1):
             step()
         if (
             device.type == "cuda"
         ):  # the others' models are there too: count what this one's step adds to its own
-            own = sum(t.numel() * t.element_size() for t in (*step.model.parameters(), step.views))
+            own = sum(
+                t.numel() * t.element_size() for t in (*step.run.model.parameters(), step.batch[0])
+            )
             memory[variant] = (torch.cuda.max_memory_allocated(device) - rest + own) / 1e9
     for _ in range(a.repeats):
         for variant, step in made.items():
             whole[variant].append(seconds_of(step, device))
         for variant, step in made.items():
-            watch = Stopwatch(device)
-            seconds = seconds_of(lambda step=step, watch=watch: step(watch), device)
-            stages[variant].append(watch.seconds | {"rest": seconds - sum(watch.seconds.values())})
+            stages[variant].append(Stopwatch(step)())
     names = list(stages[a.variants[0]][0])
     print(f"{'ms, median (least-most)':24}" + "".join(f"{v:>28}" for v in made))
     for name in names:
@@ -317,9 +369,9 @@ def updates(a: argparse.Namespace, device: torch.device) -> dict:
     equal values.
     """
     torch.manual_seed(0)
-    ours = slotcon.SlotCon(a.arch, a.k, a.dim_hidden, 256).to(device)
+    ours = SlotCon(a.arch, a.k, a.dim_hidden, 256).to(device)
     torch.manual_seed(0)
-    plain = slotcon.SlotCon(a.arch, a.k, a.dim_hidden, 256).to(device)
+    plain = SlotCon(a.arch, a.k, a.dim_hidden, 256).to(device)
     optimizers = [
         kind([p for p in model.parameters() if p.requires_grad], 0.1)
         for kind, model in ((LARS, ours), (PlainLARS, plain))
@@ -392,18 +444,10 @@ def main() -> None:
     parser.add_argument("--updates", action="store_true", help="only the teacher update and LARS")
     a = parser.parse_args()
     place = processes.start(a.device, 600)
-    print(processes.describe(place))
+    described = processes.describe(place, processes.precision(a.amp, place.device))
+    print(described)
     result = (updates if a.updates else steps)(a, place.device)
-    print(
-        json.dumps(
-            dict(
-                settings=vars(a),
-                device=processes.describe(place),
-                torch=torch.__version__,
-                **result,
-            )
-        )
-    )
+    print(json.dumps(dict(settings=vars(a), device=described, torch=torch.__version__, **result)))
 
 
 if __name__ == "__main__":

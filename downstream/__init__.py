@@ -1,2 +1,2 @@
-"""What fine-tuning is made of: trunks, heads, labelled data, scores, schedules; `transfer.py`
+"""What fine-tuning is made of: trunks, heads, labeled data, scores, schedules; `transfer.py`
 composes a run."""

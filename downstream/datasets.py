@@ -9,14 +9,18 @@ what was found.
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
-from collections.abc import Sequence
+import pickle
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pycocotools import mask as encoding
+from pycocotools.coco import COCO
 from torch import Tensor
 
 from engine.images import BadImage, ImageFiles
@@ -61,7 +65,7 @@ def open_segmentation(
     scenes: int = 768,
     seed: int = 0,
 ) -> Labeled:
-    """The labelled images of one part, "train" or "val": pairs of image (3 y x) uint8 and label (y
+    """The labeled images of one part, "train" or "val": pairs of image (3 y x) uint8 and label (y
     x) int64.
 
     train_list: VOC's list for training; scenes, seed: of toy scenes. Raises ValueError for a wrong
@@ -211,7 +215,7 @@ def some_of(count: int, wanted: int, seed: int) -> list[int]:
     """The indices of `wanted` random ones among `count`, sorted; all of them for wanted 0. Raises
     ValueError."""
     if wanted > count:
-        raise ValueError(f"--labelled {wanted}, but there are {count} labelled images")
+        raise ValueError(f"--labeled {wanted}, but there are {count} labeled images")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return order[: wanted or count].sort().values.tolist()
 
@@ -220,99 +224,128 @@ class Training:
     """Labeled images for the loader: one that cannot be used becomes a BadImage, which is replaced
     and named.
 
-    labelled: a sequence that raises ValueError; name(index) of what it holds.
+    labeled: a sequence that raises ValueError; name(index) of what it holds.
     """
 
-    def __init__(self, labelled: Any):
-        self.labelled = labelled
+    def __init__(self, labeled: Any):
+        self.labeled = labeled
 
     def __len__(self) -> int:
-        return len(self.labelled)
+        return len(self.labeled)
 
     def __getitem__(self, index: int) -> Any:
         try:
-            return self.labelled[index]
+            return self.labeled[index]
         except ValueError as error:
-            raise BadImage(f"labelled image {index}", str(error)) from None
+            raise BadImage(f"labeled image {index}", str(error)) from None
 
 
 # ------------------------------------------------------------------------ boxes and masks
 
 
+class Packed:
+    """A list of plain values in one block of memory, which worker processes share: a list of
+    dictionaries would be copied into each of them, page by page, as it is looked at."""
+
+    def __init__(self, values: Iterable[Any]):
+        pieces = [pickle.dumps(value, protocol=5) for value in values]
+        self.ends = np.cumsum([len(piece) for piece in pieces])
+        self.block = np.frombuffer(b"".join(pieces), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> Any:
+        start = self.ends[index - 1] if index else 0
+        return pickle.loads(self.block[start : self.ends[index]])  # our own, made above
+
+
 class CocoObjects:
-    """COCO's images with the boxes and masks of their objects; also what pycocotools needs to judge
-    others.
+    """COCO's images with the boxes and masks of their objects.
 
     Items are (image (3 y x) uint8, target): boxes (n 4) float32 x1 y1 x2 y2 px, labels (n) int64 in
     1..t, masks (n y x) uint8, image_id () int64. Crowds are left out, as are boxes without an area.
-    trained: only images that have an object left.
+    trained: only images that have an object left; judged: keep `truth`, what pycocotools needs to
+    judge others, as large as the file. Raises ValueError for a wrong tree.
     """
 
-    def __init__(self, data_dir: str | Path, part: str, trained: bool):
-        from pycocotools.coco import COCO
-
+    def __init__(self, data_dir: str | Path, part: str, trained: bool, judged: bool):
         root, split = Path(data_dir), f"{part}2017"
         file = root / "annotations" / f"instances_{split}.json"
         if not file.is_file():
             raise wrong_tree("coco", root, f"no {file}")
         with contextlib.redirect_stdout(None):  # it reports its progress to stdout
-            self.coco = COCO(file)
-        self.categories = sorted(self.coco.getCatIds())  # label t is categories[t - 1]
-        self.ids = sorted(i for i in self.coco.getImgIds() if not trained or self.objects(i))
+            truth = COCO(file)
+        self.truth = truth if judged else None
+        self.categories = sorted(truth.getCatIds())  # label t is categories[t - 1]
+        ids = sorted(truth.getImgIds())
+        self.ids = [i for i in ids if not trained or any(map(is_object, truth.imgToAnns[i]))]
         folder = root / split
         present = set(os.listdir(folder)) if folder.is_dir() else set()
-        names = [self.coco.imgs[i]["file_name"] for i in self.ids]
+        names = [truth.imgs[i]["file_name"] for i in self.ids]
         missing = [name for name in names if name not in present]
         if missing or not names:
             first = missing[0] if missing else "none is listed"
             reason = f"{len(missing)} of {len(names)} images are missing in {folder}, {first}"
             raise wrong_tree("coco", folder if folder.is_dir() else root, reason)
         self.images = ImageFiles(folder, np.array(names))
+        self.about = Packed(self.summary(truth, i) for i in self.ids)
+        self.places = range(len(self.ids))  # in images and about
+
+    def summary(self, truth: COCO, image_id: int) -> tuple[int, int, list[tuple]]:
+        """Height, width, and of each object: box x y width height px, label, outline or runs."""
+        image, found = truth.imgs[image_id], filter(is_object, truth.imgToAnns[image_id])
+        objects = [
+            (a["bbox"], self.categories.index(a["category_id"]) + 1, a["segmentation"])
+            for a in found
+        ]
+        return image["height"], image["width"], objects
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def objects(self, image_id: int) -> list[dict]:
-        """The annotations of an image that are learned from."""
-        return [
-            a
-            for a in self.coco.imgToAnns[image_id]
-            if not a.get("iscrowd") and a["bbox"][2] > 0 and a["bbox"][3] > 0
-        ]
-
     def subset(self, indices: Sequence[int]) -> CocoObjects:
         """The images at these places of the sequence."""
-        other = object.__new__(CocoObjects)
-        other.coco, other.categories = self.coco, self.categories
+        other = copy.copy(self)
         other.ids = [self.ids[i] for i in indices]
-        other.images = ImageFiles(self.images.root, self.images.paths[list(indices)])
+        other.places = [self.places[i] for i in indices]
         return other
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Raises ValueError: an unreadable image, or one of another size than its annotations."""
+        place = self.places[index]
         try:
-            image = self.images[index]
+            image = self.images[place]
         except BadImage as bad:
             raise ValueError(f"cannot read {bad}") from None
-        about = self.coco.imgs[self.ids[index]]
-        y, x = about["height"], about["width"]
+        y, x, found = self.about[place]
         if image.shape[-2:] != (y, x):
             raise ValueError(
-                f"{about['file_name']} is {image.shape[2]} x {image.shape[1]}, but its "
+                f"{self.images.name(place)} is {image.shape[2]} x {image.shape[1]}, but its "
                 f"annotations are of {x} x {y}"
             )
-        found = self.objects(self.ids[index])
-        boxes = torch.tensor([a["bbox"] for a in found], dtype=torch.float32).reshape(-1, 4)
+        boxes = torch.tensor([box for box, _, _ in found], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        masks = [self.coco.annToMask(a) for a in found]
+        masks = [mask_of(shape, y, x) for _, _, shape in found]
         target = dict(
             boxes=boxes,
-            labels=torch.tensor(
-                [self.categories.index(a["category_id"]) + 1 for a in found]
-            ).long(),
-            masks=torch.from_numpy(np.stack(masks))
-            if masks
-            else torch.zeros(0, y, x, dtype=torch.uint8),
+            labels=torch.tensor([label for _, label, _ in found], dtype=torch.long),
+            masks=torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, y, x).byte(),
             image_id=torch.tensor(self.ids[index]),
         )
         return image, target
+
+
+def is_object(annotation: dict[str, Any]) -> bool:
+    """Whether it is learned from: no crowd, and a box that has an area."""
+    _, _, width, height = annotation["bbox"]
+    return not annotation.get("iscrowd") and width > 0 and height > 0
+
+
+def mask_of(shape: Any, y: int, x: int) -> np.ndarray:
+    """(y x) uint8 of an outline (lists of x1 y1 x2 y2 ... px), or of runs, compressed or not."""
+    if isinstance(shape, list):
+        shape = encoding.merge(encoding.frPyObjects(shape, y, x))
+    elif isinstance(shape["counts"], list):
+        shape = encoding.frPyObjects(shape, y, x)
+    return encoding.decode(shape)

@@ -45,7 +45,7 @@ def mean_iou(
     """One confusion matrix over all images of all ranks, then the mean over classes that occur.
 
     predict(image (3 y x) uint8 on the device) -> (y x) classes. Returns miou and accuracy in [0,
-    1], and the IoU of each class by name, None for one without a labelled pixel.
+    1], and the IoU of each class by name, None for one without a labeled pixel.
     """
     t = len(data.class_names)
     counts = torch.zeros(t, t, dtype=torch.long)
@@ -111,11 +111,11 @@ def average_precision(data: CocoObjects, results: list[dict[str, Any]]) -> dict[
     nothing is to be found."""
     numbers = {}
     with contextlib.redirect_stdout(None):  # it prints its tables to stdout
-        found = data.coco.loadRes(results) if results else None
+        found = data.truth.loadRes(results) if results else None
         for kind, name in (("bbox", "box"), ("segm", "mask")):
             stats = [0.0] * len(PRECISION)
             if found:
-                judge = COCOeval(data.coco, found, kind)
+                judge = COCOeval(data.truth, found, kind)
                 judge.params.imgIds = data.ids
                 judge.evaluate()
                 judge.accumulate()

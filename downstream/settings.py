@@ -31,7 +31,13 @@ class Shared:
     # what is learned from
     dataset: str = option("", "layout of the data, and the settings that go with it")
     data_dir: str = option("", "folder of the data set; toy scenes need none", free=True)
-    labelled: int = option(0, "learn from N random labelled images only, 0: all", low=0, high=10**9)
+    labeled: int = option(
+        0,
+        "learn from N random labeled images only, 0: all",
+        low=0,
+        high=10**9,
+        also=("--labelled",),
+    )
     test_on: str = option(
         "val",
         "images that the scores are of; train: can it memorize what it learns from?",
@@ -86,7 +92,7 @@ class Shared:
     momentum: float = option(0.9, "of SGD [O]", low=0, high=1)
     weight_decay: float = option(1e-4, "L2 [O]; detection: not on batch norms", low=0, high=10)
     seed: int = option(
-        0, "of the heads' weights, order, crops, and which images are labelled", low=0, high=2**31
+        0, "of the heads' weights, order, crops, and which images are labeled", low=0, high=2**31
     )
     # the machine
     device: str = option(

@@ -21,7 +21,7 @@ from engine import loader
 class Task:
     """A model to fine-tune, and all that goes with it."""
 
-    train: Any  # labelled images to learn from: a sequence of pairs
+    train: Any  # labeled images to learn from: a sequence of pairs
     test: Any  # and those that the scores are of
     view: Callable  # what a step sees of a pair
     collate: Callable  # what makes a batch of it
@@ -41,11 +41,11 @@ def make_task(c: Shared, trunk: nn.Module) -> Task:
 
 def make_detection(c: Detection, trunk: nn.Module) -> Task:
     """Mask R-CNN on COCO's objects: table 2."""
-    seen = datasets.CocoObjects(c.data_dir, "train", trained=True)
-    seen = seen.subset(datasets.some_of(len(seen), c.labelled, c.seed))
+    seen = datasets.CocoObjects(c.data_dir, "train", trained=True, judged=c.test_on == "train")
+    seen = seen.subset(datasets.some_of(len(seen), c.labeled, c.seed))
     unseen = seen
     if c.test_on == "val":
-        unseen = datasets.CocoObjects(c.data_dir, "val", trained=False)
+        unseen = datasets.CocoObjects(c.data_dir, "val", trained=False, judged=True)
     network = detection.mask_rcnn(
         trunk, len(seen.categories), c.test_short, c.longest, c.smallest_anchor, c.regions
     )
@@ -59,9 +59,9 @@ def make_detection(c: Detection, trunk: nn.Module) -> Task:
 
 
 def make_segmentation(c: Segmentation, trunk: nn.Module) -> Task:
-    """An FCN on images whose every pixel is labelled: tables 3 and 4."""
+    """An FCN on images whose every pixel is labeled: tables 3 and 4."""
     seen = datasets.open_segmentation(c.dataset, c.data_dir, "train", c.train_list, c.scenes)
-    seen = seen.subset(datasets.some_of(len(seen), c.labelled, c.seed))
+    seen = seen.subset(datasets.some_of(len(seen), c.labeled, c.seed))
     unseen = seen
     if c.test_on == "val":
         unseen = datasets.open_segmentation(c.dataset, c.data_dir, "val")

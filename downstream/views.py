@@ -1,4 +1,4 @@
-"""What a training step sees of a labelled image: another size, a crop, a mirror, other colors, with
+"""What a training step sees of a labeled image: another size, a crop, a mirror, other colors, with
 its labels.
 
 Slides: tables 2, 3 and 4. Paper: section 4.2.
@@ -35,7 +35,7 @@ class CropView:
 
     frame: (long, short) px that the image is fitted into, () for its own size; scale: the frame, or
     the image, is this much larger, drawn evenly; most: a crop in which one class has a larger share
-    of the labelled pixels is drawn again; distort: change the colors.
+    of the labeled pixels is drawn again; distort: change the colors.
     """
 
     crop: int
@@ -66,7 +66,7 @@ class CropView:
 
 
 def varied(label: Tensor, most: float) -> bool:
-    """Whether at least two classes are there, and none has more than this share of the labelled
+    """Whether at least two classes are there, and none has more than this share of the labeled
     pixels."""
     counts = torch.bincount(label[label != IGNORE].long())
     return bool((counts > 0).sum() > 1 and counts.max() < most * counts.sum())

@@ -307,6 +307,13 @@ def choose_subset(
     )
 
 
+def hold_out(paths: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The paths to learn from, and `count` to keep out, at most a tenth; a function of the seed."""
+    count = min(count, len(paths) // 10)
+    order = np.random.default_rng([seed, 10]).permutation(len(paths))
+    return np.sort(paths[order[count:]]), np.sort(paths[order[:count]])
+
+
 def share_out(count: int, shares: np.ndarray, available: np.ndarray) -> np.ndarray:
     """Whole numbers that sum to `count`, as near to the shares as what is available allows.
 

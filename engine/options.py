@@ -25,13 +25,13 @@ def option(
     high: float | None = None,
     choices: Sequence[str] | None = None,
     free: bool = False,
+    also: Sequence[str] = (),
 ) -> Any:
     """A field: help with unit and origin, allowed range; free: a run that is continued may change
-    it.
+    it; also: other spellings of the option, as "--colour".
     """
-    return dataclasses.field(
-        default=default, metadata=dict(help=text, low=low, high=high, choices=choices, free=free)
-    )
+    about = dict(help=text, low=low, high=high, choices=choices, free=free, also=also)
+    return dataclasses.field(default=default, metadata=about)
 
 
 class Parser(argparse.ArgumentParser):
@@ -76,7 +76,7 @@ def add_options(
         else:
             choices = tuple(presets) if f.name == by else f.metadata["choices"]
             arguments.update(type=types[f.name], choices=choices)
-        parser.add_argument(flag(f.name), **arguments)
+        parser.add_argument(flag(f.name), *f.metadata["also"], dest=f.name, **arguments)
 
 
 def settle(

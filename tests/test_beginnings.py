@@ -3,6 +3,7 @@ that are said."""
 
 import contextlib
 import io
+import json
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import recipes
 import staged
 import train
 from engine import weights
-from engine.images import choose_subset, digest_of, look_like_labels, share_out
+from engine.images import choose_subset, digest_of, hold_out, look_like_labels, share_out
 from engine.schedule import Schedule
 
 
@@ -206,3 +207,30 @@ def test_a_line_is_due_after_the_first_step_every_so_many_and_at_the_end():
     assert due == [1, 60, 100, 120, 180, 200, 240, 250]
     short = Schedule(5, 30, 0, 30, 1.0)
     assert [s for s in range(1, 31) if short.is_logged(s, s, 10)] == [1, 10, 20, 30]
+
+
+# ------------------------------------------------------------------------------- photographs
+
+
+def test_what_is_held_out_is_a_tenth_at_most_and_never_learned_from():
+    paths = np.array([f"{i:02d}.jpg" for i in range(50)])
+    kept, out = hold_out(paths, 64, seed=3)
+    assert len(out) == 5 and len(kept) == 45 and set(kept) | set(out) == set(paths)
+    assert (
+        hold_out(paths, 64, seed=3)[1].tolist()
+        == out.tolist()
+        != hold_out(paths, 64, 4)[1].tolist()
+    )
+    assert len(hold_out(paths, 2, 0)[1]) == 2 and len(hold_out(paths, 0, 0)[1]) == 0
+
+
+def test_a_run_on_photographs_ends_with_figures_of_those_that_it_has_not_seen(tmp_path):
+    photographs = staged.draw_photographs(tmp_path / "photographs", count=30)
+    said = run(tmp_path / "run", photographs, "--held-out", "9", "--max-steps", "2")
+    assert "30 images" in said and "3 are kept out for the result" in said
+    assert staged.last_of(tmp_path / "run")["num_images"] == 27
+    report = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert report["images"] == 3 and 1 <= report["prototypes_used"] <= 5
+    assert {"groups.png", "prototypes.png"} <= {f.name for f in (tmp_path / "run").iterdir()}
+    assert "3 photographs kept out of training" in said
+    assert f"python evaluate.py segmentation {tmp_path / 'run'} --dataset folder" in said

@@ -39,7 +39,6 @@ PATCHES_ALLOWED = {
     ("tests.test_photometric", "photometric.turn_hue"): NOT_CALLED,
     ("tests.test_photometric", "photometric.gaussian_blur"): NOT_CALLED,
     ("tests.test_data", "data.draw_crop"): "two known crops in place of what would be drawn",
-    ("benchmarks.contrast", "engine.ranks.rank_and_world_size"): "one process stands for eight",
 }
 
 

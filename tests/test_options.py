@@ -124,9 +124,32 @@ def test_differences_name_what_changed_and_pass_over_free_options():
     assert options.differences(Dials(), earlier) == ["steps: 5 then, 10 now"]
     assert options.differences(Dials(), dataclasses.asdict(Dials())) == []
     del earlier["kind"]
-    assert "kind: None then, round now" in options.differences(Dials(), earlier)
+    # What earlier settings did not know yet counts as its default.
+    assert options.differences(Dials(), earlier) == ["steps: 5 then, 10 now"]
 
 
 def test_tuples_compare_as_lists_and_names_become_flags():
     assert options.as_list((1, 2)) == [1, 2] and options.as_list("ab") == "ab"
     assert options.flag("big_rate") == "--big-rate"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kinds:
+    kind: str = option("a", "which", choices=("a", "b"))
+    size: tuple[int, int] = option((3, 4), "px", low=1)
+    labeled: int = option(0, "how many", also=("--labelled",))
+
+
+def test_another_field_may_name_the_preset_and_an_option_have_two_spellings():
+    kinds = {"a": Kinds(), "b": Kinds(kind="b", labeled=7)}
+    parser = options.Parser()
+    options.add_options(parser, kinds, by="kind")
+    settle = lambda *argv: options.settle(kinds, parser.parse_args(list(argv)), by="kind")
+    assert settle() == (Kinds(), set())
+    assert settle("--kind", "b", "--size", "5", "6") == (
+        Kinds(kind="b", size=(5, 6), labeled=7),
+        {"kind", "size"},
+    )
+    assert settle("--labelled", "2") == settle("--labeled", "2") == (Kinds(labeled=2), {"labeled"})
+    with pytest.raises(ValueError, match="invalid int value"):
+        settle("--size", "5", "6.5")

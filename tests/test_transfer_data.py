@@ -19,7 +19,15 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from downstream import scores
-from downstream.datasets import CITYSCAPES, CocoObjects, Training, open_segmentation, some_of
+from downstream.datasets import (
+    CITYSCAPES,
+    CocoObjects,
+    Packed,
+    Training,
+    mask_of,
+    open_segmentation,
+    some_of,
+)
 from downstream.views import (
     GRAY,
     CropView,
@@ -161,7 +169,7 @@ def test_a_wrong_tree_says_what_was_expected_and_what_was_found(dataset, there, 
     root = tmp_path / "absent" if there == "nothing" else tmp_path
     (tmp_path / "holiday").mkdir()
     opened = CocoObjects if dataset == "coco" else open_segmentation
-    arguments = (root, "train", True) if dataset == "coco" else (dataset, root, "train")
+    arguments = (root, "train", True, False) if dataset == "coco" else (dataset, root, "train")
     with pytest.raises(ValueError) as caught:
         opened(*arguments)
     said = str(caught.value)
@@ -188,12 +196,12 @@ def test_missing_labels_are_counted_and_the_first_is_named(tmp_path):
         open_segmentation("voc", top, "train")
 
 
-def test_some_labelled_images_are_a_random_few_the_same_for_the_same_seed():
+def test_some_labeled_images_are_a_random_few_the_same_for_the_same_seed():
     assert some_of(9, 0, seed=3) == list(range(9))
     few = some_of(500, 20, seed=3)
     assert len(set(few)) == 20 and few == sorted(few) == some_of(500, 20, seed=3)
     assert few != some_of(500, 20, seed=4)
-    with pytest.raises(ValueError, match="--labelled 10, but there are 9"):
+    with pytest.raises(ValueError, match="--labeled 10, but there are 9"):
         some_of(9, 10, seed=0)
 
 
@@ -359,7 +367,10 @@ def draw_coco(root, more=0):
 
 def test_objects_of_coco_have_boxes_classes_and_masks_but_crowds_do_not_count(tmp_path):
     root = draw_coco(tmp_path)
-    seen, unseen = CocoObjects(root, "train", True), CocoObjects(root, "val", False)
+    seen, unseen = (
+        CocoObjects(root, "train", trained=True, judged=False),
+        CocoObjects(root, "val", trained=False, judged=True),
+    )
     assert (seen.ids, unseen.ids, seen.categories) == ([5], [5, 6], [3, 18])
     image, target = seen[0]
     assert image.shape == (3, 24, 40) and target["boxes"].tolist() == [
@@ -371,19 +382,35 @@ def test_objects_of_coco_have_boxes_classes_and_masks_but_crowds_do_not_count(tm
         80,
         300,
     ]
+    assert seen.truth is None and unseen.truth is not None
     _, empty = unseen[1]
     assert empty["boxes"].shape == (0, 4) and empty["masks"].shape == (0, 24, 40)
     assert unseen.subset([1]).ids == [6] and len(unseen.subset([1])) == 1
     (root / "val2017" / "000000000006.jpg").unlink()
     with pytest.raises(ValueError, match=r"1 of 2 images are missing in .*val2017, 00"):
-        CocoObjects(root, "val", False)
+        CocoObjects(root, "val", False, True)
     save(root / "train2017" / "000000000005.jpg", photo(0, 20, 30))
     with pytest.raises(ValueError, match="is 30 x 20, but its annotations are of 40 x 24"):
         seen[0]
 
 
+def test_an_outline_and_runs_of_both_kinds_are_the_same_mask():
+    square = np.zeros((5, 7), dtype=np.uint8)
+    square[1:4, 2:6] = 1
+    runs = encoding.encode(np.asfortranarray(square))
+    counts = [11, 3, 2, 3, 2, 3, 2, 3, 6]  # down the columns, off and on by turns
+    for shape in ([[2, 1, 6, 1, 6, 4, 2, 4]], dict(size=[5, 7], counts=counts), runs):
+        assert np.array_equal(mask_of(shape, 5, 7), square)
+
+
+def test_packed_values_come_back_as_they_were():
+    values = [{"a": [1, 2.5]}, [], "text", (None, b"x")]
+    packed = Packed(values)
+    assert [packed[i] for i in range(len(packed))] == values
+
+
 def test_finding_everything_is_a_precision_of_one_and_finding_nothing_of_zero(tmp_path):
-    data = CocoObjects(draw_coco(tmp_path), "val", trained=False)
+    data = CocoObjects(draw_coco(tmp_path), "val", trained=False, judged=True)
     truth = {tuple(image.flatten()[:9].tolist()): target for image, target in data}
 
     def perfect(image):
@@ -405,7 +432,7 @@ def test_finding_everything_is_a_precision_of_one_and_finding_nothing_of_zero(tm
 @needs_coco
 def test_the_precision_is_pycocotools_called_by_hand(tmp_path):
     """Spoiled ground truth as detections, with the same file read by pycocotools alone."""
-    data = CocoObjects(TINY_COCO, "val", trained=False).subset(range(0, 50, 4))
+    data = CocoObjects(TINY_COCO, "val", trained=False, judged=True).subset(range(0, 50, 4))
     generator = torch.Generator().manual_seed(0)
     targets = {tuple(image.flatten()[:99].tolist()): target for image, target in data}
 
