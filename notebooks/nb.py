@@ -146,7 +146,7 @@ def heat(
         axis.set_xticks(range(len(columns)), [str(name) for name in columns])
     axis.set(xlabel=xlabel, ylabel=ylabel)
     for i, j in np.ndindex(*array.shape if numbers else (0, 0)):
-        dark = (array[i, j] - low) / max(high - low, 1e-12) < 0.6
+        dark = np.dot(drawn.cmap(drawn.norm(array[i, j]))[:3], (0.3, 0.6, 0.1)) < 0.5
         axis.text(j, i, format(array[i, j], numbers), ha="center", va="center", fontsize=9,
                   color="white" if dark else "black")  # fmt: skip
     finish(text)
