@@ -68,7 +68,7 @@ def exercise(name: str, attempt: Callable[[], Any], expected: Any, tolerance: fl
 
 def source(*things: Any) -> None:
     """Show the code of functions, classes or methods as it stands in the modules."""
-    for thing in things:
+    for thing in map(inspect.unwrap, things):  # decorators such as no_grad are not the code
         file = Path(inspect.getsourcefile(thing)).resolve().relative_to(ROOT)
         line = inspect.getsourcelines(thing)[1]
         code = textwrap.dedent(inspect.getsource(thing)).rstrip()
