@@ -68,11 +68,12 @@ def exercise(name: str, attempt: Callable[[], Any], expected: Any, tolerance: fl
 
 def source(*things: Any) -> None:
     """Show the code of functions, classes or methods as it stands in the modules."""
-    for thing in map(inspect.unwrap, things):  # decorators such as no_grad are not the code
-        file = Path(inspect.getsourcefile(thing)).resolve().relative_to(ROOT)
+    for thing in map(inspect.unwrap, things):
+        file = Path(inspect.getsourcefile(thing)).resolve()
+        place = file.relative_to(ROOT) if file.is_relative_to(ROOT) else file.name
         line = inspect.getsourcelines(thing)[1]
         code = textwrap.dedent(inspect.getsource(thing)).rstrip()
-        display(Markdown(f"`{file}`, line {line}:\n```python\n{code}\n```"))
+        display(Markdown(f"`{place}`, line {line}:\n```python\n{code}\n```"))
 
 
 def caption(text: str) -> None:
@@ -95,7 +96,7 @@ def as_image(image: Any) -> np.ndarray:
 
 
 def grid(
-    rows: Sequence[Sequence[Any]], text: str, titles: Sequence[str] = (), labels: Sequence[str] = (),
+    rows: Sequence[Sequence[Any]], text: str, titles: Sequence = (), labels: Sequence = (),
     size: float = 1.35, cmap: str = "viridis", limits: tuple[float, float] | None = None,
 ) -> None:  # fmt: skip
     """Rows of images with a caption: a film strip, attention maps, scenes above their truth.
@@ -145,7 +146,7 @@ def heat(
         axis.set_xticks(range(len(columns)), [str(name) for name in columns])
     axis.set(xlabel=xlabel, ylabel=ylabel)
     for i, j in np.ndindex(*array.shape if numbers else (0, 0)):
-        dark = (array[i, j] - low) / max(high - low, 1e-12) < 0.6
+        dark = np.dot(drawn.cmap(drawn.norm(array[i, j]))[:3], (0.3, 0.6, 0.1)) < 0.5
         axis.text(j, i, format(array[i, j], numbers), ha="center", va="center", fontsize=9,
                   color="white" if dark else "black")  # fmt: skip
     finish(text)
@@ -169,8 +170,8 @@ def curves(
     finish(text)
 
 
-def bars(values: dict[str, float], text: str, ylabel: str = "", mark: tuple[str, float] | None = None,
-         size: tuple[float, float] = (5.5, 2.8)) -> None:  # fmt: skip
+def bars(values: dict[str, float], text: str, ylabel: str = "",
+         mark: tuple[str, float] | None = None, size: tuple = (5.5, 2.8)) -> None:  # fmt: skip
     """Named numbers as bars, each with its value; mark: a name and a height, such as chance."""
     _, axis = plt.subplots(figsize=size)
     drawn = axis.bar(list(values), list(values.values()), color=prototype_colors(5)[4] / 255)
