@@ -78,6 +78,8 @@ def test_every_row_of_every_table_is_a_system_that_can_be_built(table):
     assert [entry.label for entry in entries] == [row.label for row in rows] and len(rows) >= 2
     assert sum(row.default for row in rows) == 1
     default = next(e for e, row in zip(entries, rows) if row.default)
+    toy = recipes.dataclasses.asdict(recipes.PRESETS["toy"])
+    assert {**default.settings, "output_dir": ""} == toy  # the gray row is the preset itself
     for entry, row in zip(entries, rows):
         assert entry.build(0).forward
         if not row.default:
