@@ -134,17 +134,15 @@ def test_a_budget_is_of_seconds_or_of_steps():
 def test_what_is_left_of_the_minutes_is_shared_equally():
     judging = {"a": 2.0, "b": 3.0}
     found = seconds_each(10, 3, ["a", "b", "a"], judging, spent=20.0, prepared=7.0)
-    overhead = 20 + 2 * 7 + 5 + 3 * (1.2 * (2 + 3 + 2) + 3 * STARTING)
+    overhead = 20 + 2 * 7 + 5 + 3 * (1.5 * (2 + 3 + 2) + 3 * STARTING)
     assert found == pytest.approx((600 - overhead) / 9)
     with pytest.raises(
         ValueError, match=r"1 minutes leave no second of training to each of 3 rows and 3 seed\(s\)"
     ):
         seconds_each(1, 3, ["a", "b", "a"], judging, spent=20.0, prepared=7.0)
-    with pytest.raises(ValueError, match=r": 1\.4 would"):
+    with pytest.raises(ValueError, match=r": 1\.5 would"):
         seconds_each(1, 3, ["a", "b", "a"], judging, spent=20.0, prepared=7.0)
-    assert seconds_each(
-        1.4, 3, ["a", "b", "a"], judging, spent=20.0, prepared=7.0
-    ) == pytest.approx(1, abs=0.4)
+    assert seconds_each(1.5, 3, ["a", "b", "a"], judging, spent=20.0, prepared=7.0) >= 1
 
 
 class Quick(Bench):
