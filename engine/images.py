@@ -138,6 +138,10 @@ def _walk(top: Path, deep: bool) -> list[str]:
 
 def _read_list(file: Path) -> list[str]:
     """The paths in a text file. Raises ValueError where it is none."""
+    if file.suffix.lower() in SUFFIXES:
+        raise ValueError(
+            f"{file} is one image: give the folder that it lies in, or a text file of image paths"
+        )
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:

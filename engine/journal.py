@@ -13,7 +13,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,12 @@ class Journal:
         """Plain text on stdout, from one process of many."""
         if self.is_main:
             print(text, flush=True)
+
+    def remark(self, lines: Iterable[str]) -> None:
+        """Lines about a run that goes on, above its progress bar, from one process of many."""
+        for line in lines if self.is_main else ():
+            with tqdm.external_write_mode():
+                print(line, flush=True)
 
     def close(self) -> None:
         """Take the progress bar away."""
