@@ -475,21 +475,9 @@ def test_judging_does_not_depend_on_training_order(tmp_path):
 @pytest.mark.slow
 def test_minutes_are_kept_and_every_row_has_the_same_seconds(tmp_path):
     began = time.perf_counter()
-    compare.main(
-        [
-            "--only",
-            "moco",
-            "slotcon",
-            "kmeans",
-            "--minutes",
-            "1",
-            "--scenes",
-            "32",
-            "--output-dir",
-            str(tmp_path),
-        ]
-    )
-    assert time.perf_counter() - began < 75
+    options = "--only moco slotcon kmeans --minutes 1.5 --scenes 32 --output-dir".split()
+    assert compare.main([*options, str(tmp_path)]) == 0
+    assert time.perf_counter() - began < 1.1 * 90
     found = json.loads((tmp_path / "comparison.json").read_text())
-    seconds = [record["seconds"] for records in found["systems"].values() for record in records]
-    assert len(seconds) == 3 and max(seconds) - min(seconds) < 1.5 and min(seconds) > 2
+    seconds = [r["seconds"] for records in found["systems"].values() for r in records]
+    assert len(seconds) == 3 and max(seconds) - min(seconds) < 2.5 and min(seconds) > 2
