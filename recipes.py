@@ -271,7 +271,7 @@ def _rows(option: str, published: Sequence, toy: Sequence, default: Any) -> tupl
 TABLES: dict[str, tuple[str, tuple[Row, ...]]] = {
     "6a": (
         "number of prototypes K",
-        _rows("--num-prototypes", (128, 256, 512, 1024), (4, 8, 16, 32), 256),
+        _rows("--num-prototypes", (128, 256, 512, 1024), (16, 32, 64, 128), 256),
     ),
     "6b": (
         "loss balancing lambda_g",
