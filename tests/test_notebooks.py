@@ -77,7 +77,7 @@ MUTATIONS = [
         "05", "flip not undone",
         "import functools, grouping, torch\n"
         "original = grouping.inverse_augmentation\n"
-        "@functools.wraps(right)\n"
+        "@functools.wraps(original)\n"
         "def inverse_augmentation(maps, boxes, flipped):\n"
         "    return original(maps, boxes, torch.zeros_like(flipped))\n"
         "grouping.inverse_augmentation = inverse_augmentation\n",
@@ -114,7 +114,7 @@ MUTATIONS = [
         "06", "positive index off by one",
         "import functools, losses\n"
         "original = losses.pair_slots\n"
-        "@functools.wraps(right)\n"
+        "@functools.wraps(original)\n"
         "def pair_slots(student, teacher):\n"
         "    return [p._replace(positives=(p.positives + 1) % sum(p.keys_per_rank))\n"
         "            for p in original(student, teacher)]\n"
@@ -125,7 +125,7 @@ MUTATIONS = [
         "07", "teacher momentum 1",
         "import functools, teacher\n"
         "original = teacher.update_teacher\n"
-        "@functools.wraps(right)\n"
+        "@functools.wraps(original)\n"
         "def update_teacher(teacher, student, momentum):\n"
         "    original(teacher, student, 1.0)\n"
         "teacher.update_teacher = update_teacher\n",
