@@ -3,8 +3,8 @@
 Slide: "Together: solving segmentation & representation jointly" (the shared pixel embedding
 function).
 Paper: section 3.1 and the architecture paragraph of the experiments.
-Differs: nothing known for the ResNets, which are torchvision's, key by key. `tiny` is [U]: a trunk
-for toy images.
+Differs: nothing known for the ResNets, which are torchvision's, key by key. `tiny` and
+`small` are [U]: trunks for toy images and for small photographs.
 Read next: grouping.py.
 """
 
