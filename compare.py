@@ -109,10 +109,13 @@ def entries_of(args: argparse.Namespace) -> list[Entry]:
 
 
 def title(args: argparse.Namespace) -> str:
+    """What is compared."""
     return f"Table {args.table}: {recipes.TABLES[args.table][0]}" if args.table else "All systems"
 
 
-def write(args: argparse.Namespace, rows: dict[str, list[dict]], seconds: float, spent: float):
+def write(
+    args: argparse.Namespace, rows: dict[str, list[dict]], seconds: float, spent: float
+) -> None:
     """comparison.json: the records of every row, by name of the system or by label of the table."""
     by_name: dict[str, list[dict]] = {}
     for label, records in rows.items():
@@ -171,6 +174,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The program; returns its exit status."""
     began = time.perf_counter()
     args = parse(argv)
     torch.set_num_threads(recipes.PRESETS["toy"].threads or 1)

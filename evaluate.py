@@ -173,6 +173,7 @@ def commands() -> Commands:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
     return run_program("evaluate.py", commands().run, argv)
 
 

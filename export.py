@@ -115,10 +115,12 @@ class Last(nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
+        """images (b 3 y x) normalized -> (b c h w)."""
         return self.network(images)["out"]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line. Raises ValueError with one line."""
     parser = options.Parser(
         "export.py",
         description=__doc__,

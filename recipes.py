@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -66,7 +67,8 @@ class Config:
     # the networks
     arch: str = option("resnet50", "trunk; `tiny` is for toy images of about 64 px",
         choices=ARCHITECTURES)
-    image_size: int = option(224, "side of a view, px [P]; the map is 32 (tiny: 4) times smaller",
+    image_size: int = option(224, "side of a view, px [P]; the map is 32 times smaller (tiny 4, "
+        "small 8)",
         low=32, high=4096)
     num_prototypes: int = option(256, "k; 256 for COCO and COCO+, 2048 for ImageNet [P]",
         low=2, high=1_000_000)
@@ -209,22 +211,22 @@ PRESETS = {
     ),
     # For a folder of photographs and one small machine: about half an hour on 2 cores, for any
     # folder from about 300 photographs on. All [U]; measured in benchmarks/photos.md.
-    # The networks: the small trunk; 32 prototypes, as photographs show tens of things.
+    # The networks: the small trunk; 24 prototypes: of 32 about half died.
     # image_size: small views are many views per second; the trunk is shown whole images afterwards.
-    # temp_teacher: 0.4 of the student's. An untrained trunk's features correlate less between two
+    # temp_teacher: 0.3 of the student's. An untrained trunk's features correlate less between two
     # views than the published 0.7, so that nothing would grow.
     # momentum_center: a quicker center than 0.9 leaves no prototype behind. momentum_teacher_end: a
     # short run has no time for a teacher that slows down.
     # The colors: hue, gray and solarization are mild or off. Grass is green and the sky is blue: in
     # photographs color says what a thing is, and a network that must not use it learns less here.
-    # The optimizer: AdamW at 0.005 and batches of 32; LARS is made for large batches.
+    # The optimizer: AdamW at 0.003 and batches of 32; LARS is made for large batches.
     # steps: the length does not depend on the number of photographs.
     "photos": dataclasses.replace(
         COCO, preset="photos", dataset="folder", held_out=64, arch="small", image_size=64,
-        num_prototypes=32, dim_hidden=256, dim_out=64, temp_teacher=0.04, momentum_center=0.8,
-        momentum_teacher_end=0.99, min_area=0.08, hue=0.05, p_gray=0.0, p_blur=(0.2, 0.1),
-        p_solarize=(0.0, 0.0), optimizer="adamw", batch_size=32, base_lr=0.04, weight_decay=0.01,
-        steps=3600, warmup_steps=40, channels_last=True, threads=1, workers=1, log_every=20,
+        num_prototypes=24, dim_hidden=256, dim_out=64, temp_teacher=0.03, momentum_center=0.8,
+        momentum_teacher_end=0.99, min_area=0.2, hue=0.05, p_gray=0.0, p_blur=(0.2, 0.1),
+        p_solarize=(0.0, 0.0), optimizer="adamw", batch_size=32, base_lr=0.024, weight_decay=0.01,
+        steps=3000, warmup_steps=80, channels_last=True, threads=1, workers=1, log_every=20,
         save_every=1_000_000, save_minutes=2.0, keep_every=0,
     ),
     "coco-r50": COCO,
@@ -270,7 +272,7 @@ def _rows(option: str, published: Sequence, toy: Sequence, default: Any) -> tupl
 TABLES: dict[str, tuple[str, tuple[Row, ...]]] = {
     "6a": (
         "number of prototypes K",
-        _rows("--num-prototypes", (128, 256, 512, 1024), (4, 8, 16, 32), 256),
+        _rows("--num-prototypes", (128, 256, 512, 1024), (16, 32, 64, 128), 256),
     ),
     "6b": (
         "loss balancing lambda_g",
@@ -382,8 +384,10 @@ def parse(argv: Sequence[str] | None, description: str) -> tuple[Config, set[str
     # What was asked for in epochs is not overruled by a preset that counts steps.
     steps = 0 if "epochs" in given and "steps" not in given else c.steps
     warmup = 0 if "warmup_epochs" in given and "warmup_steps" not in given else c.warmup_steps
-    folder = c.output_dir or f"runs/{c.preset}"
-    return dataclasses.replace(c, steps=steps, warmup_steps=warmup, output_dir=folder), given
+    paths = {name: os.path.expanduser(getattr(c, name)) for name in ("data_dir", "init", "resume")}
+    folder = os.path.expanduser(c.output_dir or f"runs/{c.preset}")
+    settled = dict(paths, output_dir=folder, steps=steps, warmup_steps=warmup)
+    return dataclasses.replace(c, **settled), given
 
 
 def images_of(c: Config, strict: bool = False) -> tuple[Sequence[Tensor], str]:

@@ -38,6 +38,8 @@ from engine.signals import StopSignals
 from engine.verdict import Verdict, agree
 from measures import photos_result, toy_result
 from measures.course import brief, statistics
+from measures.health import Sizes
+from measures.watch import Watch
 from recipes import Config
 from slotcon import Report
 from teacher import teacher_momentum
@@ -50,6 +52,7 @@ def train(c: Config, run: Run, signals: StopSignals) -> None:
     progress, schedule = run.progress, run.schedule
     photometric = recipes.photometric_of(c)
     generator = torch.Generator(run.place.device)
+    watch = watch_of(c, run)
     while not progress.finished:
         batch = run.batches.next()  # never raises: trouble travels to the verdict
         generator.manual_seed(seed_of(c.seed, progress.position, run.place.rank))
@@ -62,8 +65,9 @@ def train(c: Config, run: Run, signals: StopSignals) -> None:
         if verdict.good:
             run.meter.add(verdict.values)
             run.journal.advance()
+            run.journal.remark(watch.first_steps(report, batch.boxes, batch.flipped))
             if schedule.is_logged(progress.step, progress.position, c.log_every):
-                log(c, run, report)
+                run.journal.remark(watch.line_of_log(log(c, run, report)))
         run.keeper.keep(progress, verdict.good, run.state)
 
 
@@ -98,7 +102,17 @@ def momentum_after(c: Config, run: Run, steps: int) -> float:
     return teacher_momentum(steps, total, c.momentum_teacher, c.momentum_teacher_end)
 
 
-def log(c: Config, run: Run, report: Report) -> None:
+def watch_of(c: Config, run: Run) -> Watch:
+    """What says in one line each why this run cannot learn, or does not."""
+    schedule, step = run.schedule, run.progress.step
+    side = -(-c.image_size // run.model.student.backbone.stride)
+    sizes = Sizes(c.num_prototypes, schedule.warmup_steps, schedule.total_steps, side * side)
+    temp_teacher = recipes.teacher_temperature(c, schedule, step)
+    records = run.journal.records()
+    return Watch(sizes, c.temp_student, temp_teacher, run.notes, step == 0, records)
+
+
+def log(c: Config, run: Run, report: Report) -> dict[str, float]:
     """A line of the log: means since the last one, statistics of this step. All ranks call it."""
     progress = run.progress
     numbers = statistics(report, run.model.center, run.model.temp_teacher)
@@ -119,6 +133,7 @@ def log(c: Config, run: Run, report: Report) -> None:
         skipped_steps=progress.bad_steps,
     )
     run.journal.write(record, brief(record))
+    return record
 
 
 def set_up(c: Config, given: set[str]) -> Run:

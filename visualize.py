@@ -146,6 +146,7 @@ def commands() -> Commands:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
     return run_program("visualize.py", commands().run, argv)
 
 

@@ -44,7 +44,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--trunks", nargs="+", required=True, help="NAME=FILE, or NAME=random")
-    parser.add_argument("--labeled", nargs="+", type=int, required=True, help="0: all")
+    labeled = dict(nargs="+", type=int, required=True, help="numbers of images, 0: all")
+    parser.add_argument("--labeled", "--labelled", **labeled)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("options", nargs="*", help="of transfer.py segmentation")

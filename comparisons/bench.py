@@ -5,6 +5,7 @@ Slide: none. Paper: none. Differs: ours [U].
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -150,10 +151,11 @@ def seconds_each(
     """
     rows = seeds * len(kinds)
     left = 60 * minutes - spent - (seeds - 1) * prepared - 5  # the image at the end
-    left -= seeds * (1.2 * sum(judging[kind] for kind in kinds) + STARTING * len(kinds))
+    left -= seeds * (1.5 * sum(judging[kind] for kind in kinds) + STARTING * len(kinds))
     if left < rows:
+        enough = math.ceil(10 * minutes + (rows - left) / 6) / 10
         raise ValueError(
             f"{minutes:g} minutes leave no second of training to each of {len(kinds)} "
-            f"rows and {seeds} seed(s): {minutes + (rows - left) / 60:.1f} would"
+            f"rows and {seeds} seed(s): {enough:.1f} would"
         )
     return left / rows

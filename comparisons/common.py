@@ -17,6 +17,8 @@ from einops import reduce
 from torch import Tensor, nn
 
 from backbone import Projector, build_trunk
+from grouping import GroupingNetwork
+from teacher import update_teacher
 
 
 class Outcome(NamedTuple):
@@ -56,6 +58,37 @@ class System(nn.Module):
         return None
 
 
+class Taught(System):
+    """A system with a student and a teacher that follows it; the teacher is judged."""
+
+    student: nn.Module
+    teacher: nn.Module
+
+    @property
+    def trunk(self) -> nn.Module:
+        """The teacher's."""
+        return self.teacher.backbone
+
+    def after_step(self, memo: None, momentum: float) -> None:
+        """teacher <- momentum teacher + (1 - momentum) student."""
+        update_teacher(self.teacher, self.student, momentum)
+
+
+class Prototyped(System):
+    """A system of one network with prototypes, whose groups have names."""
+
+    network: GroupingNetwork
+
+    @property
+    def trunk(self) -> nn.Module:
+        """The network's."""
+        return self.network.backbone
+
+    def maps(self, images: Tensor) -> Tensor:
+        """images (b 3 y x) normalized -> similarity with the prototypes (b k h w)."""
+        return self.network(images)[1]
+
+
 class PixelNetwork(nn.Module):
     """Trunk and projector, without prototypes: images (b 3 y x) -> pixel embeddings (b d h w)."""
 
@@ -65,6 +98,7 @@ class PixelNetwork(nn.Module):
         self.projector = Projector(self.backbone.out_channels, dim_hidden, dim_out)
 
     def forward(self, images: Tensor) -> Tensor:
+        """images (b 3 y x) normalized -> (b d h w), not of length 1."""
         return self.projector(self.backbone(images))
 
 

@@ -15,14 +15,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from backbone import Projector
-from comparisons.common import Outcome, PixelNetwork, System, each_view, overlapping
+from comparisons.common import Outcome, PixelNetwork, Taught, each_view, overlapping
 from engine.ranks import gather_rows, rank_and_world_size
 from grouping import inverse_augmentation
 from losses import contrast_in_parts, unit
-from teacher import make_teacher, update_teacher
+from teacher import make_teacher
 
 PLACES = 4  # [U] the shared part is cut into so many rows and columns: the closer, the more alike
 
@@ -46,7 +46,7 @@ def place_contrast(query: Tensor, key: Tensor, valid: Tensor, temperature: float
     return 2 * temperature * total * world_size / sum(counts)
 
 
-class Dense(System):
+class Dense(Taught):
     """Student, teacher and predictor of places.
 
     arch, dim_hidden, dim_out (d): sizes of the networks; temp_slot: of the contrast.
@@ -73,10 +73,3 @@ class Dense(System):
             q2, k1, valid, self.temp_slot
         )
         return loss, Outcome(loss.detach())
-
-    @property
-    def trunk(self) -> nn.Module:
-        return self.teacher.backbone
-
-    def after_step(self, memo: None, momentum: float) -> None:
-        update_teacher(self.teacher, self.student, momentum)

@@ -15,14 +15,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
-from torch import Tensor, nn
+from torch import Tensor
 
-from comparisons.common import Outcome, PixelNetwork, System, each_view
+from comparisons.common import Outcome, PixelNetwork, Taught, each_view
 from comparisons.kmeans import cluster, nearest_center
 from losses import pair_slots, slot_contrast
 from slot_attention import weighted_mean
 from slots import SlotPredictor
-from teacher import make_teacher, update_teacher
+from teacher import make_teacher
 
 MASKS = 9  # of each scene, at most: seven objects and two kinds of stuff, or three by three squares
 
@@ -50,7 +50,7 @@ def color_clusters(image: Tensor) -> Tensor:
     return nearest_center(rows, centers).reshape(y, x)
 
 
-class GivenMasks(System):
+class GivenMasks(Taught):
     """Student, teacher and predictor of masks.
 
     arch, dim_hidden, dim_out (d): sizes of the networks; temp_slot: of the contrast; masks: where
@@ -82,10 +82,3 @@ class GivenMasks(System):
             s2, t1, self.predictor, pairs21, self.temp_slot
         )
         return loss, Outcome(loss.detach())
-
-    @property
-    def trunk(self) -> nn.Module:
-        return self.teacher.backbone
-
-    def after_step(self, memo: None, momentum: float) -> None:
-        update_teacher(self.teacher, self.student, momentum)

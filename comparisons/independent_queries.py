@@ -19,4 +19,5 @@ class Independent(Reconstruction):
     """slot_attention.py with one module exchanged."""
 
     def make_slots(self, dim: int) -> nn.Module:
+        """Learned queries in place of slots."""
         return IndependentQueries(dim, NUM_SLOTS)

@@ -15,9 +15,9 @@ from collections import deque
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
-from comparisons.common import Outcome, System, target_loss
+from comparisons.common import Outcome, Prototyped, target_loss
 from grouping import GroupingNetwork
 from losses import unit
 from teacher import make_teacher, update_teacher
@@ -52,7 +52,7 @@ def nearest_center(rows: Tensor, centers: Tensor) -> Tensor:
     return (rows @ centers.T - centers.square().sum(1) / 2).argmax(1)  # over d; over k
 
 
-class Kmeans(System):
+class Kmeans(Prototyped):
     """A network that learns, and the copy of it that labels.
 
     arch, num_prototypes (k), dim_hidden, dim_out (d): sizes; temp_student: of the assignment;
@@ -106,15 +106,9 @@ class Kmeans(System):
         for network in (self.network, self.labeler):
             network.prototypes.weight.copy_(centers)
 
-    @property
-    def trunk(self) -> nn.Module:
-        return self.network.backbone
-
     def after_step(self, memo: Tensor, momentum: float) -> None:
+        """memo: the views of this step. At the end of an epoch the labels change."""
         self.recent.append(memo)
         self.steps += 1
         if self.steps % self.steps_per_epoch == 0:
             self.reassign()
-
-    def maps(self, images: Tensor) -> Tensor:
-        return self.network(images)[1]

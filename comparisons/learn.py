@@ -42,6 +42,7 @@ class Budget:
         self.seconds, self.steps, self.began = seconds, steps, time.perf_counter()
 
     def start(self) -> None:
+        """The seconds count from now."""
         self.began = time.perf_counter()
 
     def used(self, step: int) -> float:

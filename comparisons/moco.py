@@ -15,10 +15,10 @@ from einops import reduce
 from torch import Tensor, nn
 
 from backbone import build_trunk
-from comparisons.common import Outcome, System, each_view
+from comparisons.common import Outcome, Taught, each_view
 from losses import image_contrast
 from slots import SlotPredictor
-from teacher import make_teacher, update_teacher
+from teacher import make_teacher
 
 
 class ImageNetwork(nn.Module):
@@ -30,10 +30,11 @@ class ImageNetwork(nn.Module):
         self.projector = SlotPredictor(self.backbone.out_channels, dim_out, dim_hidden)
 
     def forward(self, images: Tensor) -> Tensor:
+        """images (b 3 y x) normalized -> (b d)."""
         return self.projector(reduce(self.backbone(images), "b c h w -> b c", "mean"))
 
 
-class Moco(System):
+class Moco(Taught):
     """Student, teacher and predictor of whole images.
 
     arch, dim_hidden, dim_out (d): sizes of the networks; temp_slot: of the contrast.
@@ -55,10 +56,3 @@ class Moco(System):
             k1, k2 = each_view(self.teacher, views)
         loss = image_contrast(q1, k2, self.temp_slot) + image_contrast(q2, k1, self.temp_slot)
         return loss, Outcome(loss.detach())
-
-    @property
-    def trunk(self) -> nn.Module:
-        return self.teacher.backbone
-
-    def after_step(self, memo: None, momentum: float) -> None:
-        update_teacher(self.teacher, self.student, momentum)

@@ -33,14 +33,9 @@ class Picie(Kmeans):
             return [inverse_augmentation(maps[i], boxes[:, i], flipped[:, i]) for i in (0, 1)]
 
         s1, s2 = align([similarity for _, similarity in each_view(self.network, views)])
-        y1, y2 = (
-            maps.argmax(1) for maps in align([maps for _, maps in each_view(self.labeler, views)])
-        )  # over k
+        labels = align([similarity for _, similarity in each_view(self.labeler, views)])
+        y1, y2 = (similarity.argmax(1) for similarity in labels)  # over k
         valid = overlapping(boxes)
-        within = self.ask(s1, y1, valid) + self.ask(s2, y2, valid)
-        across = self.ask(s1, y2, valid) + self.ask(s2, y1, valid)
-        loss = (within + across) / 4
+        within, across = ((s1, y1), (s2, y2)), ((s1, y2), (s2, y1))
+        loss = sum(target_loss(s, y, self.temp_student, valid) for s, y in within + across) / 4
         return loss, Outcome(loss.detach(), views)
-
-    def ask(self, similarity: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
-        return target_loss(similarity, labels, self.temp_student, valid)

@@ -10,6 +10,8 @@ Read next: slotcon.py of this folder.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from einops import rearrange, reduce
 from torch import Tensor
@@ -44,7 +46,7 @@ class SelfDistillation(WholeMethod):
     settings: of `slotcon.SlotCon`, except for the group weight, which is 1.
     """
 
-    def __init__(self, stop_gradient: bool = True, momentum_center: float = 0.9, **settings):
+    def __init__(self, stop_gradient: bool = True, momentum_center: float = 0.9, **settings: Any):
         super().__init__(momentum_center, **{**settings, "group_weight": 1.0})
         self.stop_gradient = stop_gradient
 

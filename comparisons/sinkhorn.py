@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import torch
 from einops import rearrange, reduce
-from torch import Tensor, nn
+from torch import Tensor
 
-from comparisons.common import Outcome, System, each_view, overlapping, target_loss
+from comparisons.common import Outcome, Prototyped, each_view, overlapping, target_loss
 from engine.ranks import sum_over_ranks
 from grouping import GroupingNetwork, inverse_augmentation
 
@@ -40,7 +40,7 @@ def sinkhorn(similarity: Tensor, temperature: float, iterations: int = 3) -> Ten
     return q
 
 
-class Sinkhorn(System):
+class Sinkhorn(Prototyped):
     """One network with prototypes.
 
     arch, num_prototypes (k), dim_hidden, dim_out (d): sizes; temp_student: of the prediction.
@@ -65,10 +65,3 @@ class Sinkhorn(System):
             s2, q1, self.temp_student, valid
         )
         return loss, Outcome(loss.detach())
-
-    @property
-    def trunk(self) -> nn.Module:
-        return self.network.backbone
-
-    def maps(self, images: Tensor) -> Tensor:
-        return self.network(images)[1]

@@ -35,6 +35,7 @@ class PixelEncoder(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
+        """images (b 3 y x) normalized -> (b d h w)."""
         features = self.position(self.backbone(images))
         rows = self.mlp(rearrange(features, "b c h w -> b h w c"))
         return rearrange(rows, "b h w d -> b d h w")
@@ -57,6 +58,7 @@ class Reconstruction(System):
         self.decoder = SpatialBroadcastDecoder(dim_out, self.channels)
 
     def make_slots(self, dim: int) -> nn.Module:
+        """What turns pixels (b n d) into slots (b k d)."""
         return SlotAttention(dim, NUM_SLOTS)
 
     def target(self, view: Tensor, told: Tensor) -> Tensor:
@@ -80,7 +82,9 @@ class Reconstruction(System):
 
     @property
     def trunk(self) -> nn.Module:
+        """The encoder's."""
         return self.encoder.backbone
 
     def maps(self, images: Tensor) -> Tensor:
+        """images (b 3 y x) normalized -> the decoder's masks (b k h w)."""
         return self.paint(images)[1]

@@ -16,13 +16,13 @@ from einops import einsum, rearrange
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from comparisons.common import Outcome, System, each_view
+from comparisons.common import Outcome, Taught, each_view
 from comparisons.slot_attention import NUM_SLOTS, PixelEncoder
 from engine.ranks import gather_rows, rank_and_world_size
 from losses import contrast, unit
 from slot_attention import SlotAttention
 from slots import SlotPredictor
-from teacher import make_teacher, update_teacher
+from teacher import make_teacher
 
 
 class SlotNetwork(nn.Module):
@@ -34,6 +34,7 @@ class SlotNetwork(nn.Module):
         self.slots = SlotAttention(dim_out, NUM_SLOTS)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images (b 3 y x) normalized -> slots, and which share of each cell each slot won."""
         pixels = self.encoder(images)
         slots, history = self.slots(rearrange(pixels, "b d h w -> b (h w) d"))
         return slots, rearrange(history[-1], "b k (h w) -> b k h w", h=pixels.shape[2])
@@ -43,10 +44,10 @@ class SlotNetwork(nn.Module):
 def match_slots(slots: Tensor, others: Tensor) -> Tensor:
     """Pair the slots of two views of each image so that the sum of their cosines is the largest.
 
-    slots, others (b k d) -> (b k): the slot of `others` that belongs to each slot.
+    slots (b k d), others (b n d), n = k -> (b k): the one of `others` that belongs to each slot.
     """
     directions = [F.normalize(x, dim=2) for x in (slots, others)]  # over d
-    cosines = einsum(*directions, "b i d, b j d -> b i j")
+    cosines = einsum(*directions, "b k d, b n d -> b k n")
     columns = [linear_sum_assignment(each, maximize=True)[1] for each in cosines.cpu().numpy()]
     return torch.stack([torch.from_numpy(each) for each in columns]).to(slots.device)
 
@@ -68,7 +69,7 @@ def matched_contrast(
     return 2 * temperature * contrast(rows, partners, keys, temperature) / (b * k)
 
 
-class SlotMatching(System):
+class SlotMatching(Taught):
     """Student, teacher and predictor of slots that have no names.
 
     arch, dim_hidden, dim_out (d): sizes of the networks; temp_slot: of the contrast.
@@ -102,10 +103,9 @@ class SlotMatching(System):
 
     @property
     def trunk(self) -> nn.Module:
+        """The teacher's."""
         return self.teacher.encoder.backbone
 
-    def after_step(self, memo: None, momentum: float) -> None:
-        update_teacher(self.teacher, self.student, momentum)
-
     def maps(self, images: Tensor) -> Tensor:
+        """images (b 3 y x) normalized -> the teacher's last attention (b k h w)."""
         return self.teacher(images)[1]

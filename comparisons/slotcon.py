@@ -7,6 +7,8 @@ Read next: compare.py, which runs all of them.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from comparisons.common import Outcome, System
@@ -19,7 +21,7 @@ class WholeMethod(System):
     momentum_center: of the center; settings: of `slotcon.SlotCon`.
     """
 
-    def __init__(self, momentum_center: float = 0.9, **settings):
+    def __init__(self, momentum_center: float = 0.9, **settings: Any):
         super().__init__()
         self.method = SlotCon(**settings)
         self.momentum_center = momentum_center
@@ -33,6 +35,7 @@ class WholeMethod(System):
 
     @property
     def trunk(self) -> nn.Module:
+        """The teacher's."""
         return self.method.teacher.backbone
 
     def after_step(self, memo: Tensor, momentum: float) -> None:
@@ -41,4 +44,5 @@ class WholeMethod(System):
         self.method.update_teacher(momentum)
 
     def maps(self, images: Tensor) -> Tensor:
+        """images (b 3 y x) normalized -> the teacher's similarity with its prototypes (b k h w)."""
         return self.method.teacher(images)[1]

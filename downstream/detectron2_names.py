@@ -75,6 +75,7 @@ class Conv(nn.Conv2d):
         self.norm = nn.BatchNorm2d(outside)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (b c h w) -> normalized (b c h w)."""
         return self.norm(super().forward(x))
 
 
@@ -94,6 +95,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (b c h w) -> (b c h w), at the block's stride."""
         y = x
         for i in range(1, self.count + 1):
             y = getattr(self, f"conv{i}")(y)
@@ -122,5 +124,6 @@ class ResNet(nn.Module):
             self.add_module(f"res{stage + 2}", nn.Sequential(*layers))
 
     def forward(self, images: Tensor) -> Tensor:
+        """images (b 3 y x) normalized -> res5 (b c h w)."""
         x = F.max_pool2d(F.relu(self.stem.conv1(images)), 3, 2, 1)
         return self.res5(self.res4(self.res3(self.res2(x))))

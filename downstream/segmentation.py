@@ -51,6 +51,7 @@ class FCNHead(nn.Module):
         nn.init.zeros_(self.scores.bias)
 
     def forward(self, features: Tensor) -> Tensor:
+        """features (b c h w) -> scores (b t h w)."""
         x = self.convs(features)
         if self.join is not None:
             x = self.join(torch.cat([features, x], dim=1))  # over c

@@ -60,6 +60,7 @@ def read_trunk(path: str | Path, network: str = "teacher") -> TrunkFile:
 
 
 def without_classifier(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is left when torchvision's last layer is taken away."""
     return {name: value for name, value in state.items() if not name.startswith("fc.")}
 
 
@@ -109,15 +110,9 @@ def open_trunk(backbone: str, arch: str, network: str = "teacher") -> tuple[nn.M
         raise ValueError(f"--arch {arch}, but {backbone} holds a {found.arch}: leave --arch out")
     trunk = build_trunk(found.arch)
     checkpoint.load_strictly(trunk, found.state, backbone)
-    total = len(trunk.state_dict())
-    return (
-        trunk,
-        found.arch,
-        (
-            f"{found.arch}, {len(found.state)} of {total} tensors from {backbone} "
-            f"({found.kind}), none missing, none left over"
-        ),
-    )
+    count = f"{len(found.state)} of {len(trunk.state_dict())} tensors"
+    about = f"{found.arch}, {count} from {backbone} ({found.kind}), none missing, none left over"
+    return trunk, found.arch, about
 
 
 # ------------------------------------------------------------------------ for dense tasks
@@ -172,4 +167,5 @@ class OneStage(nn.Module):
         self.trunk = trunk
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """images (b 3 y x) normalized -> {"out": (b c h w)}."""
         return {"out": self.trunk(images)}

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 from torchvision.transforms.v2.functional import adjust_hue
 
@@ -147,10 +146,8 @@ class ObjectView:
         boxes = target["boxes"] * torch.tensor([size[1] / x, size[0] / y] * 2)
         if rng.random() < 0.5:
             image, masks = image.flip(-1), masks.flip(-1)  # over x
-            boxes = rearrange(
-                [size[1] - boxes[:, 2], boxes[:, 1], size[1] - boxes[:, 0], boxes[:, 3]],
-                "s n -> n s",
-            )
+            x1, y1, x2, y2 = boxes.unbind(dim=1)  # over the sides
+            boxes = torch.stack([size[1] - x2, y1, size[1] - x1, y2], dim=1)
         return image, {**target, "boxes": boxes, "masks": masks}
 
 

@@ -138,6 +138,10 @@ def _walk(top: Path, deep: bool) -> list[str]:
 
 def _read_list(file: Path) -> list[str]:
     """The paths in a text file. Raises ValueError where it is none."""
+    if file.suffix.lower() in SUFFIXES:
+        raise ValueError(
+            f"{file} is one image: give the folder that it lies in, or a text file of image paths"
+        )
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -215,11 +219,11 @@ class ImageFiles(Dataset):
 
 
 def decode(path: str | Path) -> Tensor:
-    """One file as a uint8 tensor (3 y x), upright, whatever kind of picture it is.
+    """One file as a uint8 tensor (3 y x), upright, whatever kind of image it is.
 
-    Grey, palette and CMYK become RGB; 16-bit grey is divided by 257, other numbers are stretched
+    Gray, palette and CMYK become RGB; 16-bit gray is divided by 257, other numbers are stretched
     from their smallest and largest to 0..255; what is transparent becomes white [U]; of an
-    animation the first picture counts.
+    animation the first image counts.
     """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):  # asked first, because opening a pipe would wait forever

@@ -13,7 +13,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,10 @@ class Journal:
             unit="step",
         )
 
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of the log so far; on ranks that write none, none."""
+        return self.log.read() if self.log else []
+
     def advance(self) -> None:
         """One step was taken."""
         self.bar.update()
@@ -76,6 +80,12 @@ class Journal:
         """Plain text on stdout, from one process of many."""
         if self.is_main:
             print(text, flush=True)
+
+    def remark(self, lines: Iterable[str]) -> None:
+        """Lines about a run that goes on, above its progress bar, from one process of many."""
+        for line in lines if self.is_main else ():
+            with tqdm.external_write_mode():
+                print(line, flush=True)
 
     def close(self) -> None:
         """Take the progress bar away."""
@@ -110,6 +120,12 @@ class Log:
         kept = [line for line in lines if step_of(line) <= step]
         if kept != lines:
             files.write_atomically(self.file, lambda file: file.writelines(kept))
+
+    def read(self) -> list[dict[str, Any]]:
+        """All lines, as objects."""
+        if not self.file.exists():
+            return []
+        return [json.loads(line) for line in self.file.read_bytes().splitlines() if line.strip()]
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Add a line."""

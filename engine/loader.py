@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 from engine.images import BadImage, ImageFiles
+from engine.journal import say
 
 NEIGHBORS = 64  # unreadable files in a row before a run gives up [U]
 Failures = list[tuple[str, str]]  # (name, reason) of each file that could not be read
@@ -275,12 +276,18 @@ class Skipped:
                 for name, reason in reasons.items()
                 if name not in self.names
             )
+        if not self.names:
+            name, reason = failures[0]
+            say(
+                f"{name} could not be read ({reason}): its neighbor takes its place; this one and "
+                f"all others are named in {self.file}"
+            )
         self.names |= reasons.keys()
         if len(self.names) > self.max_share * self.num_images:
             raise ValueError(
                 f"{len(self.names)} of {self.num_images} images could not be read, more than the "
-                "share "
-                f"of {self.max_share:g} that is allowed; they are named in {self.file}"
+                f"share of {self.max_share:g} that is allowed; they are named in {self.file}; "
+                "--check-data finds all of them, a larger --max-bad-share lets the run go on"
             )
 
 

@@ -38,7 +38,15 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line, raised as ValueError."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises ValueError(message)."""
+        """Raises ValueError. Of many words that are no options, as an unquoted * makes of one, only
+        the first is named.
+        """
+        kind, _, words = message.partition("unrecognized arguments: ")
+        if not kind and len(words.split()) > 4:
+            message = (
+                f"unrecognized arguments: {words.split()[0]} and {len(words.split()) - 1} "
+                "more; give the folder, or put a pattern into quotes"
+            )
         raise ValueError(message)
 
 

@@ -20,6 +20,7 @@ class Unbreakable:
         self.stream = stream
 
     def write(self, text: str) -> int:
+        """Write, and flush at the end of a line."""
         try:
             written = self.stream.write(text)
             if "\n" in text:
@@ -30,6 +31,7 @@ class Unbreakable:
             return len(text)
 
     def flush(self) -> None:
+        """Flush."""
         try:
             self.stream.flush()
         except (OSError, ValueError):

@@ -329,12 +329,14 @@ class ToyScenes:
         return self.count
 
     def scene(self, index: int) -> toy.Scene:
+        """One scene with its ground truth."""
         return toy.scene(self.seed, index, self.preset, **self.dials)
 
     def __getitem__(self, index: int) -> Tensor:
         return torch.from_numpy(self.scene(index).image).permute(2, 0, 1)
 
     def name(self, index: int) -> str:
+        """What an error message calls it."""
         return f"toy scene {index} of seed {self.seed}"
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from einops import einsum, rearrange, reduce
+from einops import rearrange, reduce
 from torch import Tensor
 
 from engine.ranks import rank_and_world_size, sum_over_ranks
@@ -30,7 +30,7 @@ IMAGES = 256  # with 128 toy scenes rho was off by 0.05
 DIRECTIONS = 64  # principal directions that are searched; more would fit the noise of few images
 RIDGE = 1e-3  # of the mean variance of a direction
 LEAST = 0.1  # below this, rho is noise, and a temperature that small copies every accident
-EDGE = 0.1  # of the ratio: this close to it, the sign is not certain
+EDGE = 0.7, 1.1  # times the ratio: between these the sign is not certain; a run at 0.73 started
 MARGIN = 0.8  # of rho: a teacher temperature that leaves room for the images to come
 
 
@@ -70,28 +70,40 @@ def added(parts: Iterable[Moments]) -> Moments:
 
 
 def covariances(m: Moments) -> tuple[Tensor, Tensor]:
-    """C within a view and S between the views, both (c c), float64 on the CPU."""
-    count, total, same, cross = (x.detach().cpu().double() for x in m)
+    """C within a view and S between the views, both (c c)."""
+    count, total, same, cross = m
     mean = total / (2 * count)
     mean_square = torch.outer(mean, mean)
     return same / (2 * count) - mean_square, cross / (2 * count) - mean_square
 
 
+def projected(m: Moments, axes: Tensor) -> Moments:
+    """The moments of the features along axes (c i)."""
+    axes = axes.to(m.same)
+    return Moments(m.count, axes.T @ m.total, axes.T @ m.same @ axes, axes.T @ m.cross @ axes)
+
+
+def principal_axes(m: Moments) -> Tensor:
+    """The DIRECTIONS strongest directions of C (c i), scaled to variance 1, but for the ridge."""
+    variance, axes = torch.linalg.eigh(covariances(m)[0])  # ascending
+    variance, axes = variance[-DIRECTIONS:].clamp(min=0), axes[:, -DIRECTIONS:]
+    return axes * (variance + RIDGE * variance.mean() + 1e-30).rsqrt()
+
+
 def strongest_direction(m: Moments) -> Tensor:
-    """The direction (c) of the largest p'Sp / p'Cp, among the DIRECTIONS strongest of C."""
-    within, between = covariances(m)
-    variance, axes = torch.linalg.eigh(within)  # ascending
-    variance, axes = variance[-DIRECTIONS:], axes[:, -DIRECTIONS:]
-    scale = (variance.clamp(min=0) + RIDGE * variance.mean().clamp(min=1e-30)).rsqrt()
-    whiten = axes * scale
-    return whiten @ torch.linalg.eigh(whiten.T @ between @ whiten)[1][:, -1]
+    """The direction p (c) of the largest p'Sp / p'Cp."""
+    axes = principal_axes(m)
+    return axes @ torch.linalg.eigh(covariances(projected(m, axes))[1])[1][:, -1]  # the largest
+
+
+def double(m: Moments) -> Moments:
+    """In float64 on the CPU, where eigenvectors are found."""
+    return Moments(*(x.detach().cpu().double() for x in m))
 
 
 def correlation_along(direction: Tensor, m: Moments) -> float:
     """p'Sp / p'Cp of a direction p (c): the correlation of that feature between the views."""
-    within, between = (
-        einsum(direction, matrix, direction, "i, i j, j ->") for matrix in covariances(m)
-    )
+    within, between = (direction @ matrix @ direction for matrix in covariances(m))
     return (between / within.clamp(min=1e-30)).item()
 
 
@@ -102,8 +114,10 @@ def correlation_of(halves: tuple[Moments, Moments]) -> float:
     by chance. Judged on the other half, a direction found in few images is not yet the best one.
     With three times the images both come to lie near the middle.
     """
-    one, other = halves
-    together = added(halves)
+    together = added(map(double, halves))
+    axes = principal_axes(together)  # once, since a ResNet-50 has 2048 features
+    one, other = (projected(double(half), axes) for half in halves)
+    together = projected(together, axes)
     above = correlation_along(strongest_direction(together), together)
     below = correlation_along(strongest_direction(one), other)
     below += correlation_along(strongest_direction(other), one)
@@ -140,6 +154,7 @@ class ViewCorrelation:
 
     @property
     def done(self) -> bool:
+        """Whether enough images were seen."""
         return self.seen >= self.enough
 
     @torch.no_grad()
@@ -209,16 +224,16 @@ def verdict_of(rho: float, temp_student: float, temp_teacher: float) -> str:
     if math.isnan(rho):
         return "the crops of the first images do not overlap: raise --min-overlap or --min-area"
     measured, threshold = f"views correlate {rho:.2f}", f"temp_teacher / temp_student = {ratio:.2f}"
-    if rho > (1 + EDGE) * ratio:
+    if rho > EDGE[1] * ratio:
         return f"{measured}, above {threshold}: the groups can start"
     other = temperature_that_could(rho, temp_student)
-    if rho > (1 - EDGE) * ratio:
+    if rho > EDGE[0] * ratio:
         return (
-            f"{measured}, about {threshold}: the groups may start late or never; "
-            f"--temp-teacher {other:g} could"
+            f"{measured}, near {threshold}: the groups may start late or never; "
+            f"--temp-teacher {other:g} could start"
         )
     advice = (
-        f"--temp-teacher {other:g} could"
+        f"--temp-teacher {other:g} could start"
         if rho >= LEAST
         else "no temperature could; take milder colors, larger crops or another trunk"
     )

@@ -48,7 +48,7 @@ def show(
     print(f"\n{len(images)} photographs kept out of training, {report['seconds']:.0f} s in all")
     print(slot_statistics.format_slots(report))
     print(f"\nfigures  {', '.join(map(str, files))}; the numbers are in {folder / 'result.json'}")
-    print("labels   with images/ and labels/ of equal names in a folder F, the groups are measured "
-          f"by python evaluate.py segmentation {folder} --dataset folder --data-dir F --size {SIZE}",
+    print("labels   with images/ and labels/ of equal names in a folder F, groups are measured by "
+          f"python evaluate.py segmentation {folder} --dataset folder --data-dir F --size {SIZE}",
           flush=True)
     return report

@@ -323,7 +323,8 @@ def test_more_than_the_allowed_share_ends_the_run(tmp_path):
     for number in range(3):  # 1 %: still allowed
         skipped.record([(f"{number}.jpg", "empty file")] * 5)
     with pytest.raises(
-        ValueError, match=r"^4 of 300 images could not be read, more than .* 0.01 .*skipped\.txt$"
+        ValueError,
+        match=r"^4 of 300 images could not be read, more than .* 0.01 .*skipped\.txt; --check",
     ):
         skipped.record([("3.jpg", "empty file")])
     assert len((tmp_path / "skipped.txt").read_text().splitlines()) == 4

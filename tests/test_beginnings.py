@@ -234,3 +234,34 @@ def test_a_run_on_photographs_ends_with_figures_of_those_that_it_has_not_seen(tm
     assert {"groups.png", "prototypes.png"} <= {f.name for f in (tmp_path / "run").iterdir()}
     assert "3 photographs kept out of training" in said
     assert f"python evaluate.py segmentation {tmp_path / 'run'} --dataset folder" in said
+
+
+# ------------------------------------------------------------------------------- slips of the hand
+
+
+def test_an_unquoted_pattern_is_answered_with_its_first_file_and_the_count(photographs, tmp_path):
+    names = [str(path) for path in sorted(photographs.iterdir())]
+    said = run(tmp_path / "run", photographs, *names, status=2)
+    assert said == (
+        f"train.py: unrecognized arguments: {names[0]} and 13 more; give the folder, or put a "
+        "pattern into quotes\n"
+    )
+
+
+def test_one_image_in_place_of_a_folder_is_said_to_be_one(photographs, tmp_path):
+    said = run(tmp_path / "run", photographs, "--data-dir", str(photographs / "003.png"), status=2)
+    assert "003.png is one image: give the folder that it lies in" in said
+
+
+def test_the_home_folder_is_understood_in_every_path(photographs, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run("~/run", photographs, "--max-steps", "1")
+    assert staged.last_of(tmp_path / "run")["step"] == 1
+
+
+def test_a_skipped_image_is_said_once_and_counted_at_the_end(tmp_path):
+    folder = staged.draw_photographs(tmp_path / "photographs")
+    (folder / "003.png").write_bytes(b"no image")
+    said = run(tmp_path / "run", folder, "--max-bad-share", "0.1", "--epochs", "2")
+    assert said.count("003.png could not be read (not an image that Pillow knows)") == 1
+    assert "skipped  1 images could not be read and were replaced by their neighbors" in said

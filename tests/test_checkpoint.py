@@ -267,7 +267,7 @@ def test_the_teacher_is_loaded_unless_asked_otherwise_and_other_names_are_refuse
             lambda s: s.pop("teacher.projector.mlp.3.bias"),
             "lacks 1 tensors, first projector.mlp.3.bias",
         ),
-        (lambda s: s.pop("teacher.backbone.0.weight"), "is none of tiny, resnet18"),
+        (lambda s: s.pop("teacher.backbone.0.weight"), "is none of tiny, small, resnet18"),
         (lambda s: s.update({"teacher.extra": torch.zeros(1)}), "has 1 of its own, first extra"),
         (
             lambda s: s.update({"teacher.projector.mlp.6.weight": torch.zeros(D, 2, 1, 1)}),
@@ -291,7 +291,7 @@ def test_the_architecture_is_read_off_names_and_shapes(arch):
         assert weights.architecture_of(state, "a.pth") == arch
         assert weights.architecture_of(state | {"fc.bias": torch.zeros(3)}, "a.pth") == arch
         with pytest.raises(
-            ValueError, match=r"the backbone in a.pth \(0 tensors.*is none of tiny, resnet18"
+            ValueError, match=r"the backbone in a.pth \(0 tensors.*is none of tiny, small, resnet18"
         ):
             weights.architecture_of({}, "a.pth")
 

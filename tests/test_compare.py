@@ -78,6 +78,8 @@ def test_every_row_of_every_table_is_a_system_that_can_be_built(table):
     assert [entry.label for entry in entries] == [row.label for row in rows] and len(rows) >= 2
     assert sum(row.default for row in rows) == 1
     default = next(e for e, row in zip(entries, rows) if row.default)
+    toy = recipes.dataclasses.asdict(recipes.PRESETS["toy"])
+    assert {**default.settings, "output_dir": ""} == toy  # the gray row is the preset itself
     for entry, row in zip(entries, rows):
         assert entry.build(0).forward
         if not row.default:
@@ -132,17 +134,15 @@ def test_a_budget_is_of_seconds_or_of_steps():
 def test_what_is_left_of_the_minutes_is_shared_equally():
     judging = {"a": 2.0, "b": 3.0}
     found = seconds_each(10, 3, ["a", "b", "a"], judging, spent=20.0, prepared=7.0)
-    overhead = 20 + 2 * 7 + 5 + 3 * (1.2 * (2 + 3 + 2) + 3 * STARTING)
+    overhead = 20 + 2 * 7 + 5 + 3 * (1.5 * (2 + 3 + 2) + 3 * STARTING)
     assert found == pytest.approx((600 - overhead) / 9)
     with pytest.raises(
         ValueError, match=r"1 minutes leave no second of training to each of 3 rows and 3 seed\(s\)"
     ):
         seconds_each(1, 3, ["a", "b", "a"], judging, spent=20.0, prepared=7.0)
-    with pytest.raises(ValueError, match=r": 1\.4 would"):
+    with pytest.raises(ValueError, match=r": 1\.5 would"):
         seconds_each(1, 3, ["a", "b", "a"], judging, spent=20.0, prepared=7.0)
-    assert seconds_each(
-        1.4, 3, ["a", "b", "a"], judging, spent=20.0, prepared=7.0
-    ) == pytest.approx(1, abs=0.4)
+    assert seconds_each(1.5, 3, ["a", "b", "a"], judging, spent=20.0, prepared=7.0) >= 1
 
 
 class Quick(Bench):
@@ -475,21 +475,9 @@ def test_judging_does_not_depend_on_training_order(tmp_path):
 @pytest.mark.slow
 def test_minutes_are_kept_and_every_row_has_the_same_seconds(tmp_path):
     began = time.perf_counter()
-    compare.main(
-        [
-            "--only",
-            "moco",
-            "slotcon",
-            "kmeans",
-            "--minutes",
-            "1",
-            "--scenes",
-            "32",
-            "--output-dir",
-            str(tmp_path),
-        ]
-    )
-    assert time.perf_counter() - began < 75
+    options = "--only moco slotcon kmeans --minutes 1.5 --scenes 32 --output-dir".split()
+    assert compare.main([*options, str(tmp_path)]) == 0
+    assert time.perf_counter() - began < 1.1 * 90
     found = json.loads((tmp_path / "comparison.json").read_text())
-    seconds = [record["seconds"] for records in found["systems"].values() for record in records]
-    assert len(seconds) == 3 and max(seconds) - min(seconds) < 1.5 and min(seconds) > 2
+    seconds = [r["seconds"] for records in found["systems"].values() for r in records]
+    assert len(seconds) == 3 and max(seconds) - min(seconds) < 2.5 and min(seconds) > 2

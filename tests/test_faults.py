@@ -349,7 +349,7 @@ def test_too_many_bad_images_stop_all_processes(tmp_path):
     runs = play(tmp_path / "run", "--max-bad-share", "0.1", photographs=photographs, processes=2)
     assert [run.process.exitcode for run in runs] == [1, 1]
     expected = r"train.py: \d of 14 images could not be read, more than the share of 0.1 that is "
-    expected += r"allowed.*/skipped.txt\. .*"
+    expected += r"allowed.*/skipped.txt; .*"
     assert any(re.fullmatch(expected, run.complaints[0]) for run in runs), [
         run.output for run in runs
     ]
@@ -453,8 +453,8 @@ def test_a_mistake_of_ours_that_reads_like_a_lost_process_keeps_its_trace(photog
     run, accident = tmp_path / "run", AtStep(STEPS_PER_EPOCH + 2, mistaken, rank=0)
     runs = play(run, photographs=photographs, processes=2, accident=accident)
     assert runs[0].process.exitcode == 1 and len(runs[0].complaints) == 1
-    file = run / "trace.0.txt"
-    assert runs[0].complaints[0].endswith(f"; the trace is in {file}")
+    file = run / "trace_0.txt"
+    assert f"(trace: {file}). {run / 'last.pth'} holds step 4" in runs[0].complaints[0]
     trace = file.read_text()
     assert trace.startswith("Traceback") and "in mistaken" in trace
     assert "RuntimeError: these two layers do not connect" in trace.splitlines()[-1]

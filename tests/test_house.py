@@ -342,7 +342,13 @@ def too_long(sources: dict[str, str]) -> list[str]:
 AXES = {"b", "v", "k", "d", "c", "h", "w", "y", "x", "n", "m", "t"}
 # Axes with a name of their own where they are made: the place in a sequence of blends, the tap of a
 # blur, and i and r, which number what no other file sees.
-LOCAL_AXES = {"photometric": {"place", "tap", "i"}, "losses": {"i", "r"}}
+LOCAL_AXES = {
+    "photometric": {"place", "tap", "i"},
+    "losses": {"i", "r"},
+    "measures.color_groups": {"rgb"},
+    "measures.figures": {"rgb"},
+    "measures.probes": {"i"},
+}
 
 
 def unknown_axes(sources: dict[str, str]) -> list[str]:

@@ -366,8 +366,8 @@ def test_the_real_layouts_train_and_test_with_their_own_settings(
 
 
 DETECTION = ["detection", "--arch", "resnet18", "--labeled", "4", "--test-on", "train",
-             "--short-low", "64", "--short-high", "96", "--test-short", "64", "--longest", "128",
-             "--smallest-anchor", "8", "--regions", "16", "--batch-size", "2", "--base-steps", "1",
+             "--short-low", "64", "--short-high", "64", "--test-short", "64", "--longest", "128",
+             "--smallest-anchor", "8", "--regions", "8", "--batch-size", "2", "--base-steps", "1",
              "--warmup-steps", "4", "--log-every", "1", "--save-every", "100",
              "--workers", "0", "--threads", "1", "--device", "cpu"]  # fmt: skip
 
