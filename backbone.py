@@ -3,8 +3,8 @@
 Slide: "Together: solving segmentation & representation jointly" (the shared pixel embedding
 function).
 Paper: section 3.1 and the architecture paragraph of the experiments.
-Differs: nothing known for the ResNets, which are torchvision's, key by key. `tiny` is [U]: a trunk
-for toy images.
+Differs: nothing known for the ResNets, which are torchvision's, key by key. `tiny` and
+`small` are [U]: trunks for toy images and for small photographs.
 Read next: grouping.py.
 """
 
@@ -66,8 +66,8 @@ class TinyTrunk(nn.Sequential):
     """Four 3x3 convolutions for toy images of about 64 px: output stride 4, receptive field 17 px
     [U].
 
-    All of it is deliberate. A receptive field as wide as the picture gives one prototype per
-    picture, and zero padding tells every pixel how far it is from the border, so prototypes become
+    All of it is deliberate. A receptive field as wide as the image gives one prototype per
+    image, and zero padding tells every pixel how far it is from the border, so prototypes become
     places; hence reflect padding. The first convolution keeps the full resolution, where fine
     textures still can be told apart.
     """

@@ -27,14 +27,14 @@ IMAGENET_MEAN = (
     0.406,
 )  # what torchvision's weights, and so everybody downstream, expect
 IMAGENET_STD = (0.229, 0.224, 0.225)
-LUMA = (0.2989, 0.587, 0.114)  # red, green, blue -> grey: ITU-R 601-2, rounded as torchvision does
+LUMA = (0.2989, 0.587, 0.114)  # red, green, blue -> gray: ITU-R 601-2, rounded as torchvision does
 # pixels at a time on a CPU: what no view among them needs is skipped, the rest stays cached [U]
 CPU_CHUNK = 100_000
 CPU_BLOCK = 32  # side of the blocks in which a blur's matrix is applied on a CPU [U]
 
 
 def normalize(images: Tensor) -> Tensor:
-    """Pixels on the scale that networks expect: (value - mean) / std, per colour.
+    """Pixels on the scale that networks expect: (value - mean) / std, per color.
 
     images: (... 3 y x) uint8 0..255, or float 0..1. Returns float of the same shape.
     """
@@ -60,7 +60,7 @@ class Draw(NamedTuple):
 
     order: Tensor | None  # (b v 3) sequence of the blends: 0 brightness, 1 contrast, 2 saturation
     factors: Tensor | None  # (b v 3) of brightness, contrast and saturation; 1 = unchanged
-    hue: Tensor | None  # turns of the colour circle, -0.5..0.5; 0 = unchanged
+    hue: Tensor | None  # turns of the color circle, -0.5..0.5; 0 = unchanged
     hue_position: Tensor | None  # how many blends come before the hue, 0..3
     gray: Tensor | None  # bool
     sigma: Tensor | None  # of the blur, in pixels of the view; 0 = sharp
@@ -68,11 +68,11 @@ class Draw(NamedTuple):
 
 
 class Photometric:
-    """Colour jitter in random order, then grey, blur, solarize: every view with its own luck.
+    """Color jitter in random order, then gray, blur, solarize: every view with draws of its own.
 
     brightness, contrast, saturation: each factor is U(1 - a, 1 + a), cut at 0. hue: U(-a, a) turns,
     a <= 0.5. p_jitter, p_gray: for every view alike. p_blur, p_solarize: one probability per view,
-    which sets v. blur_sigma: range in pixels of the view. solarize_threshold: grey levels from here
+    which sets v. blur_sigma: range in pixels of the view. solarize_threshold: gray levels from here
     up are inverted; 0 inverts the whole view. The defaults are [O].
     """
 
@@ -122,10 +122,10 @@ class Photometric:
     def draw(self, b: int, generator: torch.Generator) -> Draw:
         """The parameters of b images, from one call of the generator and on its device."""
         device = generator.device
-        luck = torch.rand(
+        drawn = torch.rand(
             b, len(self.p_blur), 13, generator=generator, device=device
         )  # each in 0..1
-        jitter, hue, hue_position, gray, blur, sigma, solarize = luck[..., :7].unbind(-1)
+        jitter, hue, hue_position, gray, blur, sigma, solarize = drawn[..., :7].unbind(-1)
         jitter = jitter < self.p_jitter
         blends, turns = (
             self.p_jitter > 0 and any(self.strengths),
@@ -133,10 +133,10 @@ class Photometric:
         )
         strongest = 1 + _constant(self.strengths, device)
         weakest = (2 - strongest).clamp(min=0)
-        factors = weakest + (strongest - weakest) * luck[..., 7:10]
+        factors = weakest + (strongest - weakest) * drawn[..., 7:10]
         blur, (low, high) = blur < _constant(self.p_blur, device), self.blur_sigma
         return Draw(
-            order=luck[..., 10:].argsort(dim=-1) if blends else None,
+            order=drawn[..., 10:].argsort(dim=-1) if blends else None,
             factors=torch.where(jitter[..., None], factors, 1) if blends else None,
             hue=torch.where(jitter, self.hue * (2 * hue - 1), 0) if turns else None,
             hue_position=(4 * hue_position).long() if turns else None,
@@ -199,7 +199,7 @@ def _per_view(amount: Tensor) -> Tensor:
 
 def luma(pixels: Tensor) -> Tensor:
     """Brightness of each pixel: (n 3 y x) -> (n 1 y x)."""
-    red, green, blue = pixels.split(1, dim=1)  # over colours
+    red, green, blue = pixels.split(1, dim=1)  # over colors
     return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
 
 
@@ -238,21 +238,21 @@ def blend(pixels: Tensor, weights: Tensor) -> Tensor:
 
 
 def turn_hue(pixels: Tensor, turns: Tensor) -> Tensor:
-    """Turns the colour circle of pixels (n 3 y x) in 0..1 by turns (n), lightest and darkest colour
+    """Turns the color circle of pixels (n 3 y x) in 0..1 by turns (n), lightest and darkest color
     kept.
 
-    With top and chroma = largest colour and largest - smallest, and a colour's distance on the
-    circle, in turns, from where it is strongest: colour = top - chroma * clip(2 - 6 * (distance to
+    With top and chroma = largest color and largest - smallest, and a color's distance on the
+    circle, in turns, from where it is strongest: color = top - chroma * clip(2 - 6 * (distance to
     its opposite), 0, 1).
     """
     red, green, blue = pixels.unbind(1)
-    top, bottom = pixels.amax(dim=1), pixels.amin(dim=1)  # over colours
+    top, bottom = pixels.amax(dim=1), pixels.amin(dim=1)  # over colors
     chroma = top - bottom
     red_leads, green_leads = (top - red).eq_(0), (top - green).eq_(0)  # 0 or 1
     hue = torch.lerp(red - green + 4 * chroma, blue - red + 2 * chroma, green_leads)
     hue = torch.lerp(hue, green - blue, red_leads) / (6 * chroma).clamp_(
         min=1e-12
-    )  # grey has no hue: 0
+    )  # gray has no hue: 0
     opposite = _constant(
         (1 / 2, 1 / 6, -1 / 6), pixels.device
     )  # of red, green, blue, seen from the hue's zero

@@ -67,7 +67,8 @@ class Config:
     # the networks
     arch: str = option("resnet50", "trunk; `tiny` is for toy images of about 64 px",
         choices=ARCHITECTURES)
-    image_size: int = option(224, "side of a view, px [P]; the map is 32 (tiny: 4) times smaller",
+    image_size: int = option(224, "side of a view, px [P]; the map is 32 times smaller (tiny 4, "
+        "small 8)",
         low=32, high=4096)
     num_prototypes: int = option(256, "k; 256 for COCO and COCO+, 2048 for ImageNet [P]",
         low=2, high=1_000_000)

@@ -219,11 +219,11 @@ class ImageFiles(Dataset):
 
 
 def decode(path: str | Path) -> Tensor:
-    """One file as a uint8 tensor (3 y x), upright, whatever kind of picture it is.
+    """One file as a uint8 tensor (3 y x), upright, whatever kind of image it is.
 
-    Grey, palette and CMYK become RGB; 16-bit grey is divided by 257, other numbers are stretched
+    Gray, palette and CMYK become RGB; 16-bit gray is divided by 257, other numbers are stretched
     from their smallest and largest to 0..255; what is transparent becomes white [U]; of an
-    animation the first picture counts.
+    animation the first image counts.
     """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):  # asked first, because opening a pipe would wait forever

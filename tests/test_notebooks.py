@@ -73,6 +73,75 @@ MUTATIONS = [
         "losses.group_consistency = group_consistency\n",
         "with centering and sharpening the groups agree with the classes",
     ),
+    Mutation(
+        "05", "flip not undone",
+        "import functools, grouping, torch\n"
+        "original = grouping.inverse_augmentation\n"
+        "@functools.wraps(original)\n"
+        "def inverse_augmentation(maps, boxes, flipped):\n"
+        "    return original(maps, boxes, torch.zeros_like(flipped))\n"
+        "grouping.inverse_augmentation = inverse_augmentation\n",
+        "the same cell is the same place",
+    ),
+    Mutation(
+        "05", "aligned=False",
+        "import torchvision.ops as ops\n"
+        "original = ops.roi_align\n"
+        "ops.roi_align = lambda *given, **more: original(*given, **{**more, 'aligned': False})\n",
+        "the same cell is the same place",
+    ),
+    Mutation(
+        "05", "zero padding",
+        "import backbone\n"
+        "original = backbone.reflected_conv\n"
+        "def reflected_conv(*given, **more):\n"
+        "    conv = original(*given, **more)\n"
+        "    conv.padding_mode = 'zeros'\n"
+        "    return conv\n"
+        "backbone.reflected_conv = reflected_conv\n",
+        "reflection tells no place",
+    ),
+    Mutation(
+        "06", "all slots active",
+        "import functools, slots, torch\n"
+        "@functools.wraps(slots.occupied)\n"
+        "def occupied(similarity):\n"
+        "    return torch.ones(similarity.shape[:2], dtype=torch.bool)\n"
+        "slots.occupied = occupied\n",
+        "occupied slots are those that own a cell",
+    ),
+    Mutation(
+        "06", "positive index off by one",
+        "import functools, losses\n"
+        "original = losses.pair_slots\n"
+        "@functools.wraps(original)\n"
+        "def pair_slots(student, teacher):\n"
+        "    return [p._replace(positives=(p.positives + 1) % sum(p.keys_per_rank))\n"
+        "            for p in original(student, teacher)]\n"
+        "losses.pair_slots = pair_slots\n",
+        "the positive is the same image and the same prototype",
+    ),
+    Mutation(
+        "07", "teacher momentum 1",
+        "import functools, teacher\n"
+        "original = teacher.update_teacher\n"
+        "@functools.wraps(original)\n"
+        "def update_teacher(teacher, student, momentum):\n"
+        "    original(teacher, student, 1.0)\n"
+        "teacher.update_teacher = update_teacher\n",
+        "the student moved, the teacher a hundredth of the way",
+    ),
+    Mutation(
+        "07", "gradient through the teacher",
+        "import torch, slotcon\n"
+        "make, look = slotcon.make_teacher, slotcon.SlotCon.look\n"
+        "slotcon.make_teacher = lambda student: make(student).requires_grad_(True)\n"
+        "def look_with_gradient(*given):\n"
+        "    with torch.enable_grad():\n"
+        "        return look(*given)\n"
+        "slotcon.SlotCon.look = look_with_gradient\n",
+        "no gradient reaches the teacher",
+    ),
 ]  # fmt: skip
 
 
