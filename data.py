@@ -162,9 +162,8 @@ def center_square(image: Tensor, size: int) -> Tensor:
     """image (3 y x) uint8 -> (3 size size): the short side resized to 8/7 of size (256 for 224),
     the center cut out.
     """
-    longest = 4 * min(
-        image.shape[1:]
-    )  # of a panorama only this much is resized, or it would fill the memory [U]
+    # Of a panorama only this much is resized, or it would fill the memory [U]
+    longest = 4 * min(image.shape[1:])
     skip_y, skip_x = (max(0, length - longest) // 2 for length in image.shape[1:])
     image = image[:, skip_y : skip_y + longest, skip_x : skip_x + longest]
     height, width = image.shape[1:]

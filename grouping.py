@@ -66,12 +66,11 @@ def inverse_augmentation(maps: Tensor, boxes: Tensor, flipped: Tensor) -> Tensor
     b, _, h, w = maps.shape
     if boxes.shape != (b, 4) or flipped.shape != (b,):
         raise ValueError(
-            f"{b} maps need boxes ({b}, 4) and flags ({b},), "
-            f"found {tuple(boxes.shape)} and {tuple(flipped.shape)}"
+            f"{b} maps need boxes ({b}, 4) and flags ({b},), found {tuple(boxes.shape)} and "
+            f"{tuple(flipped.shape)}"
         )
-    maps = full_precision(
-        maps
-    )  # the boxes take the maps' type, and bfloat16 cannot count images beyond 256
+    # The boxes take the maps' type, and bfloat16 cannot count images beyond 256
+    maps = full_precision(maps)
     x1, y1, x2, y2 = boxes.to(maps.dtype).unbind(dim=1)
     image = torch.arange(b, device=maps.device, dtype=maps.dtype)
     regions = torch.stack([image, x1 * w, y1 * h, x2 * w, y2 * h], dim=1)

@@ -109,9 +109,8 @@ def pair_slots(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[Slo
     of this and of all other images (push force).
     """
     rank, world_size = rank_and_world_size()
-    masks = torch.stack(
-        [torch.stack([s & t, t]) for s, t in zip(student, teacher)]
-    )  # (directions 2 b k)
+    # (directions 2 b k)
+    masks = torch.stack([torch.stack([s & t, t]) for s, t in zip(student, teacher)])
     masks = rearrange(masks, "i r b k -> i r (b k)")
     counts = masks.sum(dim=-1)[None]  # over (b k)
     # The number of rows must be known on the host before the predictor can run. This is the one
@@ -170,9 +169,8 @@ def slot_regression(
     prediction, target = predicted_and_target_rows(student_slots, teacher_slots, predictor, pairs)
     rank, world_size = rank_and_world_size()
     own = pairs.positives - sum(pairs.keys_per_rank[:rank])
-    distance = 2 - 2 * reduce(
-        prediction * target[own], "n d -> n", "sum"
-    )  # autocast would halve an einsum
+    # Autocast would halve an einsum
+    distance = 2 - 2 * reduce(prediction * target[own], "n d -> n", "sum")
     return distance.sum() * world_size / pairs.num_queries
 
 

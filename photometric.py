@@ -21,11 +21,8 @@ import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
-IMAGENET_MEAN = (
-    0.485,
-    0.456,
-    0.406,
-)  # what torchvision's weights, and so everybody downstream, expect
+# What torchvision's weights, and so everybody downstream, expect
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 LUMA = (0.2989, 0.587, 0.114)  # red, green, blue -> gray: ITU-R 601-2, rounded as torchvision does
 # pixels at a time on a CPU: what no view among them needs is skipped, the rest stays cached [U]
@@ -122,9 +119,8 @@ class Photometric:
     def draw(self, b: int, generator: torch.Generator) -> Draw:
         """The parameters of b images, from one call of the generator and on its device."""
         device = generator.device
-        drawn = torch.rand(
-            b, len(self.p_blur), 13, generator=generator, device=device
-        )  # each in 0..1
+        # Each in 0..1
+        drawn = torch.rand(b, len(self.p_blur), 13, generator=generator, device=device)
         jitter, hue, hue_position, gray, blur, sigma, solarize = drawn[..., :7].unbind(-1)
         jitter = jitter < self.p_jitter
         blends, turns = (
@@ -178,9 +174,8 @@ class Photometric:
         if _wanted(draw.sigma):
             pixels = gaussian_blur(pixels, draw.sigma, self.blur_radius)
         if _wanted(draw.solarize):
-            bright = pixels.clone().ge_(
-                self.threshold
-            )  # in place stays float: faster than masks, here and below
+            # In place stays float: faster than masks, here and below
+            bright = pixels.clone().ge_(self.threshold)
             pixels = torch.lerp(pixels, 1 - pixels, bright * _per_view(draw.solarize))
         return pixels
 
@@ -250,16 +245,13 @@ def turn_hue(pixels: Tensor, turns: Tensor) -> Tensor:
     chroma = top - bottom
     red_leads, green_leads = (top - red).eq_(0), (top - green).eq_(0)  # 0 or 1
     hue = torch.lerp(red - green + 4 * chroma, blue - red + 2 * chroma, green_leads)
-    hue = torch.lerp(hue, green - blue, red_leads) / (6 * chroma).clamp_(
-        min=1e-12
-    )  # gray has no hue: 0
-    opposite = _constant(
-        (1 / 2, 1 / 6, -1 / 6), pixels.device
-    )  # of red, green, blue, seen from the hue's zero
+    # Gray has no hue: 0
+    hue = torch.lerp(hue, green - blue, red_leads) / (6 * chroma).clamp_(min=1e-12)
+    # Of red, green, blue, seen from the hue's zero
+    opposite = _constant((1 / 2, 1 / 6, -1 / 6), pixels.device)
     distance = rearrange(hue, "n y x -> n 1 y x") + _per_view(turns) + opposite[:, None, None]
-    missing = (
-        (distance - distance.round()).abs_().mul_(-6).add_(2).clamp_(0, 1)
-    )  # in place: kind to the cache
+    # In place: kind to the cache
+    missing = (distance - distance.round()).abs_().mul_(-6).add_(2).clamp_(0, 1)
     return torch.addcmul(top[:, None], chroma[:, None], missing, value=-1)
 
 
@@ -300,9 +292,8 @@ def _blur_columns(pixels: Tensor, matrix: Tensor, radius: int) -> Tensor:
 def _blur_matrix(sigma: Tensor, radius: int, length: int) -> Tensor:
     """(n y i): the weight of pixel i of a line in pixel y of the blurred line."""
     tap = torch.arange(-radius, radius + 1, device=sigma.device)
-    weights = torch.exp(
-        -0.5 * (tap / sigma[:, None].clamp(min=1e-3)) ** 2
-    )  # 1e-3: sharp, without 0 / 0
+    # 1e-3: sharp, without 0 / 0
+    weights = torch.exp(-0.5 * (tap / sigma[:, None].clamp(min=1e-3)) ** 2)
     weights = weights / weights.sum(dim=1, keepdim=True)  # over taps
     source = repeat(_mirrored_taps(radius, length, sigma.device), "y tap -> n y tap", n=len(sigma))
     matrix = torch.zeros(len(sigma), length, length, device=sigma.device)

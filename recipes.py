@@ -251,9 +251,8 @@ class Row(NamedTuple):
 
     label: str
     options: tuple[str, ...]  # of the published recipe, with which train.py is that row on COCO
-    toy: tuple[
-        str, ...
-    ]  # of its toy counterpart; where a number makes no sense on toy scenes, another one
+    # Of its toy counterpart; where a number makes no sense on toy scenes, another one
+    toy: tuple[str, ...]
     default: bool = False  # the gray row of the slide
     system: str = "slotcon"  # file of comparisons/ that compare.py runs
     arguments: tuple[tuple[str, Any], ...] = ()  # what train.py cannot do, of that system alone
@@ -509,8 +508,7 @@ def doubts(c: Config, schedule: Schedule, world_size: int) -> list[str]:
     if c.accumulate > 1 and c.batch_size // (world_size * c.accumulate) == 1:
         found.append(
             f"--accumulate {c.accumulate} leaves one image per pass: batch norm and contrast see "
-            "no "
-            "other image; lower it"
+            "no other image; lower it"
         )
     return found
 
@@ -538,14 +536,13 @@ def describe(c: Config, schedule: Schedule, world_size: int, model: Any) -> str:
     return "\n".join(
         [
             f"network  {c.arch} {million(model.student.backbone):.2f} M, projector "
-            f"{million(model.student.projector):.2f} M, "
-            f"{c.num_prototypes} prototypes; {million(model):.2f} M parameters trained",
+            f"{million(model.student.projector):.2f} M, {c.num_prototypes} prototypes; "
+            f"{million(model):.2f} M parameters trained",
             f"batch    {c.batch_size} = {c.batch_size // world_size} x {world_size} process(es); "
             f"{schedule.steps_per_epoch} steps per epoch, {schedule.total_steps} in all",
             f"lr       {schedule.peak:g} = {c.base_lr:g} x {c.batch_size} / 256, {c.optimizer}, "
             f"warm-up {schedule.warmup_steps} steps",
             f"chance   ln k = {ln_k:.4f}; the group loss, a sum of two directions, is "
-            f"{2 * ln_k:.4f} for a uniform "
-            "assignment",
+            f"{2 * ln_k:.4f} for a uniform assignment",
         ]
     )

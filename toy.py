@@ -27,16 +27,9 @@ NUM_STUFF = (
 )
 PART_NAMES = (*CLASS_NAMES[:5], "fish body", "fish tail", "star", "tree crown", "tree trunk")
 PART_CLASS = np.array((0, 1, 2, 3, 4, 5, 5, 6, 7, 7), np.uint8)
-CLASS_HUES = (
-    0.10,
-    0.58,
-    0.02,
-    0.92,
-    0.08,
-    0.50,
-    0.15,
-    0.33,
-)  # what hue_bias ties a class to, turns
+# What hue_bias ties a class to, turns
+CLASS_HUES = (0.10, 0.58, 0.02, 0.92, 0.08, 0.50, 0.15, 0.33)
+# Of labels, never of scenes
 CLASS_COLORS = np.array(
     (
         (222, 203, 164),
@@ -49,7 +42,7 @@ CLASS_COLORS = np.array(
         (62, 140, 70),
     ),
     np.uint8,
-)  # of labels, never of scenes
+)
 
 
 @dataclass(frozen=True)
@@ -90,9 +83,8 @@ class Scene(NamedTuple):
     semantic: np.ndarray  # (y x) uint8, index into CLASS_NAMES
     instance: np.ndarray  # (y x) uint8, 0 = stuff, i = the object of row i - 1 below
     parts: np.ndarray  # (y x) uint8, index into PART_NAMES
-    boxes: (
-        np.ndarray
-    )  # (objects 4) int64, x1 y1 x2 y2 of the visible pixels, ends exclusive; zeros if hidden
+    # (objects 4) int64, x1 y1 x2 y2 of the visible pixels, ends exclusive; zeros if hidden
+    boxes: np.ndarray
     things: np.ndarray  # (objects) uint8, their classes
     depth: np.ndarray  # (y x) uint8, order of drawing: 0 the stuff, 255 the nearest object
 
@@ -105,9 +97,8 @@ class FramePair(NamedTuple):
     first: Scene
     second: Scene  # row i of boxes and instance i + 1 are the same object as in the first
     flow: np.ndarray  # (y x 2) int64, (x, y) displacement of each pixel of the first frame, px
-    visible: (
-        np.ndarray
-    )  # (y x) bool, whether it is in the second frame too: neither covered nor outside
+    # (y x) bool, whether it is in the second frame too: neither covered nor outside
+    visible: np.ndarray
 
 
 # ----------------------------------------------------------------------------------- random numbers
@@ -126,9 +117,8 @@ class Stream:
 
     @staticmethod
     def _mix(z: np.ndarray) -> np.ndarray:
-        z = (z + np.uint64(1)) * np.uint64(
-            0x9E3779B97F4A7C15
-        )  # arrays of uint64 wrap around silently: wanted
+        # Arrays of uint64 wrap around silently: wanted
+        z = (z + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return z ^ (z >> np.uint64(31))
@@ -281,9 +271,8 @@ def _fish(u, v):
 
 def _star(u, v):
     inside = sum((c * u + s * v <= 0.38).astype(np.uint8) for c, s in STAR_NORMALS)
-    return (
-        (inside >= 4) | _disc(u, v, 0.0, 0.0, 0.62),
-    )  # a pentagram: inside at least four of its five lines
+    # A pentagram: inside at least four of its five lines
+    return ((inside >= 4) | _disc(u, v, 0.0, 0.0, 0.62),)
 
 
 def _tree(u, v):
@@ -294,13 +283,8 @@ def _tree(u, v):
 
 
 STAR_NORMALS = tuple(direction(0.25 + i / 5) for i in range(5))
-SHAPES = (
-    (_ball, 0.5),
-    (_crate, 0.06),
-    (_fish, 0.08),
-    (_star, 0.5),
-    (_tree, 0.03),
-)  # and their lean, turns
+# And their lean, turns
+SHAPES = ((_ball, 0.5), (_crate, 0.06), (_fish, 0.08), (_star, 0.5), (_tree, 0.03))
 REACH = 1.4  # no shape goes further from its centre, radii
 
 
@@ -331,9 +315,8 @@ class Plan(NamedTuple):
     """Drawn once per scene, rendered once per frame."""
 
     stuff: tuple[Look, Look]
-    border: tuple[
-        tuple[float, float], float, float, float, float
-    ]  # direction, offset, height, length, phase
+    # Direction, offset, height, length, phase
+    border: tuple[tuple[float, float], float, float, float, float]
     things: tuple[Thing, ...]  # far to near
     light: tuple[float, float]  # gradient along x and y
     table: np.ndarray  # (32 32) random numbers behind the irregular textures
@@ -434,10 +417,8 @@ def _render(plan: Plan, dials: Dials, noise: np.ndarray, camera=(0, 0), moves=()
     """
     size, unit = dials.size, 64.0 / dials.size
     rows, columns = np.indices((size, size)) + 0.5
-    x, y = (
-        (columns - camera[0]) * unit,
-        (rows - camera[1]) * unit,
-    )  # shifted while exact: no rounding differs
+    # Shifted while exact: no rounding differs
+    x, y = ((columns - camera[0]) * unit, (rows - camera[1]) * unit)
     (c, s), offset, height, length, phase = plan.border
     along, across = c * (x - 32.0) + s * (y - 32.0), c * (y - 32.0) - s * (x - 32.0)
     below = across + height * wave(along / length + phase) > offset

@@ -79,18 +79,19 @@ class Batches:
         self, batches: Iterator[tuple[Any, Failures]], skipped: Skipped, stand_in: Callable[[], Any]
     ):
         self.batches, self.skipped, self.stand_in = batches, skipped, stand_in
-        self.trouble, self.waited = (
-            "",
-            0.0,
-        )  # one line, or ""; seconds since `waited_since` was last asked
+        self.trouble = ""  # why no batch can come, in one line
+        self.waited, self.watched = 0.0, False  # seconds since `waited_since` was last asked
 
     def next(self) -> Any:
         """The next batch, or the stand-in with `trouble` set."""
         began = time.perf_counter()
         try:
             batch, failures = next(self.batches)
-            signals.ignore_dead_children()  # from here on a dead worker is noticed by `next` alone
-        except (ValueError, RuntimeError, OSError, StopIteration) as error:
+            if not self.watched:  # from here on a dead worker is noticed by `next` alone
+                signals.ignore_dead_children()
+                self.watched = True
+        # EOFError: a worker that dies while it hands over a batch
+        except (ValueError, RuntimeError, OSError, EOFError, StopIteration) as error:
             self.trouble = self.trouble or no_more_images(error)
             return self.stand_in()
         finally:

@@ -85,17 +85,15 @@ def read(path: str | Path) -> dict[str, Any]:
         )
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # remarks on old formats: what follows is the contents or one line
+            # Remarks on old formats: what follows is the contents or one line
+            warnings.simplefilter("ignore")
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.findall(r"GLOBAL ([\w.]+)", str(error))
         if found:
             raise ValueError(
                 f"{path} is refused: it asks to run {found[0]}, and a checkpoint holds tensors and "
-                "plain "
-                "values only; nothing was executed"
+                "plain values only; nothing was executed"
             ) from None
         raise ValueError(
             f"{path} is not a checkpoint or is damaged ({os.path.getsize(path)} bytes); "
@@ -184,15 +182,13 @@ def restore(
     if saved["format"] > FORMAT:
         raise ValueError(
             f"{path} was written by a newer version of this program (format {saved['format']}, "
-            "this one "
-            f"reads up to {FORMAT}): take the newer version"
+            f"this one reads up to {FORMAT}): take the newer version"
         )
     changed = differences(saved)
     if changed:
         raise ValueError(
             f"{path} was made with other options ({'; '.join(changed)}): give another "
-            "--output-dir, "
-            "--resume none to start over, or --force-resume"
+            "--output-dir, --resume none to start over, or --force-resume"
         )
     load_strictly(model, tensors(saved["model"]), path)
     settings = [

@@ -99,13 +99,14 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         default="teacher",
         help="which of its two networks (default: teacher)",
     )
+    # The old name of --network
     parser.add_argument(
         "--which",
         dest="network",
         choices=networks,
         default=argparse.SUPPRESS,
         help=argparse.SUPPRESS,
-    )  # the old name of --network
+    )
     parser.add_argument(
         "--device",
         default="auto",

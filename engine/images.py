@@ -233,9 +233,8 @@ def decode(path: str | Path) -> Tensor:
     if status.st_size == 0:
         raise ValueError("empty file")
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # remarks about metadata, or that the tensor shares read-only memory
+        # Remarks about metadata, or that the tensor shares read-only memory
+        warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path) as image:
             image.load()
@@ -244,9 +243,8 @@ def decode(path: str | Path) -> Tensor:
             ):  # a photograph with broken metadata is still a photograph
                 ImageOps.exif_transpose(image, in_place=True)
             pixels = torch.from_numpy(np.asarray(_as_rgb(image)))
-    return pixels.permute(
-        2, 0, 1
-    )  # y x 3 -> 3 y x without moving a byte: crops are cut from rows as they lie
+    # y x 3 -> 3 y x without moving a byte: crops are cut from rows as they lie
+    return pixels.permute(2, 0, 1)
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
@@ -357,7 +355,6 @@ def look_like_labels(paths: Sequence[str]) -> str:
             if folder != other and len(labels) > len(files) / 2:
                 return (
                     f"{len(labels)} files of {folder}/ have the names of images in {other}/ and "
-                    "may "
-                    f"be label maps: give the folder {other} as --data-dir"
+                    f"may be label maps: give the folder {other} as --data-dir"
                 )
     return ""

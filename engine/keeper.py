@@ -100,8 +100,7 @@ class Keeper:
         free = shutil.disk_usage(self.folder).free
         line = (
             f"{megabytes(size)} a checkpoint, {megabytes(needed)} in all, {megabytes(free)} free "
-            "in "
-            f"{self.folder}"
+            f"in {self.folder}"
         )
         return line if needed < free else f"{line}: THE DISK IS TOO SMALL for this run"
 
@@ -133,8 +132,7 @@ def change_of_processes(then: int, now: int) -> str:
         return ""
     return (
         f" of {then} process(es), now {now}: the same images in every step, but not the same bits, "
-        "since batch "
-        "statistics and random colors are per process"
+        "since batch statistics and random colors are per process"
     )
 
 
@@ -143,8 +141,7 @@ def check_position(path: Path, positions: list[int]) -> None:
     if len(set(positions)) > 1:
         raise ValueError(
             f"the processes found different states of {path} (batches done: {positions}): every "
-            "machine "
-            "must see the same --output-dir"
+            "machine must see the same --output-dir"
         )
 
 

@@ -62,9 +62,8 @@ class Samples(Dataset):
         """
         epoch, index = divmod(int(sample), len(self))
         image, failures = self._image_or_neighbor(index)
-        rng = random.Random(
-            f"{self.seed} {epoch} {index}"
-        )  # text is hashed whole: no two streams are alike
+        # Text is hashed whole: no two streams are alike
+        rng = random.Random(f"{self.seed} {epoch} {index}")
         return self.view(image, rng), failures
 
     def _image_or_neighbor(self, index: int) -> tuple[Tensor, Failures]:
@@ -110,14 +109,12 @@ class RunSampler:
         if total_batch < 1 or total_batch % world_size:
             raise ValueError(
                 f"a batch of {total_batch} images cannot be shared evenly by {world_size} "
-                "processes: "
-                f"choose a multiple of {world_size}"
+                f"processes: choose a multiple of {world_size}"
             )
         if num_images < total_batch:
             raise ValueError(
                 f"a batch of {total_batch} images is larger than the data set, which has "
-                f"{num_images}: "
-                "choose a smaller batch"
+                f"{num_images}: choose a smaller batch"
             )
         self.num_images, self.total_batch, self.seed = num_images, total_batch, seed
         self.steps_per_epoch = num_images // total_batch
@@ -222,9 +219,8 @@ def _arrived(
     """
     current = torch.cuda.current_stream(device)
     current.wait_event(copied)
-    moved(
-        batch, lambda tensor: tensor.record_stream(current)
-    )  # or its memory is given away too early
+    # Or its memory is given away too early
+    moved(batch, lambda tensor: tensor.record_stream(current))
     return batch, failures
 
 
@@ -315,8 +311,7 @@ def report_check(images: ImageFiles, workers: int = 0) -> int:
         )
         print(
             f"sizes    {len(sizes)} different, from {smallest[0]} x {smallest[1]} to {largest[0]} "
-            f"x {largest[1]} "
-            f"(height x width); most often {height} x {width}, {times} times"
+            f"x {largest[1]} (height x width); most often {height} x {width}, {times} times"
         )
     print(f"checked  {len(images)} images: {len(images) - len(bad)} can be read, {len(bad)} cannot")
     return len(bad)

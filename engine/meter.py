@@ -20,14 +20,10 @@ class Meter:
 
     def __init__(self, names: Sequence[str], size: int, step: int = 0):
         self.names, self.size = tuple(names), size
-        self.logged, self.sums = (
-            step,
-            [0.0] * len(self.names),
-        )  # step of the last line, and what was added since
-        self.timed, self.since = (
-            step,
-            time.perf_counter(),
-        )  # since when this process has measured its speed
+        # Step of the last line, and what was added since
+        self.logged, self.sums = (step, [0.0] * len(self.names))
+        # Since when this process has measured its speed
+        self.timed, self.since = (step, time.perf_counter())
 
     def add(self, values: Sequence[float]) -> None:
         """The values of one step that counted."""

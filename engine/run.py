@@ -72,9 +72,8 @@ class Run:
     journal: Journal
     keeper: Keeper
     lock: Lock | None  # the main process's
-    settings: Mapping[
-        str, Any
-    ]  # kept with the checkpoint, so that another run can tell whether it may continue
+    # Kept with the checkpoint, so that another run can tell whether it may continue
+    settings: Mapping[str, Any]
     num_images: int
     # on the clock of time.perf_counter, moved back by what the run took before it was interrupted
     began: float
@@ -90,9 +89,8 @@ class Run:
         """About the size of a checkpoint: the model, and what the optimizer will keep per
         weight.
         """
-        kept = (
-            1 if isinstance(self.gradient.optimizer, torch.optim.SGD) else 2
-        )  # velocity, or two moments
+        # Velocity, or two moments
+        kept = 1 if isinstance(self.gradient.optimizer, torch.optim.SGD) else 2
         tensors = list(self.model.state_dict().values()) + self.gradient.trained * kept
         return sum(t.numel() * t.element_size() for t in tensors)
 

@@ -70,8 +70,7 @@ def model_state(contents: Mapping[str, Any], path: str | Path) -> dict[str, Tens
         ) from None
     raise ValueError(
         f"{path} is a backbone only ({arch}), without projector and prototypes; give last.pth of "
-        "the same "
-        "run"
+        "the same run"
     )
 
 
@@ -132,8 +131,7 @@ def start_from(model: torch.nn.Module, path: str | Path) -> str:
     if missing:
         raise ValueError(
             f"--init {path} does not hold this backbone: {len(missing)} of its tensors are missing "
-            "or of "
-            f"another shape, first {missing[0]}; found {some_keys(given)}"
+            f"or of another shape, first {missing[0]}; found {some_keys(given)}"
         )
     model.load_state_dict({**own, **used})
     parts = sorted({key.split(".")[1] if "." in key else key for key in used})

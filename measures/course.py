@@ -60,7 +60,7 @@ def brief(record: Mapping[str, Any]) -> str:
     """A line of the log for the eye."""
     return (
         f"loss {record['loss']:.3f} (group {record['group_loss']:.3f}, slot "
-        f"{record['slot_loss']:.3f})  "
-        f"occupied {record['occupied_per_image']:.1f}  in use {record['prototypes_used']}  "
-        f"agreement {record['agreement']:.2f}  {record['images_per_second']:.0f} images/s"
+        f"{record['slot_loss']:.3f})  occupied {record['occupied_per_image']:.1f}  in use "
+        f"{record['prototypes_used']}  agreement {record['agreement']:.2f}  "
+        f"{record['images_per_second']:.0f} images/s"
     )

@@ -42,7 +42,7 @@ TIMES = ("images_per_second", "data_seconds", "memory_gb")
 
 
 def draw_photographs(folder, count=NUM_IMAGES):
-    """Small pictures with soft colours, each of a size of its own."""
+    """Small pictures with soft colors, each of a size of its own."""
     folder.mkdir(parents=True)
     luck = np.random.default_rng(3)
     for i in range(count):

@@ -36,7 +36,7 @@ def samples_of(images, size, seed=0, **settings):
 
 
 def assert_pixels(path, expected, tolerance=0):
-    """expected: (y x 3) or (y x) array, or one colour."""
+    """expected: (y x 3) or (y x) array, or one color."""
     pixels = read(path).permute(1, 2, 0).numpy().astype(int)
     expected = np.asarray(expected, dtype=int)
     if expected.ndim == 2:
@@ -51,8 +51,8 @@ def assert_pixels(path, expected, tolerance=0):
 
 
 def test_grey_is_three_times_the_same(tmp_path):
-    Image.fromarray(GRADIENT).save(tmp_path / "grey.png")
-    assert_pixels(tmp_path / "grey.png", GRADIENT)
+    Image.fromarray(GRADIENT).save(tmp_path / "gray.png")
+    assert_pixels(tmp_path / "gray.png", GRADIENT)
 
 
 def test_black_and_white_and_palette(tmp_path):
@@ -88,8 +88,8 @@ def test_what_is_transparent_becomes_white(tmp_path):
     assert_pixels(tmp_path / "clear.png", (255, 255, 255))
     Image.new("RGBA", (16, 12), (0, 100, 200, 51)).save(tmp_path / "haze.webp", lossless=True)
     assert_pixels(tmp_path / "haze.webp", (204, 224, 244), tolerance=1)
-    Image.new("LA", (16, 12), (10, 0)).save(tmp_path / "grey.png")
-    assert_pixels(tmp_path / "grey.png", (255, 255, 255))
+    Image.new("LA", (16, 12), (10, 0)).save(tmp_path / "gray.png")
+    assert_pixels(tmp_path / "gray.png", (255, 255, 255))
     Image.new("RGB", (16, 12), (9, 9, 9)).save(tmp_path / "key.png", transparency=(9, 9, 9))
     assert_pixels(tmp_path / "key.png", (255, 255, 255))
     image = Image.new("P", (16, 12), 1)
@@ -99,7 +99,7 @@ def test_what_is_transparent_becomes_white(tmp_path):
 
 
 def test_the_first_picture_of_an_animation(tmp_path):
-    frames = [Image.new("RGB", (16, 12), colour) for colour in ("red", "lime", "blue")]
+    frames = [Image.new("RGB", (16, 12), color) for color in ("red", "lime", "blue")]
     for name in ("moves.gif", "moves.png", "moves.webp"):
         options = dict(lossless=True) if name.endswith("webp") else {}
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
@@ -124,8 +124,8 @@ def test_photographs_stand_upright_as_the_camera_noted(tmp_path, orientation, up
     exif[0x0112] = orientation
     image.save(tmp_path / "turned.png", exif=exif)
     assert_pixels(tmp_path / "turned.png", upright(np.asarray(image)))
-    image.convert("L").save(tmp_path / "grey.png", exif=exif)
-    assert_pixels(tmp_path / "grey.png", upright(np.asarray(image.convert("L"))[..., None]))
+    image.convert("L").save(tmp_path / "gray.png", exif=exif)
+    assert_pixels(tmp_path / "gray.png", upright(np.asarray(image.convert("L"))[..., None]))
 
 
 def test_broken_metadata_costs_no_photograph(tmp_path):
@@ -245,7 +245,7 @@ def folder_with_bad(tmp_path, bad, count=9):
     return ImageFiles(tmp_path, np.array([f"{number}.png" for number in range(count)]))
 
 
-def colour(item):
+def color(item):
     return round(item[0].views.float().mean().item() / 20)
 
 
@@ -258,7 +258,7 @@ def test_the_next_readable_neighbour_stands_in_and_all_on_the_way_are_named(tmp_
         (8, 0, ["8.png"]),
     ]:
         item = crops[9 + index]
-        assert colour(item) == stand_in and item[1] == [(name, "empty file") for name in failed]
+        assert color(item) == stand_in and item[1] == [(name, "empty file") for name in failed]
         assert torch.equal(item[0].views, crops[9 + index][0].views)
 
 

@@ -22,9 +22,9 @@ PHOTOGRAPHS = pytest.mark.skipif(
 )
 
 
-def write_image(path, height=6, width=9, colour=(200, 100, 50)):
+def write_image(path, height=6, width=9, color=(200, 100, 50)):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (width, height), colour).save(path, format="PNG")
+    Image.new("RGB", (width, height), color).save(path, format="PNG")
 
 
 def tree(root, *names):

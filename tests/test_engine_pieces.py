@@ -97,6 +97,7 @@ def dying(error, after=2):
         (ValueError("64 images in a row"), "no more images: 64 images in a row"),
         (RuntimeError(""), "has died"),
         (OSError(), "has died"),
+        (EOFError(), "has died"),  # its worker was killed while it handed over a batch
     ],
 )
 def test_a_dead_loader_gives_the_stand_in_and_one_line_for_ever_after(error, line, tmp_path):

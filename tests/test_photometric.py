@@ -100,15 +100,15 @@ def test_luma_is_the_weighted_sum_of_the_colours():
 
 @pytest.mark.parametrize("turn", [-0.5, -0.21, 0, 1e-3, 1 / 6, 1 / 3, 0.5])
 def test_hue_turns_the_circle_of_hue_saturation_value(turn):
-    levels = [0, 0.25, 1]  # with all ties between colours, greys and black
-    colours = (
+    levels = [0, 0.25, 1]  # with all ties between colors, greys and black
+    colors = (
         list(itertools.product(levels, repeat=3)) + torch.rand(40, 3, generator=luck()).tolist()
     )
     expected = []
-    for colour in colours:
-        h, s, v = colorsys.rgb_to_hsv(*colour)
+    for color in colors:
+        h, s, v = colorsys.rgb_to_hsv(*color)
         expected.append(colorsys.hsv_to_rgb((h + turn) % 1, s, v))
-    pixels = torch.tensor(colours).T.reshape(1, 3, 1, -1)
+    pixels = torch.tensor(colors).T.reshape(1, 3, 1, -1)
     turned = turn_hue(pixels, torch.tensor([turn]))
     torch.testing.assert_close(
         turned, torch.tensor(expected).T.reshape(1, 3, 1, -1), rtol=0, atol=2e-6
@@ -122,7 +122,7 @@ def test_a_third_of_a_turn_makes_red_green():
 
 
 def test_blends_solved_by_hand():
-    pixels = torch.tensor([[0.2, 0.8]]).expand(1, 3, 1, 2)  # grey, mean 0.5
+    pixels = torch.tensor([[0.2, 0.8]]).expand(1, 3, 1, 2)  # gray, mean 0.5
     for weights, expected in [
         ((0.5, 0, 0), (0.1, 0.4)),
         ((1.5, 0, 0), (0.3, 1.0)),

@@ -55,7 +55,7 @@ def build(settings, alike):
 
 
 def joined_batch(valid, flat):
-    """2 B images of both processes; valid: whose crops overlap; flat: which show one colour, the
+    """2 B images of both processes; valid: whose crops overlap; flat: which show one color, the
     same.
     """
     views, flipped = random(2 * B, 2, 3, 4 * H, 4 * W, seed=7), random(2 * B, 2, seed=8) > 0
@@ -81,7 +81,7 @@ SOME = [
     False,
 ]  # three of the first process's, one of the second's
 NOISE, SECOND_FLAT, ALL_FLAT = [], list(range(B, 2 * B)), list(range(2 * B))
-# name -> settings of SlotCon, images whose crops overlap, images of one colour
+# name -> settings of SlotCon, images whose crops overlap, images of one color
 CASES = {
     "method": ({}, SOME, NOISE),
     "reg": (dict(slot_loss="reg"), SOME, NOISE),

@@ -249,7 +249,7 @@ def test_both_views_show_the_same_place_at_the_same_place_of_their_boxes():
     image, rng = (
         torch.stack([xs, ys, xs]).round().to(torch.uint8),
         random.Random(3),
-    )  # colour = coordinates
+    )  # color = coordinates
     for _ in range(25):
         crop1 = draw_crop(160, 200, rng)
         crops, flipped = (
