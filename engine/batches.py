@@ -12,7 +12,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -64,7 +64,7 @@ def run_batches(
         batch, _ = collate([sample] * (batch_size // place.world_size))
         return moved(batch, lambda tensor: tensor.to(place.device))
 
-    return Batches(on_device(loader, place.device), skipped, stand_in)
+    return Batches(on_device(loader, place.device), skipped, stand_in, loader)
 
 
 class Batches:
@@ -72,27 +72,35 @@ class Batches:
 
     batches: yields (batch, failures), on the device; skipped: counts unreadable files; stand_in():
     what a rank without a batch trains on, because the other ranks wait for it in the middle of the
-    step.
+    step; loader: what `batches` reads from, if it has processes.
     """
 
+    # A process that was killed may have held a lock for which PyTorch, when it ends a loader, waits
+    # without end. Such a loader is kept here to the end of this process, which ends its workers.
+    abandoned: ClassVar[list[Any]] = []
+
     def __init__(
-        self, batches: Iterator[tuple[Any, Failures]], skipped: Skipped, stand_in: Callable[[], Any]
-    ):
-        self.batches, self.skipped, self.stand_in = batches, skipped, stand_in
+        self, batches: Iterator[tuple[Any, Failures]], skipped: Skipped,
+        stand_in: Callable[[], Any], loader: Any = None,
+    ):  # fmt: skip
+        self.batches, self.skipped, self.stand_in, self.loader = batches, skipped, stand_in, loader
         self.trouble = ""  # why no batch can come, in one line
-        self.waited, self.watched = 0.0, False  # seconds since `waited_since` was last asked
+        self.waited = 0.0  # seconds since `waited_since` was last asked
+        self.readers = signals.ReaderWatch()
 
     def next(self) -> Any:
         """The next batch, or the stand-in with `trouble` set."""
         began = time.perf_counter()
         try:
-            batch, failures = next(self.batches)
-            if not self.watched:  # from here on a dead worker is noticed by `next` alone
-                signals.ignore_dead_children()
-                self.watched = True
-        # EOFError: a worker that dies while it hands over a batch
-        except (ValueError, RuntimeError, OSError, EOFError, StopIteration) as error:
+            with self.readers.waiting():
+                batch, failures = next(self.batches)
+        # EOFError: from a reader that dies while it hands over a batch
+        except (
+            ValueError, RuntimeError, OSError, EOFError, StopIteration, signals.ReaderDied
+        ) as error:  # fmt: skip
             self.trouble = self.trouble or no_more_images(error)
+            if not isinstance(error, ValueError):
+                self.abandoned.append(self.loader)
             return self.stand_in()
         finally:
             self.waited += time.perf_counter() - began
@@ -114,10 +122,11 @@ class Batches:
 
     def close(self) -> None:
         """End the worker processes."""
+        self.readers.close()
         self.batches.close()
 
 
-def no_more_images(error: Exception) -> str:
+def no_more_images(error: BaseException) -> str:
     """What stopped the processes that read images: a ValueError is of the images, anything else of
     the processes.
     """

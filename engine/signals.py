@@ -7,16 +7,20 @@ Differs: in the released code each of these ends the run with a trace.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import re
 import signal
 import sys
+from collections.abc import Iterator
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+
+from engine import files
 
 # Signal -> exit status of the pause that it asks for. Clusters send SIGTERM and SIGUSR1 and expect
 # a pause; a person sends SIGINT, and what stands after the command must then not run; SIGHUP means
@@ -99,15 +103,62 @@ def out_of_memory(error: BaseException) -> str:
     return "out of memory" + (f" ({wanted[1]} more were wanted)" if wanted else "")
 
 
-def ignore_dead_children() -> None:
-    """PyTorch raises in the main process, anywhere, when a worker dies. Here `next` notices it."""
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+class ReaderDied(BaseException):
+    """A process that reads images is gone. No Exception, since PyTorch answers one by looking for
+    the dead in its own way.
+    """
+
+
+class ReaderWatch:
+    """Notices the death of a process that reads images, and raises in `waiting` alone.
+
+    PyTorch's own handler of SIGCHLD raises anywhere in the main process, also in the middle of a
+    save; and when PyTorch looks for the dead, it takes a lock that one of them may have held, and
+    waits for it without end.
+    """
+
+    def __init__(self):
+        self.others = set(multiprocessing.active_children())
+        self.readers: set[Any] | None = None  # processes, known after the first batch
+        self.is_waiting = False
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for a batch. Raises ReaderDied once one is gone."""
+        self.is_waiting = True
+        try:
+            self.raise_if_one_died()
+            yield
+        finally:
+            self.is_waiting = False
+            if self.readers is None:
+                self.readers = set(multiprocessing.active_children()) - self.others
+                if self.readers and hasattr(signal, "SIGCHLD"):
+                    self.of_pytorch = signal.signal(signal.SIGCHLD, self.note)
+
+    def note(self, _number: int, _frame: FrameType | None) -> None:
+        """The handler."""
+        if self.is_waiting:
+            self.raise_if_one_died()
+
+    def raise_if_one_died(self) -> None:
+        """Raises ReaderDied, which names the process."""
+        for reader in self.readers or ():
+            # Also where the handler runs in the middle of an `is_alive` that has just buried it.
+            if not reader.is_alive() or not files.is_alive(reader.pid):
+                raise ReaderDied(f"process {reader.pid} is gone")
+
+    def close(self) -> None:
+        """Leave the signal as it was found."""
+        if self.readers and hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, self.of_pytorch)
+            self.readers = set()
 
 
 def reader_died(line: str) -> str:
     """What is said when a process that reads images has died; line: PyTorch's words."""
-    ignore_dead_children()
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the death of the next one is no news
     return (
         "a process that reads images has died, often for want of memory: try fewer --workers "
         f"({line})"

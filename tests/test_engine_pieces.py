@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import random
 import signal
+import time
 from collections import namedtuple
 
 import pytest
@@ -29,6 +30,7 @@ from engine.processes import Place
 from engine.program import Stopped, run_program
 from engine.progress import Progress
 from engine.schedule import Schedule
+from engine.signals import ReaderDied, ReaderWatch
 from engine.undo import Undo
 from engine.verdict import Verdict, agree
 
@@ -110,6 +112,37 @@ def test_a_dead_loader_gives_the_stand_in_and_one_line_for_ever_after(error, lin
     assert [batches.next() for _ in range(3)] == ["stand-in"] * 3  # the loader is gone for good
     assert batches.trouble == first
     signal.signal(signal.SIGCHLD, before)
+
+
+def test_the_death_of_a_reader_is_raised_while_waiting_and_at_no_other_time():
+    """And the death of any other child is none of its business."""
+    fork = multiprocessing.get_context("fork")
+    before = signal.getsignal(signal.SIGCHLD)
+    other, reader = (fork.Process(target=time.sleep, args=(60,), daemon=True) for _ in range(2))
+    other.start()
+    watch = ReaderWatch()
+    try:
+        with watch.waiting():  # for the first batch, which starts the readers
+            reader.start()
+        with watch.waiting():
+            kill_and_wait(other)
+        with pytest.raises(ReaderDied, match=f"process {reader.pid}"), watch.waiting():
+            kill_and_wait(reader)
+            raise AssertionError("the signal has said nothing")
+        kill_and_wait(reader)  # in the middle of a step: nothing is raised
+        signal.raise_signal(signal.SIGCHLD)
+        with pytest.raises(ReaderDied, match=f"process {reader.pid}"), watch.waiting():
+            raise AssertionError("nobody is left to wait for")
+        watch.close()
+        assert signal.getsignal(signal.SIGCHLD) is before
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def kill_and_wait(process):
+    process.kill()
+    while process.is_alive():  # the signal comes in here
+        time.sleep(0.01)
 
 
 def test_too_many_bad_images_are_trouble_but_their_batch_is_still_a_batch(tmp_path):

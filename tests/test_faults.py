@@ -10,6 +10,7 @@ import shlex
 import signal
 import socket
 import subprocess
+import threading
 import sys
 import time
 from pathlib import Path
@@ -513,6 +514,24 @@ def test_before_the_first_step_a_lost_run_does_not_say_that_it_can_go_on(photogr
 
 def kill_at_once(rank, run):
     run.batches.next()
+    kill_a_child()
+
+
+def test_a_reading_process_that_dies_with_a_lock_in_its_hand_does_not_stop_the_run_from_ending(
+    photographs, tmp_path
+):
+    """PyTorch takes that lock when it ends the other readers, and would wait for it for ever."""
+    accident = kill_while_it_holds_a_lock
+    [run] = play(tmp_path / "run", "--workers", "2", photographs=photographs, accident=accident)
+    assert run.process.exitcode == 1 and "has died" in run.complaints[0]
+
+
+def kill_while_it_holds_a_lock(rank, run):
+    run.batches.next()
+    lock = run.batches.loader._iterator._workers_done_event._cond
+    other = threading.Thread(target=lock.acquire)  # the lock belongs to the thread that takes it
+    other.start()
+    other.join()
     kill_a_child()
 
 
