@@ -39,7 +39,7 @@ def broken_links(name, text):
             continue
         path, _, anchor = target.partition("#")
         file = (ROOT / name).parent / path if path else ROOT / name
-        if not file.exists() or anchor and anchor not in anchors_of(file.read_text()):
+        if not file.exists() or (anchor and anchor not in anchors_of(file.read_text())):
             broken.append(target)
     return broken
 
@@ -64,7 +64,7 @@ def missing_names(text):
     ):
         where = next((ROOT / top / file for top in ("", "benchmarks", "notebooks")
                       if (ROOT / top / file).is_file()), None)  # fmt: skip
-        if where is None or name and name not in names_defined(where):
+        if where is None or (name and name not in names_defined(where)):
             missing.append(f"{file}: {name}" if name else file)
     for row in re.findall(r"^\|.*\|$", text, re.MULTILINE):
         cells = row.strip("|").split("|")
