@@ -184,4 +184,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program("compare.py", main))
+    sys.exit(run_program("compare.py", main, alone=True))

@@ -174,7 +174,7 @@ def commands() -> Commands:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status."""
-    return run_program("evaluate.py", commands().run, argv)
+    return run_program("evaluate.py", commands().run, argv, alone=True)
 
 
 if __name__ == "__main__":

@@ -173,7 +173,7 @@ def start(argv: list[str] | None) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status."""
-    return run_program("export.py", start, argv)
+    return run_program("export.py", start, argv, alone=True)
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def commands() -> Commands:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status."""
-    return run_program("visualize.py", commands().run, argv)
+    return run_program("visualize.py", commands().run, argv, alone=True)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,14 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None
     when.
 
     write(file) fills a temporary neighbour, which is flushed to the disk and renamed. Raises
-    OSError (disk full, folder not writable) with `path` untouched and the neighbour removed.
+    OSError (disk full, folder not writable) with `path` untouched and the neighbour removed. What
+    is no file, such as /dev/stdout or a pipe, is written to as it is.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        with open(path, "wb") as device:
+            write(device)
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:

@@ -21,7 +21,8 @@ def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType 
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
         return
-    print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr, flush=True)
+    if os.environ.get("RANK", "0") == "0":  # a terminal interrupts all processes
+        print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr, flush=True)
     os._exit(130)
 
 

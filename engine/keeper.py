@@ -21,10 +21,16 @@ from engine.journal import say
 from engine.program import Stopped
 from engine.progress import Progress
 
+BEFORE = "before_bad_steps.pth"  # the checkpoint that last.pth was before a pause in bad steps
+
 
 class Keeper:
-    """last.pth never holds a state that was followed by bad steps only; a full disk is a value, not
-    an exception.
+    """While a run goes on, last.pth never holds a state that was followed by bad steps only; a full
+    disk is a value, not an exception.
+
+    A run that ends in the middle of bad steps writes such a state, or its good steps would be lost;
+    but its weights may be what makes the steps bad, so the checkpoint before it stays, as
+    `before_bad_steps.pth`, until a step is good.
 
     save_every: epochs between two writings of last.pth; save_minutes: the same in minutes,
     whichever comes first, 0: epochs only; keep_every: keep epoch_N.pth at every such epoch, 0:
@@ -74,7 +80,11 @@ class Keeper:
         file, due = self.folder / "last.pth", self.due
         self.due, self.written = 0, time.monotonic()
         try:
+            if state["bad_in_row"]:
+                self.put_aside(state["step"])
             checkpoint.save(file, state)
+            if not state["bad_in_row"]:
+                (self.folder / BEFORE).unlink(missing_ok=True)
             if due and (self.keep_last or (self.keep_every and due % self.keep_every == 0)):
                 file = self.folder / f"epoch_{due:04d}.pth"
                 checkpoint.save(file, state)
@@ -88,6 +98,17 @@ class Keeper:
                 self.trouble = self.trouble or message
             else:
                 say(message + ", and the run goes on")
+
+    def put_aside(self, step: int) -> None:
+        """Keep last.pth under a second name too, unless it holds these weights already."""
+        last = self.folder / "last.pth"
+        earlier = checkpoint.step_of(last)
+        if earlier is None or earlier >= step:
+            return
+        second = self.folder / f".{BEFORE}.{os.getpid()}.tmp"
+        with contextlib.suppress(OSError):  # some file systems know no second names
+            os.link(last, second)
+            os.replace(second, self.folder / BEFORE)
 
     def space(self, size: int, epochs: int) -> str:
         """What the checkpoints of a run need and what the disk has, in one line.
@@ -146,15 +167,18 @@ def check_position(path: Path, positions: list[int]) -> None:
 
 
 def nothing_finite(steps: int, half_precision: bool, last: Path) -> str:
-    """What to do after so many bad steps in a row."""
+    """What to do after so many bad steps in a row. last: the run's last.pth."""
     advice = (
         "--amp off, --amp bf16, or a lower --base-lr" if half_precision else "a lower --base-lr"
     )
-    go_on = (
-        f"{last} is the checkpoint before them: continue it with {advice} and --force-resume"
-        if last.exists()
-        else f"there is no checkpoint yet: start again with {advice}"
-    )
+    go_on = f"there is no checkpoint yet: start again with {advice}"
+    if last.exists():
+        go_on = (
+            f"{last} is the checkpoint before them: continue it with {advice} and --force-resume"
+        )
+    before = last.with_name(BEFORE)
+    if before.exists():
+        go_on += f"; {before} is an earlier one, for --resume"
     return (
         f"{steps} steps in a row had no finite loss and gradient; none of them changed the "
         f"weights. {go_on}"

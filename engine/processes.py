@@ -62,6 +62,26 @@ def start(device: str, timeout: float) -> Place:
     return place
 
 
+def leave_the_others(name: str) -> bool:
+    """For a program of one process: the first process a launcher has started goes on as if alone,
+    and says so; returns False in the others, whose end must not look like a failure.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size == 1:
+        return True
+    if int(os.environ.get("RANK", 0)):
+        return False
+    print(
+        f"{name} works in one process: the other {world_size - 1} of the launcher have nothing to "
+        "do",
+        file=sys.stderr,
+        flush=True,
+    )
+    for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(variable, None)
+    return True
+
+
 def mps_available() -> bool:
     """Whether this machine has an Apple GPU."""
     return torch.backends.mps.is_available()

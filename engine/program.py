@@ -28,16 +28,23 @@ class OfThisRank(ValueError):
     """What only this process has met; every other ValueError is met by all, and rank 0 says it."""
 
 
+class Interrupted(Exception):
+    """Ctrl-C, which every process of a terminal gets."""
+
+
 def run_program(
-    name: str, main: Callable[[list[str] | None], int], argv: list[str] | None = None
-) -> int:
+    name: str, main: Callable[[list[str] | None], int], argv: list[str] | None = None,
+    alone: bool = False,
+) -> int:  # fmt: skip
     """Calls main(argv) and turns what it raises into one line on stderr; returns the exit status.
 
-    name: of the program, as it stands before the line. ValueError and OSError: status 2; Stopped:
-    1; Ctrl-C: 130; memory that does not suffice: 2. Every other exception is a mistake of ours and
-    keeps its trace.
+    name: of the program, as it stands before the line; alone: it works in one process, and a
+    launcher's others have nothing to do. ValueError and OSError: status 2; Stopped: 1; Ctrl-C: 130;
+    memory that does not suffice: 2. Every other exception is a mistake of ours and keeps its trace.
     """
     with make_unbreakable():
+        if alone and not processes.leave_the_others(name):
+            return 0
         try:
             status = main(argv)
         except (ValueError, OSError) as error:
@@ -45,7 +52,7 @@ def run_program(
         except Stopped as error:
             return fail(name, error, 1)
         except KeyboardInterrupt:
-            return fail(name, "interrupted", 130)
+            return fail(name, Interrupted("interrupted"), 130)
         except RuntimeError as error:
             if not signals.out_of_memory(error):
                 raise
@@ -61,7 +68,8 @@ def run_program(
 def fail(name: str, reason: Exception | str, status: int) -> int:
     """One line on stderr. One process of many ends at once: the others may wait for ever."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    said_by_rank_0 = isinstance(reason, ValueError) and not isinstance(reason, OfThisRank)
+    of_all = isinstance(reason, ValueError) and not isinstance(reason, OfThisRank)
+    said_by_rank_0 = of_all or isinstance(reason, Interrupted)
     if rank == 0 or not said_by_rank_0:
         print(f"{name}: {reason}", file=sys.stderr, flush=True)
     if world_size > 1:

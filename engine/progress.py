@@ -55,7 +55,12 @@ class Progress:
 
     def state(self) -> dict[str, int]:
         """What a checkpoint keeps."""
-        return dict(step=self.step, position=self.position, bad_steps=self.bad_steps)
+        return dict(
+            step=self.step,
+            position=self.position,
+            bad_steps=self.bad_steps,
+            bad_in_row=self.bad_in_row,
+        )
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Go on from what a checkpoint kept."""
@@ -64,6 +69,9 @@ class Progress:
             saved["position"],
             saved["bad_steps"],
         )
+        # A run that is paused again and again would never find that it diverges. Older files do not
+        # have it.
+        self.bad_in_row = saved.get("bad_in_row", 0)
 
 
 def seed_of(*parts: int) -> int:

@@ -8,6 +8,7 @@ Differs: ours [U]. Without labels nothing here says whether groups are classes: 
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 
@@ -49,6 +50,7 @@ def show(
     print(slot_statistics.format_slots(report))
     print(f"\nfigures  {', '.join(map(str, files))}; the numbers are in {folder / 'result.json'}")
     print("labels   with images/ and labels/ of equal names in a folder F, groups are measured by "
-          f"python evaluate.py segmentation {folder} --dataset folder --data-dir F --size {SIZE}",
+          f"python evaluate.py segmentation {shlex.quote(str(folder))} --dataset folder "
+          f"--data-dir F --size {SIZE}",
           flush=True)
     return report

@@ -4,6 +4,7 @@ that are said."""
 import contextlib
 import io
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -225,15 +226,16 @@ def test_what_is_held_out_is_a_tenth_at_most_and_never_learned_from():
 
 
 def test_a_run_on_photographs_ends_with_figures_of_those_that_it_has_not_seen(tmp_path):
+    folder = tmp_path / "a run"  # the command that is printed must work with it
     photographs = staged.draw_photographs(tmp_path / "photographs", count=30)
-    said = run(tmp_path / "run", photographs, "--held-out", "9", "--max-steps", "2")
+    said = run(folder, photographs, "--held-out", "9", "--max-steps", "2")
     assert "30 images" in said and "3 are kept out for the result" in said
-    assert staged.last_of(tmp_path / "run")["num_images"] == 27
-    report = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert staged.last_of(folder)["num_images"] == 27
+    report = json.loads((folder / "result.json").read_text())
     assert report["images"] == 3 and 1 <= report["prototypes_used"] <= 5
-    assert {"groups.png", "prototypes.png"} <= {f.name for f in (tmp_path / "run").iterdir()}
+    assert {"groups.png", "prototypes.png"} <= {f.name for f in (folder).iterdir()}
     assert "3 photographs kept out of training" in said
-    assert f"python evaluate.py segmentation {tmp_path / 'run'} --dataset folder" in said
+    assert f"python evaluate.py segmentation {shlex.quote(str(folder))} --dataset folder" in said
 
 
 # ------------------------------------------------------------------------------- slips of the hand

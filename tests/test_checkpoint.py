@@ -6,6 +6,7 @@ it should be is refused in one line.
 """
 
 import argparse
+import os
 import pickle
 from pathlib import Path
 
@@ -67,6 +68,17 @@ def test_what_is_saved_is_read_back_and_leaves_no_other_file(tmp_path):
     assert found["step"] == 3 and found["config"] == contents["config"]
     assert found["model"]["weight"].equal(weight)
     assert [p.name for p in tmp_path.iterdir()] == ["last.pth"]
+
+
+def test_a_device_or_a_pipe_is_written_to_and_not_replaced_by_a_file(tmp_path):
+    """`--json /dev/stdout`, `--json >(jq .)`."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    files.write_json(pipe, dict(miou=0.5))
+    assert pipe.is_fifo() and os.read(reader, 99) == b'{\n "miou": 0.5\n}\n'
+    assert [file.name for file in tmp_path.iterdir()] == ["pipe"]
+    os.close(reader)
 
 
 def test_a_writer_that_fails_leaves_the_old_content_and_no_neighbour(tmp_path):

@@ -23,7 +23,7 @@ from engine import checkpoint
 from engine.batches import Batches, run_batches
 from engine.gradient import Gradient
 from engine.images import BadImage
-from engine.keeper import Keeper
+from engine.keeper import BEFORE, Keeper, nothing_finite
 from engine.loader import Skipped, moved
 from engine.meter import Meter
 from engine.processes import Place
@@ -378,7 +378,7 @@ def test_how_a_run_ends(verdicts, last_step, ended, position):
 def test_progress_goes_on_from_what_was_kept():
     first, second = after(GOOD, BAD, GOOD, BAD), Progress(9, 3)
     second.restore(first.state())
-    assert second.state() == first.state() and second.bad_in_row == 0
+    assert second.state() == first.state() and second.bad_in_row == 1
     second.advance(GOOD)
     assert (second.step, second.position, second.bad_steps) == (3, 5, 2)
 
@@ -476,6 +476,31 @@ def test_a_run_that_diverges_writes_nothing_more(tmp_path):
 def test_every_other_end_is_written_whatever_is_due(end, tmp_path):
     states = keeping(tmp_path, save_every=50)
     assert states.play([GOOD, GOOD, end])[-1] == (states.progress.step, states.progress.position)
+
+
+def test_a_pause_among_bad_steps_keeps_the_checkpoint_before_them_until_a_step_is_good(tmp_path):
+    """Its good steps are not lost, and neither is the older state, should its weights be broken."""
+    states, before = keeping(tmp_path), tmp_path / BEFORE
+    assert states.play([GOOD, GOOD, GOOD, GOOD, BAD, BAD_STOP])[-1] == (4, 6)
+    assert checkpoint.read(before)["step"] == 3
+    assert f"; {before} is an earlier one" in nothing_finite(9, False, tmp_path / "last.pth")
+    states.progress.ended = ""
+    assert states.play([BAD_STOP])[-1] == (4, 7) and checkpoint.read(before)["step"] == 3
+    states.progress.ended = ""
+    assert states.play([STOP])[-1] == (5, 8) and names_in(tmp_path) == ["last.pth"]
+
+
+def test_a_run_that_is_paused_again_and_again_still_finds_that_it_diverges():
+    one = Progress(9, max_bad_steps=3)
+    for verdict in (GOOD, BAD_STOP, BAD_STOP, BAD_STOP):
+        saved = one.state()
+        one = Progress(9, max_bad_steps=3)
+        one.restore(saved)
+        one.advance(verdict)
+    assert one.ended == "diverged"
+    old = {name: count for name, count in saved.items() if name != "bad_in_row"}
+    one.restore(old)  # of a file written before this count was kept
+    assert one.bad_in_row == 0
 
 
 def test_which_files_remain(tmp_path):
