@@ -29,6 +29,8 @@ from engine import options
 from engine.images import (
     LAYOUTS,
     ImageFiles,
+    Photograph,
+    Photographs,
     choose_subset,
     find_images,
     hold_out,
@@ -389,8 +391,8 @@ def parse(argv: Sequence[str] | None, description: str) -> tuple[Config, set[str
     return dataclasses.replace(c, **settled), given
 
 
-def images_of(c: Config, strict: bool = False) -> tuple[Sequence[Tensor], str]:
-    """The training images, a sequence of uint8 tensors (3 y x), and lines that say what they are.
+def images_of(c: Config, strict: bool = False) -> tuple[Sequence[Tensor | Photograph], str]:
+    """The training images, for `crops_of`, and lines that say what they are.
 
     strict: a layout that was asked for by name must be there; a preset's layout may turn out to be
     any folder. Raises ValueError where there are too few.
@@ -406,7 +408,7 @@ def images_of(c: Config, strict: bool = False) -> tuple[Sequence[Tensor], str]:
     if len(out):
         about += f"; {len(out)} are kept out for the result"
     doubt = look_like_labels(paths)
-    return ImageFiles(root, paths), about + (f"\nwarning  {doubt}" if doubt else "")
+    return Photographs(root, paths), about + (f"\nwarning  {doubt}" if doubt else "")
 
 
 def held_out_images(c: Config) -> ImageFiles:
