@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import stat
 import warnings
@@ -242,19 +243,20 @@ class Pixels(NamedTuple):
 class Photograph:
     """An image file that is open, with its size; what its pixels are, `pixels` decodes.
 
-    path: of the file; name: of it in complaints. shape: (3, y, x) of the upright image, px. Raises
-    BadImage.
+    source: path of the file, or its bytes in memory; name: of it in complaints. shape: (3, y, x) of
+    the upright image, px. Raises BadImage.
 
     Gray, palette and CMYK become RGB; 16-bit gray is divided by 257, other numbers are stretched
     from their smallest and largest to 0..255; what is transparent becomes white [U]; of an
     animation the first image counts.
     """
 
-    def __init__(self, path: str | Path, name: str):
+    def __init__(self, source: str | Path | io.BytesIO, name: str):
         self.name = name
         with _complaints_of(name):
-            _require_file(path)
-            self.file = Image.open(path)
+            if not isinstance(source, io.BytesIO):
+                _require_file(source)
+            self.file = Image.open(source)
             if self.file.format not in REDUCIBLE:
                 # A PNG may say only behind its pixels how it is to be turned
                 with contextlib.ExitStack() as on_error:
