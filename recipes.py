@@ -557,7 +557,10 @@ def plan(c: Config, take_step: Callable[..., tuple[Any, Report]], strict: bool =
         step_of(sizes[0])()
     if c.compile:
         compile_networks(model)
-    cost = cost_of(part, sizes, step_of, place.device)
+    cost = cost_of(
+        part, sizes, step_of, place.device,
+        state=lambda: dict(model=model.state_dict(), optimizer=optimizer.state_dict()),
+    )  # fmt: skip
     counted = functools.partial(
         plan_traffic, c, sum(p.numel() for p in run.gradient.trained), norms
     )

@@ -178,14 +178,20 @@ def sizes_to_measure(images: int, image_size: int, device: torch.device) -> list
 
 
 def cost_of(
-    images: int, sizes: Sequence[int], step_of: Callable[[int], Callable], device: torch.device
+    images: int,
+    sizes: Sequence[int],
+    step_of: Callable[[int], Callable],
+    device: torch.device,
+    state: Callable[[], Any] = dict,
 ) -> Cost:
     """Measure steps and conclude on one of `images`. sizes: of `sizes_to_measure`, rising, since a
-    process only knows the most memory it ever had; step_of(size): takes a step of that size.
+    process only knows the most memory it ever had; step_of(size): takes a step of that size;
+    state(): what a checkpoint holds, since the main process puts it together in memory.
     """
     found = []
     for size in sizes:
         seconds = seconds_of(step_of(size), device)
+        torch.save(state(), io.BytesIO())
         found.append((seconds, processes.peak_memory_gb(device)))
     if len(found) == 1:
         return Cost(*found[0], "measured")

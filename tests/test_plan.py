@@ -71,7 +71,9 @@ def test_a_line_leads_from_two_sizes_to_a_third(monkeypatch):
         return step
 
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    cost = plan.cost_of(64, [4, 8], step_of, CPU)
+    saved = []
+    cost = plan.cost_of(64, [4, 8], step_of, CPU, lambda: saved.append("state"))
+    assert saved == ["state"] * 2  # a run has a checkpoint in memory when it writes one
     assert cost.seconds == pytest.approx(10 + 2 * 64) and "4 and 8 images" in cost.how
     assert plan.cost_of(8, [8], step_of, CPU)[::2] == (26, "measured")
 
