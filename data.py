@@ -3,8 +3,8 @@
 Slide: "Prior 1: geometric-covariance and photometric-invariance", the first half.
 Paper: section 3.1.
 Differs: crops are resized as uint8 tensors; crops that share nothing get the box 0 0 0 0, and with
-it the image leaves the consistency loss. Finding and decoding files is the work of
-engine/images.py.
+it the image leaves the consistency loss; a large JPEG is decoded at a half, a quarter or an
+eighth of its size where that suffices. Finding and decoding files is the work of engine/images.py.
 Read next: photometric.py. Side trip: toy.py, scenes whose every pixel is known.
 """
 
@@ -14,9 +14,14 @@ import math
 import random
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image
 from torch import Tensor
+
+from engine.images import Photograph, Pixels
 
 RATIO = (3 / 4, 4 / 3)  # of a crop's width to its height [O]
 TRIES = 10  # draws before the fallback [O]
@@ -62,12 +67,16 @@ class TwoCrops:
         self.image_size, self.min_area, self.max_area = image_size, min_area, max_area
         self.min_overlap, self.flip, self.geometric = min_overlap, flip, geometric
 
-    def __call__(self, image: Tensor, rng: random.Random) -> Batch:
-        """image (3 y x) uint8 -> views (v 3 y x), boxes (v 4), flipped (v). rng is asked for crop,
-        crop, flip, flip.
+    def __call__(self, image: Tensor | Photograph, rng: random.Random) -> Batch:
+        """image (3 y x) uint8, or a file with such an image -> views (v 3 y x), boxes (v 4),
+        flipped (v). rng is asked for crop, crop, flip, flip. Raises BadImage of a file.
+
+        Of a file no more is decoded than the smaller crop needs to have the pixels of a view; boxes
+        and flips are the same.
         """
         if not self.geometric:
-            view = center_square(image, self.image_size)
+            whole = image if isinstance(image, Tensor) else image.pixels().image
+            view = center_square(whole, self.image_size)
             return Batch(
                 torch.stack([view, view]),
                 torch.tensor([[0.0, 0, 1, 1]] * 2),
@@ -78,8 +87,12 @@ class TwoCrops:
         crop1 = draw_crop(height, width, rng, *areas)
         crop2 = draw_crop(height, width, rng, *areas, crop1, self.min_overlap)
         flipped = [rng.random() < self.flip for _ in range(2)]
+        if isinstance(image, Tensor):
+            pixels = Pixels(image)
+        else:
+            pixels = image.pixels(min(*crop1[2:], *crop2[2:]) / self.image_size)
         views = [
-            resized_crop(image, crop, self.image_size, flip)
+            crop_of_pixels(pixels, crop, self.image_size, flip)
             for crop, flip in zip((crop1, crop2), flipped)
         ]
         return Batch(
@@ -155,6 +168,24 @@ def resized_crop(image: Tensor, crop: Crop, size: int, flipped: bool) -> Tensor:
     top, left, height, width = crop
     window = image[None, :, top : top + height, left : left + width]
     view = F.interpolate(window, (size, size), mode="bicubic", antialias=True)[0]
+    return view.flip(-1) if flipped else view
+
+
+def crop_of_pixels(pixels: Pixels, crop: Crop, size: int, flipped: bool) -> Tensor:
+    """`resized_crop` of a photograph that may be reduced; crop: in px of the whole photograph.
+
+    A crop may begin in the middle of a reduced pixel: Pillow resizes from there, torch cannot.
+    """
+    image, factor, margin = pixels
+    if factor == 1:
+        return resized_crop(image, crop, size, flipped)
+    top, left = (crop[0] + margin[0]) / factor, (crop[1] + margin[1]) / factor
+    bottom, right = top + crop[2] / factor, left + crop[3] / factor
+    y, x = int(top), int(left)
+    window = rearrange(image[:, y : math.ceil(bottom), x : math.ceil(right)], "c y x -> y x c")
+    box = (left - x, top - y, right - x, bottom - y)  # eighths of a pixel: no rounding
+    resized = Image.fromarray(window.numpy()).resize((size, size), Image.Resampling.BICUBIC, box)
+    view = rearrange(torch.from_numpy(np.array(resized)), "y x c -> c y x")
     return view.flip(-1) if flipped else view
 
 

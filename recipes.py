@@ -12,33 +12,51 @@ Origins of a value: [P]aper, [O]fficial code, [U]s.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import math
 import os
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 import toy
 from backbone import ARCHITECTURES
-from data import TwoCrops
-from engine import options
+from data import Batch, TwoCrops
+from engine import options, processes
 from engine.images import (
     LAYOUTS,
     ImageFiles,
+    Photograph,
+    Photographs,
     choose_subset,
     find_images,
     hold_out,
     look_like_labels,
 )
+from engine.keeper import checkpoints_at_most
+from engine.lars import make_optimizer
+from engine.loader import Samples, moved
 from engine.options import option
-from engine.run import Options
+from engine.plan import (
+    DrawnPhotographs,
+    Norms,
+    Plan,
+    Traffic,
+    cost_of,
+    reading_seconds,
+    sizes_to_measure,
+    traffic,
+)
+from engine.run import Options, bare_run
 from engine.schedule import Schedule, warm_up
 from photometric import Photometric
-from slotcon import SlotCon
+from slotcon import Report, SlotCon
 
 # ------------------------------------------------------------------------------------ configuration
 
@@ -182,6 +200,13 @@ class Config:
     tensorboard: bool = option(False, "also log to TensorBoard, if it is installed", free=True)
     check_data: bool = option(False, "only read every image once, report the bad ones, and exit",
         free=True)
+    plan: bool = option(False, "only say what the run would need, and exit: hours, memory, bytes "
+        "on the wire, disk; a few steps are measured on random images, nothing is written",
+        free=True)
+    plan_processes: int = option(1, "with --plan: processes of the run, so many GPUs",
+        low=1, high=100_000, free=True)
+    plan_images: int = option(0, "with --plan: number of images, where there is no --data-dir; 0: "
+        "that of the preset's data set", low=0, high=10**12, free=True)
 
 COCO = Config(dataset="coco")
 PRESETS = {
@@ -242,6 +267,8 @@ PRESETS = {
 }
 # fmt: on
 
+
+NUM_IMAGES = {"coco": 118_287, "cocoplus": 241_690, "imagenet": 1_281_167, "bdd100k": 90_000}  # [P]
 
 # ---------------------------------------------------------------------------- the slides' ablations
 
@@ -374,7 +401,8 @@ def parse(argv: Sequence[str] | None, description: str) -> tuple[Config, set[str
             f"--data-dir {c.data_dir} with the preset {c.preset}, which draws its own scenes: "
             "add a preset for photographs, such as --preset coco-r50"
         )
-    if c.dataset != "toy" and not c.data_dir:
+    check_plan(c, given)
+    if c.dataset != "toy" and not (c.data_dir or c.plan):
         raise ValueError(f"the preset {c.preset} needs --data-dir, the folder with the images")
     if c.dataset == "toy" and c.toy_scenes < c.batch_size:
         raise ValueError(
@@ -389,14 +417,37 @@ def parse(argv: Sequence[str] | None, description: str) -> tuple[Config, set[str
     return dataclasses.replace(c, **settled), given
 
 
-def images_of(c: Config, strict: bool = False) -> tuple[Sequence[Tensor], str]:
-    """The training images, a sequence of uint8 tensors (3 y x), and lines that say what they are.
+def check_plan(c: Config, given: set[str]) -> None:
+    """The options of --plan go together. Raises ValueError."""
+    alone = sorted(options.flag(name) for name in given & {"plan_processes", "plan_images"})
+    if alone and not c.plan:
+        raise ValueError(f"{alone[0]} says what --plan plans for: add --plan")
+    if c.plan and c.check_data:
+        raise ValueError("--plan reads no images and --check-data reads all: give one of them")
+    if c.plan_images and (c.data_dir or c.dataset == "toy"):
+        raise ValueError(
+            f"--plan-images {c.plan_images}, but the images of this run are counted: leave it out"
+        )
+    if c.plan and not (c.data_dir or c.plan_images or c.dataset in (*NUM_IMAGES, "toy")):
+        raise ValueError(
+            f"--plan with the preset {c.preset} needs the number of images: --plan-images N, or "
+            "--data-dir, the folder with the images"
+        )
+
+
+def images_of(c: Config, strict: bool = False) -> tuple[Sequence[Tensor | Photograph], str]:
+    """The training images, for `crops_of`, and lines that say what they are.
 
     strict: a layout that was asked for by name must be there; a preset's layout may turn out to be
     any folder. Raises ValueError where there are too few.
     """
     if c.dataset == "toy":
         return toy.ToyImages(c.seed, c.toy_scenes), f"{c.toy_scenes} toy scenes, drawn here"
+    if c.plan and not c.data_dir:
+        count = c.plan_images or NUM_IMAGES[c.dataset]
+        count = min(c.subset or count, count)
+        count -= min(c.held_out, count // 10)
+        return DrawnPhotographs(count), f"{count} images, for which a drawn one stands"
     root, paths, notice = find_images(c.data_dir, c.dataset, strict)
     about = f"{len(paths)} images: " + (notice or f"{c.data_dir}, layout {c.dataset}")
     if c.subset:
@@ -406,7 +457,7 @@ def images_of(c: Config, strict: bool = False) -> tuple[Sequence[Tensor], str]:
     if len(out):
         about += f"; {len(out)} are kept out for the result"
     doubt = look_like_labels(paths)
-    return ImageFiles(root, paths), about + (f"\nwarning  {doubt}" if doubt else "")
+    return Photographs(root, paths), about + (f"\nwarning  {doubt}" if doubt else "")
 
 
 def held_out_images(c: Config) -> ImageFiles:
@@ -431,6 +482,13 @@ def model_of(c: Config, device: torch.device | str = "cpu", synchronized: bool =
     return model.to(memory_format=torch.channels_last) if channels_last else model
 
 
+def compile_networks(model: SlotCon) -> None:
+    """--compile: what takes time of both networks, in place."""
+    for network in (model.student, model.teacher):
+        network.backbone.compile()
+        network.projector.compile()
+
+
 def crops_of(c: Config) -> TwoCrops:
     """What cuts two views out of an image."""
     return TwoCrops(
@@ -451,6 +509,96 @@ def photometric_of(c: Config) -> Photometric:
         p_solarize=c.p_solarize,
         solarize_threshold=c.solarize_threshold,
     )
+
+
+def random_batch(c: Config, images: int) -> Batch:
+    """Views of random images, for a measurement: as many as asked for."""
+    rng, crops = random.Random(c.seed), crops_of(c)
+    generator = torch.Generator().manual_seed(c.seed)
+    shape = (3, c.image_size, c.image_size)
+    noise = (torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8),) * images
+    return default_collate([crops(image, rng) for image in noise])
+
+
+def plan(c: Config, take_step: Callable[..., tuple[Any, Report]], strict: bool = False) -> Plan:
+    """--plan: what a run would need. Nothing is written; what is planned for is printed.
+
+    take_step: train.py's, measured on random images; strict: as of `images_of`. Raises ValueError.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("--plan asks one process: --plan-processes N says how many a run has")
+    if c.threads:
+        torch.set_num_threads(c.threads)
+    place = processes.start(c.device, c.timeout)
+    images, about = images_of(c, strict)
+    check_batch(c, c.plan_processes, len(images))
+    schedule, model = schedule_of(c, len(images)), model_of(c, place.device)
+    optimizer = make_optimizer(c.optimizer, model.parameters(), schedule.peak, c.weight_decay)
+    dtype = processes.precision(c.amp, place.device)
+    settings = dataclasses.replace(run_options(c), accumulate=1)  # a pass is measured
+    touched = [buffer for buffer in model.buffers() if buffer is not model.center]
+    run = bare_run(settings, place, dtype, schedule, model, optimizer, touched)
+    print(f"device   {processes.describe(place, dtype)}\ndata     {about}")
+    print(describe(c, schedule, c.plan_processes, model), flush=True)
+    photometric, generator, last = photometric_of(c), torch.Generator(place.device), {}
+
+    def step_of(size: int) -> Callable[[], None]:
+        batch = moved(random_batch(c, size), lambda tensor: tensor.to(place.device))
+
+        def step() -> None:
+            views = photometric(batch.views, generator)
+            last["report"] = take_step(c, run, views, batch.boxes, batch.flipped)[1]
+
+        return step
+
+    part = c.batch_size // (c.plan_processes * c.accumulate)
+    sizes = sizes_to_measure(part, c.image_size, place.device)
+    with Norms(model) as norms:
+        step_of(sizes[0])()
+    if c.compile:
+        compile_networks(model)
+    cost = cost_of(
+        part, sizes, step_of, place.device,
+        state=lambda: dict(model=model.state_dict(), optimizer=optimizer.state_dict()),
+    )  # fmt: skip
+    counted = functools.partial(
+        plan_traffic, c, sum(p.numel() for p in run.gradient.trained), norms
+    )
+    return Plan(
+        c.plan_processes, schedule.last_step, c.batch_size, c.accumulate, place.device.type, cost,
+        traffic=counted(keys_of(c, last["report"], part)),
+        most_keys=counted(keys_of(c, last["report"], part, most=True)).keys,
+        gradient_bytes=sum(p.numel() * p.element_size() for p in run.gradient.trained),
+        synchronized=place.device.type == "cuda",
+        checkpoint_bytes=run.checkpoint_bytes(),
+        checkpoints=checkpoints_at_most(schedule.epochs, c.keep_every, c.keep_last),
+        reading=reading_seconds(Samples(images, crops_of(c), c.seed)),
+        workers=processes.workers_of(c.workers),
+    )  # fmt: skip
+
+
+def plan_traffic(
+    c: Config, weights: int, norms: Sequence[tuple[int, bool]], rows: float
+) -> Traffic:
+    """Bytes on the wire per step of the run that is planned. weights: trained numbers; norms: that
+    run in a pass; rows: vectors that a process gives to the contrasts of a pass.
+    """
+    return traffic(
+        c.plan_processes, weights, list(norms) * c.accumulate, rows * c.accumulate, c.dim_out,
+        c.num_prototypes, c.accumulate, contrasted=c.group_weight < 1,
+    )  # fmt: skip
+
+
+def keys_of(c: Config, report: Report, images: int, most: bool = False) -> float:
+    """Vectors that a process with so many images gives to the contrasts of a pass: as many slots
+    per image as the report has, or the most that can be occupied.
+    """
+    cells = report.teacher[0].similarity.shape[-2:].numel()
+    occupied = sum(len(pairs.keys) for pairs in report.pairs) / len(report.valid)
+    if most:
+        occupied = len(report.pairs) * min(c.num_prototypes, cells)
+    slots = occupied * images if c.slot_loss == "ctr" else 0.0
+    return slots + 2 * images * c.image_loss
 
 
 def run_options(c: Config) -> Options:

@@ -4,6 +4,7 @@ photographs.
     python train.py                                                   toy scenes, two minutes
     python train.py --preset coco-r50 --data-dir COCO                 the published recipe
     torchrun --nproc-per-node=8 train.py --preset coco-r50 --data-dir COCO      on eight GPUs
+    python train.py --preset coco-r50 --plan --plan-processes 8       what such a run would need
 
 Slide: "Together: solving segmentation & representation jointly".
 Paper: sections 3 and 4.1.
@@ -160,9 +161,7 @@ def set_up(c: Config, given: set[str]) -> Run:
     if c.subset and place.rank == 0:
         files.write_lines(run.folder / "subset.txt", names)
     if c.compile:
-        for network in (model.student, model.teacher):
-            network.backbone.compile()
-            network.projector.compile()
+        recipes.compile_networks(model)
     run.gradient.model = processes.wrap(model, place)
     say = run.journal.print
     say(f"device   {processes.describe(place, dtype)}\ndata     {about}")
@@ -218,6 +217,9 @@ def start(argv: list[str] | None, prepared: Callable[[Run], None] | None = None)
     c, given = recipes.parse(argv, __doc__)
     if c.check_data:
         check_data(c, given)
+        return 0
+    if c.plan:
+        print(*recipes.plan(c, take_step, strict="dataset" in given).lines(), sep="\n")
         return 0
     return live(
         c.output_dir,

@@ -1,13 +1,15 @@
 """How many images one worker core prepares per second, and where the time goes.
 
     python benchmarks/loader.py                        # photographs it draws itself, 640x480
+    python benchmarks/loader.py --drawn 4000x3000      # larger ones
     python benchmarks/loader.py --images DIR           # yours
     python benchmarks/loader.py --device cuda          # the photometric part on the GPU
 
-Three ways of preparing the same two views of an image, taken in turn so that a busy machine is busy
+Four ways of preparing the same two views of an image, taken in turn so that a busy machine is busy
 for all:
     plain     the usual pipeline: Pillow and torchvision transforms, image by image
     ours      data.py: uint8 crops and boxes; the photometric part is left to the device
+    whole     ours, but every file is decoded in full, whatever the crops need
     finished  ours, and photometric.Photometric in the same worker, for a machine without a GPU
 A second is one of the worker's own processor time, so that other programs on the machine do not
 count; the rate by the clock on the wall stands beside it and is the same where nothing else runs.
@@ -38,9 +40,9 @@ sys.path.insert(0, os.fspath(Path(__file__).resolve().parent.parent))
 import data
 import photometric
 from engine import loader
-from engine.images import ImageFiles, find_images
+from engine.images import ImageFiles, Photographs, find_images
 
-PLAIN, OURS, FINISHED = "plain", "ours", "finished"
+PLAIN, OURS, WHOLE, FINISHED = "plain", "ours", "whole", "finished"
 
 
 class PlainTwoCrops(Dataset):
@@ -133,8 +135,9 @@ def worker_rates(variant, root, paths, args):
     if variant == PLAIN:
         dataset, collate = PlainTwoCrops(root, paths, args.image_size), default_collate
     else:
-        dataset = loader.Samples(ImageFiles(root, paths), data.TwoCrops(args.image_size), seed=0)
-        collate = loader.collate if variant == OURS else finished
+        images = (ImageFiles if variant == WHOLE else Photographs)(root, paths)
+        dataset = loader.Samples(images, data.TwoCrops(args.image_size), seed=0)
+        collate = finished if variant == FINISHED else loader.collate
     sampler = loader.RunSampler(len(paths), args.batch_size, stop=args.batches + 1)
     batches = DataLoader(
         dataset,
@@ -154,22 +157,24 @@ def our_stages(root, paths, args):
     read alone is timed on a file that the system then has in memory, and taken off.
     """
     seconds = dict.fromkeys(("read", "decode", "boxes", "crops", "collate"), 0.0)
-    images, rng, items = ImageFiles(root, paths), random.Random(0), []
+    images, rng, items = Photographs(root, paths), random.Random(0), []
     for index in range(args.batch_size):
         clock = Clock(seconds)
         Path(root, str(paths[index])).read_bytes()
         clock("read")
         image = images[index]
         clock("decode")
-        height, width = image.shape[-2:]
+        height, width = image.shape[1:]
         crop1 = data.draw_crop(height, width, rng)
         crop2 = data.draw_crop(height, width, rng, other=crop1)
         flipped = [rng.random() < 0.5 for _ in range(2)]
         boxes = data.overlap_boxes(crop1, crop2, flipped)
         clock("boxes")
+        pixels = image.pixels(min(*crop1[2:], *crop2[2:]) / args.image_size)
+        clock("decode")
         pair = torch.stack(
             [
-                data.resized_crop(image, crop, args.image_size, flip)
+                data.crop_of_pixels(pixels, crop, args.image_size, flip)
                 for crop, flip in zip((crop1, crop2), flipped)
             ]
         )
@@ -205,18 +210,19 @@ def photometric_ms(batch, device):
     return 1e3 * (clock() - start) / len(on_device)
 
 
-def draw_photographs(folder, count):
-    """JPEG files of 640x480 with structure at all scales, as photographs have it; about 100 KB
-    each.
+def draw_photographs(folder, count, width=640, height=480, noise=0.0):
+    """JPEG files with structure at all scales, as photographs have it; about 100 KB each at
+    640x480. noise: of every pixel, gray levels.
     """
     for number in range(count):
         generator = torch.Generator().manual_seed(number)
-        image = torch.zeros(1, 3, 480, 640)
-        for octave in range(1, 9):
-            noise = torch.randn(1, 3, 2**octave * 3 // 4 + 1, 2**octave + 1, generator=generator)
-            image += (
-                F.interpolate(noise, (480, 640), mode="bicubic", align_corners=False) / octave**1.5
-            )
+        image = torch.zeros(1, 3, height, width)
+        for octave in range(1, max(width - 1, 1).bit_length() - 1):
+            coarse = torch.randn(1, 3, 2**octave * 3 // 4 + 1, 2**octave + 1, generator=generator)
+            size = (height, width)
+            image += F.interpolate(coarse, size, mode="bicubic", align_corners=False) / octave**1.5
+        if noise:  # as of a camera's sensor: it fills most of a large file
+            image += torch.randn(image.shape, generator=generator) * noise / 50
         pixels = (128 + 50 * image[0]).clamp(0, 255).permute(1, 2, 0).to(torch.uint8).numpy()
         Image.fromarray(pixels).save(Path(folder, f"{number:03d}.jpg"), quality=90)
 
@@ -230,6 +236,14 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--images", help="folder of photographs (default: drawn for the occasion)")
+    parser.add_argument("--drawn", default="640x480", help="width x height of those it draws, px")
+    parser.add_argument(
+        "--noise", type=float, default=3, help="gray levels, of those not drawn at 640x480"
+    )
+    parser.add_argument("--count", type=int, default=64, help="how many it draws")
+    parser.add_argument(
+        "--variants", nargs="+", default=[PLAIN, OURS, WHOLE, FINISHED], help="in this order"
+    )
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument(
         "--batches", type=int, default=4, help="timed batches of each variant per round"
@@ -243,22 +257,24 @@ def main():
     torch.set_num_threads(1)  # everything is per core
     with tempfile.TemporaryDirectory() as folder:
         if args.images is None:
-            draw_photographs(folder, 64)
+            drawn = [int(side) for side in args.drawn.split("x")]
+            draw_photographs(folder, args.count, *drawn, args.noise if drawn != [640, 480] else 0)
         measure(args, *find_images(args.images or folder)[:2])
 
 
 def measure(args, root, paths):
-    device, source = torch.device(args.device), args.images or "drawn, 640x480"
+    device, source = torch.device(args.device), args.images or f"drawn, {args.drawn}"
     count = len(paths)
     paths = np.tile(paths, -(-args.batch_size * (args.batches + 1) // count))
     rates, stages = (
-        {variant: [] for variant in (PLAIN, OURS, FINISHED)},
+        {variant: [] for variant in args.variants},
         {PLAIN: [], OURS: [], "photometric": []},
     )
     for _ in range(args.rounds):
         for variant, measured in rates.items():
             measured.append(worker_rates(variant, root, paths, args))
-        stages[PLAIN].append(plain_stages(root, paths, args))
+        if PLAIN in rates:
+            stages[PLAIN].append(plain_stages(root, paths, args))
         ours, batch = our_stages(root, paths, args)
         stages[OURS].append(ours)
         stages["photometric"].append(photometric_ms(batch, device))
@@ -272,7 +288,8 @@ def measure(args, root, paths):
         "rounds\n"
     )
     print(
-        "variant   images/s per core             times plain                   images/s on the wall"
+        f"variant   images/s per core             {'times ' + args.variants[0]:30}"
+        "images/s on the wall"
     )
     report = dict(
         source=str(source),
@@ -281,20 +298,24 @@ def measure(args, root, paths):
         image_size=args.image_size,
         rounds=args.rounds,
         images_per_second={},
-        times_plain={},
+        times_first={},
         images_per_second_wall={},
         stages_ms={},
     )
     for variant, measured in rates.items():
         columns = dict(
             images_per_second=[core for core, _ in measured],
-            times_plain=[core / plain for (core, _), (plain, _) in zip(measured, rates[PLAIN])],
+            times_first=[
+                core / first for (core, _), (first, _) in zip(measured, rates[args.variants[0]])
+            ],
             images_per_second_wall=[wall for _, wall in measured],
         )
         print(f"{variant:9} " + "".join(f"{spread(values):30}" for values in columns.values()))
         for column, values in columns.items():
             report[column][variant] = statistics.median(values)
     for variant in (PLAIN, OURS):
+        if not stages[variant]:
+            continue
         print(f"\n{variant}: stage, ms per image")
         medians = {}
         for stage in stages[variant][0]:

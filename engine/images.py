@@ -2,23 +2,25 @@
 
 Slide: "Overview of the training datasets" (table 1).
 Paper: section 4.1.
-Differs: any folder will do; photographs are turned upright as their camera noted; a bad file has a
-name and a reason.
+Differs: any folder will do; photographs are turned upright as their camera noted, and large ones
+are decoded at a smaller scale where that suffices; a bad file has a name and a reason.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import stat
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -46,6 +48,7 @@ LAYOUTS = {  # the folders in which each data set's images lie; * stands for one
     "folder": (".",),  # any folder, flat or nested
     "list": (),  # a text file with one path per line, absolute or seen from the file's folder
 }
+REDUCIBLE = ("JPEG", "MPO")  # formats, in Pillow's words, that can be decoded at a smaller scale
 PROBES = 16  # files that are tried before a folder counts as unreadable [U]
 
 
@@ -210,21 +213,100 @@ class ImageFiles(Dataset):
         """Path of an image, relative to root."""
         return str(self.paths[index])
 
-    def __getitem__(self, index: int) -> Tensor:
-        path = os.path.join(self.root, self.name(index))
-        try:
-            return decode(path)
-        except Exception as error:  # decoders meet broken files with exceptions of every kind
-            raise BadImage(self.name(index), _reason(error)) from None
+    def open(self, index: int) -> Photograph:
+        """One image, its size known and its pixels not decoded yet. Raises BadImage."""
+        name = self.name(index)
+        return Photograph(os.path.join(self.root, name), name)
+
+    def __getitem__(self, index: int) -> Tensor | Photograph:
+        return self.open(index).pixels().image
 
 
-def decode(path: str | Path) -> Tensor:
-    """One file as a uint8 tensor (3 y x), upright, whatever kind of image it is.
+class Photographs(ImageFiles):
+    """The same files, open and not decoded: who needs few pixels of a large one asks for few."""
+
+    def __getitem__(self, index: int) -> Photograph:
+        return self.open(index)
+
+
+class Pixels(NamedTuple):
+    """An image as it was decoded: whole, or reduced."""
+
+    image: Tensor  # (3 y x) uint8, upright
+    factor: int = 1  # px of the photograph that one pixel stands for, per side
+    # px of the photograph by which the first row and the first column begin before it: where its
+    # side is no multiple of factor, the decoder's last row or column sticks out, and turned upright
+    # the last may be the first
+    margin: tuple[int, int] = (0, 0)
+
+
+class Photograph:
+    """An image file that is open, with its size; what its pixels are, `pixels` decodes.
+
+    source: path of the file, or its bytes in memory; name: of it in complaints. shape: (3, y, x) of
+    the upright image, px. Raises BadImage.
 
     Gray, palette and CMYK become RGB; 16-bit gray is divided by 257, other numbers are stretched
     from their smallest and largest to 0..255; what is transparent becomes white [U]; of an
     animation the first image counts.
     """
+
+    def __init__(self, source: str | Path | io.BytesIO, name: str):
+        self.name = name
+        with _complaints_of(name):
+            if not isinstance(source, io.BytesIO):
+                _require_file(source)
+            self.file = Image.open(source)
+            if self.file.format not in REDUCIBLE:
+                # A PNG may say only behind its pixels how it is to be turned
+                with contextlib.ExitStack() as on_error:
+                    on_error.callback(self.file.close)
+                    self.file.load()
+                    on_error.pop_all()
+        self.orientation = _orientation(self.file)
+        width, height = self.file.size
+        turned = self.orientation in (5, 6, 7, 8)
+        self.shape = (3, width, height) if turned else (3, height, width)
+
+    def pixels(self, most: float = 1) -> Pixels:
+        """Decode, once. most: px of the photograph that one pixel may stand for, per side.
+
+        A JPEG is decoded at the smallest of its own scales (1, 1/2, 1/4, 1/8) that `most` allows,
+        everything else whole. Raises BadImage.
+        """
+        factor = next(scale for scale in (8, 4, 2, 1) if scale <= max(most, 1))
+        with _complaints_of(self.name), self.file as file:
+            width, height = file.size
+            if factor > 1 and not file.draft(None, (width // factor, height // factor)):
+                factor = 1
+            file.load()
+            # A photograph with broken metadata is still a photograph
+            with contextlib.suppress(Exception):
+                ImageOps.exif_transpose(file, in_place=True)
+            pixels = torch.from_numpy(np.asarray(_as_rgb(file)))
+        below = -self.shape[1] % factor if self.orientation in (3, 4, 7, 8) else 0
+        right = -self.shape[2] % factor if self.orientation in (2, 3, 6, 7) else 0
+        # y x 3 -> 3 y x without moving a byte: crops are cut from rows as they lie
+        return Pixels(pixels.permute(2, 0, 1), factor, (below, right))
+
+
+@contextlib.contextmanager
+def _complaints_of(name: str) -> Iterator[None]:
+    """Whatever is raised inside becomes a BadImage of this name: decoders meet broken files with
+    exceptions of every kind.
+    """
+    with warnings.catch_warnings():
+        # Remarks about metadata, or that the tensor shares read-only memory
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            yield
+        except Exception as error:
+            raise BadImage(name, _reason(error)) from None
+
+
+def _require_file(path: str | Path) -> None:
+    """Raises ValueError for what holds no bytes, OSError."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):  # asked first, because opening a pipe would wait forever
         raise ValueError(
@@ -232,23 +314,17 @@ def decode(path: str | Path) -> Tensor:
         )
     if status.st_size == 0:
         raise ValueError("empty file")
-    with warnings.catch_warnings():
-        # Remarks about metadata, or that the tensor shares read-only memory
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path) as image:
-            image.load()
-            with contextlib.suppress(
-                Exception
-            ):  # a photograph with broken metadata is still a photograph
-                ImageOps.exif_transpose(image, in_place=True)
-            pixels = torch.from_numpy(np.asarray(_as_rgb(image)))
-    # y x 3 -> 3 y x without moving a byte: crops are cut from rows as they lie
-    return pixels.permute(2, 0, 1)
+
+
+def _orientation(file: Image.Image) -> int:
+    """How the camera was held, as EXIF counts it (1: upright), 1 where nothing can be read."""
+    with contextlib.suppress(Exception):
+        return file.getexif().get(ExifTags.Base.Orientation, 1)
+    return 1
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    """Any mode of Pillow as RGB, as `decode` says."""
+    """Any mode of Pillow as RGB, as `Photograph` says."""
     if image.mode.startswith(("I", "F")):  # convert() would cut these at 255
         values = np.asarray(image, dtype=np.float64)
         values = np.where(np.isfinite(values), values, 0)

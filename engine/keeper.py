@@ -115,15 +115,21 @@ class Keeper:
 
         size: bytes of one checkpoint; epochs: of the run.
         """
-        kept = epochs // self.keep_every if self.keep_every else 0
-        kept = min(epochs, kept + self.keep_last)
-        needed = size * (2 + kept)  # last.pth stands twice while it is written
+        needed = size * checkpoints_at_most(epochs, self.keep_every, self.keep_last)
         free = shutil.disk_usage(self.folder).free
         line = (
             f"{megabytes(size)} a checkpoint, {megabytes(needed)} in all, {megabytes(free)} free "
             f"in {self.folder}"
         )
         return line if needed < free else f"{line}: THE DISK IS TOO SMALL for this run"
+
+
+def checkpoints_at_most(epochs: int, keep_every: int, keep_last: int) -> int:
+    """How many a run of so many epochs has on the disk at once; last.pth stands twice while it is
+    written. keep_every, keep_last: as of `Keeper`.
+    """
+    kept = epochs // keep_every if keep_every else 0
+    return 2 + min(epochs, kept + keep_last)
 
 
 def megabytes(count: float) -> str:

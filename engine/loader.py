@@ -40,13 +40,12 @@ Failures = list[tuple[str, str]]  # (name, reason) of each file that could not b
 class Samples(Dataset):
     """What a run sees of each image in each epoch.
 
-    images: any sequence of uint8 tensors (3 y x), which may raise BadImage; view(image, rng): cuts
-    from an image what a batch needs; seed: of the random numbers.
+    images: any sequence that `view` understands, such as uint8 tensors (3 y x) or Photographs;
+    view(image, rng): cuts from an image what a batch needs; both may raise BadImage; seed: of the
+    random numbers.
     """
 
-    def __init__(
-        self, images: Sequence[Tensor], view: Callable[[Tensor, random.Random], Any], seed: int
-    ):
+    def __init__(self, images: Sequence[Any], view: Callable[[Any, random.Random], Any], seed: int):
         self.images, self.view, self.seed = images, view, seed
 
     def __len__(self) -> int:
@@ -61,16 +60,13 @@ class Samples(Dataset):
         row.
         """
         epoch, index = divmod(int(sample), len(self))
-        image, failures = self._image_or_neighbor(index)
-        # Text is hashed whole: no two streams are alike
-        rng = random.Random(f"{self.seed} {epoch} {index}")
-        return self.view(image, rng), failures
-
-    def _image_or_neighbor(self, index: int) -> tuple[Tensor, Failures]:
         failures: Failures = []
         while True:
+            # Text is hashed whole: no two streams are alike
+            rng = random.Random(f"{self.seed} {epoch} {index}")
             try:
-                return self.images[(index + len(failures)) % len(self)], failures
+                image = self.images[(index + len(failures)) % len(self)]
+                return self.view(image, rng), failures
             except BadImage as bad:
                 failures.append((bad.name, bad.reason))
                 if len(failures) == min(NEIGHBORS, len(self)):

@@ -249,6 +249,26 @@ def open_run(
     return Run(options, place, schedule, model, gradient, *parts, len(images), began, notes)
 
 
+def bare_run(
+    options: Options,
+    place: processes.Place,
+    dtype: torch.dtype | None,
+    schedule: Schedule,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    touched: Sequence[Tensor] = (),
+) -> Run:
+    """The parts of a run that take a step, and none that reads or writes: to measure one.
+
+    Arguments as of `open_run`.
+    """
+    gradient = Gradient(model, optimizer, place.device, dtype, options.accumulate)
+    progress = Progress(schedule.last_step, options.max_bad_steps)
+    nothing: Any = None
+    parts = Undo(touched), progress, nothing, nothing, nothing, nothing, None, {}
+    return Run(options, place, schedule, model, gradient, *parts, 0, time.perf_counter())
+
+
 def live(
     output_dir: str,
     resume: str,
