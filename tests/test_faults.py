@@ -10,8 +10,8 @@ import shlex
 import signal
 import socket
 import subprocess
-import threading
 import sys
+import threading
 import time
 from pathlib import Path
 
