@@ -324,7 +324,8 @@ def test_the_code_that_the_committed_outputs_show_is_the_code_as_it_is():
 def test_a_slider_moves_the_figure_where_jupyter_runs_the_notebook(monkeypatch):
     monkeypatch.setenv("JPY_SESSION_NAME", "a.ipynb")
     cells = ["import sys; sys.path[:0] = ['.', 'notebooks']\nimport nb",
-             "seen = []\nnb.dial(seen.append, knob=(2, (1, 2, 3)))\nassert seen == [2], seen",
+             "seen = []\ndef draw(knob):\n    seen.append(knob)\n"
+             "nb.dial(draw, knob=(2, (1, 2, 3)))\nassert seen == [2], seen",
              "import ipywidgets\n"
              "(slider,) = (w for w in ipywidgets.Widget.widgets.values()\n"
              "             if isinstance(w, ipywidgets.SelectionSlider))\n"
