@@ -10,6 +10,9 @@ thread, and sets the size of figures. Nothing of the method stands here.
 from __future__ import annotations
 
 import inspect
+import io
+import itertools
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -23,7 +26,9 @@ if str(ROOT) not in sys.path:
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from IPython.display import Markdown, display  # noqa: E402
+from IPython.display import Image, Markdown, display  # noqa: E402
+from matplotlib.patches import Patch  # noqa: E402
+from PIL import Image as Pillow  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from measures.palette import prototype_colors  # noqa: E402
@@ -31,6 +36,7 @@ from measures.palette import prototype_colors  # noqa: E402
 torch.set_num_threads(1)
 plt.rcParams.update({"figure.dpi": 80, "savefig.dpi": 80, "font.size": 10,
                      "figure.constrained_layout.use": True})  # fmt: skip
+MARKERS = "os^D"  # of lines, so that color is not the only difference
 
 
 def check(name: str, condition: Any, message: str = "") -> None:
@@ -71,9 +77,8 @@ def source(*things: Any) -> None:
     for thing in map(inspect.unwrap, things):
         file = Path(inspect.getsourcefile(thing)).resolve()
         place = file.relative_to(ROOT) if file.is_relative_to(ROOT) else file.name
-        line = inspect.getsourcelines(thing)[1]
         code = textwrap.dedent(inspect.getsource(thing)).rstrip()
-        display(Markdown(f"`{place}`, line {line}:\n```python\n{code}\n```"))
+        display(Markdown(f"`{place}`:\n```python\n{code}\n```"))
 
 
 def caption(text: str) -> None:
@@ -82,9 +87,36 @@ def caption(text: str) -> None:
 
 
 def finish(text: str) -> None:
-    """Show the current figure, and the caption below it."""
-    plt.show()
+    """Show the current figure, and the caption below it.
+
+    At most 256 colors: an image of textures then takes a third of the bytes in the notebook.
+    """
+    drawn, small = io.BytesIO(), io.BytesIO()
+    plt.savefig(drawn, format="png", bbox_inches="tight")
+    plt.close()
+    Pillow.open(drawn).convert("RGB").quantize(256, dither=Pillow.Dither.NONE).save(
+        small, format="png", optimize=True
+    )
+    display(Image(small.getvalue(), format="png"))
     caption(text)
+
+
+def dial(draw: Callable[..., None], **knobs: tuple[Any, Sequence[Any]]) -> None:
+    """Show draw(**starts); where a person runs the notebook in Jupyter, sliders show the other
+    values.
+
+    draw: draws one figure with its caption. knobs: name=(start, values). Jupyter's server names the
+    notebook in JPY_SESSION_NAME; without it nobody could move a slider, and none is shown.
+    """
+    if "JPY_SESSION_NAME" not in os.environ:
+        draw(**{name: start for name, (start, _) in knobs.items()})
+        return
+    import ipywidgets  # comes with jupyter
+
+    ipywidgets.interact(draw, **{
+        name: ipywidgets.SelectionSlider(options=list(values), value=start, continuous_update=False)
+        for name, (start, values) in knobs.items()
+    })  # fmt: skip
 
 
 def as_image(image: Any) -> np.ndarray:
@@ -98,15 +130,16 @@ def as_image(image: Any) -> np.ndarray:
 def grid(
     rows: Sequence[Sequence[Any]], text: str, titles: Sequence = (), labels: Sequence = (),
     size: float = 1.35, cmap: str = "viridis", limits: tuple[float, float] | None = None,
+    legend: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Rows of images with a caption: a film strip, attention maps, scenes above their truth.
 
     rows: images of any size, (3 y x), (y x 3) or (y x); None leaves a gap. titles: one per column;
     labels: one per row; limits: of the color scale of (y x) maps, the same for all; None: 0 to the
-    largest value of each map.
+    largest value of each map. legend: names of colors (3) uint8, below the images.
     """
     columns = max(map(len, rows))
-    _, axes = plt.subplots(len(rows), columns, squeeze=False,
+    figure, axes = plt.subplots(len(rows), columns, squeeze=False,
                            figsize=(size * columns + 0.5, size * len(rows) + 0.3))  # fmt: skip
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
@@ -121,6 +154,10 @@ def grid(
         axis.set_title(title, fontsize=9)
     for axis, label in zip(axes[:, 0], labels):
         axis.set_ylabel(label, fontsize=9)
+    if legend:
+        patches = [Patch(color=np.asarray(color) / 255, label=n) for n, color in legend.items()]
+        figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=9,
+                      frameon=False, handlelength=1, columnspacing=1)  # fmt: skip
     finish(text)
 
 
@@ -156,11 +193,13 @@ def curves(
     lines: dict[str, Sequence[float]], text: str, xlabel: str = "step", ylabel: str = "",
     marks: dict[str, float] | None = None, size: tuple[float, float] = (6.0, 3.2),
 ) -> None:  # fmt: skip
-    """Several lines over their index, dashed gray marks at heights that mean something."""
+    """Several lines over their index, each with its own marker; dashed gray marks at heights that
+    mean something.
+    """
     _, axis = plt.subplots(figsize=size)
     colors = prototype_colors(len(lines) + 1) / 255
-    for color, (name, values) in zip(colors, lines.items()):
-        axis.plot(values, color=color, label=name)
+    for color, marker, (name, values) in zip(colors, itertools.cycle(MARKERS), lines.items()):
+        axis.plot(values, color=color, label=name, marker=marker, ms=4, markevery=len(values) // 8)
     for name, height in (marks or {}).items():
         axis.axhline(height, color="gray", ls="--", lw=1)
         axis.annotate(name, (1, height), xycoords=("axes fraction", "data"), ha="right",

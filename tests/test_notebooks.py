@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import re
 import statistics
+import subprocess
+import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
+
+import recipes
+import toy
+from measures import grouping_report, labels, networks
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "notebooks"
@@ -21,12 +30,36 @@ CONCEPTS = (
     "backbone", "grouping", "slots", "slot_attention", "losses", "teacher", "slotcon", "data",
     "photometric", "toy",
 )  # fmt: skip
-# Public functions of the concept files that no notebook shows yet: take out what is shown.
-NOT_SHOWN_YET = {
-    "attentive_pooling", "blend", "blend_weights", "build_trunk", "connected_zero",
-    "contrast_in_parts", "detached", "full_precision", "gaussian_blur", "image_contrast", "luma",
-    "reflected_conv", "slot_regression", "teacher_momentum", "turn_hue",
-}  # fmt: skip
+SLIDES = (  # the titles of the deck, in its order
+    "Self-Supervised Visual Representation Learning with Semantic Grouping",
+    "Why scene-centric pre-training",
+    "Scene-centric pre-training requires more than instance discrimination",
+    "Image-level, pixel-level, and object-level contrastive learning",
+    "Fantastic objects and where to find them (without supervision)?",
+    "On object discovery: the Slot Attention mechanism",
+    "Slot Attention works well on toy data with reconstruction...",
+    "And also on real-world data if motion or depth is available...",
+    "And..., what about real-world images?",
+    "Philosophy shift: from bottom-up to top-down",
+    "Towards semantic prototypes: deep clustering",
+    "Deep clustering on pixels: unsupervised semantic seg.",
+    "Semantic grouping with pixel-level deep clustering",
+    "Group-level representation learning by contrasting slots",
+    "Together: solving segmentation & representation jointly",
+    "Results: new SOTA in scene-centric pre-training",
+    "Eqv. Performance to ImageNet with % data",
+    "Also strong compatibility in object-centric pre-training",
+    "Ablation study",
+    "Understanding the semantic grouping ability: unsupervised semantic segmentation",
+    "Understanding the semantic grouping ability: nearest neighbor visualization",
+    "On the emergence of objectness...",
+    "Additional ablation studies",
+    "Additional visualization results: human-related",
+    "Pre-training with autonomous driving data?",
+    "Statistics about the slots",
+    "Summary",
+    "Thanks!",
+)
 
 NO_NETWORK = """
 import socket
@@ -164,6 +197,20 @@ def run(sources: list[str], folder: Path) -> None:
     ).execute()
 
 
+def headings_of(book: Path) -> list[str]:
+    """The headings of the text cells, without their marks and numbers."""
+    text = "\n".join("".join(c["source"]) for c in read(book)["cells"] if c["cell_type"] != "code")
+    return re.findall(r"^#+ (?:\d+\. )?(.+)$", text, flags=re.M)
+
+
+def listings_of(book: Path) -> list[tuple[str, str]]:
+    """The code that `nb.source` showed: file and text."""
+    outputs = [o for c in read(book)["cells"] if c["cell_type"] == "code" for o in c["outputs"]]
+    shown = ["".join(o.get("data", {}).get("text/markdown", "")) for o in outputs]
+    return [m.groups() for m in (re.fullmatch(r"`(.+?)`:\n```python\n(.+)\n```", s, flags=re.S)
+                                 for s in shown) if m]  # fmt: skip
+
+
 def public(module: str, *kinds: type) -> set[str]:
     """The functions and classes of a concept file that others may use."""
     tree = ast.parse((ROOT / f"{module}.py").read_text())
@@ -206,10 +253,11 @@ def test_outputs_are_committed_whole_and_small(book: Path):
     cells = [c for c in read(book)["cells"] if c["cell_type"] == "code"]
     outputs = [o for c in cells for o in c["outputs"]]
     assert all(c["execution_count"] for c in cells), "run all cells before committing"
-    assert not [o for o in outputs if o["output_type"] == "error"]
+    assert book.stat().st_size <= 600_000
+    assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"]
     images = [len("".join(o["data"]["image/png"])) * 3 / 4 for o in outputs
               if "image/png" in o.get("data", {})]  # fmt: skip
-    assert images and max(images) <= 600_000
+    assert images and max(images) <= 250_000
 
 
 @pytest.mark.parametrize("book", BOOKS, ids=lambda book: book.stem)
@@ -236,5 +284,77 @@ def test_every_public_function_of_the_concept_files_is_shown():
     for book in BOOKS:
         shown |= set(re.findall(r"[A-Za-z_]\w*", "\n".join(code_of(book))))
     missing = {name for m in CONCEPTS for name in public(m, ast.FunctionDef)} - shown
-    assert missing <= NOT_SHOWN_YET, f"shown nowhere: {sorted(missing - NOT_SHOWN_YET)}"
-    print("no longer missing:", sorted(NOT_SHOWN_YET - missing))
+    assert not missing, f"shown nowhere: {sorted(missing)}"
+
+
+def test_every_slide_has_its_place():
+    text = (FOLDER / "README.md").read_text()
+    rows = re.findall(r"^\| ([^|]+) \| \[?(\d\d|README)\b[^|]*\| ([^|]+) \|$", text, flags=re.M)
+    assert list(dict.fromkeys(title for title, _, _ in rows)) == list(SLIDES)
+    for title, number, heading in rows:
+        if number == "README":
+            continue
+        (book,) = (b for b in BOOKS if b.name.startswith(number))
+        assert heading in headings_of(book), f"{title}: {book.name} has no heading {heading!r}"
+
+
+def test_twelve_questions_cover_the_eight_notebooks():
+    text = (FOLDER / "questions.md").read_text()
+    asked = re.findall(r"^\*\*(\d+)\.\*\* \(notebook (\d)\)", text, flags=re.M)
+    assert [int(number) for number, _ in asked] == list(range(1, 13))
+    assert sorted({int(book) for _, book in asked}) == list(range(1, 9))
+    answers = re.findall(r"</summary>\n\n(.+)\n</details>", text)
+    assert len(answers) == 12
+    assert all(answer.endswith(".") and ". " not in answer for answer in answers)  # one sentence
+
+
+@pytest.mark.slow
+def test_the_code_that_the_committed_outputs_show_is_the_code_as_it_is():
+    """Otherwise run the notebook again; how stands in notebooks/README.md."""
+    stale = []
+    for book in BOOKS:
+        for file, listing in listings_of(book):
+            code = (ROOT / file).read_text()
+            if not any(textwrap.indent(listing, " " * depth) in code for depth in (0, 4)):
+                stale.append(f"{book.name}: {file}: {listing.splitlines()[0]}")
+    assert not stale, stale
+
+
+@pytest.mark.slow
+def test_a_slider_moves_the_figure_where_jupyter_runs_the_notebook(monkeypatch):
+    monkeypatch.setenv("JPY_SESSION_NAME", "a.ipynb")
+    cells = ["import sys; sys.path[:0] = ['.', 'notebooks']\nimport nb",
+             "seen = []\ndef draw(knob):\n    seen.append(knob)\n"
+             "nb.dial(draw, knob=(2, (1, 2, 3)))\nassert seen == [2], seen",
+             "import ipywidgets\n"
+             "(slider,) = (w for w in ipywidgets.Widget.widgets.values()\n"
+             "             if isinstance(w, ipywidgets.SelectionSlider))\n"
+             "slider.value = 3\nassert seen == [2, 3], seen"]  # fmt: skip
+    run(cells, FOLDER)
+
+
+@pytest.mark.slow
+def test_the_command_of_the_readme_makes_the_trained_toy_network_again(tmp_path):
+    """About two minutes on two quiet cores. A worker prepares the views: the same numbers, sooner.
+
+    Last bits differ between machines and grow in 1,728 steps: five seeds of an earlier recipe, with
+    a center summed in another order, moved by up to 0.06 in mIoU and 0.04 in NMI.
+    """
+    made = torch.load(FOLDER / "toy.pth", weights_only=True)
+    command = re.search(r"`python (train\.py .*?) --output-dir", (FOLDER / "README.md").read_text())
+    options = [*command.group(1).split()[1:], "--workers", "1", "--output-dir", str(tmp_path)]
+    c, _ = recipes.parse(options, "")
+    other = {name for name, value in dataclasses.asdict(c).items() if made["config"][name] != value}
+    assert other <= {"workers", "output_dir"}, f"toy.pth was made with other options: {other}"
+    subprocess.run([sys.executable, "train.py", *options], cwd=ROOT, check=True,
+                   capture_output=True)  # fmt: skip
+    again = json.loads((tmp_path / "result.json").read_text())
+    network, config = networks.open_network(FOLDER / "toy.pth", "teacher", "cpu")
+    scenes = toy.ToyImages(labels.UNSEEN, c.toy_test_scenes)
+    committed = grouping_report.compare_in_memory(
+        network, networks.untrained_network(**networks.sizes_of(config)), scenes.images,
+        scenes.semantic, toy.CLASS_NAMES)  # fmt: skip
+    for name, tolerance in dict(nmi=0.06, miou=0.1, accuracy=0.1).items():
+        numbers = f"{name}: {again[name]:.3f} again, {committed[name]:.3f} committed"
+        assert abs(again[name] - committed[name]) <= tolerance, numbers
+        print(numbers)
