@@ -14,11 +14,8 @@ import math
 import random
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
-from PIL import Image
 from torch import Tensor
 
 from engine.images import Photograph, Pixels
@@ -88,11 +85,11 @@ class TwoCrops:
         crop2 = draw_crop(height, width, rng, *areas, crop1, self.min_overlap)
         flipped = [rng.random() < self.flip for _ in range(2)]
         if isinstance(image, Tensor):
-            pixels = Pixels(image)
+            pixels = image
         else:
             pixels = image.pixels(min(*crop1[2:], *crop2[2:]) / self.image_size)
         views = [
-            crop_of_pixels(pixels, crop, self.image_size, flip)
+            resized_crop(pixels, crop, self.image_size, flip)
             for crop, flip in zip((crop1, crop2), flipped)
         ]
         return Batch(
@@ -161,31 +158,17 @@ def overlap_boxes(
     return torch.tensor(boxes)
 
 
-def resized_crop(image: Tensor, crop: Crop, size: int, flipped: bool) -> Tensor:
-    """image (3 y x) uint8 -> the crop as a view (3 size size) uint8: bicubic, antialiased, mirrored
-    if flipped.
+def resized_crop(image: Tensor | Pixels, crop: Crop, size: int, flipped: bool) -> Tensor:
+    """image (3 y x) uint8, or a photograph that may be reduced -> the crop, in px of the whole
+    image, as a view (3 size size) uint8: bicubic, antialiased, mirrored if flipped.
     """
-    top, left, height, width = crop
-    window = image[None, :, top : top + height, left : left + width]
-    view = F.interpolate(window, (size, size), mode="bicubic", antialias=True)[0]
-    return view.flip(-1) if flipped else view
-
-
-def crop_of_pixels(pixels: Pixels, crop: Crop, size: int, flipped: bool) -> Tensor:
-    """`resized_crop` of a photograph that may be reduced; crop: in px of the whole photograph.
-
-    A crop may begin in the middle of a reduced pixel: Pillow resizes from there, torch cannot.
-    """
-    image, factor, margin = pixels
-    if factor == 1:
-        return resized_crop(image, crop, size, flipped)
-    top, left = (crop[0] + margin[0]) / factor, (crop[1] + margin[1]) / factor
-    bottom, right = top + crop[2] / factor, left + crop[3] / factor
-    y, x = int(top), int(left)
-    window = rearrange(image[:, y : math.ceil(bottom), x : math.ceil(right)], "c y x -> y x c")
-    box = (left - x, top - y, right - x, bottom - y)  # eighths of a pixel: no rounding
-    resized = Image.fromarray(window.numpy()).resize((size, size), Image.Resampling.BICUBIC, box)
-    view = rearrange(torch.from_numpy(np.array(resized)), "y x c -> c y x")
+    if isinstance(image, Pixels) and image.factor > 1:
+        view = image.resized_crop(*crop, size)
+    else:
+        whole = image.image if isinstance(image, Pixels) else image
+        top, left, height, width = crop
+        window = whole[None, :, top : top + height, left : left + width]
+        view = F.interpolate(window, (size, size), mode="bicubic", antialias=True)[0]
     return view.flip(-1) if flipped else view
 
 

@@ -174,7 +174,7 @@ def our_stages(root, paths, args):
         clock("decode")
         pair = torch.stack(
             [
-                data.crop_of_pixels(pixels, crop, args.image_size, flip)
+                data.resized_crop(pixels, crop, args.image_size, flip)
                 for crop, flip in zip((crop1, crop2), flipped)
             ]
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import math
 import os
 import stat
 import warnings
@@ -20,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -238,6 +240,20 @@ class Pixels(NamedTuple):
     # side is no multiple of factor, the decoder's last row or column sticks out, and turned upright
     # the last may be the first
     margin: tuple[int, int] = (0, 0)
+
+    def resized_crop(self, top: int, left: int, height: int, width: int, size: int) -> Tensor:
+        """A crop, in px of the photograph -> (3 size size) uint8: bicubic, antialiased.
+
+        It may begin in the middle of a reduced pixel: Pillow resizes from there, torch cannot.
+        """
+        top, left = (top + self.margin[0]) / self.factor, (left + self.margin[1]) / self.factor
+        bottom, right = top + height / self.factor, left + width / self.factor
+        y, x = int(top), int(left)
+        window = self.image[:, y : math.ceil(bottom), x : math.ceil(right)]
+        whole = Image.fromarray(rearrange(window, "c y x -> y x c").numpy())
+        box = (left - x, top - y, right - x, bottom - y)  # eighths of a pixel: no rounding
+        resized = whole.resize((size, size), Image.Resampling.BICUBIC, box)
+        return rearrange(torch.from_numpy(np.array(resized)), "y x c -> c y x")
 
 
 class Photograph:
