@@ -54,7 +54,7 @@ class ResNetTrunk(TorchvisionResNet):
         del self.avgpool, self.fc
 
     def forward(self, images: Tensor) -> Tensor:
-        """images (b 3 y x) normalised -> C5 map (b c h w)."""
+        """images (b 3 y x) normalized -> C5 map (b c h w)."""
         c1 = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         c2 = self.layer1(c1)
         c3 = self.layer2(c2)
@@ -168,5 +168,5 @@ class Projector(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """features (b c h w) -> pixel embeddings (b d h w), not normalised."""
+        """features (b c h w) -> pixel embeddings (b d h w), not normalized."""
         return self.mlp(features)

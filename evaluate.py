@@ -32,7 +32,7 @@ from engine.command_line import (
 from engine.options import positive, whole
 from engine.program import run_program
 from measures import color_groups, grouping_report, labels, networks, probes, slot_statistics
-from measures.streams import center_view, default_size, labeled_batches, open_images, stream
+from measures.streams import center_view, default_size, labeled_batches, open_images, spaced, stream
 
 
 def measure_segmentation(args: argparse.Namespace) -> dict:
@@ -101,10 +101,12 @@ def open_labeled(args: argparse.Namespace, split: str | None = None) -> labels.L
         coco_stuff=dict(list_file=args.list),
         folder=dict(num_classes=args.num_classes),
     )
+    if not args.dataset and not args.data_dir:
+        print("no --data-dir: measured on toy scenes, whatever was trained on")
     args.dataset = dataset_of(args)
     options = own.get(args.dataset, {})
     labeled = labels.open_labeled(args.dataset, args.data_dir, split or args.split, **options)
-    return labeled.subset(range(min(args.limit, len(labeled)))) if args.limit else labeled
+    return labeled.subset(spaced(len(labeled), args.limit)) if args.limit else labeled
 
 
 def open_parts(args: argparse.Namespace) -> tuple[labels.Labeled, labels.Labeled]:

@@ -30,7 +30,7 @@ def full_precision(x: Tensor) -> Tensor:
 def similarity(embeddings: Tensor, prototypes: Tensor) -> Tensor:
     """Cosine between every prototype and every pixel embedding.
 
-    embeddings (b d h w), prototypes (k d), neither normalised -> (b k h w) in [-1, 1].
+    embeddings (b d h w), prototypes (k d), neither normalized -> (b k h w) in [-1, 1].
     similarity[b,k,h,w] = <p_k, z_bhw> / (|p_k| |z_bhw|). Slide: "similar assignment scores w.r.t.
     the same set of cluster centers (prototypes)".
     """
@@ -74,7 +74,7 @@ def inverse_augmentation(maps: Tensor, boxes: Tensor, flipped: Tensor) -> Tensor
     x1, y1, x2, y2 = boxes.to(maps.dtype).unbind(dim=1)
     image = torch.arange(b, device=maps.device, dtype=maps.dtype)
     regions = torch.stack([image, x1 * w, y1 * h, x2 * w, y2 * h], dim=1)
-    # aligned=True puts pixel centres at half-integers; without it every map moves by about half a
+    # aligned=True puts pixel centers at half-integers; without it every map moves by about half a
     # pixel.
     aligned = roi_align(maps, regions, (h, w), aligned=True)
     return torch.where(rearrange(flipped, "b -> b 1 1 1"), aligned.flip(-1), aligned)  # over w

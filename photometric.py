@@ -113,7 +113,7 @@ class Photometric:
         self.threshold = solarize_threshold / 255
 
     def __call__(self, views: Tensor, generator: torch.Generator) -> Tensor:
-        """Draws and applies. views: (b v 3 y x) uint8. Returns (b v 3 y x) float32, normalised."""
+        """Draws and applies. views: (b v 3 y x) uint8. Returns (b v 3 y x) float32, normalized."""
         return self.apply(views, self.draw(len(views), generator))
 
     def draw(self, b: int, generator: torch.Generator) -> Draw:
@@ -258,7 +258,7 @@ def turn_hue(pixels: Tensor, turns: Tensor) -> Tensor:
 def gaussian_blur(pixels: Tensor, sigma: Tensor, radius: int) -> Tensor:
     """Separable Gaussian, mirrored at the border, as two matrix products: rows * pixels * columns'.
 
-    pixels: (n 3 y x). sigma: (n) pixels, 0 = sharp. radius: taps on each side of the centre.
+    pixels: (n 3 y x). sigma: (n) pixels, 0 = sharp. radius: taps on each side of the center.
     """
     with torch.autocast(pixels.device.type, enabled=False):  # half precision would show as bands
         matrices = {

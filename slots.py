@@ -22,7 +22,7 @@ def attentive_pooling(embeddings: Tensor, similarity: Tensor, temperature: float
     """One feature vector per prototype and image: the mean of its pixels, weighted by their
     assignment.
 
-    embeddings (b d h w) not normalised [O]; similarity (b k h w) in [-1, 1]; temperature: the
+    embeddings (b d h w) not normalized [O]; similarity (b k h w) in [-1, 1]; temperature: the
     teacher's, for student and teacher alike [O] -> slots (b k d). The maps are those of the whole
     view, not the aligned ones. a = softmax_k(similarity / temperature) + 1e-6; slot_k = sum_hw a_k
     z / sum_hw a_k. Raises ValueError for a temperature that is not positive or maps of different
@@ -79,7 +79,7 @@ class SlotPredictor(nn.Module):
     def forward(self, slots: Tensor) -> Tensor:
         """slots (n dim_in) -> predictions (n dim_out), not normalized."""
         # A batch norm of its own has no statistics for fewer than two rows, which one of several
-        # CPU processes may be left with; it then uses the running ones. Synchronised norms count
+        # CPU processes may be left with; it then uses the running ones. Synchronized norms count
         # the rows of all ranks.
         alone = not any(isinstance(layer, nn.SyncBatchNorm) for layer in self.mlp)
         if self.training and alone and len(slots) < 2:

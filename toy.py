@@ -53,10 +53,10 @@ class Dials:
     things: tuple[int, int] = (3, 7)  # objects per scene; one that finds no free place is left out
     radius: tuple[float, float] = (0.15, 0.28)  # of an object, in sides of the picture
     crowding: float = (
-        0.75  # least distance of two centres, in sums of their radii; below 1 things overlap
+        0.75  # least distance of two centers, in sums of their radii; below 1 things overlap
     )
     hue_bias: float = (
-        0.3  # probability that the class decides the hue; at 1 colour gives the class away
+        0.3  # probability that the class decides the hue; at 1 color gives the class away
     )
     texture: tuple[float, float] = (0.25, 0.45)  # amplitude of the texture, where white - black = 1
     light: float = 0.15  # strength of the illumination gradient across the picture
@@ -64,13 +64,13 @@ class Dials:
     # each thing class is this many times as frequent as the one before; below 1: a long tail
     rarity: float = 1.0
     layout: str = (
-        "anywhere"  # or "centred" (things in the middle), "road" (fixed stuff, size by depth)
+        "anywhere"  # or "centered" (things in the middle), "road" (fixed stuff, size by depth)
     )
 
 
 PRESETS = {
     "scene": {},
-    "object_centric": dict(layout="centred", things=(1, 1), radius=(0.32, 0.42)),
+    "object_centric": dict(layout="centered", things=(1, 1), radius=(0.32, 0.42)),
     "driving": dict(layout="road", things=(3, 8), radius=(0.09, 0.26), rarity=0.5),
     "flat": dict(texture=(0.0, 0.0), light=0.0, noise=0.0),
 }
@@ -251,7 +251,7 @@ FILLS = (  # in the order of PART_NAMES
 )
 
 
-# ----------------------- shapes: (u, v) in radii from the centre, v down -> one mask (y x) per part
+# ----------------------- shapes: (u, v) in radii from the center, v down -> one mask (y x) per part
 def _disc(u, v, cu, cv, radius):
     return (u - cu) * (u - cu) + (v - cv) * (v - cv) <= radius * radius
 
@@ -285,7 +285,7 @@ def _tree(u, v):
 STAR_NORMALS = tuple(direction(0.25 + i / 5) for i in range(5))
 # And their lean, turns
 SHAPES = ((_ball, 0.5), (_crate, 0.06), (_fish, 0.08), (_star, 0.5), (_tree, 0.03))
-REACH = 1.4  # no shape goes further from its centre, radii
+REACH = 1.4  # no shape goes further from its center, radii
 
 
 # ---------------------------------------------------- a plan: all that is random, but for the noise
@@ -337,19 +337,19 @@ def _look(stream: Stream, dials: Dials, part: int, hue: float) -> Look:
     color = _color(hue, stream.uniform(0.25, 0.65), stream.uniform(0.45, 0.7))
     turn = direction(stream.uniform(-fill.tilt, fill.tilt))
     phase = (stream.uniform(0.0, 32.0), stream.uniform(0.0, 32.0))
-    phase = (0.0, 0.0) if fill.texture is gloss else phase  # gloss has a centre, the object's
+    phase = (0.0, 0.0) if fill.texture is gloss else phase  # gloss has a center, the object's
     return Look(
         part, color, stream.uniform(*dials.texture), stream.uniform(*fill.period), turn, phase
     )
 
 
 def _places(stream: Stream, dials: Dials) -> list[tuple[float, float, float]]:
-    """Centre x, y and radius of each object, in sides, far to near, none too close to another."""
+    """Center x, y and radius of each object, in sides, far to near, none too close to another."""
     places: list[tuple[float, float, float]] = []
     for _ in range(stream.integer(*dials.things)):
         for _attempt in range(12):
             x, y, share = stream.uniform(), stream.uniform(), stream.uniform()
-            if dials.layout == "centred":
+            if dials.layout == "centered":
                 x, y = 0.44 + 0.12 * x, 0.44 + 0.12 * y
             if dials.layout == "road":  # the nearer, the lower and the larger
                 y = 0.5 + 0.35 * share
@@ -405,7 +405,7 @@ def _plan(stream: Stream, dials: Dials) -> Plan:
 
 # ------------------------------------------------------------------------------------------ drawing
 def _paint(look: Look, x, y, table) -> np.ndarray:
-    """Colour (... 3) of a part at coordinates x and y (...), in 64ths of the side."""
+    """Color (... 3) of a part at coordinates x and y (...), in 64ths of the side."""
     (c, s), (p, q) = look.turn, look.phase
     p, q = (c * x + s * y) / look.period + p, (c * y - s * x) / look.period + q
     return look.color + look.amplitude * FILLS[look.part].texture(p, q, table)[..., None]
@@ -493,8 +493,8 @@ def _dials(preset: str, changes: dict) -> Dials:
         pair = value if isinstance(value, (tuple, list)) else (value, value)
         if not low <= pair[0] <= pair[1] <= high:
             raise ValueError(f"the dial {name} goes from {low} to {high}, found {value}")
-    if dials.layout not in ("anywhere", "centred", "road"):
-        raise ValueError(f"the dial layout is anywhere, centred or road, found {dials.layout!r}")
+    if dials.layout not in ("anywhere", "centered", "road"):
+        raise ValueError(f"the dial layout is anywhere, centered or road, found {dials.layout!r}")
     return dials
 
 

@@ -1,7 +1,7 @@
 """Pretrain SlotCon: student, teacher, center and two losses, on toy scenes or on a folder of
 photographs.
 
-    python train.py                                                   toy scenes, two minutes
+    python train.py                                                   toy scenes, three minutes
     python train.py --preset coco-r50 --data-dir COCO                 the published recipe
     torchrun --nproc-per-node=8 train.py --preset coco-r50 --data-dir COCO      on eight GPUs
     python train.py --preset coco-r50 --plan --plan-processes 8       what such a run would need
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 import recipes
+from backbone import RESNETS
 from engine import checkpoint, files, loader, processes, weights
 from engine.images import digest_of
 from engine.keeper import same_command
@@ -183,8 +184,8 @@ def finish(c: Config, run: Run) -> None:
             f"could not write {file}: {error.strerror or error}; last.pth holds everything, and "
             f"{same_command(c.resume)} tries again"
         ) from None
-    done = f"done     {run.progress.step} steps"
-    print(f"{done}; {file} is the teacher's trunk under torchvision's names")
+    names = "torchvision's names" if c.arch in RESNETS else f"names of the trunk {c.arch}"
+    print(f"done     {run.progress.step} steps; {file} is the teacher's trunk under {names}")
     seconds, teacher = time.perf_counter() - run.began, run.model.teacher
     if c.dataset == "toy":
         toy_result.show(

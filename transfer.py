@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from backbone import RESNETS
 from downstream import datasets, settings, trunks
 from downstream.settings import Shared
 from downstream.tasks import Task, make_task
@@ -155,6 +156,8 @@ def set_up(c: Shared, given: set[str]) -> tuple[Shared, Task, Run]:
     arch = c.arch if c.backbone == "random" or "arch" in given else ""
     trunk, arch, about = trunks.open_trunk(c.backbone, arch, c.network)
     c = dataclasses.replace(c, arch=arch)
+    if arch not in RESNETS and hasattr(c, "output_stride") and "output_stride" not in given:
+        c = dataclasses.replace(c, output_stride=0)  # only a ResNet can be given another one
     task = make_task(c, trunk)
     settings.check(c, place.world_size, len(task.train))
     schedule = settings.schedule_of(c)

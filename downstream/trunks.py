@@ -33,13 +33,14 @@ class TrunkFile(NamedTuple):
 
 
 def read_trunk(path: str | Path, network: str = "teacher") -> TrunkFile:
-    """The trunk in a checkpoint: ours (finished or paused), the released code's, backbone.pth, or
-    an exported file.
+    """The trunk in a checkpoint: ours (finished or paused, or the folder of its run), the released
+    code's, backbone.pth, or an exported file.
 
     network: teacher or student, where the file holds both. A classifier `fc.*` is no part of a
     trunk. Raises ValueError with one line: no checkpoint, or not exactly the tensors of one
     architecture.
     """
+    path = Path(path) / "last.pth" if Path(path).is_dir() else path
     contents = checkpoint.read(path)
     state = contents.get("model", contents)
     state = checkpoint.tensors(state) if isinstance(state, Mapping) else {}

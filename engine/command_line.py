@@ -122,7 +122,7 @@ def add_images(parser: argparse.ArgumentParser, text: str) -> None:
         "--limit",
         type=whole,
         default=0,
-        help="use the first N images only, for a quick try; 0: all (default: 0)",
+        help="use N images only, evenly spaced, for a quick try; 0: all (default: 0)",
     )
     parser.add_argument(
         "--batch-size",

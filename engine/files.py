@@ -19,8 +19,8 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None
     """Write a file so that `path` holds the old content or the new one at any moment, whatever dies
     when.
 
-    write(file) fills a temporary neighbour, which is flushed to the disk and renamed. Raises
-    OSError (disk full, folder not writable) with `path` untouched and the neighbour removed. What
+    write(file) fills a temporary neighbor, which is flushed to the disk and renamed. Raises
+    OSError (disk full, folder not writable) with `path` untouched and the neighbor removed. What
     is no file, such as /dev/stdout or a pipe, is written to as it is.
     """
     path = Path(path)

@@ -1,7 +1,7 @@
 """LARS: momentum SGD in which every weight tensor moves by a fixed fraction of its own norm.
 
 Slide: none.
-Paper: the optimisation paragraph of the experiments; You et al., 2017.
+Paper: the optimization paragraph of the experiments; You et al., 2017.
 Differs: the arithmetic of the released code, on all tensors at once instead of one after another,
 and in place.
 """

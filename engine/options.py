@@ -28,7 +28,7 @@ def option(
     also: Sequence[str] = (),
 ) -> Any:
     """A field: help with unit and origin, allowed range; free: a run that is continued may change
-    it; also: other spellings of the option, as "--colour".
+    it; also: other spellings of the option, as "--color".
     """
     about = dict(help=text, low=low, high=high, choices=choices, free=free, also=also)
     return dataclasses.field(default=default, metadata=about)

@@ -245,7 +245,8 @@ class Plan(NamedTuple):
             f"step     {seconds:.4g} s, {self.batch_size / seconds:.4g} images/s on {self.device} "
             f"({self.cost.how}, random images{', without the wire' * many}"
             f"{'; it waits for the images' * waits})",
-            f"hours    {self.steps * seconds / 3600:.4g} (counted: steps x step)",
+            f"hours    {self.steps * seconds / 3600:.4g} (steps x step, on {self.device}"
+            f"{'; for GPUs ask on one' * (many and self.device == 'cpu')})",
             f"memory   {self.cost.memory_gb:.3g} GB per process ({self.cost.how})"
             + f", and {megabytes(self.gradient_bytes)} more for the exchange (counted)" * many,
             f"wire     {megabytes(sent.total)} sent per step and process (counted)",

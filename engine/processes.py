@@ -112,7 +112,7 @@ def precision(amp: str, device: torch.device) -> torch.dtype | None:
 
 
 def wrap(model: nn.Module, place: Place) -> nn.Module:
-    """The model as all processes train it: gradients averaged, batch norms synchronised where they
+    """The model as all processes train it: gradients averaged, batch norms synchronized where they
     can be.
     """
     if place.world_size == 1:

@@ -90,13 +90,21 @@ def labeled_batches(
 # --------------------------------------------------------------------------------------- opening
 
 
+def spaced(count: int, limit: int) -> list[int]:
+    """`limit` of `count` indices, evenly spaced, 0: all. Neighbors in the order of names are often
+    of one kind.
+    """
+    limit = min(limit, count) or count
+    return [i * count // limit for i in range(limit)]
+
+
 def open_images(
     dataset: str, data_dir: str | Path | None, limit: int = 0
 ) -> ImageFiles | ToyScenes:
     """Images without labels: of a folder (of its val2017 if it has that), or unseen toy scenes.
 
-    dataset: folder or toy; limit: the first so many, 0: all, which for toy scenes is 256. Raises
-    ValueError with one line where there are none.
+    dataset: folder or toy; limit: so many, evenly spaced, 0: all, which for toy scenes is 256.
+    Raises ValueError with one line where there are none.
     """
     if dataset == "toy":
         return ToyScenes(count=limit or 256)
@@ -105,7 +113,7 @@ def open_images(
     folder = Path(data_dir)
     folder = folder / "val2017" if (folder / "val2017").is_dir() else folder
     root, paths, _ = find_images(folder)
-    return ImageFiles(root, paths[: limit or None])
+    return ImageFiles(root, paths[spaced(len(paths), limit)])
 
 
 def open_files(files: Sequence[Path]) -> ImageFiles:

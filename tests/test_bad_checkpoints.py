@@ -64,7 +64,7 @@ def child_that_saves(path, number):
 
 
 def test_the_bytes_are_on_the_disk_before_the_name_points_to_them(tmp_path, monkeypatch):
-    """What a power cut needs: file synchronised, then renamed, then the folder synchronised."""
+    """What a power cut needs: file synchronized, then renamed, then the folder synchronized."""
     calls = []
 
     def fsync(number):

@@ -50,7 +50,7 @@ def assert_pixels(path, expected, tolerance=0):
 # -------------------------------------------------------------------------------- odd, but pictures
 
 
-def test_grey_is_three_times_the_same(tmp_path):
+def test_gray_is_three_times_the_same(tmp_path):
     Image.fromarray(GRADIENT).save(tmp_path / "gray.png")
     assert_pixels(tmp_path / "gray.png", GRADIENT)
 
@@ -249,7 +249,7 @@ def color(item):
     return round(item[0].views.float().mean().item() / 20)
 
 
-def test_the_next_readable_neighbour_stands_in_and_all_on_the_way_are_named(tmp_path):
+def test_the_next_readable_neighbor_stands_in_and_all_on_the_way_are_named(tmp_path):
     crops = samples_of(folder_with_bad(tmp_path, {2, 3, 8}), 8)
     for index, stand_in, failed in [
         (1, 1, []),

@@ -81,7 +81,7 @@ def test_a_device_or_a_pipe_is_written_to_and_not_replaced_by_a_file(tmp_path):
     os.close(reader)
 
 
-def test_a_writer_that_fails_leaves_the_old_content_and_no_neighbour(tmp_path):
+def test_a_writer_that_fails_leaves_the_old_content_and_no_neighbor(tmp_path):
     path = tmp_path / "config.json"
     files.write_atomically(path, lambda file: file.write(b"old"))
 
@@ -403,7 +403,7 @@ def test_what_cannot_be_continued_is_refused_before_anything_is_touched(model, t
         assert module.weight.equal(before)
 
 
-def test_another_optimiser_is_named_as_the_reason(tmp_path):
+def test_another_optimizer_is_named_as_the_reason(tmp_path):
     checkpoint.save(tmp_path / "last.pth", saved_state(1))
     module, _, scaler = trained(2)
     optimizer = torch.optim.SGD([dict(params=[module.weight]), dict(params=[module.bias])], 0.1)

@@ -283,7 +283,7 @@ def test_the_second_crop_overlaps_the_first_only_if_it_must():
     assert empty[0] > 5 and empty[1] == 0
 
 
-def test_without_geometry_both_views_are_the_whole_centre():
+def test_without_geometry_both_views_are_the_whole_center():
     images = noise()
     (views, boxes, flipped), _ = samples_of(images, 24, geometric=False)[11 + 3]
     assert torch.equal(views[0], views[1]) and torch.equal(views[0], center_square(images[3], 24))

@@ -228,7 +228,7 @@ def wait_for(process, pattern):
 
 
 def everything_that_moves(folder):
-    """Of last.pth: weights, teacher, centre, batch norms, optimiser, and the step, on which
+    """Of last.pth: weights, teacher, center, batch norms, optimizer, and the step, on which
     schedules depend.
     """
     saved = last_of(folder)
@@ -270,7 +270,7 @@ def test_a_step_with_bad_numbers_moves_nothing_on_any_process(
     if amp == "fp16":
         assert saved["scaler"]["scale"] == saved_before["scaler"]["scale"] / 4
 
-    # The schedules go on with the optimiser's steps, and the run has as many of them as without.
+    # The schedules go on with the optimizer's steps, and the run has as many of them as without.
     play(run, *arguments, **options)
     lines = log_of(run)
     assert lines[-1]["step"] == 18 and lines[-1]["skipped_steps"] >= saved["bad_steps"]

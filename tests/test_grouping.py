@@ -147,7 +147,7 @@ def cut_slowly(maps, boxes, flipped):
         for j in range(c):
             for row in range(h):
                 for column in range(w):
-                    y = y1 * h + (row + 0.5) * (y2 - y1) - 0.5  # pixel centres lie at half-integers
+                    y = y1 * h + (row + 0.5) * (y2 - y1) - 0.5  # pixel centers lie at half-integers
                     x = x1 * w + (column + 0.5) * (x2 - x1) - 0.5
                     to = w - 1 - column if flipped[i] else column
                     out[i, j, row, to] = sample(maps[i, j], y, x)

@@ -111,7 +111,7 @@ def test_what_has_no_gradient_stays_and_the_others_move():
     LARS(weights(), lr=1.0).step()  # nothing has a gradient: nothing to do
 
 
-def test_a_saved_optimiser_goes_on_where_it_was():
+def test_a_saved_optimizer_goes_on_where_it_was():
     through, resumed = weights(), weights()
     one, first = LARS(through, 0.2), LARS(resumed, 0.2)
     for params, optimizer in ((through, one), (resumed, first)):

@@ -152,7 +152,7 @@ def test_maps_and_center_that_do_not_fit_are_named(student, teacher, center):
         )
 
 
-# ------------------------------------------------------------------------------------------ centre
+# ------------------------------------------------------------------------------------------ center
 
 
 def test_the_mean_over_pixels_is_over_images_views_and_places():

@@ -92,7 +92,7 @@ def test_every_view_is_what_torchvision_makes_of_it_with_the_same_parameters(set
 # ------------------------------------------------------------------------------------- single steps
 
 
-def test_luma_is_the_weighted_sum_of_the_colours():
+def test_luma_is_the_weighted_sum_of_the_colors():
     assert luma(torch.tensor([1.0, 0.5, 0.25]).view(1, 3, 1, 1)).item() == pytest.approx(
         0.2989 + 0.2935 + 0.0285
     )
@@ -100,7 +100,7 @@ def test_luma_is_the_weighted_sum_of_the_colours():
 
 @pytest.mark.parametrize("turn", [-0.5, -0.21, 0, 1e-3, 1 / 6, 1 / 3, 0.5])
 def test_hue_turns_the_circle_of_hue_saturation_value(turn):
-    levels = [0, 0.25, 1]  # with all ties between colors, greys and black
+    levels = [0, 0.25, 1]  # with all ties between colors, grays and black
     colors = (
         list(itertools.product(levels, repeat=3)) + torch.rand(40, 3, generator=luck()).tolist()
     )
@@ -227,7 +227,7 @@ def test_solarize_inverts_from_the_threshold_up(threshold, expected):
     )
 
 
-def test_normalize_takes_grey_levels_and_fractions():
+def test_normalize_takes_gray_levels_and_fractions():
     images = batch()[:, 0]
     expected = TF.normalize(images.float() / 255, list(IMAGENET_MEAN), list(IMAGENET_STD))
     torch.testing.assert_close(normalize(images), expected)

@@ -1,10 +1,10 @@
 """Two processes with half a batch each are one process with the whole batch; and processes.py's
 small decisions.
 
-Promised: loss, gradients, centre, teacher and the log's numbers do not depend on how a batch is
+Promised: loss, gradients, center, teacher and the log's numbers do not depend on how a batch is
 split, whatever each half holds: unequal numbers of overlapping crops, no overlap, no query, in one
 process or in both. No process waits for another. Batch norms are in evaluation mode here, since
-only a GPU can synchronise them; one test leaves them training.
+only a GPU can synchronize them; one test leaves them training.
 """
 
 import contextlib
@@ -97,7 +97,7 @@ CASES = {
 
 
 def step(model, wrapped, batch, passes=1):
-    """One optimiser step as the training loop takes it; everything that comes out of it."""
+    """One optimizer step as the training loop takes it; everything that comes out of it."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = LARS(list(trained.values()), 0.3)
     loss_sum, queries, parts = 0.0, [], [x.chunk(passes) for x in batch]
@@ -229,7 +229,7 @@ def test_two_processes_with_half_a_batch_each_are_one_with_the_whole_batch(found
     assert torch.allclose(sum(half["parts"] for half in halves) / 2, whole["parts"], rtol=1e-10)
     for half in halves:
         same(half["gradients"], whole["gradients"])
-        same(half["state"], whole["state"])  # centre and teacher among it
+        same(half["state"], whole["state"])  # center and teacher among it
         assert half["statistics"] == pytest.approx(whole["statistics"], rel=1e-9)
 
 

@@ -38,7 +38,7 @@ def whole(photographs, tmp_path_factory):
 
 
 def assert_same_run(folder, other):
-    """Weights, teacher, centre, optimiser, scaler, position; and every line of the log but for
+    """Weights, teacher, center, optimizer, scaler, position; and every line of the log but for
     times.
     """
     a, b = last_of(folder), last_of(other)

@@ -1,8 +1,8 @@
-"""slotcon.py: student, teacher, centre and the two losses, put together.
+"""slotcon.py: student, teacher, center and the two losses, put together.
 
 Promised: the loss of the paper and of each of its ablations; the same loss whatever the order of
 prototypes, views or images; a teacher that no gradient reaches and a forward that moves neither
-teacher nor centre; batch statistics of one view at a time; no exception where nothing overlaps or
+teacher nor center; batch statistics of one view at a time; no exception where nothing overlaps or
 nothing is found; float32 at least where it matters. The default method against the released code's
 numbers: test_reference_numbers.py.
 """
@@ -34,7 +34,7 @@ def random(*shape, seed=0):
 
 
 def build(**settings):
-    """A small SlotCon in float64 whose student, teacher and centre all differ."""
+    """A small SlotCon in float64 whose student, teacher and center all differ."""
     model = SlotCon("tiny", K, HIDDEN, D, **settings).double()
     for name, p in model.named_parameters():
         noise = random(*p.shape, seed=zlib.crc32(name.encode()))
@@ -318,7 +318,7 @@ def test_batch_statistics_are_of_one_view_at_a_time_view_1_first(which):
     assert norm.num_batches_tracked == 2
 
 
-def test_the_predictor_normalises_one_direction_at_a_time():
+def test_the_predictor_normalizes_one_direction_at_a_time():
     model = build()
     model(*two_views())
     assert model.predictor.mlp[1].num_batches_tracked == 2

@@ -236,7 +236,7 @@ def test_dial_light_tilts_the_brightness():
     ("scene", {"hue_bias": 1.5}, "the dial hue_bias goes from 0 to 1, found 1.5"),
     ("scene", {"size": 8}, "the dial size goes from 16 to 4096, found 8"),
     ("scene", {"things": (5, 2)}, "the dial things goes from 0 to 254, found"),
-    ("scene", {"layout": "heap"}, "the dial layout is anywhere, centred or road, found 'heap'"),
+    ("scene", {"layout": "heap"}, "the dial layout is anywhere, centered or road, found 'heap'"),
 ])
 def test_a_wrong_dial_is_named(preset, dials, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")) as error:

@@ -354,7 +354,7 @@ def test_a_seed_makes_one_model_and_another_seed_another():
 
 
 @pytest.mark.parametrize("optimizer", ["lars", "adamw"])
-def test_the_optimiser_trains_student_and_predictor_and_decays_no_bias_or_norm(optimizer):
+def test_the_optimizer_trains_student_and_predictor_and_decays_no_bias_or_norm(optimizer):
     c = config(
         arch="tiny",
         num_prototypes=5,

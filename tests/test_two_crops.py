@@ -146,7 +146,7 @@ def test_a_draw_that_does_not_fit_is_repeated():
         (1, 5000, (0, 2499, 1, 1)),
     ],
 )
-def test_ten_draws_that_do_not_fit_give_the_largest_centred_crop_of_allowed_ratio(
+def test_ten_draws_that_do_not_fit_give_the_largest_centered_crop_of_allowed_ratio(
     height, width, expected
 ):
     rng = Script([1.0, math.log(4 / 3)] * 10)
@@ -185,7 +185,7 @@ def test_after_ten_second_crops_that_miss_one_is_drawn_without_the_condition():
     assert rng.asked == 22
 
 
-def test_after_ten_second_crops_that_do_not_fit_ten_more_are_drawn_before_the_centre():
+def test_after_ten_second_crops_that_do_not_fit_ten_more_are_drawn_before_the_center():
     rng = Script([1.0, 0.0] * 20)
     assert draw_crop(40, 100, rng, other=(0, 0, 40, 40)) == (0, 23, 40, 53)
     assert rng.asked == 40
@@ -266,7 +266,7 @@ def test_both_views_show_the_same_place_at_the_same_place_of_their_boxes():
 
 
 @pytest.mark.parametrize("height, width", [(300, 421), (421, 300), (57, 57)])
-def test_the_center_square_is_resize_256_and_centre_crop_224(height, width):
+def test_the_center_square_is_resize_256_and_center_crop_224(height, width):
     image = picture(height, width)
     steps = T.Compose(
         [T.Resize(256, T.InterpolationMode.BICUBIC, antialias=True), T.CenterCrop(224)]
