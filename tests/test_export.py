@@ -68,6 +68,14 @@ def test_the_trunk_is_found_in_every_kind_of_file(kind, files):
     assert "120 of 120 tensors" in line and "none missing, none left over" in line
 
 
+def test_the_folder_of_a_run_stands_for_its_last_checkpoint(files, tmp_path, capsys):
+    folder, teacher, _ = files
+    (tmp_path / "last.pth").write_bytes((folder / "paused.pth").read_bytes())
+    assert equal(read_trunk(tmp_path).state, teacher)
+    assert run(tmp_path, "--output", tmp_path / "out.pth") == 0
+    assert f"read     {tmp_path / 'last.pth'}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", ["paused", "released"])
 def test_the_student_is_another_network_of_the_same_file(kind, files):
     folder, teacher, student = files

@@ -179,7 +179,7 @@ def test_labels_that_cannot_be_used_are_named_and_too_many_end_the_run(tmp_path,
     top = draw_voc(tmp_path)
     (top / "SegmentationClassAug" / "2008_02.png").write_bytes(b"no label")
     arguments = ["segmentation", "--dataset", "voc", "--data-dir", str(top), "--arch", "tiny",
-                 "--output-stride", "0", "--crop", "24", "--batch-size", "2", "--base-steps", "1",
+                 "--crop", "24", "--batch-size", "2", "--base-steps", "1",
                  "--frame", "40", "24", "--head-width", "8", "--workers", "0"]  # fmt: skip
     assert run(tmp_path / "run", small=arguments) == 1
     assert "1 of 2 images could not be read" in capsys.readouterr().err
