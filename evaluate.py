@@ -38,6 +38,7 @@ from measures.streams import center_view, default_size, labeled_batches, open_im
 def measure_segmentation(args: argparse.Namespace) -> dict:
     """Groups against labels, at every size, beside the two baselines."""
     network, config = networks.open_network(args.checkpoint, args.network, args.device)
+    note_toy_scenes(args, config)
     untrained = networks.untrained_network(**networks.sizes_of(config), device=args.device)
     labeled, k = open_labeled(args), config["num_prototypes"]
     reading = (args.batch_size, args.workers)
@@ -77,6 +78,7 @@ def measure_slots(args: argparse.Namespace) -> dict:
 def measure_probe(args: argparse.Namespace) -> dict:
     """Linear and nearest-neighbor probes on frozen features, beside a random backbone."""
     trunk, config = networks.open_trunk(args.checkpoint, args.network, args.device)
+    note_toy_scenes(args, config)
     learned, tested = open_parts(args)
     size = args.size or (toy.Dials().size if args.dataset == "toy" else 320)
     result = dict(source(args), labeled_images=len(learned), images=len(tested), size=size)
@@ -101,8 +103,6 @@ def open_labeled(args: argparse.Namespace, split: str | None = None) -> labels.L
         coco_stuff=dict(list_file=args.list),
         folder=dict(num_classes=args.num_classes),
     )
-    if not args.dataset and not args.data_dir:
-        print("no --data-dir: measured on toy scenes, whatever was trained on")
     args.dataset = dataset_of(args)
     options = own.get(args.dataset, {})
     labeled = labels.open_labeled(args.dataset, args.data_dir, split or args.split, **options)
@@ -122,6 +122,13 @@ def open_parts(args: argparse.Namespace) -> tuple[labels.Labeled, labels.Labeled
 def dataset_of(args: argparse.Namespace) -> str:
     """--dataset; without it a folder if there is --data-dir, else toy scenes."""
     return args.dataset or ("folder" if args.data_dir else "toy")
+
+
+def note_toy_scenes(args: argparse.Namespace, config: dict) -> None:
+    """Say so where photographs were trained on and toy scenes are measured on."""
+    if dataset_of(args) == "toy" and config.get("dataset", "toy") != "toy":
+        print(f"note: trained on {config['dataset']}, measured on toy scenes; --data-dir FOLDER "
+              "measures on labeled images")
 
 
 def source(args: argparse.Namespace) -> dict:

@@ -72,8 +72,9 @@ def test_the_command_measures_any_labeled_folder_whatever_the_batch_and_the_work
 ):
     results = []
     for options in (["--batch-size", 1], ["--batch-size", 3, "--workers", 1]):
-        status, result, text, _ = run("segmentation", trained, "--data-dir", folder, "--size", 32,
-                                      *options, capsys=capsys)
+        status, result, text, _ = run(
+            "segmentation", trained, "--data-dir", folder, "--size", 32, *options, capsys=capsys
+        )
         assert status == 0 and result["images"] == 7 and result["num_prototypes"] == K
         assert "k-means on RGB" in text
         results.append(result["sizes"]["32"])
@@ -100,15 +101,26 @@ def test_the_command_goes_through_a_tree_of_coco_stuff(trained, tmp_path, capsys
 def test_toy_scenes_need_no_folder_and_come_as_they_are_drawn_whatever_the_size_of_the_views(
     trained, capsys
 ):
-    status, result, _, _ = run("segmentation", trained, "--toy-scenes", 5, "--limit", 3,
-                               capsys=capsys)
+    status, result, _, _ = run(
+        "segmentation", trained, "--toy-scenes", 5, "--limit", 3, capsys=capsys
+    )
     assert status == 0 and result["dataset"] == "toy" and result["images"] == 3
     assert list(result["sizes"]) == ["64"]
 
 
+@pytest.mark.parametrize("dataset, said", [("folder", True), ("toy", False)])
+def test_photographs_that_are_measured_on_toy_scenes_are_a_note(
+    dataset, said, trained, tmp_path, capsys
+):
+    saved = torch.load(trained, weights_only=True)
+    saved["config"] = dict(saved["config"], dataset=dataset)
+    torch.save(saved, tmp_path / "last.pth")
+    _, _, text, _ = run("segmentation", tmp_path, "--toy-scenes", 2, capsys=capsys)
+    assert (f"trained on {dataset}, measured on toy scenes" in text) == said
+
+
 def test_the_adjusted_rand_index_is_called_adjusted(trained, tmp_path, capsys):
-    _, result, text, _ = run("segmentation", trained, *bsds_tree(tmp_path / "b", 9),
-                             capsys=capsys)
+    _, result, text, _ = run("segmentation", trained, *bsds_tree(tmp_path / "b", 9), capsys=capsys)
     assert "adjusted Rand" in text and "Rand index" not in text
     assert result["sizes"]["32"]["adjusted_rand_index"] < 0.5
 
@@ -120,8 +132,9 @@ def test_labels_without_a_class_are_one_line_and_not_a_table_of_zeros(
     for file in (folder / "labels").iterdir():
         Image.fromarray(np.full_like(np.asarray(Image.open(file)), IGNORE)).save(file)
     for command in ("segmentation", "probe"):
-        line = refusal(command, trained, "--data-dir", folder, "--size", 32, *options,
-                       capsys=capsys)
+        line = refusal(
+            command, trained, "--data-dir", folder, "--size", 32, *options, capsys=capsys
+        )
         assert "nothing is labeled" in line
 
 
@@ -132,12 +145,18 @@ def test_segments_without_a_labeled_pixel_are_one_line(trained, tmp_path, capsys
 
 def test_a_single_wrong_id_is_named_with_its_file_and_what_to_do(trained, folder, capsys):
     spoil_label(folder, np.full((37, 37), 200, np.uint8))
-    status, result, text, _ = run("segmentation", trained, "--data-dir", folder, "--size", 32,
-                                  capsys=capsys)
+    status, result, text, _ = run(
+        "segmentation", trained, "--data-dir", folder, "--size", 32, capsys=capsys
+    )
     assert status == 0 and result["classes"] == 201
-    line, = (line for line in text.splitlines() if line.startswith("note: "))
-    for words in ("201 classes", "ids 3 to 199 occur in no label", "200 first in",
-                  str(folder / "labels" / "3.png"), "--num-classes 3"):
+    (line,) = (line for line in text.splitlines() if line.startswith("note: "))
+    for words in (
+        "201 classes",
+        "ids 3 to 199 occur in no label",
+        "200 first in",
+        str(folder / "labels" / "3.png"),
+        "--num-classes 3",
+    ):
         assert words in line
     assert text.count("without a pixel") == 1 and len(text.splitlines()) < 20  # not 197 rows
 
@@ -148,8 +167,10 @@ def test_a_single_wrong_id_is_named_with_its_file_and_what_to_do(trained, folder
 def test_slots_come_as_text_as_json_and_as_a_figure_beside_the_checkpoint(
     trained, tmp_path, capsys
 ):
-    for options, file in (([], tmp_path / "slots.png"),
-                          (["--output", tmp_path / "new" / "p.png"], tmp_path / "new" / "p.png")):
+    for options, file in (
+        ([], tmp_path / "slots.png"),
+        (["--output", tmp_path / "new" / "p.png"], tmp_path / "new" / "p.png"),
+    ):
         status, result, text, _ = run("slots", trained, "--limit", 6, *options, capsys=capsys)
         assert status == 0 and result["images"] == sum(result["images_with"]) == 6
         assert len(result["active"]) == K and result["files"] == [str(file)]
@@ -161,8 +182,9 @@ def test_slots_come_as_text_as_json_and_as_a_figure_beside_the_checkpoint(
 
 
 def test_probe_compares_with_a_random_backbone_and_learns_from_few_labels(trained, capsys):
-    status, result, text, _ = run("probe", trained, "--toy-scenes", 6, "--labeled", 3,
-                                  capsys=capsys)
+    status, result, text, _ = run(
+        "probe", trained, "--toy-scenes", 6, "--labeled", 3, capsys=capsys
+    )
     assert status == 0 and result["labeled_images"] == 3 and result["images"] == 6
     assert "random backbone" in text and result["trained"] != result["random_backbone"]
     for row in ("trained", "random_backbone"):
@@ -171,8 +193,10 @@ def test_probe_compares_with_a_random_backbone_and_learns_from_few_labels(traine
 
 
 def test_a_backbone_is_probed_as_the_whole_network_is(trained, tmp_path, capsys):
-    results = [run("probe", path, "--toy-scenes", 6, capsys=capsys)[1]
-               for path in (trained, tmp_path / "backbone.pth")]
+    results = [
+        run("probe", path, "--toy-scenes", 6, capsys=capsys)[1]
+        for path in (trained, tmp_path / "backbone.pth")
+    ]
     for row in ("trained", "random_backbone"):
         assert results[0][row] == results[1][row]
 
@@ -265,8 +289,16 @@ def test_wrong_input_ends_with_one_line_and_exit_code_2(case, workers, trained, 
     spoil, message = WRONG[case]
     argv = spoil(folder)
     if not isinstance(argv, list):
-        argv = ["segmentation", "CHECKPOINT", "--data-dir", folder, "--num-classes", 3,
-                "--size", 32]
+        argv = [
+            "segmentation",
+            "CHECKPOINT",
+            "--data-dir",
+            folder,
+            "--num-classes",
+            3,
+            "--size",
+            32,
+        ]
     argv = [trained if word == "CHECKPOINT" else word for word in argv]
     assert message in refusal(*argv, "--workers", workers, capsys=capsys)
 
@@ -279,8 +311,9 @@ def test_the_help_advises(capsys):
 
 @pytest.mark.slow
 def test_the_shell_gets_the_exit_code():
-    failed = subprocess.run([sys.executable, evaluate.__file__, "slots", "none.pth"],
-                            capture_output=True, text=True)
+    failed = subprocess.run(
+        [sys.executable, evaluate.__file__, "slots", "none.pth"], capture_output=True, text=True
+    )
     assert failed.returncode == 2 and failed.stderr.startswith("evaluate.py: no checkpoint")
     assert not failed.stdout
 
@@ -288,20 +321,25 @@ def test_the_shell_gets_the_exit_code():
 # --------------------------------------------------------------------------------- real photographs
 
 
-@pytest.mark.skipif("SLOTCON_BSDS" not in os.environ,
-                    reason="needs SLOTCON_BSDS, a folder of photographs and segments")
+@pytest.mark.skipif(
+    "SLOTCON_BSDS" not in os.environ,
+    reason="needs SLOTCON_BSDS, a folder of photographs and segments",
+)
 def test_photographs_with_segments_are_measured(trained, capsys):
     where = ["--dataset", "bsds", "--data-dir", os.environ["SLOTCON_BSDS"]]
-    status, result, _, _ = run("segmentation", trained, *where, "--limit", 3, "--size", 64,
-                               capsys=capsys)
+    status, result, _, _ = run(
+        "segmentation", trained, *where, "--limit", 3, "--size", 64, capsys=capsys
+    )
     assert status == 0 and -1 < result["sizes"]["64"]["adjusted_rand_index"] < 1
 
 
-@pytest.mark.skipif("SLOTCON_TINY_COCO" not in os.environ,
-                    reason="needs SLOTCON_TINY_COCO, 100 COCO photographs")
+@pytest.mark.skipif(
+    "SLOTCON_TINY_COCO" not in os.environ, reason="needs SLOTCON_TINY_COCO, 100 COCO photographs"
+)
 def test_photographs_with_instances_are_measured_and_probed(trained, capsys):
     where = ["--dataset", "coco_things", "--data-dir", os.environ["SLOTCON_TINY_COCO"]]
     for command in ("segmentation", "probe"):
-        status, result, _, _ = run(command, trained, *where, "--limit", 3, "--size", 64,
-                                   capsys=capsys)
+        status, result, _, _ = run(
+            command, trained, *where, "--limit", 3, "--size", 64, capsys=capsys
+        )
         assert status == 0 and result["images"] == 3
