@@ -352,7 +352,9 @@ def test_the_command_of_the_readme_makes_the_trained_toy_network_again(tmp_path)
     options = [*command.group(1).split()[1:], "--workers", "1", "--output-dir", str(tmp_path)]
     c, _ = recipes.parse(options, "")
     known = made["config"]  # an option that came later is not in it
-    other = {name for name, value in dataclasses.asdict(c).items() if known.get(name, value) != value}
+    other = {
+        name for name, value in dataclasses.asdict(c).items() if known.get(name, value) != value
+    }
     assert other <= {"workers", "output_dir"}, f"toy.pth was made with other options: {other}"
     subprocess.run([sys.executable, "train.py", *options], cwd=ROOT, check=True,
                    capture_output=True)  # fmt: skip
