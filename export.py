@@ -32,7 +32,7 @@ from torchvision.models._utils import IntermediateLayerGetter
 from backbone import RESNETS, build_trunk
 from downstream import detectron2_names
 from downstream.trunks import TrunkFile, read_trunk
-from engine import checkpoint, command_line, files, options
+from engine import checkpoint, files, options
 from engine.program import Stopped, path, run_program
 
 
@@ -130,7 +130,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "checkpoint",
-        type=command_line.checkpoint,
+        type=path,
         help="last.pth of a run, the folder of the run, a released checkpoint, or backbone.pth",
     )
     add(

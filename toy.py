@@ -49,9 +49,9 @@ CLASS_COLORS = np.array(
 class Dials:
     """Everything about a scene that can be turned. A pair is (least, most) of a uniform draw."""
 
-    size: int = 64  # side of the picture, px; all else scales with it
+    size: int = 64  # side of the image, px; all else scales with it
     things: tuple[int, int] = (3, 7)  # objects per scene; one that finds no free place is left out
-    radius: tuple[float, float] = (0.15, 0.28)  # of an object, in sides of the picture
+    radius: tuple[float, float] = (0.15, 0.28)  # of an object, in sides of the image
     crowding: float = (
         0.75  # least distance of two centers, in sums of their radii; below 1 things overlap
     )
@@ -59,7 +59,7 @@ class Dials:
         0.3  # probability that the class decides the hue; at 1 color gives the class away
     )
     texture: tuple[float, float] = (0.25, 0.45)  # amplitude of the texture, where white - black = 1
-    light: float = 0.15  # strength of the illumination gradient across the picture
+    light: float = 0.15  # strength of the illumination gradient across the image
     noise: float = 0.04  # amplitude of the noise of every pixel
     # each thing class is this many times as frequent as the one before; below 1: a long tail
     rarity: float = 1.0
@@ -77,7 +77,7 @@ PRESETS = {
 
 
 class Scene(NamedTuple):
-    """One picture and its ground truth."""
+    """One image and its ground truth."""
 
     image: np.ndarray  # (y x 3) uint8, sRGB
     semantic: np.ndarray  # (y x) uint8, index into CLASS_NAMES

@@ -40,7 +40,6 @@ def read_trunk(path: str | Path, network: str = "teacher") -> TrunkFile:
     trunk. Raises ValueError with one line: no checkpoint, or not exactly the tensors of one
     architecture.
     """
-    path = Path(path) / "last.pth" if Path(path).is_dir() else path
     contents = checkpoint.read(path)
     state = contents.get("model", contents)
     state = checkpoint.tensors(state) if isinstance(state, Mapping) else {}

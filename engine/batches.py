@@ -99,7 +99,7 @@ class Batches:
             ValueError, RuntimeError, OSError, EOFError, StopIteration, signals.ReaderDied
         ) as error:  # fmt: skip
             self.trouble = self.trouble or no_more_images(error)
-            if not isinstance(error, ValueError):
+            if not isinstance(error, ValueError) and self.loader not in self.abandoned:
                 self.abandoned.append(self.loader)
             return self.stand_in()
         finally:

@@ -69,13 +69,15 @@ def keep_newest(folder: str | Path, keep_last: int, keep_every: int) -> None:
 
 def read(path: str | Path) -> dict[str, Any]:
     """A checkpoint's contents, on the CPU, tensors and plain values only; nothing in the file is
-    executed.
+    executed. The folder of a run stands for its last.pth.
 
     Released checkpoints hold their command line as an `argparse.Namespace`: exactly that class is
     let in, and becomes a dictionary. Raises ValueError with one line: missing, truncated, not a
     checkpoint, or with something to execute.
     """
     path = Path(path)
+    if (path / "last.pth").is_file():
+        path = path / "last.pth"
     if not path.is_file():
         there = (
             sorted(p.name for p in path.parent.glob("*.pth"))[:5] if path.parent.is_dir() else []

@@ -233,7 +233,7 @@ class Plan(NamedTuple):
 
     def lines(self) -> list[str]:
         """For a person, each number with where it is from."""
-        step, (share, t) = self.cost.seconds * self.parts, (self.batch_size // self.processes, self)
+        step, share = self.cost.seconds * self.parts, self.batch_size // self.processes
         seconds = self.seconds_per_step()
         sent, many = self.traffic, self.processes > 1
         sent = sent if self.synchronized else sent._replace(norms=0)
@@ -257,7 +257,7 @@ class Plan(NamedTuple):
             found.append(
                 f"         gradient {megabytes(sent.gradient)}, {norms}, keys "
                 f"{megabytes(sent.keys)} (as in the first steps; at most "
-                f"{megabytes(t.most_keys)}), votes {megabytes(sent.votes)}"
+                f"{megabytes(self.most_keys)}), votes {megabytes(sent.votes)}"
             )
         disk = self.checkpoint_bytes * self.checkpoints
         found.append(

@@ -42,11 +42,11 @@ TIMES = ("images_per_second", "data_seconds", "memory_gb")
 
 
 def draw_photographs(folder, count=NUM_IMAGES):
-    """Small pictures with soft colors, each of a size of its own."""
+    """Small images with soft colors, each of a size of its own."""
     folder.mkdir(parents=True)
-    luck = np.random.default_rng(3)
+    rng = np.random.default_rng(3)
     for i in range(count):
-        coarse = Image.fromarray(luck.integers(0, 256, (5, 6, 3), dtype=np.uint8))
+        coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
         coarse.resize((40 + i, 37), Image.Resampling.BICUBIC).save(folder / f"{i:03d}.png")
     return folder
 

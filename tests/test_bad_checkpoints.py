@@ -29,13 +29,13 @@ MODEL = dict(arch="tiny", num_prototypes=5, dim_hidden=12, dim_out=7)
 
 def test_a_killed_save_leaves_the_old_checkpoint_or_the_new_one(tmp_path):
     """SIGKILL at 50 random moments around a save."""
-    path, luck, interrupted = tmp_path / "last.pth", random.Random(5), 0
+    path, rng, interrupted = tmp_path / "last.pth", random.Random(5), 0
     clock = time.perf_counter()
     os.waitpid(child_that_saves(path, 0), 0)
     duration, number = time.perf_counter() - clock, 0
     for new in range(1, 51):
         saving = child_that_saves(path, new)
-        time.sleep(luck.uniform(0, 1.2 * duration))
+        time.sleep(rng.uniform(0, 1.2 * duration))
         os.kill(saving, signal.SIGKILL)
         interrupted += os.WIFSIGNALED(os.waitpid(saving, 0)[1])
         loaded = torch.load(path, weights_only=True)
@@ -289,15 +289,15 @@ def test_a_file_of_another_kind_is_refused(contents, tmp_path):
 
 def test_whatever_is_broken_in_a_file_is_one_line_or_still_a_network(good, tmp_path):
     """Bytes changed at random, most in the structure: never an exception of another kind."""
-    whole, luck, path = good.read_bytes(), random.Random(6), tmp_path / "broken.pth"
+    whole, rng, path = good.read_bytes(), random.Random(6), tmp_path / "broken.pth"
     pickled = whole.index(b"data.pkl")
     for _ in range(100):
         broken = bytearray(whole)
-        for _ in range(luck.choice([1, 4])):
-            place = luck.choice(
-                [pickled + luck.randrange(9000), len(whole) - 1 - luck.randrange(9000)]
+        for _ in range(rng.choice([1, 4])):
+            place = rng.choice(
+                [pickled + rng.randrange(9000), len(whole) - 1 - rng.randrange(9000)]
             )
-            broken[place] = luck.randrange(256)
+            broken[place] = rng.randrange(256)
         path.write_bytes(broken)
         try:
             weights.load_network(path)

@@ -47,7 +47,7 @@ def assert_pixels(path, expected, tolerance=0):
     )
 
 
-# -------------------------------------------------------------------------------- odd, but pictures
+# -------------------------------------------------------------------------------- odd, but images
 
 
 def test_gray_is_three_times_the_same(tmp_path):
@@ -155,7 +155,7 @@ def test_odd_names(tmp_path):
     assert all(image.shape == (3, 12, 16) for image in ImageFiles(root, paths))
 
 
-# -------------------------------------------------------------------------------------- no pictures
+# -------------------------------------------------------------------------------------- no images
 
 
 def png_that_claims(width, height):

@@ -73,7 +73,7 @@ def test_the_folder_of_a_run_stands_for_its_last_checkpoint(files, tmp_path, cap
     (tmp_path / "last.pth").write_bytes((folder / "paused.pth").read_bytes())
     assert equal(read_trunk(tmp_path).state, teacher)
     assert run(tmp_path, "--output", tmp_path / "out.pth") == 0
-    assert f"read     {tmp_path / 'last.pth'}" in capsys.readouterr().out
+    assert f"read     {tmp_path}: resnet18" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["paused", "released"])

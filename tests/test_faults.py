@@ -330,7 +330,7 @@ def test_bad_numbers_from_the_start_say_that_there_is_no_checkpoint(photographs,
 
 def spoil(photographs, *names):
     for name in names:
-        (photographs / name).write_bytes(b"no picture")
+        (photographs / name).write_bytes(b"no image")
 
 
 def test_a_bad_image_is_named_once_and_the_run_goes_on(tmp_path):

@@ -32,7 +32,7 @@ def batch(b=B, v=V, y=Y, x=X, seed=0):
     return torch.randint(0, 256, (b, v, 3, y, x), generator=generator, dtype=torch.uint8)
 
 
-def luck(seed=0):
+def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
@@ -79,7 +79,7 @@ def with_torchvision(view, draw, photometric, i, v):
 def test_every_view_is_what_torchvision_makes_of_it_with_the_same_parameters(settings):
     photometric = Photometric(**settings)
     images = batch(b=9, v=len(photometric.p_blur))
-    draw = photometric.draw(9, luck(1))
+    draw = photometric.draw(9, seeded(1))
     changed = photometric.apply(images, draw)
     assert (
         changed.shape == images.shape and changed.dtype == torch.float32 and changed.is_contiguous()
@@ -102,7 +102,7 @@ def test_luma_is_the_weighted_sum_of_the_colors():
 def test_hue_turns_the_circle_of_hue_saturation_value(turn):
     levels = [0, 0.25, 1]  # with all ties between colors, grays and black
     colors = (
-        list(itertools.product(levels, repeat=3)) + torch.rand(40, 3, generator=luck()).tolist()
+        list(itertools.product(levels, repeat=3)) + torch.rand(40, 3, generator=seeded()).tolist()
     )
     expected = []
     for color in colors:
@@ -169,7 +169,7 @@ def blurred_slowly(line, sigma, radius):
 
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
 def test_blur_is_the_gaussian_sum_along_both_axes(sigma):
-    pixels = torch.rand(1, 3, 19, 70, generator=luck())
+    pixels = torch.rand(1, 3, 19, 70, generator=seeded())
     expected = np.apply_along_axis(blurred_slowly, 2, pixels.numpy(), sigma, 8)
     expected = np.apply_along_axis(blurred_slowly, 3, expected, sigma, 8)
     blurred = gaussian_blur(pixels, torch.tensor([sigma]), 8)
@@ -179,7 +179,7 @@ def test_blur_is_the_gaussian_sum_along_both_axes(sigma):
 
 
 def test_blur_gives_each_view_its_own_width_and_keeps_plain_areas():
-    pixels = torch.rand(3, 3, 40, 24, generator=luck())
+    pixels = torch.rand(3, 3, 40, 24, generator=seeded())
     sigma = torch.tensor([0.0, 0.5, 1.9])
     together = gaussian_blur(pixels, sigma, 8)
     torch.testing.assert_close(together[0], pixels[0], rtol=0, atol=1e-7)  # 0 is sharp
@@ -192,7 +192,7 @@ def test_blur_gives_each_view_its_own_width_and_keeps_plain_areas():
 
 
 def test_blur_in_blocks_is_blur_at_once(monkeypatch):
-    pixels, sigma = torch.rand(2, 3, 50, 33, generator=luck()), torch.tensor([2.0, 1.0])
+    pixels, sigma = torch.rand(2, 3, 50, 33, generator=seeded()), torch.tensor([2.0, 1.0])
     monkeypatch.setattr(photometric, "CPU_BLOCK", 1000)
     at_once = gaussian_blur(pixels, sigma, 8)
     for block in (1, 7, 32):
@@ -205,7 +205,7 @@ def test_blur_works_on_views_smaller_than_its_reach():
 
 
 def test_blur_keeps_float32_under_mixed_precision():
-    pixels, sigma = torch.rand(1, 3, 20, 20, generator=luck()), torch.tensor([1.0])
+    pixels, sigma = torch.rand(1, 3, 20, 20, generator=seeded()), torch.tensor([1.0])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = gaussian_blur(pixels, sigma, 8)
     assert torch.equal(mixed, gaussian_blur(pixels, sigma, 8))
@@ -220,7 +220,7 @@ def test_solarize_inverts_from_the_threshold_up(threshold, expected):
         p_jitter=0, p_gray=0, p_blur=(0,), p_solarize=(1,), solarize_threshold=threshold
     )
     images = torch.tensor([0, 127, 128, 255], dtype=torch.uint8).expand(1, 1, 3, 1, 4)
-    changed = photometric(images, luck())[0, 0] * torch.tensor(IMAGENET_STD)[:, None, None]
+    changed = photometric(images, seeded())[0, 0] * torch.tensor(IMAGENET_STD)[:, None, None]
     levels = 255 * (changed + torch.tensor(IMAGENET_MEAN)[:, None, None])
     torch.testing.assert_close(
         levels[1, 0], torch.tensor(expected, dtype=torch.float32), atol=1e-3, rtol=0
@@ -236,18 +236,18 @@ def test_normalize_takes_gray_levels_and_fractions():
     assert normalize(images.double() / 255).dtype == torch.float64
 
 
-# --------------------------------------------------------------------------------------------- luck
+# --------------------------------------------------------------------------------------------- random numbers
 
 
 def test_the_same_generator_draws_the_same_and_the_next_batch_differs():
-    photometric, generator = Photometric(), luck(3)
+    photometric, generator = Photometric(), seeded(3)
     first, second = photometric(batch(), generator), photometric(batch(), generator)
-    assert torch.equal(first, photometric(batch(), luck(3)))
+    assert torch.equal(first, photometric(batch(), seeded(3)))
     assert not torch.equal(first, second)
 
 
 def test_draws_follow_their_distributions():
-    draw = Photometric(p_blur=(1.0, 0.1), p_solarize=(0.0, 0.2)).draw(20_000, luck())
+    draw = Photometric(p_blur=(1.0, 0.1), p_solarize=(0.0, 0.2)).draw(20_000, seeded())
     jittered = (draw.factors != 1).any(dim=-1)
     near = dict(abs=0.015)
     assert jittered.float().mean().item() == pytest.approx(0.8, **near)
@@ -271,13 +271,13 @@ def test_draws_follow_their_distributions():
 
 
 def test_factors_never_become_negative():
-    draw = Photometric(brightness=1.5, p_jitter=1).draw(4000, luck())
+    draw = Photometric(brightness=1.5, p_jitter=1).draw(4000, seeded())
     assert 0 <= draw.factors[..., 0].min() < 0.01 and draw.factors[..., 0].max() > 2.49
 
 
 def test_a_view_does_not_depend_on_its_company(monkeypatch):
     change, images = Photometric(p_blur=(0.5, 0.5), p_solarize=(0.5, 0.5)), batch()
-    draw = change.draw(B, luck())
+    draw = change.draw(B, seeded())
     together = change.apply(images, draw)
     order = torch.tensor([3, 0, 4, 1, 2])
     exchanged = change.apply(images[order], Draw(*(t[order] for t in draw)))
@@ -304,34 +304,34 @@ def test_the_order_of_the_steps_matters():
 def test_views_stay_as_they_are_and_no_gradient_is_kept():
     images = batch()
     before = images.clone()
-    changed = Photometric()(images, luck())
+    changed = Photometric()(images, seeded())
     assert torch.equal(images, before) and not changed.requires_grad
 
 
 def test_views_that_lie_otherwise_in_memory_give_the_same():
     images = batch()
     lying = images.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
-    torch.testing.assert_close(Photometric()(lying, luck()), Photometric()(images, luck()))
+    torch.testing.assert_close(Photometric()(lying, seeded()), Photometric()(images, seeded()))
 
 
 def test_what_can_never_happen_is_neither_drawn_nor_computed(monkeypatch):
     for name in ("blend", "turn_hue", "luma", "gaussian_blur"):
         monkeypatch.setattr(photometric, name, lambda *_: pytest.fail("computed"))
     change = Photometric(p_jitter=0, p_gray=0, p_blur=(0, 0), p_solarize=(0, 0))
-    assert all(part is None for part in change.draw(B, luck()))
-    torch.testing.assert_close(change(batch(), luck()), normalize(batch()))
+    assert all(part is None for part in change.draw(B, seeded()))
+    torch.testing.assert_close(change(batch(), seeded()), normalize(batch()))
 
 
 def test_on_a_cpu_a_step_is_left_out_where_no_view_needs_it(monkeypatch):
     monkeypatch.setattr(photometric, "turn_hue", lambda *_: pytest.fail("computed"))
     monkeypatch.setattr(photometric, "gaussian_blur", lambda *_: pytest.fail("computed"))
     change = Photometric()
-    draw = change.draw(B, luck())
+    draw = change.draw(B, seeded())
     change.apply(batch(), draw._replace(hue=torch.zeros(B, V), sigma=torch.zeros(B, V)))
 
 
 def test_an_empty_batch_stays_empty():
-    assert Photometric()(batch(b=0), luck()).shape == (0, V, 3, Y, X)
+    assert Photometric()(batch(b=0), seeded()).shape == (0, V, 3, Y, X)
 
 
 # ------------------------------------------------------------------------------------------- errors

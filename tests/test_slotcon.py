@@ -342,7 +342,7 @@ def test_without_any_overlap_the_group_loss_is_zero_and_everything_has_a_gradien
 
 @pytest.mark.parametrize("settings", ABLATIONS, ids=NAMES)
 def test_with_fewer_than_two_queries_the_slot_loss_is_zero_and_everything_has_a_gradient(settings):
-    """One flat picture, one group; and the teacher calls it by another name."""
+    """One flat image, one group; and the teacher calls it by another name."""
     model, (_, boxes, flipped) = build(**settings), two_views()
     model.teacher.load_state_dict(model.student.state_dict())
     model.teacher.prototypes.weight.data = model.teacher.prototypes.weight.roll(1, 0)

@@ -216,7 +216,7 @@ def test_what_cannot_be_is_one_line_with_status_2_and_nothing_is_written(
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     (tmp_path / "empty").mkdir()
     (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "a.jpg").write_text("no picture")
+    (tmp_path / "texts" / "a.jpg").write_text("no image")
     (tmp_path / "list.txt").write_text("gone.jpg\n")
     before = sorted(tmp_path.rglob("*"))
     assert (

@@ -25,7 +25,7 @@ resize = torch.nn.functional.interpolate
 
 
 class Script:
-    """A source of luck that has been told what to say."""
+    """A random generator that has been told what to say."""
 
     def __init__(self, uniform=(), randint=()):
         self.uniforms, self.randints, self.asked = list(uniform), list(randint), 0
@@ -42,7 +42,7 @@ class Script:
         return value
 
 
-def picture(height, width, seed=0):
+def random_image(height, width, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
 
@@ -231,14 +231,14 @@ def test_the_law_of_the_boxes():
 
 @pytest.mark.parametrize("crop", [(0, 0, 40, 60), (3, 5, 17, 30), (39, 59, 1, 1), (0, 7, 40, 1)])
 def test_a_view_is_torchvisions_resized_crop(crop):
-    image = picture(40, 60)
+    image = random_image(40, 60)
     expected = TF.resized_crop(image, *crop, (24, 24), T.InterpolationMode.BICUBIC, antialias=True)
     assert torch.equal(resized_crop(image, crop, 24, flipped=False), expected)
     assert torch.equal(resized_crop(image, crop, 24, flipped=True), TF.horizontal_flip(expected))
 
 
 def test_how_an_image_lies_in_memory_changes_no_view():
-    image = picture(40, 60)
+    image = random_image(40, 60)
     decoded = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     one, other = (resized_crop(lying, (3, 5, 33, 31), 24, True) for lying in (image, decoded))
     assert torch.equal(one, other)
@@ -267,7 +267,7 @@ def test_both_views_show_the_same_place_at_the_same_place_of_their_boxes():
 
 @pytest.mark.parametrize("height, width", [(300, 421), (421, 300), (57, 57)])
 def test_the_center_square_is_resize_256_and_center_crop_224(height, width):
-    image = picture(height, width)
+    image = random_image(height, width)
     steps = T.Compose(
         [T.Resize(256, T.InterpolationMode.BICUBIC, antialias=True), T.CenterCrop(224)]
     )
@@ -275,18 +275,18 @@ def test_the_center_square_is_resize_256_and_center_crop_224(height, width):
 
 
 def test_the_center_square_keeps_its_share_at_other_sizes():
-    assert center_square(picture(90, 120), 112).shape == (3, 112, 112)
+    assert center_square(random_image(90, 120), 112).shape == (3, 112, 112)
     ramp = torch.arange(256, dtype=torch.uint8).expand(3, 256, 256)
     view = center_square(ramp, 28)
     assert abs(int(view[0, 0, 0]) - 16) <= 4 and abs(int(view[0, 0, -1]) - 239) <= 4
 
 
 def test_the_center_square_of_a_panorama_is_that_of_its_middle(monkeypatch):
-    image, resized = picture(2, 6000), []
+    image, resized = random_image(2, 6000), []
     monkeypatch.setattr(
         data.F, "interpolate", lambda *args, **named: resized.append(args) or resize(*args, **named)
     )
     square = center_square(image, 28)
     assert torch.equal(square, center_square(image[:, :, 2996:3004], 28))
     assert resized[0][1] == (32, 128)
-    assert center_square(picture(6000, 1), 28).shape == (3, 28, 28)
+    assert center_square(random_image(6000, 1), 28).shape == (3, 28, 28)
