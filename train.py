@@ -27,6 +27,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+import planning
 import recipes
 from backbone import RESNETS
 from engine import checkpoint, files, loader, processes, weights
@@ -220,7 +221,7 @@ def start(argv: list[str] | None, prepared: Callable[[Run], None] | None = None)
         check_data(c, given)
         return 0
     if c.plan:
-        print(*recipes.plan(c, take_step, strict="dataset" in given).lines(), sep="\n")
+        print(*planning.plan(c, take_step, strict="dataset" in given).lines(), sep="\n")
         return 0
     return live(
         c.output_dir,

@@ -259,7 +259,13 @@ def changed(good, path, **changes):
 def test_a_missing_file_is_named_with_what_is_beside_it(good):
     assert "no checkpoint at" in complaint(good.with_name("latest.pth"))
     assert "beside it: backbone.pth, last.pth" in complaint(good.with_name("latest.pth"))
-    assert "no checkpoint at" in complaint(good.parent)  # a folder
+    (good.parent / "empty").mkdir(exist_ok=True)
+    assert "no checkpoint at" in complaint(good.parent / "empty")
+
+
+def test_the_folder_of_a_run_stands_for_its_last_checkpoint(tmp_path):
+    torch.save(dict(step=5), tmp_path / "last.pth")
+    assert checkpoint.read(tmp_path) == dict(step=5)
 
 
 @pytest.mark.parametrize("share", [0, 0.001, 0.3, 0.9, 0.999])

@@ -142,10 +142,10 @@ def test_a_run_starts_from_a_backbone_or_a_whole_checkpoint_and_says_what_it_use
             student = key.replace("teacher.", "student.")
             expected = value if file == "backbone.pth" else state[student]
             assert model.state_dict()[student].equal(expected)
-    said = run(tmp_path / "second", photographs, "--init", str(tmp_path / "first"), status=2)
+    said = run(tmp_path / "second", photographs, "--init", str(tmp_path / "none"), status=2)
     assert "no checkpoint at" in said
     said = run(
-        tmp_path / "second", photographs, "--init", str(tmp_path / "first" / "last.pth"),
+        tmp_path / "second", photographs, "--init", str(tmp_path / "first"),  # its last.pth
         "--max-steps", "1",
     )  # fmt: skip
     assert "start    " in said and "tensors used" in said

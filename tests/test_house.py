@@ -20,6 +20,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 VERBS = ("train", "evaluate", "visualize", "compare", "transfer", "export")
 METHOD = ("backbone", "grouping", "slots", "losses", "teacher", "slotcon")
+SETTINGS = ("recipes", "planning")  # neither noun nor verb
 FOLDERS = ("engine", "measures", "comparisons", "downstream")
 PATH = (*METHOD, "data", "photometric", "train", "evaluate", "visualize")
 SIDE_TRIPS = ("toy", "slot_attention", "recipes")
@@ -121,15 +122,15 @@ def verbs_that_import_verbs(sources: dict[str, str]) -> list[str]:
 
 
 def nouns_that_look_up(sources: dict[str, str]) -> list[str]:
-    """A noun of the top level imports neither a verb nor the configuration; recipes is neither noun
-    nor verb, and imports no verb.
+    """A noun of the top level imports neither a verb nor the configuration; recipes and planning,
+    which is about a configuration, are neither noun nor verb, and import no verb.
     """
     return [
         f"{name} imports {other}"
         for name, others in arrows(sources).items()
         for other in sorted(others)
         if not folder_of(name) and name not in VERBS
-        if other in VERBS or (other == "recipes" and name != "recipes")
+        if other in VERBS or (other in SETTINGS and name not in SETTINGS)
     ]
 
 
@@ -139,7 +140,7 @@ def folders_that_look_up(sources: dict[str, str]) -> list[str]:
         f"{name} imports {other}"
         for name, others in arrows(sources).items()
         for other in sorted(others)
-        if folder_of(name) and (other in VERBS or other == "recipes")
+        if folder_of(name) and (other in VERBS or other in SETTINGS)
     ]
 
 

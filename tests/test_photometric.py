@@ -236,7 +236,7 @@ def test_normalize_takes_gray_levels_and_fractions():
     assert normalize(images.double() / 255).dtype == torch.float64
 
 
-# --------------------------------------------------------------------------------------------- random numbers
+# ----------------------------------------------------------------------------------- random numbers
 
 
 def test_the_same_generator_draws_the_same_and_the_next_batch_differs():

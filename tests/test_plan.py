@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+import planning
 import recipes
 import train
 from engine import plan
@@ -152,7 +153,7 @@ def test_one_process_plans_for_all(monkeypatch):
     c, _ = recipes.parse(["--plan"], "")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="--plan-processes N says how many a run has"):
-        recipes.plan(c, train.take_step)
+        planning.plan(c, train.take_step)
 
 
 def test_the_number_of_images_is_that_of_the_table():
@@ -167,7 +168,7 @@ def test_the_number_of_images_is_that_of_the_table():
 SENDER = """
 import json, os, socket, stat, struct, sys
 import torch, torch.distributed as dist
-import recipes, train
+import planning, recipes, train
 from engine.run import Run
 
 def sent():
@@ -199,7 +200,7 @@ def watched(name):
 c, given = recipes.parse(sys.argv[2:], "")
 run = train.set_up(c, given)
 device = run.place.device
-batch = recipes.random_batch(c, c.batch_size // run.place.world_size)
+batch = planning.random_batch(c, c.batch_size // run.place.world_size)
 photometric = recipes.photometric_of(c)
 generator = torch.Generator().manual_seed(run.place.rank)
 def step():
@@ -239,7 +240,7 @@ def test_the_bytes_are_those_that_gloo_moves(tmp_path, count):
     )  # fmt: skip
     sent = [json.loads((tmp_path / f"out.{rank}").read_text()) for rank in range(count)]
     c, _ = recipes.parse([*common, "--plan", "--plan-processes", str(count)], "")
-    planned = recipes.plan(c, train.take_step).traffic
+    planned = planning.plan(c, train.take_step).traffic
     total = sum(one["total"] for one in sent) / count
     assert planned._replace(norms=0).total == pytest.approx(total, rel=0.05)
     assert planned.votes == pytest.approx(sent[0]["votes"])
@@ -251,6 +252,6 @@ def test_a_checkpoint_has_the_size_that_was_planned(tmp_path):
     argv = [*TINY.split(), "--device", "cpu", "--threads", "1", "--workers", "0"]
     argv += ["--dim-hidden", "512"]
     assert train.main([*argv, "--max-steps", "2", "--output-dir", str(tmp_path)]) == 0
-    planned = recipes.plan(recipes.parse([*argv, "--plan"], "")[0], train.take_step)
+    planned = planning.plan(recipes.parse([*argv, "--plan"], "")[0], train.take_step)
     size = (tmp_path / "last.pth").stat().st_size
     assert planned.checkpoint_bytes == pytest.approx(size, rel=0.05)
