@@ -49,6 +49,9 @@ class System(nn.Module):
         """The trained trunk, images (b 3 y x) -> (b c h w): the teacher's if there is one."""
         raise NotImplementedError
 
+    def before_step(self, temp_teacher: float) -> None:
+        """Before every step: the temperature of the teacher's assignment, where it has one."""
+
     def after_step(self, memo: Any, momentum: float) -> None:
         """After the optimizer's step: teacher, center, labels follow. momentum: the teacher's."""
 

@@ -24,7 +24,7 @@ from engine.lars import make_optimizer
 from engine.loader import Skipped
 from engine.processes import Place
 from engine.progress import seed_of
-from engine.schedule import learning_rate
+from engine.schedule import learning_rate, warm_up
 from engine.undo import Undo
 from engine.verdict import agree
 from photometric import Photometric, normalize
@@ -73,6 +73,7 @@ def learn(
     c = SimpleNamespace(**settings)
     place = Place(torch.device("cpu"), 0, 1)
     peak = system.rate * c.base_lr * c.batch_size / 256
+    start, share = c.temp_teacher_start or c.temp_teacher, c.temp_teacher_epochs / c.epochs
     optimizer = make_optimizer(c.optimizer, system.parameters(), peak, c.weight_decay)
     gradient = Gradient(system, optimizer, place.device)
     undo = Undo(system.buffers())
@@ -95,6 +96,7 @@ def learn(
         while (used := budget.used(step)) < 1 and bad < 20:
             generator.manual_seed(seed_of(c.seed, position, 0))
             views, told = prepare(system, batch.views, photometric, generator)
+            system.before_step(warm_up(used, share, start, c.temp_teacher))
             undo.remember()
             outcomes, norm = gradient.compute(views, batch.boxes, batch.flipped, told)
             verdict = agree(torch.stack([outcomes[0].loss, norm]), False, bool(batches.trouble))

@@ -38,6 +38,10 @@ class WholeMethod(System):
         """The teacher's."""
         return self.method.teacher.backbone
 
+    def before_step(self, temp_teacher: float) -> None:
+        """The teacher's temperature, which a schedule may raise."""
+        self.method.temp_teacher = temp_teacher
+
     def after_step(self, memo: Tensor, momentum: float) -> None:
         """memo: the mean teacher similarity (k)."""
         self.method.update_center(memo, self.momentum_center)

@@ -433,6 +433,10 @@ def test_slotcon_here_is_train_py_weight_for_weight(tmp_path):
         "1.0",
         "--warmup-epochs",
         "0.5",
+        "--temp-teacher-start",
+        "0.01",
+        "--temp-teacher-epochs",
+        "1",
     ]
     train.main([*small, "--output-dir", str(tmp_path)])
     expected = torch.load(tmp_path / "last.pth", weights_only=False)["model"]
