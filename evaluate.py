@@ -2,7 +2,7 @@
 
     python evaluate.py segmentation runs/toy                                    unseen toy scenes
     python evaluate.py segmentation last.pth --dataset coco_stuff --data-dir COCO         table 5
-    python evaluate.py slots last.pth --data-dir COCO/val2017     active slots and how often each
+    python evaluate.py slots last.pth --data-dir COCO/val2017     occupied slots and how often each
     python evaluate.py probe last.pth --dataset voc --data-dir VOCdevkit   features, with labels
 
 Slides: "Understanding the semantic grouping ability: unsupervised semantic segmentation";
@@ -61,7 +61,7 @@ def measure_segmentation(args: argparse.Namespace) -> dict:
 
 
 def measure_slots(args: argparse.Namespace) -> dict:
-    """How many slots are active in an image, and how often each."""
+    """How many slots are occupied in an image, and how often each."""
     file = output_file(args.output, args.checkpoint.with_name("slots.png"))
     network, config = networks.open_network(args.checkpoint, args.network, args.device)
     dataset = dataset_of(args)
@@ -147,7 +147,7 @@ def commands() -> Commands:
     for name, command, text in (
         ("segmentation", measure_segmentation,
          "mIoU and accuracy of groups against labels, beside two baselines"),
-        ("slots", measure_slots, "how many slots are active per image, and how often each"),
+        ("slots", measure_slots, "how many slots are occupied per image, and how often each"),
         ("probe", measure_probe, "linear and nearest-neighbor segmentation on frozen features"),
     ):
         parser = known.add(name, command, text)
