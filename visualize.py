@@ -115,8 +115,8 @@ def commands() -> Commands:
     add_checkpoint(parser)
     add_images(parser, "folder of images, nested or flat (COCO: its val2017); else toy scenes")
     parser.add_argument("--show", nargs="+", default=["used"],
-                        help="used (most often occupied), extremes (five most, five least), all that "
-                             "are in use, or numbers (default: used)")
+                        help="used (most often occupied), extremes (five most, five least), all "
+                             "that are in use, or numbers (default: used)")
     parser.add_argument("--count", type=positive, default=12,
                         help="how many of the most used (default: 12)")
     parser.add_argument("--top", type=positive, default=5,
