@@ -50,6 +50,8 @@ def test_ctrl_c_while_a_program_loads_is_one_line_and_status_130(rank, tmp_path)
         started[verb] = subprocess.Popen(
             [sys.executable, ROOT / f"{verb}.py", "--help"],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            # tests that a shell runs in the background hand on that Ctrl-C is ignored
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
     for verb, process in started.items():
         deadline = time.monotonic() + PATIENCE
