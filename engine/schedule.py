@@ -24,9 +24,9 @@ def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float) -
     return 1e-6 + (peak - 1e-6) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def warm_up(step: int, steps: int, start: float, end: float) -> float:
+def warm_up(step: float, steps: float, start: float, end: float) -> float:
     """A straight line from start to end over so many steps, then end; end at once where there are
-    none.
+    none. Both may be shares of the run instead.
 
     DINO raises the teacher's temperature like this; SlotCon does not, and no preset does.
     """
