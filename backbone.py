@@ -11,6 +11,7 @@ Read next: grouping.py.
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torchvision.models.convnext import LayerNorm2d
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.resnet import ResNet as TorchvisionResNet
 
@@ -63,27 +64,41 @@ class ResNetTrunk(TorchvisionResNet):
 
 
 class TinyTrunk(nn.Sequential):
-    """Four 3x3 convolutions for toy images of about 64 px: output stride 4, receptive field 17 px
-    [U].
+    """A texture is the mean of what filters answer: a trunk for toy images of about 64 px, with
+    output stride 4 and a receptive field of 17 px [U].
 
-    All of it is deliberate. A receptive field as wide as the image gives one prototype per
-    image, and zero padding tells every pixel how far it is from the border, so prototypes become
-    places; hence reflect padding. The first convolution keeps the full resolution, where fine
-    textures still can be told apart.
+    Three 3x3 convolutions look for small patterns. The first keeps the full resolution, where fine
+    textures still can be told apart. The mean over 3x3 cells is as wide as the period of a texture:
+    without it a cell says where in the period it lies, on a crest or in a trough. Both views agree
+    about that, so crests and troughs would become prototypes. The norm over the channels takes away
+    most of how strong the texture is, or all strong textures would become one group.
+
+    A field as wide as the image would give one prototype per image. Zero padding would tell every
+    pixel how far it is from the border, so that prototypes become places; hence reflect padding.
     """
 
     stride = 4
 
     def __init__(
-        self, widths: tuple[int, ...] = (16, 32, 64, 64), strides: tuple[int, ...] = (1, 2, 2, 1)
+        self,
+        widths: tuple[int, ...] = (16, 32, 96),
+        strides: tuple[int, ...] = (1, 2, 2),
+        out: int = 64,
     ):
         layers, channels = [], 3
         for width, stride in zip(widths, strides):
             conv = reflected_conv(channels, width, stride)
             layers += [conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
             channels = width
-        super().__init__(*layers)
-        self.out_channels = channels
+        super().__init__(
+            *layers,
+            nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False),
+            LayerNorm2d(channels, eps=0.1),  # 0.1: the variance in a plain place of a scene
+            reflected_conv(channels, out, size=1),
+            nn.BatchNorm2d(out),
+            nn.ReLU(inplace=True),
+        )
+        self.out_channels = out
 
 
 class SmallTrunk(nn.Sequential):
@@ -135,9 +150,11 @@ class SmallBlock(nn.Module):
         return self.relu(self.residual(maps) + self.shortcut(maps))
 
 
-def reflected_conv(in_channels: int, width: int, stride: int = 1) -> nn.Conv2d:
-    """A 3x3 convolution with reflect padding, no bias, and a ResNet's random weights."""
-    conv = nn.Conv2d(in_channels, width, 3, stride, padding=1, padding_mode="reflect", bias=False)
+def reflected_conv(in_channels: int, width: int, stride: int = 1, size: int = 3) -> nn.Conv2d:
+    """A convolution of 3x3 or 1x1 with reflect padding, no bias, and a ResNet's random weights."""
+    conv = nn.Conv2d(
+        in_channels, width, size, stride, padding=size // 2, padding_mode="reflect", bias=False
+    )
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv
 
