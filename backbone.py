@@ -71,7 +71,7 @@ class TinyTrunk(nn.Sequential):
     textures still can be told apart. The mean over 3x3 cells is as wide as the period of a texture:
     without it a cell says where in the period it lies, on a crest or in a trough. Both views agree
     about that, so crests and troughs would become prototypes. The norm over the channels takes away
-    most of how strong the texture is, or all strong textures would become one group.
+    how strong the texture is, or all strong textures would become one group.
 
     A field as wide as the image would give one prototype per image. Zero padding would tell every
     pixel how far it is from the border, so that prototypes become places; hence reflect padding.
@@ -93,7 +93,7 @@ class TinyTrunk(nn.Sequential):
         super().__init__(
             *layers,
             nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False),
-            LayerNorm2d(channels, eps=0.1),  # 0.1: the variance in a plain place of a scene
+            LayerNorm2d(channels),
             reflected_conv(channels, out, size=1),
             nn.BatchNorm2d(out),
             nn.ReLU(inplace=True),

@@ -168,16 +168,12 @@ def test_the_tiny_trunk_hardly_says_where_in_its_period_a_texture_lies(period):
     assert difference(mean, norm) < 0.35 < 0.45 < difference(norm)
 
 
-def test_the_tiny_trunk_says_little_about_how_strong_a_texture_is():
-    """Twice the contrast: without the norm over its channels all features grow twice as long."""
-    layers = list(build_trunk("tiny").double().eval())
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_the_tiny_trunk_does_not_say_how_strong_a_texture_is(factor):
+    trunk = build_trunk("tiny").double().eval()
     texture = 3 * random(1, 3, 48, 48)
-
-    def growth(*last):
-        weak, strong = (nn.Sequential(*layers[:10], *last)(f * texture) for f in (1, 2))
-        return (strong.norm(dim=1) / weak.norm(dim=1)).mean()
-
-    assert growth(layers[10]) < 1.5 < 1.9 < growth()  # five random trunks: 1.23 to 1.38, and 2
+    features = trunk(texture)
+    assert torch.allclose(trunk(factor * texture), features, atol=0.02 * features.std().item())
 
 
 # ---------------------------------------------------------------------------------------- projector

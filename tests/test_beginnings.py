@@ -129,7 +129,7 @@ def test_a_run_starts_from_a_backbone_or_a_whole_checkpoint_and_says_what_it_use
 ):
     run(tmp_path / "first", photographs, "--max-steps", "2")
     state = staged.last_of(tmp_path / "first")["model"]
-    for file, used in (("backbone.pth", 48), ("last.pth", len(state))):
+    for file, used in (("backbone.pth", 52), ("last.pth", len(state))):
         c, _ = recipes.parse(
             staged.command_line("unused", "--seed", "5", photographs=photographs), ""
         )

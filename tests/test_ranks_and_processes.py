@@ -230,7 +230,7 @@ def test_two_processes_with_half_a_batch_each_are_one_with_the_whole_batch(found
     for half in halves:
         same(half["gradients"], whole["gradients"])
         same(half["state"], whole["state"])  # center and teacher among it
-        assert half["statistics"] == pytest.approx(whole["statistics"], rel=1e-9)
+        assert half["statistics"] == pytest.approx(whole["statistics"], rel=1e-6)  # in float32
 
 
 def test_the_cases_are_what_their_names_say(found):

@@ -37,7 +37,8 @@ def build(**settings):
     """A small SlotCon in float64 whose student, teacher and center all differ."""
     model = SlotCon("tiny", K, HIDDEN, D, **settings).double()
     for name, p in model.named_parameters():
-        noise = random(*p.shape, seed=zlib.crc32(name.encode()))
+        # + 1: a draw in which student and teacher share some prototypes, but not all
+        noise = random(*p.shape, seed=zlib.crc32(name.encode()) + 1)
         p.data = (
             noise * math.sqrt(3 / p[0].numel())
             if p.ndim > 1

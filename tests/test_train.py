@@ -436,7 +436,7 @@ def test_a_run_first_says_where_it_runs_and_what_it_will_do(short):
         "1 process, float32",
         "14 images",
         "3 steps per epoch, 18 in all",
-        "tiny 0.06 M",
+        "tiny 0.04 M",
         "5 prototypes",
         "batch    4 = 4 x 1",
         "lr       0.0625 = 4 x 4 / 256",

@@ -217,7 +217,7 @@ def test_a_run_begins_with_the_network_that_was_asked_for_and_says_so(tmp_path, 
     assert not difference(teacher, networks["teacher"])
     assert not difference(student, networks["student"]) and difference(student, teacher)
     said = capsys.readouterr().out
-    assert "tiny, 24 of 24 tensors" in said and "student of a SlotCon checkpoint" in said
+    assert "tiny, 26 of 26 tensors" in said and "student of a SlotCon checkpoint" in said
     torch.save(networks["teacher"], tmp_path / "backbone.pth")
     assert not difference(first_weights(tmp_path / "c", tmp_path / "backbone.pth"), teacher)
     assert json.loads((tmp_path / "c" / "config.json").read_text())["arch"] == "tiny"
