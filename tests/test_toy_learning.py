@@ -1,8 +1,9 @@
-"""SlotCon learns: ten of the toy run's 36 epochs find classes, and the published temperature
-finds nothing.
+"""SlotCon learns: ten of the toy run's 36 epochs find classes, and with a teacher nearly as soft as
+the student the assignment stays uniform.
 """
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,11 @@ def test_a_short_toy_run_beats_color_and_chance(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_published_temperature_collapses_on_toy_scenes(tmp_path):
+def test_with_a_teacher_nearly_as_soft_as_the_student_the_assignment_stays_uniform(tmp_path):
+    """The features move all the same: the groups of such a run are not blind."""
     before = "--num-prototypes", "16", "--momentum-center", "0.9"  # for which the limits were seen
-    result = result_of(tmp_path, "--temp-teacher", "0.07", *before)
-    assert result["miou"] < 0.13 and result["nmi"] < 0.12
+    result_of(tmp_path, "--temp-teacher", "0.09", *before)
+    lines = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    shares = [line["group_loss"] / (2 * math.log(16)) for line in lines]
+    # 0.994 was seen; 0.91 at the published 0.07, and 0.56 after half as many steps at 0.03
+    assert min(shares[-5:]) > 0.98 and max(shares[-5:]) < 1.01
