@@ -197,10 +197,11 @@ COCO = Config(dataset="coco")
 PRESETS = {
     # Hyper-parameters differ from the published recipe where two minutes on a laptop ask for it,
     # the method nowhere. All [U]; what it learns and what was tried: benchmarks/toy.md.
-    # The networks: widths for 8 classes, a trunk that sees 17 px. A view has the size of a typical
-    #   crop of a 64 px scene, so textures keep the scale that they have in whole scenes.
+    # The networks: widths for 8 classes, a trunk that sees 17 px and averages over the period of a
+    #   texture. A view has the size of a typical crop of a 64 px scene, so textures keep the scale
+    #   that they have in whole scenes.
     # num_prototypes, momentum_center: 32 prototypes and a center quicker than the published 0.9.
-    #   With 16 and 0.9 some seeds never parted two classes: the group of both lets no other in.
+    #   With 16 and 0.9 more seeds left two classes in one group, which lets no other prototype in.
     # min_area: a crop of 0.2 enlarges a texture 1.7 times, the published 0.08 would 2.7 times.
     # temp_teacher: a feature grows only if its correlation between the views exceeds temp_teacher /
     #   temp_student. An untrained trunk offers less than the published 0.7.
