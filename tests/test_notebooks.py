@@ -345,8 +345,8 @@ def test_the_command_of_the_readme_makes_the_trained_toy_network_again(tmp_path)
     """About two minutes on two quiet cores. A worker prepares the views: the same numbers, sooner.
 
     Last bits differ between machines and grow in 1,728 steps: five seeds of an earlier recipe, with
-    a center summed in another order, moved by up to 0.06 in mIoU and 0.04 in NMI. One class found or
-    not, which is what seeds differ in, is 0.1 in mIoU.
+    a center summed in another order, moved by up to 0.06 in mIoU and 0.04 in NMI. One class
+    found or not, which is what seeds differ in, is 0.1 in mIoU.
     """
     made = torch.load(FOLDER / "toy.pth", weights_only=True)
     command = re.search(r"`python (train\.py .*?) --output-dir", (FOLDER / "README.md").read_text())
