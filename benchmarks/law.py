@@ -36,7 +36,6 @@ LEFT = 0.95  # of 2 ln k: a group loss below has left the uniform assignment by 
 # All that the law depends on is written out, so that another preset does not change the table.
 COMMON = (
     "--preset toy --arch tiny --toy-scenes 768 --image-size 48 --num-prototypes 16 "
-    "--group-weight 1 "  # the law is about the group loss; the slot loss can start it too
     "--temp-student 0.1 --momentum-center 0.9 --momentum-teacher 0.99 "
     "--momentum-teacher-end 0.99 --batch-size 16 --base-lr 0.16 --epochs 36 "
     "--warmup-epochs 0.625 --toy-test-scenes 64 --device cpu --threads 1 --workers 0 "
