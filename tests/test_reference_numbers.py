@@ -29,7 +29,14 @@ from teacher import teacher_momentum
 
 OWN = Path(__file__).with_name("official_numbers.json")
 FILE = Path(os.environ.get("SLOTCON_REFERENCE_NUMBERS", OWN))
-NUMBERS = json.loads(FILE.read_text())
+try:
+    NUMBERS = json.loads(FILE.read_text())
+except (OSError, ValueError) as error:
+    pytest.exit(
+        f"SLOTCON_REFERENCE_NUMBERS is {FILE}: expected a JSON file of numbers that the released "
+        f"code computed, found {error}",
+        returncode=2,
+    )
 # What float64 leaves after the two steps of our own file (it reaches 1e-11); deeper networks and
 # more steps leave less.
 RELATIVE, RELATIVE_HEAD = (1e-9, 1e-10) if json.loads(OWN.read_text()) == NUMBERS else (1e-7, 1e-7)
