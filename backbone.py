@@ -68,7 +68,7 @@ class TinyTrunk(nn.Sequential):
     output stride 4 and a receptive field of 17 px [U].
 
     Three 3x3 convolutions look for small patterns. The first keeps the full resolution, where fine
-    textures still can be told apart. The mean over 3x3 cells is as wide as the period of a texture:
+    textures still can be told apart. The mean over 3x3 cells covers the period of a texture:
     without it a cell says where in the period it lies, on a crest or in a trough. Both views agree
     about that, so crests and troughs would become prototypes. The norm over the channels takes away
     how strong the texture is, or all strong textures would become one group.

@@ -195,13 +195,14 @@ class Config:
 
 COCO = Config(dataset="coco")
 PRESETS = {
-    # Hyper-parameters differ from the published recipe where two minutes on a laptop ask for it,
+    # Hyper-parameters differ from the published recipe where three minutes on a laptop ask for it,
     # the method nowhere. All [U]; what it learns and what was tried: benchmarks/toy.md.
     # The networks: widths for 8 classes, a trunk that sees 17 px and averages over the period of a
     #   texture. A view has the size of a typical crop of a 64 px scene, so textures keep the scale
     #   that they have in whole scenes.
     # num_prototypes, momentum_center: 32 prototypes and a center quicker than the published 0.9.
-    #   With 16 and 0.9 more seeds left two classes in one group, which lets no other prototype in.
+    #   With 16 and 0.9 more seeds left two classes in one group, which lets no other prototype in
+    #   (measured with the trunk before).
     # min_area: a crop of 0.2 enlarges a texture 1.7 times, the published 0.08 would 2.7 times.
     # temp_teacher: a feature grows only if its correlation between the views exceeds temp_teacher /
     #   temp_student. An untrained trunk offers less than the published 0.7.
@@ -210,7 +211,8 @@ PRESETS = {
     #   (solarized from 0 up). The jitter of contrast is mild, and nothing is blurred: contrast and
     #   detail are what untrained features see of a texture.
     # The optimizer: many small steps, AdamW at 0.01. LARS (1.0 per 256) is made for large batches.
-    # threads: one. Two were ten times slower where other programs ran.
+    # threads: one, so that a run leaves the second core to others. Whether two are quicker on a
+    #   quiet machine has not been measured (benchmarks/README.md).
     "toy": dataclasses.replace(
         COCO, preset="toy", dataset="toy", toy_scenes=768, arch="tiny", image_size=48,
         num_prototypes=32, dim_hidden=64, dim_out=32, temp_teacher=0.03, momentum_center=0.8,
@@ -226,8 +228,8 @@ PRESETS = {
     # image_size: small views are many views per second; the trunk is shown whole images afterwards.
     # temp_teacher: 0.3 of the student's. An untrained trunk's features correlate less between two
     # views than the published 0.7, so that nothing would grow.
-    # momentum_center: a quicker center than 0.9 leaves no prototype behind. momentum_teacher_end: a
-    # short run has no time for a teacher that slows down.
+    # momentum_center: quicker than the published 0.9; 19 or 20 of 24 prototypes stay in use.
+    # momentum_teacher_end: a short run has no time for a teacher that slows down.
     # The colors: hue, gray and solarization are mild or off. Grass is green and the sky is blue: in
     # photographs color says what a thing is, and a network that must not use it learns less here.
     # The optimizer: AdamW at 0.003 and batches of 32; LARS is made for large batches.

@@ -227,8 +227,8 @@ def bark(p: np.ndarray, q: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 
 class Fill(NamedTuple):
-    """What a part is filled with. Periods are short beside the 17 px that a pixel of the tiny trunk
-    sees.
+    """What a part is filled with. All periods but the ball's are short beside the 17 px that a
+    pixel of the tiny trunk sees.
     """
 
     texture: Callable

@@ -6,7 +6,7 @@ FCN.
     python transfer.py detection --data-dir COCO --backbone last.pth
     torchrun --nproc-per-node=8 transfer.py detection --data-dir COCO --backbone last.pth
 
-The first takes a minute on a laptop; the others are tables 3 and 2. docs/transfer.md has them all.
+The first takes a minute on a laptop; the others are table 2. docs/transfer.md has them all.
 
 Slides: tables 2, 3, 4 and 7. Paper: section 4.2.
 Differs: torchvision's parts and pycocotools on today's torch, where the paper used detectron2 and

@@ -6,8 +6,8 @@ A run of two processes on small images, on the CPU. At a random step it is signa
 processes or workers is killed, its disk is full, its output is closed, a second run starts in its
 directory, or files that a crash or a broken disk leaves are put there. The same command then goes
 on. At the end its weights must equal those of a run that nobody disturbed, bit for bit; every
-attempt must begin at the step of the last checkpoint; and what the README says about lines and exit
-statuses must hold each time.
+attempt must begin at the step of the last checkpoint; and what docs/training.md says about lines
+and exit statuses must hold each time.
 
 Faults are counted in steps and every step has a fixed pace, so that the storm is the same on a slow
 and on a fast machine. Processes are forked from one that has imported everything already.

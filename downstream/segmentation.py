@@ -1,7 +1,7 @@
 """Fully convolutional networks for semantic segmentation: a trunk, a head, and how a whole image is
 read.
 
-Slides: tables 3 and 4 (Cityscapes, VOC, ADE20K). Paper: section 4.2.
+Slides: tables 2 and 4 (Cityscapes, VOC, ADE20K). Paper: section 4.2.
 Differs: torchvision's own FCN head is another one. Strides, widths and dilations are those of the
 released settings [O], layers and loss those of mmsegmentation [P].
 """

@@ -200,7 +200,7 @@ class Detection(Shared):
 
 @dataclass(frozen=True)
 class Segmentation(Shared):
-    """FCN. Defaults: table 3's Cityscapes."""
+    """FCN. Defaults: table 2's Cityscapes."""
 
     train_list: str = option(
         "train_aug", "VOC: the list in ImageSets/Segmentation to learn from [O]"

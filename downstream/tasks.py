@@ -59,7 +59,7 @@ def make_detection(c: Detection, trunk: nn.Module) -> Task:
 
 
 def make_segmentation(c: Segmentation, trunk: nn.Module) -> Task:
-    """An FCN on images whose every pixel is labeled: tables 3 and 4."""
+    """An FCN on images whose every pixel is labeled: tables 2 and 4."""
     seen = datasets.open_segmentation(c.dataset, c.data_dir, "train", c.train_list, c.scenes)
     seen = seen.subset(datasets.some_of(len(seen), c.labeled, c.seed))
     unseen = seen

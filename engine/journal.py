@@ -3,8 +3,8 @@ lines on the screen.
 
 Slide: none.
 Paper: none.
-Differs: the released code logs the sum of the losses as text. The README says what each key of the
-log means.
+Differs: the released code logs the sum of the losses as text. docs/training.md says what each key
+of the log means.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Is it learning? What one line of the log says about a step; the README has the glossary.
+"""Is it learning? What one line of the log says about a step; docs/training.md has the glossary.
 
 Slide: "Statistics about the slots" (figure 4, occupied slots during training).
 Paper: section 4.4.

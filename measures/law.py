@@ -26,11 +26,11 @@ from grouping import GroupingNetwork, full_precision, inverse_augmentation
 from slotcon import Report
 
 # All [U].
-IMAGES = 256  # with 128 toy scenes rho was off by 0.05
+IMAGES = 256  # of fewer, the two estimates that make rho lie further apart
 DIRECTIONS = 64  # principal directions that are searched; more would fit the noise of few images
 RIDGE = 1e-3  # of the mean variance of a direction
 LEAST = 0.1  # below this, rho is noise, and a temperature that small copies every accident
-EDGE = 0.7, 1.1  # times the ratio: between these the sign is not certain; a run at 0.73 started
+EDGE = 0.7, 1.1  # times the ratio: between these the sign is not certain: 0.73 and 0.99 started
 MARGIN = 0.8  # of rho: a teacher temperature that leaves room for the images to come
 
 
