@@ -31,6 +31,7 @@ DIRECTIONS = 64  # principal directions that are searched; more would fit the no
 RIDGE = 1e-3  # of the mean variance of a direction
 LEAST = 0.1  # below this, rho is noise, and a temperature that small copies every accident
 EDGE = 0.7, 1.1  # times the ratio: between these the sign is not certain: 0.73 and 0.99 started
+RIPENING = 0.8  # of the ratio suffices for a run, whose trunk learns meanwhile: benchmarks/law.md
 MARGIN = 0.8  # of rho: a teacher temperature that leaves room for the images to come
 
 
@@ -50,8 +51,7 @@ def moments(first: Tensor, second: Tensor) -> Moments:
     """
     if first.shape != second.shape or first.ndim != 2:
         raise ValueError(
-            f"expected two sets of rows (n c), found {tuple(first.shape)} and "
-            f"{tuple(second.shape)}"
+            f"expected two sets of rows (n c), found {tuple(first.shape)} and {tuple(second.shape)}"
         )
     with torch.autocast(first.device.type, enabled=False):
         first, second = full_precision(first), full_precision(second)
@@ -190,9 +190,7 @@ class ViewCorrelation:
 
 
 @torch.no_grad()
-def measure(
-    network: GroupingNetwork, batches: Iterable[tuple[Tensor, Tensor, Tensor]]
-) -> float:
+def measure(network: GroupingNetwork, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> float:
     """rho of a network on a few batches (views, boxes, flipped), as in `SlotCon.forward`.
 
     It works on a copy in training mode, which normalizes with batch statistics like the first step
@@ -205,8 +203,15 @@ def measure(
 
 
 def can_start(rho: float, temp_student: float, temp_teacher: float) -> bool:
-    """Whether training leaves the uniform assignment."""
+    """Whether training leaves the uniform assignment while the features stay what they are."""
     return rho > temp_teacher / temp_student
+
+
+def run_can_start(rho: float, temp_student: float, temp_teacher: float) -> bool:
+    """Whether a run leaves it, whose first features correlate rho: its trunk learns, and the slot
+    loss helps, so that a little less than the ratio is enough [U].
+    """
+    return rho > RIPENING * temp_teacher / temp_student
 
 
 def temperature_that_could(rho: float, temp_student: float) -> float:

@@ -179,6 +179,12 @@ def test_training_starts_where_the_correlation_exceeds_the_ratio(rho, temp_teach
     assert "\n" not in line and len(line) < 200
 
 
+@pytest.mark.parametrize("share, starts", [(0.71, False), (0.89, True), (1.2, True)])
+def test_a_run_needs_a_little_less_than_the_ratio_since_its_trunk_learns(share, starts):
+    assert law.run_can_start(share * 0.3, 0.1, 0.03) == starts
+    assert law.can_start(share * 0.3, 0.1, 0.03) == (share > 1)
+
+
 def test_close_to_the_ratio_the_line_does_not_pretend_to_know():
     assert "late or never" in law.verdict_of(0.31, 0.1, 0.03)
     assert "late or never" in law.verdict_of(0.22, 0.1, 0.03)
