@@ -266,14 +266,20 @@ def _folder(root: Path, split: str | None, num_classes: int | None = None) -> La
 
     classes.txt (one name per line), else num_classes, defines the classes; without both the ids
     are counted. split: a folder within both, if they have it; else "train" and "val" are four
-    fifths and one fifth, and None is all.
+    fifths and one fifth, and None is all. Raises ValueError where only one of the folders train and
+    val is there: a fifth of everything would share images with it.
     """
     inner = split if split and (root / "images" / split).is_dir() else "."
+    if split in ("train", "val"):
+        there, absent = _parts_of(root / "images")
+        if there and absent:
+            raise ValueError(f"{root} has images/{there[0]} but no images/{absent[0]}: add it, or "
+                             "put all images into images/")
     folder, paths = _found(root / "images" / inner, "folder")
     files = [root / "labels" / inner / Path(path).with_suffix(".png") for path in paths]
     images = _image_files(folder, paths, files)
     listed = root / "classes.txt"
-    names = [line.strip() for line in _lines(listed)] if listed.is_file() else []
+    names = _class_names(listed) if listed.is_file() else []
     notice = ""
     if num_classes is None and not names:
         num_classes, notice = count_classes(files)
@@ -285,6 +291,33 @@ def _folder(root: Path, split: str | None, num_classes: int | None = None) -> La
         raise ValueError(f"no folder {root / 'images' / split}, and without it a split is train or "
                          "val")
     return whole.subset([i for i in range(len(whole)) if (i % 5 == 0) == (split == "val")])
+
+
+def _parts_of(folder: Path) -> tuple[list[str], list[str]]:
+    """Which of train and val are folders in it, and which are not."""
+    there = [part for part in ("train", "val") if (folder / part).is_dir()]
+    return there, [part for part in ("train", "val") if part not in there]
+
+
+def _class_names(file: Path) -> list[str]:
+    """A name per line, line 1 is id 0; blank lines at the end are none. [] of an empty file.
+
+    Raises ValueError for a blank line before a name, and for a name that stands there twice: tables
+    and JSON hold classes by name, and would lose one.
+    """
+    names = "\n".join(line.strip() for line in _lines(file)).rstrip().split("\n")
+    if names == [""]:
+        return []
+    first: dict[str, int] = {}  # name -> its line
+    for number, name in enumerate(names, 1):
+        if not name:
+            raise ValueError(f"{file}: line {number} is blank, but it names id {number - 1}: "
+                             "write a name there, or remove the line")
+        if name in first:
+            raise ValueError(f"{file}: lines {first[name]} and {number} are both {name!r}: "
+                             "every class needs a name of its own")
+        first[name] = number
+    return names
 
 
 def count_classes(files: Sequence[Path]) -> tuple[int, str]:
@@ -411,8 +444,8 @@ def _fine_ids(path: Path) -> np.ndarray:
 
 
 def _lines(file: str | Path) -> list[str]:
-    try:
-        return Path(file).read_text().splitlines()
+    try:  # "-sig": some editors begin a file with a mark, which is no part of the first name
+        return Path(file).read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
         raise ValueError(f"cannot read {file}: {error.strerror.lower()}") from None
     except UnicodeDecodeError:

@@ -190,6 +190,35 @@ def test_a_folder_names_its_classes_in_a_file(tmp_path):
     assert labels.open_labeled("folder", tmp_path).class_names == ("sky", "sea", "sand")
 
 
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["", "\n", "\n\n \n"])
+def test_neither_blank_lines_at_the_end_nor_a_mark_at_the_start_belong_to_the_classes(
+    tmp_path, mark, end
+):
+    folder_of(tmp_path)
+    (tmp_path / "classes.txt").write_bytes(f"{mark}sky\r\nsea \nпляж{end}".encode())
+    assert labels.open_labeled("folder", tmp_path).class_names == ("sky", "sea", "пляж")
+
+
+def test_a_file_of_blank_lines_names_no_class_and_the_ids_are_counted(tmp_path):
+    folder_of(tmp_path)
+    (tmp_path / "classes.txt").write_text("\n \n")
+    assert labels.open_labeled("folder", tmp_path).class_names == ("class 0", "class 1", "class 2")
+
+
+@pytest.mark.parametrize("text, message", [
+    ("sky\n\nsand\n", "line 2 is blank, but it names id 1"),
+    ("\nsky\nsand\n", "line 1 is blank, but it names id 0"),
+    ("sky\nthing\nthing \ntree\n", "lines 2 and 3 are both 'thing'"),
+])  # fmt: skip
+def test_a_class_without_a_name_of_its_own_is_refused_with_its_line(tmp_path, text, message):
+    folder_of(tmp_path)
+    (tmp_path / "classes.txt").write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        labels.open_labeled("folder", tmp_path)
+    assert str(tmp_path / "classes.txt") in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_a_folder_without_parts_is_split_into_fifths_that_share_no_image(tmp_path):
     folder_of(tmp_path, [(0, 1)] * 11)
     train, val = (labels.open_labeled("folder", tmp_path, split) for split in ("train", "val"))
@@ -202,6 +231,23 @@ def test_a_folder_with_parts_is_read_by_part(tmp_path):
         write(tmp_path / "images" / part / f"{part}.png", photo(6, 8))
         write(tmp_path / "labels" / part / f"{part}.png", np.zeros((6, 8)))
     assert labels.open_labeled("folder", tmp_path, "val").images.name(0) == "val.png"
+
+
+@pytest.mark.parametrize("there, absent", [("train", "val"), ("val", "train")])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_one_of_the_parts_train_and_val_alone_is_refused_since_they_would_share_images(
+    tmp_path, there, absent, split
+):
+    for part in ("training", there):
+        for number in range(6):
+            write(tmp_path / "images" / part / f"{part}{number}.png", photo(6, 8))
+            write(tmp_path / "labels" / part / f"{part}{number}.png", np.zeros((6, 8)))
+    with pytest.raises(ValueError) as caught:
+        labels.open_labeled("folder", tmp_path, split)
+    assert str(caught.value) == (f"{tmp_path} has images/{there} but no images/{absent}: add it, "
+                                 "or put all images into images/")
+    assert len(labels.open_labeled("folder", tmp_path)) == 12  # to measure on everything
+    assert len(labels.open_labeled("folder", tmp_path, "training")) == 6
 
 
 def test_a_subset_of_a_subset_keeps_its_places(tmp_path):
