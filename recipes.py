@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -193,6 +194,7 @@ class Config:
     plan_images: int = option(0, "with --plan: number of images, where there is no --data-dir; 0: "
         "that of the preset's data set", low=0, high=10**12, free=True)
 
+NEVER = 1_000_000  # epochs: --save-every of a preset that saves by the clock
 COCO = Config(dataset="coco")
 PRESETS = {
     # Hyper-parameters differ from the published recipe where three minutes on a laptop ask for it,
@@ -240,7 +242,7 @@ PRESETS = {
         momentum_teacher_end=0.99, min_area=0.2, hue=0.05, p_gray=0.0, p_blur=(0.2, 0.1),
         p_solarize=(0.0, 0.0), optimizer="adamw", batch_size=32, base_lr=0.024, weight_decay=0.01,
         steps=3000, warmup_steps=80, channels_last=True, threads=1, workers=1, log_every=20,
-        save_every=1_000_000, save_minutes=2.0, keep_every=0,
+        save_every=NEVER, save_minutes=2.0, keep_every=0,
     ),
     "coco-r50": COCO,
     "cocoplus-r50": dataclasses.replace(COCO, preset="cocoplus-r50", dataset="cocoplus"),
@@ -396,6 +398,7 @@ def parse(argv: Sequence[str] | None, description: str) -> tuple[Config, set[str
         raise ValueError(
             f"--toy-scenes {c.toy_scenes} are fewer than --batch-size {c.batch_size}: draw more"
         )
+    check_given(c, given)
     # What was asked for in epochs is not overruled by a preset that counts steps.
     steps = 0 if "epochs" in given and "steps" not in given else c.steps
     warmup = 0 if "warmup_epochs" in given and "warmup_steps" not in given else c.warmup_steps
@@ -403,6 +406,28 @@ def parse(argv: Sequence[str] | None, description: str) -> tuple[Config, set[str
     folder = os.path.expanduser(c.output_dir or f"runs/{c.preset}")
     settled = dict(paths, output_dir=folder, steps=steps, warmup_steps=warmup)
     return dataclasses.replace(c, **settled), given
+
+
+def check_given(c: Config, given: set[str]) -> None:
+    """No option that was given is without effect. Raises ValueError."""
+    if c.dataset == "toy" and c.subset:
+        raise ValueError("--subset is for photographs; of toy scenes draw fewer: --toy-scenes")
+    if c.long_tailed and not c.subset:
+        raise ValueError("--long-tailed says how a subset is chosen: add --subset N")
+    if c.temp_teacher_start and not c.temp_teacher_epochs:
+        raise ValueError(
+            "--temp-teacher-start says where the temperature begins: add --temp-teacher-epochs, "
+            "over which it moves"
+        )
+    for name in ("epochs", "warmup_epochs"):
+        steps = name.replace("epochs", "steps")
+        if {name, steps} <= given and getattr(c, steps):
+            raise ValueError(f"{options.flag(name)} and {options.flag(steps)}: give one of them")
+    if "keep_last" in given and c.keep_last and c.save_every >= NEVER:
+        raise ValueError(
+            "--keep-last keeps some of what --save-every writes, which this preset leaves to the "
+            "clock: add --save-every N, epochs"
+        )
 
 
 def check_plan(c: Config, given: set[str]) -> None:
@@ -432,28 +457,37 @@ def images_of(c: Config, strict: bool = False) -> tuple[Sequence[Tensor | Photog
     if c.dataset == "toy":
         return toy.ToyImages(c.seed, c.toy_scenes), f"{c.toy_scenes} toy scenes, drawn here"
     if c.plan and not c.data_dir:
-        count = c.plan_images or NUM_IMAGES[c.dataset]
-        count = min(c.subset or count, count)
-        count -= min(c.held_out, count // 10)
+        there = c.plan_images or NUM_IMAGES[c.dataset]
+        there -= min(c.held_out, there // 10)
+        if c.subset > there:
+            raise ValueError(f"--subset {c.subset}, but there are {there} images: take fewer")
+        count = c.subset or there
         return DrawnPhotographs(count), f"{count} images, for which a drawn one stands"
     root, paths, notice = find_images(c.data_dir, c.dataset, strict)
     about = f"{len(paths)} images: " + (notice or f"{c.data_dir}, layout {c.dataset}")
-    if c.subset:
-        paths, how = choose_subset(paths, c.subset, c.seed, c.long_tailed)
-        about += f"; {len(paths)} of them, {how}"
     paths, out = hold_out(paths, c.held_out, c.seed)
     if len(out):
         about += f"; {len(out)} are kept out for the result"
+    if c.subset:
+        paths, how = choose_subset(paths, c.subset, c.seed, c.long_tailed)
+        about += f"; {len(paths)} of {'the others' if len(out) else 'them'}, {how}"
     doubt = look_like_labels(paths)
     return Photographs(root, paths), about + (f"\nwarning  {doubt}" if doubt else "")
 
 
-def held_out_images(c: Config) -> ImageFiles:
-    """The photographs that `images_of` keeps out of training."""
+def held_out_images(c: Config, names: Sequence[str] | None = None) -> ImageFiles:
+    """The photographs that `images_of` keeps out of training. names: those that were kept out when
+    the run began; None: of the folder as it is now.
+    """
     root, paths, _ = find_images(c.data_dir, c.dataset, strict=False)
-    if c.subset:
-        paths, _ = choose_subset(paths, c.subset, c.seed, c.long_tailed)
+    if names is not None:
+        return ImageFiles(root, np.array(names, dtype=str))
     return ImageFiles(root, hold_out(paths, c.held_out, c.seed)[1])
+
+
+def with_held_out(c: Config, images: ImageFiles) -> ImageFiles:
+    """The training images and those kept out, as files."""
+    return ImageFiles(images.root, np.concatenate([images.paths, held_out_images(c).paths]))
 
 
 def model_of(c: Config, device: torch.device | str = "cpu", synchronized: bool = False) -> SlotCon:

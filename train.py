@@ -160,6 +160,8 @@ def set_up(c: Config, given: set[str]) -> Run:
         touched=[buffer for buffer in model.buffers() if buffer is not model.center],
     )  # fmt: skip
     run.notes["images"] = digest
+    if c.held_out and c.dataset != "toy" and "held_out" not in run.notes:
+        run.notes["held_out"] = recipes.held_out_images(c).paths.tolist()
     if c.subset and place.rank == 0:
         files.write_lines(run.folder / "subset.txt", names)
     if c.compile:
@@ -193,7 +195,7 @@ def finish(c: Config, run: Run) -> None:
             teacher, c.arch, c.dim_hidden, c.seed, c.toy_test_scenes, run.folder, seconds
         )
     elif c.held_out:
-        images = recipes.held_out_images(c)
+        images = recipes.held_out_images(c, run.notes["held_out"])
         photos_result.show(teacher, images, c.temp_teacher, run.folder, seconds)
 
 
@@ -206,6 +208,7 @@ def check_data(c: Config, given: set[str]) -> None:
         )
     images, about = recipes.images_of(c, strict="dataset" in given)
     print(about)
+    images = recipes.with_held_out(c, images)
     bad = loader.report_check(images, processes.workers_of(c.workers))
     if bad > c.max_bad_share * len(images):
         raise Stopped(

@@ -53,14 +53,15 @@ def save(path: str | Path, contents: Any) -> None:
     write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
-def keep_newest(folder: str | Path, keep_last: int, keep_every: int) -> None:
-    """Of `epoch_0007.pth` and its like keep the last `keep_last` and every `keep_every`-th; delete
-    the others.
+def keep_newest(folder: str | Path, keep_last: int, keep_every: int, newest: int) -> None:
+    """Of `epoch_0007.pth` and its like, up to the epoch `newest`, keep the last `keep_last` and
+    every `keep_every`-th; delete the others. Later epochs are of an earlier run: they stay.
     """
-    kept = sorted(Path(folder).glob("epoch_[0-9]*.pth"))
-    epochs = [int(re.findall(r"\d+", path.stem)[0]) for path in kept]
-    for i, (path, epoch) in enumerate(zip(kept, epochs)):
-        if i < len(kept) - keep_last and not (keep_every and epoch % keep_every == 0):
+    files = Path(folder).glob("epoch_[0-9]*.pth")
+    epochs = sorted((int(re.findall(r"\d+", path.stem)[0]), path) for path in files)
+    own = [(epoch, path) for epoch, path in epochs if epoch <= newest]
+    for epoch, path in own[: max(len(own) - keep_last, 0)]:
+        if not (keep_every and epoch % keep_every == 0):
             path.unlink(missing_ok=True)
 
 

@@ -115,7 +115,7 @@ def _search(data_dir: Path, layout: str) -> list[str]:
 
 def _walk(top: Path, deep: bool) -> list[str]:
     """Paths under top by name alone: hidden ones are left out, links followed, a circle of links
-    walked once.
+    walked once. Deep: the folders of runs are left out, whose figures are no photographs.
 
     What is called like an image counts as one, even a folder: reading it will say what is wrong
     with it.
@@ -133,6 +133,8 @@ def _walk(top: Path, deep: bool) -> list[str]:
             )
         except OSError as error:
             raise ValueError(f"cannot look into {folder}: {error.strerror}") from None
+        if deep and folder != os.fspath(top) and {"config.json", "log.jsonl"} <= set(entries):
+            continue  # a run's own figures
         paths = [os.path.join(folder, name) for name in entries]
         images = [path for path in paths if path.lower().endswith(SUFFIXES)]
         found += images
@@ -153,7 +155,7 @@ def _read_list(file: Path) -> list[str]:
         raise ValueError(
             f"{file} is not a text file of image paths, one per line: {error}"
         ) from None
-    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _expected(data_dir: Path, layout: str) -> str:

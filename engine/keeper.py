@@ -88,7 +88,7 @@ class Keeper:
             if due and (self.keep_last or (self.keep_every and due % self.keep_every == 0)):
                 file = self.folder / f"epoch_{due:04d}.pth"
                 checkpoint.save(file, state)
-                checkpoint.keep_newest(self.folder, self.keep_last, self.keep_every)
+                checkpoint.keep_newest(self.folder, self.keep_last, self.keep_every, due)
         except OSError as error:
             message = (
                 f"could not write {file} after step {state['step']}: {error.strerror or error}; "

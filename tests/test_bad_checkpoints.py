@@ -99,7 +99,7 @@ def test_leftovers_of_other_programs_stay(tmp_path):
 def test_the_newest_and_every_mth_are_kept(keep_last, keep_every, expected, tmp_path):
     for epoch in range(1, 13):
         (tmp_path / f"epoch_{epoch:04d}.pth").touch()
-    checkpoint.keep_newest(tmp_path, keep_last, keep_every)
+    checkpoint.keep_newest(tmp_path, keep_last, keep_every, newest=12)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         f"epoch_{epoch:04d}.pth" for epoch in expected
     ]

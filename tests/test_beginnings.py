@@ -2,9 +2,11 @@
 that are said."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -223,6 +225,90 @@ def test_what_is_held_out_is_a_tenth_at_most_and_never_learned_from():
         != hold_out(paths, 64, 4)[1].tolist()
     )
     assert len(hold_out(paths, 2, 0)[1]) == 2 and len(hold_out(paths, 0, 0)[1]) == 0
+
+
+def test_a_subset_is_taken_of_what_is_not_kept_out(tmp_path):
+    photographs = staged.draw_photographs(tmp_path / "photographs", count=30)
+    c = parsed("--data-dir", str(photographs), "--held-out", "3", "--subset", "20")
+    images, about = recipes.images_of(c)
+    out = recipes.held_out_images(c)
+    assert len(images) == 20 and len(out) == 3 and not set(images.paths) & set(out.paths)
+    assert "30 images" in about and "3 are kept out" in about and "20 of the others" in about
+    assert set(recipes.with_held_out(c, images).paths) == {*images.paths, *out.paths}
+    with pytest.raises(ValueError, match="--subset 28, but there are 27 images"):
+        recipes.images_of(dataclasses.replace(c, subset=28))
+    plan = parsed("--plan", "--data-dir", "", "--plan-images", "30", "--held-out", "3",
+                  "--subset", "20")  # fmt: skip
+    assert len(recipes.images_of(plan)[0]) == 20
+    with pytest.raises(ValueError, match="--subset 28, but there are 27 images"):
+        recipes.images_of(dataclasses.replace(plan, subset=28))
+
+
+def test_photographs_that_come_while_a_run_goes_on_are_not_shown_as_kept_out(tmp_path):
+    photographs = staged.draw_photographs(tmp_path / "photographs", count=30)
+    arguments = ("--held-out", "3", "--epochs", "2")
+    before = recipes.held_out_images(parsed("--data-dir", str(photographs), *arguments))
+    assert len(before) == 3
+    folder = tmp_path / "run"
+    argv = staged.command_line(folder, *arguments, photographs=photographs)
+    new = lambda _: shutil.copy(photographs / before.paths[0], photographs / "000.png")
+    assert train.main(argv, prepared=new) == 0
+    assert len(recipes.held_out_images(parsed("--data-dir", str(photographs), *arguments))) == 3
+    assert staged.last_of(folder)["notes"]["held_out"] == before.paths.tolist()
+
+
+def test_what_is_kept_out_and_cannot_be_read_is_named_and_the_result_is_of_the_others(
+    tmp_path, capsys
+):
+    photographs = staged.draw_photographs(tmp_path / "photographs", count=30)
+    arguments = ("--held-out", "3", "--max-steps", "2")
+    first, *_ = recipes.held_out_images(parsed("--data-dir", str(photographs), *arguments)).paths
+    (photographs / first).write_bytes((photographs / first).read_bytes()[:200])
+    check = staged.command_line(
+        "unused", *arguments, "--check-data", "--max-bad-share", "1", photographs=photographs
+    )
+    assert train.main(check) == 0 and f"bad      {first}" in capsys.readouterr().out
+    argv = staged.command_line(tmp_path / "run", *arguments, photographs=photographs)
+    assert train.main(argv) == 0
+    assert f"left out {first}" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["images"] == 2
+
+
+def test_a_folder_too_small_to_keep_any_out_ends_in_a_line_that_says_so(tmp_path, capsys):
+    photographs = staged.draw_photographs(tmp_path / "photographs", count=9)
+    argv = staged.command_line(
+        tmp_path / "run", "--held-out", "3", "--max-steps", "2", photographs=photographs
+    )
+    assert train.main(argv) == 0
+    assert "figures  none, since no photograph was kept out" in capsys.readouterr().out
+
+
+def test_the_figures_of_a_run_inside_the_folder_are_no_photographs(tmp_path):
+    photographs = staged.draw_photographs(tmp_path / "photographs", count=30)
+    (photographs / "more" / "runs").mkdir(parents=True)
+    shutil.copy(next(photographs.glob("*.png")), photographs / "more" / "one.png")
+    for name in ("config.json", "log.jsonl", "groups.png"):
+        (photographs / "more" / "runs" / name).touch()
+    assert len(recipes.images_of(parsed("--data-dir", str(photographs)))[0]) == 31
+    (photographs / "more" / "runs" / "log.jsonl").unlink()  # then it is a folder like any other
+    assert len(recipes.images_of(parsed("--data-dir", str(photographs)))[0]) == 32
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--preset", "toy", "--subset", "9"], "--toy-scenes"),
+        (["--long-tailed"], "add --subset"),
+        (["--temp-teacher-start", "0.09"], "add --temp-teacher-epochs"),
+        (["--steps", "5", "--epochs", "3"], "--epochs and --steps: give one"),
+        (["--warmup-steps", "5", "--warmup-epochs", "3"], "give one"),
+        (["--preset", "photos", "--keep-last", "2"], "add --save-every"),
+    ],
+)
+def test_an_option_that_would_have_no_effect_is_refused(arguments, says):
+    data = ["--data-dir", "unused"] if "photos" in arguments else []
+    with pytest.raises(ValueError, match=says):
+        recipes.parse([*arguments, *data], "")
 
 
 def test_a_run_on_photographs_ends_with_figures_of_those_that_it_has_not_seen(tmp_path):

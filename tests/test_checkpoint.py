@@ -125,11 +125,23 @@ def test_the_newest_epochs_and_every_so_many_th_are_kept(tmp_path, keep_last, ke
     for epoch in range(1, 13):
         (tmp_path / f"epoch_{epoch:04d}.pth").touch()
     (tmp_path / "last.pth").touch()
-    checkpoint.keep_newest(tmp_path, keep_last, keep_every)
+    checkpoint.keep_newest(tmp_path, keep_last, keep_every, newest=12)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         *(f"epoch_{e:04d}.pth" for e in kept),
         "last.pth",
     ]
+
+
+def test_epochs_are_counted_as_numbers_and_those_of_an_earlier_longer_run_stay(tmp_path):
+    for epoch in (1, 2, 9998, 9999, 10000, 10001):
+        (tmp_path / f"epoch_{epoch:04d}.pth").touch()
+    checkpoint.keep_newest(tmp_path, 2, 0, newest=10000)
+    epochs = sorted(int(p.stem.split("_")[1]) for p in tmp_path.iterdir())
+    assert epochs == [9999, 10000, 10001]
+    checkpoint.keep_newest(tmp_path, 2, 0, newest=2)
+    assert sorted(int(p.stem.split("_")[1]) for p in tmp_path.iterdir()) == epochs
+    checkpoint.keep_newest(tmp_path, 5, 0, newest=10000)  # more than there are
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 # ------------------------------------------------------------------------------------------ reading
