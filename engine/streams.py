@@ -1,4 +1,5 @@
-"""Output that cannot be written costs lines, not the run: a closed pipe, a full disk.
+"""Output that cannot be written costs lines, not the run: a closed pipe, a full disk. A character
+that the terminal does not know costs nothing but its looks.
 
 Slide: none.
 Paper: none.
@@ -14,7 +15,10 @@ from typing import Any, TextIO
 
 
 class Unbreakable:
-    """A stream whose writes never fail: after a failure everything goes to the null device."""
+    """A stream whose writes never fail: after a failure everything goes to the null device.
+
+    What the encoding of the stream lacks is written as Python writes it, \\u043c for a Cyrillic m.
+    """
 
     def __init__(self, stream: TextIO):
         self.stream = stream
@@ -22,13 +26,16 @@ class Unbreakable:
     def write(self, text: str) -> int:
         """Write, and flush at the end of a line."""
         try:
-            written = self.stream.write(text)
+            try:
+                self.stream.write(text)
+            except UnicodeEncodeError:  # a ValueError too, but of this text, not of the stream
+                encoding = self.stream.encoding
+                self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
             if "\n" in text:
                 self.stream.flush()
-            return written
         except (OSError, ValueError):  # ValueError: the stream is closed
             self.silence()
-            return len(text)
+        return len(text)
 
     def flush(self) -> None:
         """Flush."""

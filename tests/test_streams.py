@@ -1,10 +1,19 @@
-"""measures/streams.py: images in order, in batches, by worker processes."""
+"""measures/streams.py: images in order, in batches, by worker processes; engine/streams.py: output
+that goes on.
+"""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from engine.streams import Unbreakable
 from measures import streams
 from measures.labels import ToyScenes
 
@@ -72,3 +81,43 @@ def test_a_square_of_the_right_size_is_left_alone_and_others_are_cut_from_the_ce
     wide[:, :, 70:140] = 200
     view = streams.center_view(56)(wide)
     assert view.shape == (3, 56, 56) and view.float().mean() == 200
+
+
+# ------------------------------------------------------------------------------------------ output
+
+
+@pytest.mark.parametrize("encoding, text, written", [
+    ("latin-1", "фото: 3 images\n", r"\u0444\u043e\u0442\u043e: 3 images" + "\n"),
+    ("latin-1", "Größe ф\n", "Größe \\u0444\n"),  # what it has stays
+    ("ascii", "30 °C\n", "30 \\xb0C\n"),
+    ("utf-8", "\udcff.jpg: фото\n", "\\udcff.jpg: фото\n"),  # a file name that is no text
+])  # fmt: skip
+def test_a_character_that_the_output_lacks_is_spelled_out_and_the_lines_after_it_come_too(
+    tmp_path, encoding, text, written
+):
+    file = tmp_path / "out"
+    with open(file, "w", encoding=encoding, newline="\n") as stream:
+        output = Unbreakable(stream)
+        assert output.write(text) == len(text)
+        output.write("the next line\n")
+    assert file.read_text(encoding=encoding) == written + "the next line\n"
+
+
+def test_a_program_speaks_where_its_output_lacks_the_letters_of_a_folder(tmp_path):
+    code = ("import sys; from engine.program import run_program\n"
+            "def main(argv):\n"
+            "    print('folder', argv[0], flush=True)\n"
+            "    print('2 images')\n"
+            "    return 0\n"
+            "sys.exit(run_program('p.py', main, sys.argv[1:], alone=True))")
+    done = subprocess.run([sys.executable, "-c", code, "фото"], capture_output=True, text=True,
+                          env=dict(os.environ, PYTHONIOENCODING="latin-1"),
+                          cwd=Path(__file__).parents[1])
+    assert done.returncode == 0 and not done.stderr
+    assert done.stdout == r"folder \u0444\u043e\u0442\u043e" + "\n2 images\n"
+
+
+def test_a_closed_stream_costs_lines_and_nothing_else():
+    stream = io.StringIO()
+    stream.close()
+    assert Unbreakable(stream).write("lost\n") == 5
