@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import toy
-from backbone import ARCHITECTURES
+from backbone import ARCHITECTURES, RESNETS
 from data import TwoCrops
 from engine import options
 from engine.images import (
@@ -547,11 +547,13 @@ def check_batch(c: Config, world_size: int, num_images: int) -> None:
             f"--accumulate {c.accumulate}: take {max(c.batch_size // parts, 1) * parts}"
         )
     if num_images < c.batch_size:
+        most = num_images // parts * parts
+        advice = f"take at most {most}" if most else "take more images or a lower --accumulate"
         raise ValueError(
             f"--batch-size {c.batch_size} is larger than the data set of {num_images} images: "
-            f"take at most {num_images // parts * parts}"
+            f"{advice}"
         )
-    if c.batch_size == parts and c.image_size <= 32 and c.arch != "tiny":
+    if c.batch_size == parts and c.image_size <= 32 and c.arch in RESNETS:
         raise ValueError(
             "one image of 32 px per process is one value per channel, and batch norm needs two: "
             "take larger images or more of them"

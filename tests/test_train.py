@@ -309,6 +309,7 @@ def config(**settings):
             "divisible by 4 process(es) x --accumulate 2: take 8",
         ),
         (dict(batch_size=8), 2, 7, "larger than the data set of 7 images: take at most 6"),
+        (dict(batch_size=16, accumulate=16), 1, 8, "of 8 images: take more images or a lower"),
         (dict(batch_size=2, image_size=32), 2, 99, "batch norm needs two"),
     ],
 )
@@ -325,6 +326,7 @@ def test_a_batch_must_fit_processes_images_and_batch_norm(settings, world_size, 
         (dict(batch_size=8, accumulate=4), 2, 8),
         (dict(batch_size=2, image_size=33), 2, 9),
         (dict(batch_size=2, image_size=32, arch="tiny"), 2, 9),
+        (dict(batch_size=2, image_size=32, arch="small"), 2, 9),
     ],
 )
 def test_a_batch_that_fits_is_let_through(settings, world_size, images):
