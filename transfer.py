@@ -175,6 +175,8 @@ def set_up(c: Shared, given: set[str]) -> tuple[Shared, Task, Run]:
     run.gradient.model = processes.wrap(model, place)
     run.journal.print(f"device   {processes.describe(place, dtype)}\ntrunk    {about}")
     run.journal.print(f"data     {len(task.train)} images to learn from, {len(task.test)} to test")
+    if task.notice:
+        run.journal.print(f"classes  {task.notice}")
     run.journal.print(settings.describe(c, schedule, place.world_size))
     return c, task, run
 

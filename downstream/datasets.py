@@ -13,6 +13,7 @@ import copy
 import os
 import pickle
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,23 @@ def classes_in(files: Sequence[Path], table: np.ndarray, index: int) -> np.ndarr
     if (classes < 0).any():
         raise ValueError(f"{files[index]} has id {ids[classes < 0][0]}, which is no class")
     return classes
+
+
+def with_equal_classes(seen: Labeled, unseen: Labeled) -> tuple[Labeled, Labeled, str]:
+    """Both parts with the classes of the one that has more, and a line where they differed.
+
+    Without classes.txt each part counts the ids of its own labels, and the network must have a
+    score for every class of both.
+    """
+    counts = len(seen.class_names), len(unseen.class_names)
+    if counts[0] == counts[1]:
+        return seen, unseen, ""
+    names = max(seen.class_names, unseen.class_names, key=len)
+    notice = (
+        f"{len(names)} of both parts together: the ids of train end at {counts[0] - 1}, those of "
+        f"val at {counts[1] - 1}; a classes.txt would set their number"
+    )
+    return replace(seen, class_names=names), replace(unseen, class_names=names), notice
 
 
 def some_of(count: int, wanted: int, seed: int) -> list[int]:

@@ -32,6 +32,7 @@ class Task:
     judge: Callable  # (test images, device, rank, world size, workers) -> scores, details
     score: str  # the one that decides which weights are the best
     sizes_vary: bool  # of images, from step to step
+    notice: str = ""  # what the reader of the numbers should know about the data
 
 
 def make_task(c: Shared, trunk: nn.Module) -> Task:
@@ -62,9 +63,10 @@ def make_segmentation(c: Segmentation, trunk: nn.Module) -> Task:
     """An FCN on images whose every pixel is labeled: tables 2 and 4."""
     seen = datasets.open_segmentation(c.dataset, c.data_dir, "train", c.train_list, c.scenes)
     seen = seen.subset(datasets.some_of(len(seen), c.labeled, c.seed))
-    unseen = seen
+    unseen, notice = seen, ""
     if c.test_on == "val":
         unseen = datasets.open_segmentation(c.dataset, c.data_dir, "val")
+        seen, unseen, notice = datasets.with_equal_classes(seen, unseen)
     model = segmentation.Segmenter(
         trunk, len(seen.class_names), c.output_stride, c.head_width, c.head_convs, c.head_dilation,
         c.head_concat, c.dropout, c.aux_weight,
@@ -78,4 +80,5 @@ def make_segmentation(c: Segmentation, trunk: nn.Module) -> Task:
         loader.collate, views.black_pixels(), model,
         [dict(params=list(model.parameters()), weight_decay=c.weight_decay)], model.losses,
         functools.partial(scores.mean_iou, predict), "miou", sizes_vary=False,
+        notice=notice,
     )  # fmt: skip

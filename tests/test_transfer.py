@@ -11,9 +11,10 @@ import shutil
 import socket
 import sys
 
+import numpy as np
 import pytest
 import torch
-from test_transfer_data import draw_ade20k, draw_cityscapes, draw_coco, draw_voc
+from test_transfer_data import draw_ade20k, draw_cityscapes, draw_coco, draw_voc, photo, save
 
 import transfer
 from backbone import build_trunk
@@ -185,6 +186,32 @@ def test_labels_that_cannot_be_used_are_named_and_too_many_end_the_run(tmp_path,
     assert "1 of 2 images could not be read" in capsys.readouterr().err
     assert "2008_02.png" in (tmp_path / "run" / "skipped.txt").read_text()
     assert run(tmp_path / "more", "--max-bad-share", "0.5", small=arguments) == 0
+
+
+def draw_parts(root, counts):
+    """A folder with parts and without classes.txt; counts: part -> number of classes."""
+    for part, count in counts.items():
+        for i in range(5):
+            save(root / "images" / part / f"{i}.png", photo(i))
+            save(root / "labels" / part / f"{i}.png", np.full((24, 40), i % count))
+    return root
+
+
+FOLDER = ["segmentation", "--dataset", "folder", "--arch", "tiny", "--crop", "24", "--batch-size",
+          "2", "--base-steps", "1", "--max-steps", "2", "--frame", "40", "24", "--head-width", "8",
+          "--device", "cpu", "--threads", "1"]  # fmt: skip
+
+
+@pytest.mark.parametrize("counts", [dict(train=5, val=3), dict(train=3, val=5)])
+def test_a_class_that_one_part_alone_has_is_a_class_of_both(counts, tmp_path, capsys):
+    small = [*FOLDER, "--data-dir", str(draw_parts(tmp_path / "data", counts)), "--workers", "0"]
+    assert run(tmp_path / "run", small=small) == 0
+    ends = f"of train end at {counts['train'] - 1}, those of val at {counts['val'] - 1}"
+    assert f"classes  5 of both parts together: the ids {ends}" in capsys.readouterr().out
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert list(result["iou"]) == [f"class {i}" for i in range(5)]
+    unseen = [name for name, value in result["iou"].items() if value is None]
+    assert all(int(name[-1]) >= counts["val"] for name in unseen)
 
 
 # ------------------------------------------------------------------------ the trunk
