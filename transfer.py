@@ -32,7 +32,7 @@ import torch
 from torch import nn
 
 from backbone import RESNETS
-from downstream import datasets, settings, trunks
+from downstream import datasets, scores, settings, trunks
 from downstream.settings import Shared
 from downstream.tasks import Task, make_task
 from engine import checkpoint, files, options, processes
@@ -160,6 +160,8 @@ def set_up(c: Shared, given: set[str]) -> tuple[Shared, Task, Run]:
         c = dataclasses.replace(c, output_stride=0)  # only a ResNet can be given another one
     task = make_task(c, trunk)
     settings.check(c, place.world_size, len(task.train))
+    workers = processes.workers_of(c.workers)
+    scores.refuse_unusable(task.test, place.rank, place.world_size, workers)
     schedule = settings.schedule_of(c)
     torch.backends.cudnn.benchmark = not task.sizes_vary
     model = task.model.to(place.device).train()

@@ -16,13 +16,15 @@ import torch
 from pycocotools import mask as encoding
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from downstream.datasets import CocoObjects
 from engine.loader import make_loader
+from engine.program import OfThisRank
 from engine.ranks import gather_objects, sum_over_ranks
 from measures import metrics
-from measures.labels import Labeled
+from measures.labels import Labeled, ToyScenes
 
 PRECISION = (
     "ap",
@@ -128,12 +130,66 @@ def average_precision(data: CocoObjects, results: list[dict[str, Any]]) -> dict[
 def share(
     data: Any, rank: int, world_size: int, workers: int, device: torch.device
 ) -> Iterator[Any]:
-    """This rank's items, read by worker processes, with a bar on a terminal."""
+    """This rank's items, read by worker processes, with a bar on a terminal.
+
+    Raises ValueError, one line, for one that cannot be used: a score without it is of other images.
+    """
+    for item, reason in each_of(Tried(data), "test", rank, world_size, workers, device):
+        if reason:
+            raise OfThisRank(f"an image to test cannot be used: {reason}")
+        yield item
+
+
+def refuse_unusable(data: Any, rank: int = 0, world_size: int = 1, workers: int = 0) -> None:
+    """Read all images and labels to test once; call it before the training, on all ranks.
+
+    Raises ValueError, one line with the first, where some cannot be used: known at the first test
+    only, they would cost the work until then.
+    """
+    if isinstance(getattr(data, "images", None), ToyScenes):
+        return  # drawn, not read
+    found = each_of(Complaints(data), "check", rank, world_size, workers, torch.device("cpu"))
+    places = range(rank, len(data), world_size)
+    bad = gather_objects([(place, reason) for place, reason in zip(places, found) if reason])
+    bad = sorted(pair for part in bad for pair in part)
+    if bad:
+        raise ValueError(
+            f"{len(bad)} of {len(data)} images to test cannot be used, first: {bad[0][1]}"
+        )
+
+
+def each_of(
+    data: Dataset, what: str, rank: int, world_size: int, workers: int, device: torch.device
+) -> Iterator[Any]:
+    """This rank's items of the data; what: the name of the bar."""
     mine = [[index] for index in range(rank, len(data), world_size)]
     loader = make_loader(data, mine, workers, device, collate=only)
-    return iter(
-        tqdm(loader, "test", disable=rank > 0 or not sys.stderr.isatty(), leave=False, unit="image")
-    )
+    silent = rank > 0 or not sys.stderr.isatty()
+    return iter(tqdm(loader, what, disable=silent, leave=False, unit="image"))
+
+
+class Tried(Dataset):
+    """Pairs of an item and "", or None and why it cannot be used: what a worker raises would
+    arrive as its trace."""
+
+    def __init__(self, data: Any):
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Any, str]:
+        try:
+            return self.data[index], ""
+        except ValueError as error:
+            return None, str(error)
+
+
+class Complaints(Tried):
+    """Why each item cannot be used, or "": no pixel leaves the worker."""
+
+    def __getitem__(self, index: int) -> str:
+        return super().__getitem__(index)[1]
 
 
 def only(samples: Sequence[Any]) -> Any:

@@ -214,6 +214,38 @@ def test_a_class_that_one_part_alone_has_is_a_class_of_both(counts, tmp_path, ca
     assert all(int(name[-1]) >= counts["val"] for name in unseen)
 
 
+@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("broken", ["images/val/2.png", "labels/val/2.png"])
+def test_an_image_to_test_that_cannot_be_used_is_named_before_the_first_step(
+    broken, workers, tmp_path, capsys
+):
+    root = draw_parts(tmp_path / "data", dict(train=3, val=3))
+    (root / "classes.txt").write_text("sky\nsea\nsand\n")
+    save(root / "labels" / "val" / "4.png", np.full((24, 40), 3))
+    cut = (root / broken).read_bytes()[:-30]
+    (root / broken).write_bytes(cut)
+    small = [*FOLDER, "--data-dir", str(root), "--workers", workers]
+    assert run(tmp_path / "run", small=small) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("transfer.py: 2 of 5 images to test cannot be used, first: cannot read")
+    assert "2.png" in line and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_label_that_is_lost_during_a_run_ends_its_test_with_one_line(workers, tmp_path, capsys):
+    root = draw_parts(tmp_path / "data", dict(train=3, val=3))
+    lost = root / "labels" / "val" / "2.png"
+    small = [*FOLDER, "--data-dir", str(root), "--workers", workers]
+    kept = lost.read_bytes()
+    assert run(tmp_path / "run", small=small, accident=lambda *_: lost.unlink()) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    expected = "transfer.py: an image to test cannot be used: cannot read the label"
+    assert line == f"{expected} {lost}"
+    lost.write_bytes(kept)
+    assert run(tmp_path / "run", small=small) == 0
+    assert "last.pth after step 2\n" in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------ the trunk
 
 
