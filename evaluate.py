@@ -141,6 +141,16 @@ def source(args: argparse.Namespace) -> dict:
 # --------------------------------------------------------------------------------- command line
 
 
+def side(text: str) -> int:
+    """The type of --size, px: from 32 on, as --image-size of train.py.
+
+    Below that the reflect padding of a trunk can be wider than its map.
+    """
+    if int(text) < 32:
+        raise argparse.ArgumentTypeError(f"{text} px are too few: it takes at least 32")
+    return int(text)
+
+
 def commands() -> Commands:
     """The subcommands with their options."""
     known = Commands("evaluate.py", __doc__)
@@ -157,7 +167,7 @@ def commands() -> Commands:
         if name == "slots":
             add("--dataset", choices=("folder", "toy"),
                 help="default: folder with --data-dir, else toy")
-            add("--size", type=positive,
+            add("--size", type=side,
                 help="side, px (default: as in training; toy scenes as drawn)")
             add_output(parser, "slots.png beside the checkpoint")
             continue
@@ -166,7 +176,7 @@ def commands() -> Commands:
         add("--split", help="part to measure on (default: val; all of a folder without parts)")
         several = dict(nargs="+") if name == "segmentation" else {}
         default = "320 224" if several else "320"
-        add("--size", type=positive, **several,
+        add("--size", type=side, **several,
             help=f"side, px (default: {default}; toy scenes as drawn)")
         add("--list", type=list_file,
             help="coco_stuff: file of image ids, one per line (default: the curated ones, by rule)")

@@ -105,6 +105,16 @@ def written(files: list[Path], **result: Any) -> dict:
 # --------------------------------------------------------------------------------- command line
 
 
+def side(text: str) -> int:
+    """The type of --size, px: from 32 on, as --image-size of train.py.
+
+    Below that the reflect padding of a trunk can be wider than its map.
+    """
+    if int(text) < 32:
+        raise argparse.ArgumentTypeError(f"{text} px are too few: it takes at least 32")
+    return int(text)
+
+
 def commands() -> Commands:
     """The subcommands with their options."""
     known = Commands("visualize.py", __doc__)
@@ -121,7 +131,7 @@ def commands() -> Commands:
                         help="how many of the most used (default: 12)")
     parser.add_argument("--top", type=positive, default=5,
                         help="segments per prototype (default: 5, as on the slide)")
-    parser.add_argument("--size", type=positive, help=size)
+    parser.add_argument("--size", type=side, help=size)
     add_output(parser, "prototypes.png beside the checkpoint")
 
     parser = known.add("groups", show_groups,
@@ -134,7 +144,7 @@ def commands() -> Commands:
                         help="images, where none is named (default: 6)")
     parser.add_argument("--slots", type=positive, default=4,
                         help="soft assignments per image, strongest first (default: 4)")
-    parser.add_argument("--size", type=positive, help=size)
+    parser.add_argument("--size", type=side, help=size)
     add_output(parser, "groups_NAME.png beside the checkpoint")
 
     parser = known.add("training", show_training,

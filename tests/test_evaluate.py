@@ -260,7 +260,16 @@ WRONG = {
         (lambda f: ["segmentation", "CHECKPOINT", "--dataset", "voc"], "--data-dir is missing"),
     "an unknown data set":
         (lambda f: ["probe", "CHECKPOINT", "--dataset", "mars"], "invalid choice"),
-    "no images": (lambda f: ["segmentation", "CHECKPOINT", "--size", 0], "less than 1"),
+    "a size of nothing": (lambda f: ["segmentation", "CHECKPOINT", "--size", 0], "at least 32"),
+    "a size below that of training":
+        (lambda f: ["segmentation", "CHECKPOINT", "--data-dir", f, "--size", 64, 31],
+         "argument --size: 31 px are too few: it takes at least 32"),
+    "slots of small images":
+        (lambda f: ["slots", "CHECKPOINT", "--data-dir", f / "images", "--size", 2],
+         "argument --size: 2 px are too few"),
+    "a probe of small images":
+        (lambda f: ["probe", "CHECKPOINT", "--data-dir", f, "--size", 8],
+         "argument --size: 8 px are too few"),
     "no number":
         (lambda f: ["segmentation", "CHECKPOINT", "--limit", "many"], "invalid whole value"),
     "an empty folder":

@@ -73,7 +73,7 @@ def test_images_may_stand_after_options(trained, photo, capsys):
 
 
 def test_many_images_go_to_several_files(trained, photo, capsys):
-    files = files_of("groups", trained, *[photo] * 13, "--size", "16", "--slots", "1",
+    files = files_of("groups", trained, *[photo] * 13, "--size", "32", "--slots", "1",
                      capsys=capsys)
     assert [file.name for file in files] == [
         "groups_cat_and_12_more-001.png", "groups_cat_and_12_more-002.png"]
@@ -103,6 +103,9 @@ def test_a_log_without_a_configuration_is_drawn_and_the_output_names_what_is_mis
     (["groups", "TRAINED", "nowhere.jpg"], "cannot read"),
     (["groups", "nowhere.jpg", "another.jpg"], "is an image where the checkpoint"),
     (["groups", "TRAINED", "--count", "0"], "less than 1"),
+    (["groups", "TRAINED", "--size", "8"], "argument --size: 8 px are too few: it takes at least"),
+    (["prototypes", "TRAINED", "--size", "31"], "argument --size: 31 px are too few"),
+    (["groups", "TRAINED", "--size", "big"], "argument --size: invalid side value: 'big'"),
     (["groups", "BACKBONE"], "backbone only (tiny)"),
     (["training", "nowhere"], "give the output directory of a run"),
     (["training", "EMPTY"], "no line with a step yet"),
