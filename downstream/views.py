@@ -50,7 +50,7 @@ class CropView:
         frame = [side * factor for side in self.frame] or [max(size) * factor, min(size) * factor]
         size = fitting(size, *frame)
         image = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
-        label = F.interpolate(label[None, None].to(torch.uint8), size, mode="nearest-exact")[0, 0]
+        label = resized(label, size)
         for _ in range(TRIES):
             top, left = (rng.randint(0, max(side - self.crop, 0)) for side in size)
             part = (..., slice(top, top + self.crop), slice(left, left + self.crop))
@@ -62,6 +62,13 @@ class CropView:
         if self.distort:
             image = distorted(image, rng)
         return padded(image, label, self.crop)
+
+
+def resized(label: Tensor, size: tuple[int, int]) -> Tensor:
+    """label (y x) int -> (size) uint8, or float32 where an id is above 255: the same ids, of the
+    nearest pixels. torch resizes no other integers; float32 has all of them up to 2^24."""
+    kind = torch.uint8 if label.max() <= 255 else torch.float32
+    return F.interpolate(label[None, None].to(kind), size, mode="nearest-exact")[0, 0]
 
 
 def varied(label: Tensor, most: float) -> bool:

@@ -276,6 +276,26 @@ def test_an_image_without_labels_is_no_trouble():
     assert crop.shape == (3, 32, 32) and marks.eq(IGNORE).all()
 
 
+def test_ids_above_255_stay_as_they_are_and_255_alone_is_ignored(tmp_path):
+    for name in ("images", "labels"):
+        (tmp_path / name).mkdir()
+    ids = np.full((24, 40), 300, dtype=np.uint16)
+    ids[:, 10:20], ids[:, 20:30], ids[:, 30:] = 255, 256, 44
+    for i in range(2):
+        save(tmp_path / "images" / f"{i}.png", photo(i))
+        Image.fromarray(ids).save(tmp_path / "labels" / f"{i}.png")
+    seen = open_segmentation("folder", tmp_path, "train")
+    assert len(seen.class_names) == 301
+    view = CropView(96, scale=(1.5, 1.6))
+    found = [view(seen[0], random.Random(seed))[1] for seed in range(9)]
+    assert all(marks.dtype == torch.int64 for marks in found)
+    assert {int(i) for marks in found for i in marks.unique()} == {44, IGNORE, 256, 300}
+    predict = {"right": torch.from_numpy(ids.astype(int)), "wrong": torch.full((24, 40), 44)}
+    scored = [scores.mean_iou(lambda image, p=p: p, seen, torch.device("cpu"))[0]["miou"]
+              for p in predict.values()]  # fmt: skip
+    assert scored == [1, pytest.approx(1 / 3 / 3)]
+
+
 def test_saturation_is_that_of_hsv():
     import colorsys
 
