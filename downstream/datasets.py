@@ -12,7 +12,7 @@ import contextlib
 import copy
 import os
 import pickle
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -284,7 +284,8 @@ class CocoObjects:
     Items are (image (3 y x) uint8, target): boxes (n 4) float32 x1 y1 x2 y2 px, labels (n) int64 in
     1..t, masks (n y x) uint8, image_id () int64. Crowds are left out, as are boxes without an area.
     trained: only images that have an object left; judged: keep `truth`, what pycocotools needs to
-    judge others, as large as the file. Raises ValueError for a wrong tree.
+    judge others, as large as the file. Raises ValueError for a wrong tree, and for an annotation
+    that cannot be used, with its id.
     """
 
     def __init__(self, data_dir: str | Path, part: str, trained: bool, judged: bool):
@@ -293,9 +294,13 @@ class CocoObjects:
         if not file.is_file():
             raise wrong_tree("coco", root, f"no {file}")
         with contextlib.redirect_stdout(None):  # it reports its progress to stdout
-            truth = COCO(file)
+            try:
+                truth = COCO(file)
+                self.categories = sorted(truth.getCatIds())  # label t is categories[t - 1]
+            except (ValueError, KeyError, TypeError, AssertionError) as error:
+                raise ValueError(f"{file} holds no annotations of COCO: {error!r}") from None
+        refuse_annotations(truth, file, judged)
         self.truth = truth if judged else None
-        self.categories = sorted(truth.getCatIds())  # label t is categories[t - 1]
         ids = sorted(truth.getImgIds())
         self.ids = [i for i in ids if not trained or any(map(is_object, truth.imgToAnns[i]))]
         folder = root / split
@@ -344,7 +349,10 @@ class CocoObjects:
             )
         boxes = torch.tensor([box for box, _, _ in found], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        masks = [mask_of(shape, y, x) for _, _, shape in found]
+        try:
+            masks = [mask_of(shape, y, x) for _, _, shape in found]
+        except ValueError as error:
+            raise ValueError(f"an object of {self.images.name(place)}: {error}") from None
         target = dict(
             boxes=boxes,
             labels=torch.tensor([label for _, label, _ in found], dtype=torch.long),
@@ -360,10 +368,74 @@ def is_object(annotation: dict[str, Any]) -> bool:
     return not annotation.get("iscrowd") and width > 0 and height > 0
 
 
+FAR = 1e6  # px; pycocotools needs memory for every pixel of an outline, and all of it for nan
+
+
+def refuse_annotations(truth: COCO, file: Path, judged: bool) -> None:
+    """Raises ValueError for the first annotation that cannot be used, with its id and the file.
+
+    judged: crowds, and objects without an area, must be whole too, since pycocotools reads them.
+    Where iscrowd is missing, it becomes 0.
+    """
+    categories = set(truth.getCatIds())
+    for image_id in sorted(truth.getImgIds()):
+        image = truth.imgs[image_id]
+        lacks = [name for name in ("file_name", "height", "width") if name not in image]
+        if lacks:
+            raise ValueError(f"image {image_id} in {file} has no {lacks[0]}")
+        for annotation in truth.imgToAnns[image_id]:
+            reason = wrong_in(annotation, categories, image["height"], image["width"], judged)
+            if reason:
+                raise ValueError(f"annotation {annotation['id']} in {file} {reason}")
+            annotation.setdefault("iscrowd", 0)
+
+
+def wrong_in(
+    annotation: dict[str, Any], categories: Collection[int], y: int, x: int, judged: bool
+) -> str:
+    """Why an annotation of an image of y x px cannot be used, in a few words, or ""."""
+    box = annotation.get("bbox")
+    if not (isinstance(box, list) and len(box) == 4 and are_px(box)):
+        return f"has no bbox of four numbers: {box!r:.60}"
+    if not judged and not is_object(annotation):
+        return ""
+    if judged and not isinstance(annotation.get("area"), (int, float)):
+        return "has no area"
+    category = annotation.get("category_id")
+    if is_object(annotation) and category not in categories:
+        return f"has category_id {category!r}, which is none of its categories"
+    shape = annotation.get("segmentation")
+    if isinstance(shape, dict):
+        size = shape.get("size")
+        if not isinstance(shape.get("counts"), (list, str)) or size != [y, x]:
+            return f"has no runs of its image, which is {y} high and {x} wide: size is {size!r:.60}"
+    elif not isinstance(shape, list) or not shape:
+        return f"has no outline: its segmentation is {shape!r:.60}"
+    elif not all(isinstance(part, list) and are_px(part) for part in shape):
+        return f"has an outline that is no list of numbers: {shape!r:.60}"
+    elif len(shape[0]) < 6:  # pycocotools looks at the first only
+        return f"has an outline of {len(shape[0])} numbers: three corners need 6"
+    return ""
+
+
+def are_px(numbers: Sequence[Any]) -> bool:
+    """Whether all of them are numbers of pixels: not nan, and not absurd."""
+    try:
+        return all(-FAR < number < FAR for number in numbers)
+    except TypeError:
+        return False
+
+
 def mask_of(shape: Any, y: int, x: int) -> np.ndarray:
-    """(y x) uint8 of an outline (lists of x1 y1 x2 y2 ... px), or of runs, compressed or not."""
-    if isinstance(shape, list):
-        shape = encoding.merge(encoding.frPyObjects(shape, y, x))
-    elif isinstance(shape["counts"], list):
-        shape = encoding.frPyObjects(shape, y, x)
-    return encoding.decode(shape)
+    """(y x) uint8 of an outline (lists of x1 y1 x2 y2 ... px), or of runs, compressed or not.
+
+    Raises ValueError for what is neither.
+    """
+    try:
+        if isinstance(shape, list):
+            shape = encoding.merge(encoding.frPyObjects(shape, y, x))
+        elif isinstance(shape["counts"], list):
+            shape = encoding.frPyObjects(shape, y, x)
+        return encoding.decode(shape)
+    except Exception as error:  # pycocotools raises the class itself, among others
+        raise ValueError(f"no usable outline ({error}): {shape!r:.60}") from None

@@ -423,6 +423,84 @@ def test_an_outline_and_runs_of_both_kinds_are_the_same_mask():
         assert np.array_equal(mask_of(shape, 5, 7), square)
 
 
+SQUARE = [[4, 6, 14, 6, 14, 14, 4, 14]]
+
+
+def coco_with(root, changes, part="train", number=0):
+    """COCO's tree with changes in one annotation; a change to None takes the key away."""
+    file = draw_coco(root) / "annotations" / f"instances_{part}2017.json"
+    contents = json.loads(file.read_text())
+    found = contents["annotations"][number]
+    found.update(changes)
+    for key in [key for key, value in changes.items() if value is None]:
+        del found[key]
+    file.write_text(json.dumps(contents))
+    return file
+
+
+@pytest.mark.parametrize("changes, complaint", [
+    (dict(segmentation=None), "has no outline: its segmentation is None"),
+    (dict(segmentation=[]), "has no outline: its segmentation is []"),
+    (dict(segmentation=[[1, 2, 3]]), "has an outline of 3 numbers: three corners need 6"),
+    (dict(segmentation=[[1, 2, 3, 4]]), "has an outline of 4 numbers"),
+    (dict(segmentation=[1, 2, 3, 4, 5, 6]), "has an outline that is no list of numbers"),
+    (dict(segmentation=[[1, 2, 3, 4, 5, float("nan")]]), "is no list of numbers"),
+    (dict(segmentation=dict(counts=[40], size=[8, 5])), "which is 24 high and 40 wide"),
+    (dict(segmentation=dict(size=[24, 40])), "has no runs"),
+    (dict(category_id=7), "has category_id 7, which is none of its categories"),
+    (dict(bbox=None), "has no bbox of four numbers: None"),
+    (dict(bbox=[4, 6, 10]), "has no bbox of four numbers: [4, 6, 10]"),
+])  # fmt: skip
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_an_annotation_that_cannot_be_used_is_refused_with_its_id_and_file(
+    changes, complaint, part, tmp_path
+):
+    file = coco_with(tmp_path, changes, part)
+    with pytest.raises(ValueError) as caught:
+        CocoObjects(tmp_path, part, trained=part == "train", judged=part == "val")
+    said = str(caught.value)
+    assert said.startswith(f"annotation 1 in {file} has") and complaint in said
+    assert "\n" not in said
+
+
+def test_crowds_and_areas_matter_where_objects_are_judged_and_only_there(tmp_path):
+    coco_with(tmp_path, dict(segmentation=None), number=2)  # the crowd of image 5
+    assert len(CocoObjects(tmp_path, "train", trained=True, judged=False)[0][1]["labels"]) == 2
+    with pytest.raises(ValueError, match=r"annotation 3 in .* has no outline"):
+        CocoObjects(tmp_path, "train", trained=False, judged=True)
+    coco_with(tmp_path, dict(area=None))
+    assert len(CocoObjects(tmp_path, "train", trained=True, judged=False)) == 1
+    with pytest.raises(ValueError, match=r"annotation 1 in .* has no area"):
+        CocoObjects(tmp_path, "train", trained=False, judged=True)
+
+
+def test_an_object_without_iscrowd_is_no_crowd_and_can_be_judged(tmp_path):
+    coco_with(tmp_path, dict(iscrowd=None), "val")
+    data = CocoObjects(tmp_path, "val", trained=False, judged=True)
+    box = dict(image_id=5, category_id=18, bbox=[4, 6, 10, 8], score=1.0)
+    box["segmentation"] = encoding.encode(np.asfortranarray(mask_of(SQUARE, 24, 40)))
+    assert scores.average_precision(data, [box])["box_ap50"] == pytest.approx(1 / 2)
+
+
+def test_a_file_that_holds_no_annotations_of_coco_is_named(tmp_path):
+    file = draw_coco(tmp_path) / "annotations" / "instances_val2017.json"
+    for contents in ("[]", "{", '{"annotations": [{}]}', '{"images": []}'):
+        file.write_text(contents)
+        with pytest.raises(ValueError, match=r"instances_val2017.json holds no annotations of"):
+            CocoObjects(tmp_path, "val", trained=False, judged=True)
+    file.write_text(json.dumps(dict(images=[dict(id=5, file_name="5.jpg")], annotations=[],
+                                    categories=[])))  # fmt: skip
+    with pytest.raises(ValueError, match=r"image 5 in .*instances_val2017.json has no height"):
+        CocoObjects(tmp_path, "val", trained=False, judged=True)
+
+
+@pytest.mark.parametrize("shape", [None, [], [[1, 2, 3]], [[1, 2, 3, 4]], {}, [1, 2, 3, 4, 5, 6],
+                                   dict(counts=[3, 4], size=[2, 2])])  # fmt: skip
+def test_what_is_no_outline_is_one_line_whatever_pycocotools_raises(shape):
+    with pytest.raises(ValueError, match=r"^no usable outline .*[^\n]$"):
+        mask_of(shape, 24, 40)
+
+
 def test_packed_values_come_back_as_they_were():
     values = [{"a": [1, 2.5]}, [], "text", (None, b"x")]
     packed = Packed(values)
