@@ -50,7 +50,21 @@ def read_run(folder: Path) -> Run:
         raise ValueError(f"{file} has no line with a step yet: wait until the run has written one")
     config = file.with_name("config.json")
     return Run(file.absolute().parent.name, [records[step] for step in sorted(records)],
-               json.loads(config.read_text()) if config.is_file() else {})
+               read_config(config) if config.is_file() else {})
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The options of a run. Raises ValueError with one line where the file is cut or holds others.
+    """
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:  # not JSON, or not even text
+        raise ValueError(f"{file} is damaged ({error}): without the file the curves are drawn "
+                         "without chance lines") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} holds no options of a run, which are a JSON object, but a "
+                         f"{type(config).__name__}")
+    return config
 
 
 def chance_lines(records: Sequence[dict], config: Mapping[str, Any]) -> dict[str, list[float]]:

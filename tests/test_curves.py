@@ -30,6 +30,25 @@ def test_a_torn_line_is_left_out_and_a_repeated_step_counts_once(tmp_path):
     assert [r["step"] for r in records] == [10, 20, 30] and records[1]["loss"] == 3
 
 
+@pytest.mark.parametrize("contents, message", [
+    (b'{"preset": "toy", "num_pro', "is damaged (Unterminated string"),
+    (b"", "is damaged (Expecting value"),
+    (b"\xff\xfe\x00", "is damaged ("),
+    (b'["toy", 16]', "holds no options of a run, which are a JSON object, but a list"),
+    (b"[]", "but a list"),
+    (b'"toy"', "but a str"),
+])  # fmt: skip
+def test_a_configuration_that_is_cut_or_no_object_is_one_line_with_its_file(
+    tmp_path, contents, message
+):
+    run = write_run(tmp_path / "run", [json.dumps(record(10))])
+    (run / "config.json").write_bytes(contents)
+    with pytest.raises(ValueError) as caught:
+        curves.read_run(run)
+    line = str(caught.value)
+    assert line.startswith(f"{run / 'config.json'} ") and message in line and "\n" not in line
+
+
 def test_chance_is_what_a_network_that_has_learned_nothing_would_log():
     records = [record(1), record(2, occupied_per_image=2.0)]
     chance = curves.chance_lines(records, CONFIG)

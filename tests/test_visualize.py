@@ -109,11 +109,14 @@ def test_a_log_without_a_configuration_is_drawn_and_the_output_names_what_is_mis
     (["groups", "BACKBONE"], "backbone only (tiny)"),
     (["training", "nowhere"], "give the output directory of a run"),
     (["training", "EMPTY"], "no line with a step yet"),
+    (["training", "LISTED"], "config.json holds no options of a run"),
     (["paint"], "invalid choice"),
 ])  # fmt: skip
 def test_wrong_input_ends_with_one_line_and_exit_code_2(argv, message, trained, tmp_path, capsys):
     places = dict(TRAINED=trained, EMPTY=str(write_run(tmp_path / "empty", ["{}"])),
                   BACKBONE=str(tmp_path / "run" / "backbone.pth"))
+    places["LISTED"] = str(write_run(tmp_path / "listed", [json.dumps(record(10))]))
+    (tmp_path / "listed" / "config.json").write_text('["toy"]')
     words = [places.get(word, word) for word in argv]
     output = ["--output", str(tmp_path / "out.png")] if argv != ["paint"] else []
     assert visualize.main([*words, *output]) == 2
