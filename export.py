@@ -33,6 +33,7 @@ from backbone import RESNETS, build_trunk
 from downstream import detectron2_names
 from downstream.trunks import TrunkFile, read_trunk
 from engine import checkpoint, files, options
+from engine.command_line import check_writable
 from engine.program import Stopped, path, run_program
 
 
@@ -53,6 +54,19 @@ def write(found: TrunkFile, form: str, output: Path) -> None:
         return checkpoint.save(output, contents)
     contents["model"] = {name: value.numpy() for name, value in contents["model"].items()}
     files.write_atomically(output, lambda file: pickle.dump(contents, file))
+
+
+def refuse_overwriting(source: Path, output: Path) -> None:
+    """Raises ValueError where the output is the checkpoint that is read, by whatever name: the
+    state of the training in it would be lost. Of a folder, the last.pth in it is read.
+    """
+    if source.is_dir():
+        source = source / "last.pth"
+    if source.is_file() and output.is_file() and output.samefile(source):
+        raise ValueError(
+            f"--output {output} is the checkpoint itself, which would be overwritten: give another "
+            "name"
+        )
 
 
 def prove(found: TrunkFile, form: str, output: Path) -> str:
@@ -157,6 +171,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def start(argv: list[str] | None) -> int:
     """Read, write, prove, and say what was done."""
     args = parse(argv)
+    refuse_overwriting(args.checkpoint, args.output)
     found = read_trunk(args.checkpoint, args.network)
     if found.arch not in RESNETS:
         raise ValueError(
@@ -165,6 +180,7 @@ def start(argv: list[str] | None) -> int:
         )
     if args.format == "torchvision" and args.output.suffix == ".pkl":
         raise ValueError(f"--output {args.output}: *.pkl is for --format detectron2; take *.pth")
+    check_writable(args.output, "--output")
     write(found, args.format, args.output)
     print(
         f"read     {args.checkpoint}: {found.arch}, {len(found.state)} tensors, {found.kind}\n"

@@ -200,3 +200,32 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(files, tm
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.pth"]
     with pytest.raises(ValueError, match="--output"):
         run(files[0] / "paused.pth")
+
+
+@pytest.mark.parametrize("source", ["last.pth", ""])
+@pytest.mark.parametrize("output", ["last.pth", "sub/../last.pth", "link.pth", "hard.pth"])
+def test_the_checkpoint_itself_is_never_the_output(source, output, files, tmp_path):
+    last = tmp_path / "last.pth"
+    last.write_bytes((files[0] / "paused.pth").read_bytes())
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "link.pth").symlink_to(last)
+    (tmp_path / "hard.pth").hardlink_to(last)
+    for form in ("torchvision", "detectron2"):
+        with pytest.raises(ValueError, match=r"^--output .* is the checkpoint itself.*$"):
+            run(tmp_path / source, "--format", form, "--output", tmp_path / output)
+    assert last.read_bytes() == (files[0] / "paused.pth").read_bytes()
+    assert (tmp_path / "link.pth").is_symlink()
+
+
+def test_the_folder_of_the_output_is_made_and_a_place_that_takes_no_file_is_one_line(
+    files, tmp_path
+):
+    checkpoint, file = files[0] / "paused.pth", tmp_path / "new" / "inner" / "out.pth"
+    assert run(checkpoint, "--output", file) == 0 and file.is_file()
+    with pytest.raises(ValueError, match=r"^cannot write .*inner: give another place by --output$"):
+        run(checkpoint, "--output", file.parent)
+    with pytest.raises(ValueError, match=r"^cannot make the folder of .*below\.pth: \w"):
+        run(checkpoint, "--output", file / "below.pth")
+    with pytest.raises(ValueError, match="--format detectron2"):
+        run(checkpoint, "--output", tmp_path / "other" / "out.pkl")
+    assert not (tmp_path / "other").exists()  # nothing is made for what is refused
