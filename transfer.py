@@ -37,9 +37,9 @@ from downstream.settings import Shared
 from downstream.tasks import Task, make_task
 from engine import checkpoint, files, options, processes
 from engine.journal import say
-from engine.program import run_program
+from engine.program import Stopped, run_program
 from engine.progress import seed_of
-from engine.ranks import copy_from_main
+from engine.ranks import copy_from_main, gather_objects
 from engine.run import Run, live, open_run
 from engine.signals import StopSignals
 from engine.verdict import Verdict, agree
@@ -48,7 +48,7 @@ from engine.verdict import Verdict, agree
 def train(c: Shared, task: Task, run: Run, signals: StopSignals) -> None:
     """From the first step, or from where the run was resumed, to the end or to a pause."""
     progress = run.progress
-    if test_is_due(c, run):  # the run was interrupted while it was tested
+    if test_is_due(c, run) or result_is_lost(run):  # the run was interrupted while it was tested
         test(c, task, run)
     while not progress.finished:
         batch = run.batches.next()  # never raises: trouble travels to the verdict
@@ -109,6 +109,21 @@ def test_is_due(c: Shared, run: Run) -> bool:
     return (asked or step >= run.schedule.last_step) and run.notes.get("tested", 0) < step
 
 
+def result_is_lost(run: Run) -> bool:
+    """Whether a finished run has no result.json: another folder goes on from it, or the disk was
+    full. Asked on all ranks; the main process's folder counts."""
+    return run.progress.finished and gather_objects(read_result(run) is None)[0]
+
+
+def read_result(run: Run) -> dict[str, Any] | None:
+    """What result.json says of the last test, None where it is missing, damaged or older."""
+    try:
+        result = json.loads((run.folder / "result.json").read_text())
+        return result if result["step"] == run.notes.get("tested") else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def test(c: Shared, task: Task, run: Run) -> None:
     """Score the weights; all ranks share the images. The best are kept, and that it was done."""
     place, model = run.place, run.model
@@ -126,19 +141,21 @@ def test(c: Shared, task: Task, run: Run) -> None:
     run.journal.write(record, "  ".join(shown))
     score = numbers[task.score] or 0.0
     better = score > run.notes.get("best", -1.0)
+    # A run that goes on in another folder left its best weights in the first one.
+    keep = better or (score == run.notes["best"] and not (run.folder / "best.pth").exists())
     run.notes.update(tested=run.progress.step, best=score if better else run.notes["best"])
     if place.rank == 0:
-        write_result(c, run, {**record, **details}, better)
+        write_result(c, run, {**record, **details}, keep)
         run.keeper.write(run.state(), final=run.progress.finished)
 
 
-def write_result(c: Shared, run: Run, result: dict[str, Any], better: bool) -> None:
-    """result.json, and best.pth where the weights are better than before. A full disk is said."""
+def write_result(c: Shared, run: Run, result: dict[str, Any], best: bool) -> None:
+    """result.json, and best.pth where the weights are the best so far. A full disk is said."""
     try:
         files.write_json(run.folder / "result.json", result)
-        if better:
-            best = dict(config=dataclasses.asdict(c), result=result, model=run.model.state_dict())
-            checkpoint.save(run.folder / "best.pth", best)
+        if best:
+            kept = dict(config=dataclasses.asdict(c), result=result, model=run.model.state_dict())
+            checkpoint.save(run.folder / "best.pth", kept)
     except OSError as error:
         reason = error.strerror or error
         say(f"could not write best.pth or result.json: {reason}; the run goes on")
@@ -184,8 +201,13 @@ def set_up(c: Shared, given: set[str]) -> tuple[Shared, Task, Run]:
 
 
 def finish(c: Shared, task: Task, run: Run) -> None:
-    """What a run leaves, beside the slides' numbers."""
-    result = json.loads((run.folder / "result.json").read_text())
+    """What a run leaves, beside the slides' numbers. Raises Stopped without a result."""
+    result = read_result(run)
+    if result is None:
+        raise Stopped(
+            f"the run is done, but {run.folder / 'result.json'} could not be written: the scores "
+            "are in log.jsonl, and the same command tests again"
+        )
     best = 100 * run.notes["best"]
     print(f"done     {run.progress.step} steps; {len(task.test)} images of {c.dataset}, "
           f"{c.test_on}; best {task.score} of all tests {best:.2f} %")  # fmt: skip

@@ -135,6 +135,35 @@ def test_a_finished_run_started_again_changes_nothing(whole, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["step"] == 12
 
 
+def test_a_finished_run_continued_in_another_folder_is_tested_there(whole, tmp_path, capsys):
+    assert run(tmp_path / "other", "--resume", str(whole / "last.pth")) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["step"] == 12
+    result = (whole / "result.json").read_text()
+    assert (tmp_path / "other" / "result.json").read_text() == result
+    assert not difference(last_of(tmp_path / "other")["model"], last_of(whole)["model"])
+    tests = [line["miou"] for line in log_of(whole) if "miou" in line]
+    assert (tmp_path / "other" / "best.pth").exists() == (max(tests) == tests[-1])
+
+
+@pytest.mark.parametrize("contents", ["{", "[]", '{"step": 6}'])
+def test_a_result_that_is_damaged_or_older_than_the_run_is_made_again(whole, contents, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "result.json").write_text(contents)
+    assert run(tmp_path / "run") == 0
+    assert (tmp_path / "run" / "result.json").read_text() == (whole / "result.json").read_text()
+
+
+def test_a_result_that_cannot_be_written_ends_the_run_with_what_to_do(whole, tmp_path, capsys):
+    folder = tmp_path / "run"
+    (folder / "result.json").mkdir(parents=True)
+    assert run(folder, "--resume", str(whole / "last.pth")) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"transfer.py: the run is done, but {folder / 'result.json'} could not")
+    assert line.endswith("the scores are in log.jsonl, and the same command tests again")
+    (folder / "result.json").rmdir()
+    assert run(folder, "--resume", str(whole / "last.pth")) == 0
+
+
 def test_fewer_steps_are_the_beginning_of_more(whole, tmp_path):
     assert run(tmp_path / "run", "--max-steps", "5") == 0
     assert last_of(tmp_path / "run")["step"] == 5
