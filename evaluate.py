@@ -19,6 +19,7 @@ import engine.interrupt  # noqa: F401  first: Ctrl-C while the others are loaded
 
 import argparse
 import sys
+from pathlib import Path
 
 import toy
 from engine.command_line import (
@@ -116,7 +117,19 @@ def open_parts(args: argparse.Namespace) -> tuple[labels.Labeled, labels.Labeled
                          "--split out")
     learned, tested = open_labeled(args, "train"), open_labeled(args, args.split or "val")
     probes.check_parts(learned, tested)
+    shared = len(files_of(learned) & files_of(tested))
+    if shared:  # VOC's trainval; images/test of a folder without train, which learns from all
+        raise ValueError(f"{shared} images of the split {args.split or 'val'} are among those to "
+                         "learn from: test on another split, or leave --split out")
     return probes.pick_at_random(learned, args.labeled), tested
+
+
+def files_of(labeled: labels.Labeled) -> set[Path]:
+    """The image files; of toy scenes, which are drawn, none."""
+    if isinstance(labeled.images, labels.ToyScenes):
+        return set()
+    indices = range(len(labeled.images)) if labeled.indices is None else labeled.indices
+    return {Path(labeled.images.root, labeled.images.name(index)) for index in indices}
 
 
 def dataset_of(args: argparse.Namespace) -> str:

@@ -222,6 +222,19 @@ def test_a_probe_never_meets_an_image_in_the_test_that_it_learned_from(trained, 
     assert "learns on the split train" in refusal(*options, "--split", "train", capsys=capsys)
 
 
+def test_a_probe_is_refused_where_the_part_to_test_on_is_among_the_images_to_learn_from(
+    trained, folder, capsys
+):
+    for kind in ("images", "labels"):
+        (folder / kind / "test").mkdir()
+        for name in ("0.png", "1.png"):
+            (folder / kind / name).rename(folder / kind / "test" / name)
+    where = ["probe", trained, "--data-dir", folder, "--size", 32]
+    line = refusal(*where, "--split", "test", capsys=capsys)
+    assert "images of the split test are among those to learn from" in line
+    assert run(*where, capsys=capsys)[0] == 0
+
+
 def test_a_probe_whose_parts_disagree_on_the_classes_is_one_line(trained, folder, capsys):
     for part, ids in (("train", (0, 6)), ("val", (0, 2))):
         for kind, name in (("images", "0.png"), ("labels", "0.png")):
