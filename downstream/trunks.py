@@ -37,8 +37,8 @@ def read_trunk(path: str | Path, network: str = "teacher") -> TrunkFile:
     code's, backbone.pth, or an exported file.
 
     network: teacher or student, where the file holds both. A classifier `fc.*` is no part of a
-    trunk. Raises ValueError with one line: no checkpoint, or not exactly the tensors of one
-    architecture.
+    trunk; counts of batches that a file lacks are 0. Raises ValueError with one line: no
+    checkpoint, or not exactly the tensors of one architecture.
     """
     contents = checkpoint.read(path)
     state = contents.get("model", contents)
@@ -52,11 +52,24 @@ def read_trunk(path: str | Path, network: str = "teacher") -> TrunkFile:
         kind, state = "trunk under detectron2's names", detectron2_names.to_torchvision(state)
     else:
         kind, state = "trunk under torchvision's names", without_classifier(state)
+    counts = lacking_counts(state)
+    if counts:
+        kind += f", {len(counts)} counts of batches set to 0"
+        state = {**state, **counts}
     if arch not in ARCHITECTURES:
         arch = architecture_of(state, path) if exact(state) else nearest(state, path)
     with torch.device("meta"):  # names and shapes, no memory
         refuse_differences(build_trunk(arch), state, path)
     return TrunkFile(arch, state, kind)
+
+
+def lacking_counts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """num_batches_tracked () = 0 for each norm without it, as in files of torch before 0.4.1.
+
+    No result depends on it: the running means of our trunks move by a fixed momentum.
+    """
+    names = (re.sub(r"\.running_(mean|var)$", ".num_batches_tracked", name) for name in state)
+    return {name: torch.tensor(0) for name in names if name not in state}
 
 
 def without_classifier(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -127,7 +127,10 @@ def start_from(model: torch.nn.Module, path: str | Path) -> str:
         both = "student.backbone.", "teacher.backbone."
         given = {prefix + k: v for prefix in both for k, v in trunk.items()}
     used = {k: v for k, v in given.items() if k in own and own[k].shape == v.shape}
-    missing = [k for k in own if ".backbone." in k and k not in used]
+    # Files of torch before 0.4.1 have no counts of batches: those of a new model are 0, and stay.
+    missing = [
+        k for k in own if ".backbone." in k and k not in used and "num_batches_tracked" not in k
+    ]
     if missing:
         raise ValueError(
             f"--init {path} does not hold this backbone: {len(missing)} of its tensors are missing "

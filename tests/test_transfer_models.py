@@ -13,11 +13,14 @@ from torch import nn
 from backbone import build_trunk
 from downstream import settings
 from downstream.detection import Detector, mask_rcnn, parameter_groups
+from downstream.detectron2_names import to_detectron2
 from downstream.schedules import FineTuning
 from downstream.segmentation import FCNHead, Segmenter, fitting, pixel_loss, places, predict, slide
-from downstream.trunks import dilate
+from downstream.trunks import dilate, open_trunk
 from downstream.views import black_objects
+from engine.weights import start_from
 from measures.metrics import IGNORE
+from slotcon import SlotCon
 
 # ------------------------------------------------------------------------ segmentation
 
@@ -291,6 +294,73 @@ def test_every_weight_of_a_detector_learns_from_one_object():
     still = [name for name, p in detector.named_parameters() if p.grad is None]
     assert not still
     assert numbers.isfinite().all() and len(numbers) == 6
+
+
+# ------------------------------------------------------------------------ files without counts
+
+
+def without_counts(state, folder):
+    """A file as torch before 0.4.1 wrote it, and how many counts it lacks."""
+    old = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    torch.save(old, folder / "old.pth")
+    return folder / "old.pth", len(state) - len(old)
+
+
+def trunk_that_counted(arch):
+    torch.manual_seed(0)
+    trunk = build_trunk(arch)
+    for name, value in trunk.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            value.fill_(7)
+        elif name.endswith("running_mean"):
+            value.normal_()
+    return trunk.state_dict()
+
+
+@pytest.mark.parametrize("arch", ["tiny", "resnet18"])
+def test_a_trunk_without_counts_of_batches_is_whole_and_they_are_zero(arch, tmp_path):
+    state = trunk_that_counted(arch)
+    file, counts = without_counts(state, tmp_path)
+    trunk, found, line = open_trunk(str(file), "")
+    assert found == arch and f"torchvision's names, {counts} counts of batches set to 0" in line
+    for name, value in trunk.state_dict().items():
+        counted = name.endswith("num_batches_tracked")
+        assert value.eq(0).all() if counted else value.equal(state[name])
+    if arch == "resnet18":
+        torch.save(dict(model=to_detectron2(torch.load(file))), tmp_path / "detectron2.pth")
+        assert open_trunk(str(tmp_path / "detectron2.pth"), "")[1] == arch
+    torch.save(state, file)  # a file that has them keeps them
+    trunk, _, line = open_trunk(str(file), "")
+    assert "set to 0" not in line and all(v.equal(state[k]) for k, v in trunk.state_dict().items())
+
+
+def test_a_trunk_that_lacks_more_than_counts_is_refused(tmp_path):
+    state = trunk_that_counted("resnet18")
+    del state["bn1.running_mean"]
+    file, _ = without_counts(state, tmp_path)
+    with pytest.raises(ValueError, match=r"it lacks 1 tensors, first bn1\.running_mean"):
+        open_trunk(str(file), "")
+    state = trunk_that_counted("tiny")
+    del state["4.running_mean"]
+    file, _ = without_counts(state, tmp_path)
+    with pytest.raises(ValueError, match=r": 2 of its .* first student.*4\.running_mean"):
+        start_from(small_slotcon(), file)
+
+
+def test_a_pretraining_starts_from_a_trunk_without_counts_of_batches(tmp_path):
+    state = trunk_that_counted("tiny")
+    file, counts = without_counts(state, tmp_path)
+    model = small_slotcon()
+    line = start_from(model, file)
+    assert f"{2 * (len(state) - counts)} of {len(model.state_dict())} tensors used" in line
+    for network in (model.student, model.teacher):
+        for name, value in network.backbone.state_dict().items():
+            counted = name.endswith("num_batches_tracked")
+            assert value.eq(0).all() if counted else value.equal(state[name])
+
+
+def small_slotcon():
+    return SlotCon("tiny", num_prototypes=5, dim_hidden=9, dim_out=7)
 
 
 # ------------------------------------------------------------------------ schedules
