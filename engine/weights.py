@@ -121,9 +121,9 @@ def start_from(model: torch.nn.Module, path: str | Path) -> str:
     try:
         given = model_state(contents, path)
     except ValueError:
-        trunk = {
-            k: v for k, v in tensors(contents.get("model", contents)).items() if "fc." not in k
-        }
+        held = contents.get("model", contents)
+        held = tensors(held) if isinstance(held, Mapping) else {}
+        trunk = {k: v for k, v in held.items() if "fc." not in k}
         both = "student.backbone.", "teacher.backbone."
         given = {prefix + k: v for prefix in both for k, v in trunk.items()}
     used = {k: v for k, v in given.items() if k in own and own[k].shape == v.shape}

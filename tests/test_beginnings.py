@@ -153,8 +153,11 @@ def test_a_run_starts_from_a_backbone_or_a_whole_checkpoint_and_says_what_it_use
     assert "start    " in said and "tensors used" in said
 
 
-def test_a_backbone_of_another_kind_is_refused(photographs, tmp_path):
-    torch.save({"conv1.weight": torch.ones(2, 2)}, tmp_path / "other.pth")
+@pytest.mark.parametrize(
+    "contents", [{"conv1.weight": torch.ones(2, 2)}, {"model": "resnet"}, {"model": torch.ones(2)}]
+)
+def test_a_backbone_of_another_kind_is_refused(contents, photographs, tmp_path):
+    torch.save(contents, tmp_path / "other.pth")
     said = run(tmp_path / "run", photographs, "--init", str(tmp_path / "other.pth"), status=2)
     assert "does not hold this backbone" in said and not (tmp_path / "run").exists()
 
