@@ -30,7 +30,7 @@ from engine.command_line import (
     list_file,
     output_file,
 )
-from engine.options import positive, whole
+from engine.options import positive, side, whole
 from engine.program import run_program
 from measures import color_groups, grouping_report, labels, networks, probes, slot_statistics
 from measures.streams import center_view, default_size, labeled_batches, open_images, spaced, stream
@@ -152,16 +152,6 @@ def source(args: argparse.Namespace) -> dict:
 
 
 # --------------------------------------------------------------------------------- command line
-
-
-def side(text: str) -> int:
-    """The type of --size, px: from 32 on, as --image-size of train.py.
-
-    Below that the reflect padding of a trunk can be wider than its map.
-    """
-    if int(text) < 32:
-        raise argparse.ArgumentTypeError(f"{text} px are too few: it takes at least 32")
-    return int(text)
 
 
 def commands() -> Commands:

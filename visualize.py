@@ -33,7 +33,7 @@ from engine.command_line import (
     folder,
     output_file,
 )
-from engine.options import positive
+from engine.options import positive, side
 from engine.program import path, run_program
 from measures import curves, figures, retrieval
 from measures.networks import open_network
@@ -103,16 +103,6 @@ def written(files: list[Path], **result: Any) -> dict:
 
 
 # --------------------------------------------------------------------------------- command line
-
-
-def side(text: str) -> int:
-    """The type of --size, px: from 32 on, as --image-size of train.py.
-
-    Below that the reflect padding of a trunk can be wider than its map.
-    """
-    if int(text) < 32:
-        raise argparse.ArgumentTypeError(f"{text} px are too few: it takes at least 32")
-    return int(text)
 
 
 def commands() -> Commands:

@@ -165,6 +165,16 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def side(text: str) -> int:
+    """The type of --size, px: from 32 on, as --image-size of train.py.
+
+    Below that the reflect padding of a trunk can be wider than its map.
+    """
+    if int(text) < 32:
+        raise argparse.ArgumentTypeError(f"{text} px are too few: it takes at least 32")
+    return int(text)
+
+
 def flag(name: str) -> str:
     """batch_size -> --batch-size."""
     return "--" + name.replace("_", "-")

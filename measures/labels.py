@@ -266,15 +266,14 @@ def _folder(root: Path, split: str | None, num_classes: int | None = None) -> La
 
     classes.txt (one name per line), else num_classes, defines the classes; without both the ids
     are counted. split: a folder within both, if they have it; else "train" and "val" are four
-    fifths and one fifth, and None is all. Raises ValueError where only one of the folders train and
-    val is there: a fifth of everything would share images with it.
+    fifths and one fifth, and None is all. Raises ValueError for the one of train and val that is
+    missing where the other is there: a part of everything would share images with it.
     """
     inner = split if split and (root / "images" / split).is_dir() else "."
-    if split in ("train", "val"):
-        there, absent = _parts_of(root / "images")
-        if there and absent:
-            raise ValueError(f"{root} has images/{there[0]} but no images/{absent[0]}: add it, or "
-                             "put all images into images/")
+    other = dict(train="val", val="train").get(split or "", "")
+    if inner == "." and other and (root / "images" / other).is_dir():
+        raise ValueError(f"{root} has images/{other} but no images/{split}: add it, or put all "
+                         "images into images/")
     folder, paths = _found(root / "images" / inner, "folder")
     files = [root / "labels" / inner / Path(path).with_suffix(".png") for path in paths]
     images = _image_files(folder, paths, files)
@@ -291,12 +290,6 @@ def _folder(root: Path, split: str | None, num_classes: int | None = None) -> La
         raise ValueError(f"no folder {root / 'images' / split}, and without it a split is train or "
                          "val")
     return whole.subset([i for i in range(len(whole)) if (i % 5 == 0) == (split == "val")])
-
-
-def _parts_of(folder: Path) -> tuple[list[str], list[str]]:
-    """Which of train and val are folders in it, and which are not."""
-    there = [part for part in ("train", "val") if (folder / part).is_dir()]
-    return there, [part for part in ("train", "val") if part not in there]
 
 
 def _class_names(file: Path) -> list[str]:
