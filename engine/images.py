@@ -144,7 +144,10 @@ def _walk(top: Path, deep: bool) -> list[str]:
 
 
 def _read_list(file: Path) -> list[str]:
-    """The paths in a text file. Raises ValueError where it is none."""
+    """The paths in a text file, without blank lines and remarks, which begin with "# ".
+
+    Raises ValueError where it is none.
+    """
     if file.suffix.lower() in SUFFIXES:
         raise ValueError(
             f"{file} is one image: give the folder that it lies in, or a text file of image paths"
@@ -155,7 +158,8 @@ def _read_list(file: Path) -> list[str]:
         raise ValueError(
             f"{file} is not a text file of image paths, one per line: {error}"
         ) from None
-    return [line.strip() for line in lines if line.strip()]
+    lines = [line.strip() for line in lines]
+    return [line for line in lines if line and line != "#" and not line.startswith("# ")]
 
 
 def _expected(data_dir: Path, layout: str) -> str:

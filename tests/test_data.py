@@ -112,15 +112,15 @@ def test_a_relative_folder_is_found_too(tmp_path, monkeypatch):
 
 
 def test_a_list_names_images_absolutely_or_from_its_own_folder(tmp_path):
-    tree(tmp_path / "sets", "b.jpg", "x/a b.jpg")
+    tree(tmp_path / "sets", "b.jpg", "x/a b.jpg", "#1.jpg")
     tree(tmp_path / "far", "c.jpg")
     file = tmp_path / "sets" / "list.txt"
     file.write_text(
-        f"\ufeffx/a b.jpg\n# a remark\n\nb.jpg\n{tmp_path}/far/c.jpg\n", encoding="utf-8"
+        f"\ufeffx/a b.jpg\n# a remark\n#\n\nb.jpg\n#1.jpg\n{tmp_path}/far/c.jpg\n", encoding="utf-8"
     )
     for layout in ("list", "folder"):  # a file is a list, whatever was asked for
         root, paths, _ = find_images(file, layout)
-        assert paths.tolist() == [f"{tmp_path}/far/c.jpg", "b.jpg", "x/a b.jpg"]
+        assert paths.tolist() == ["#1.jpg", f"{tmp_path}/far/c.jpg", "b.jpg", "x/a b.jpg"]
         assert all(image.shape == (3, 6, 9) for image in ImageFiles(root, paths))
 
 
