@@ -57,14 +57,19 @@ def write(found: TrunkFile, form: str, output: Path) -> None:
 
 
 def refuse_overwriting(source: Path, output: Path) -> None:
-    """Raises ValueError where the output is the checkpoint that is read, by whatever name: the
-    state of the training in it would be lost. Of a folder, the last.pth in it is read.
+    """Raises ValueError where the output is the checkpoint that is read, by whatever name, or the
+    last.pth of a run: the state of a training would be lost. Of a folder, last.pth is read.
     """
     if source.is_dir():
         source = source / "last.pth"
     if source.is_file() and output.is_file() and output.samefile(source):
         raise ValueError(
             f"--output {output} is the checkpoint itself, which would be overwritten: give another "
+            "name"
+        )
+    if output.is_file() and output.name == "last.pth":
+        raise ValueError(
+            f"--output {output} is the last.pth of a run, which would be overwritten: give another "
             "name"
         )
 

@@ -217,6 +217,14 @@ def test_the_checkpoint_itself_is_never_the_output(source, output, files, tmp_pa
     assert (tmp_path / "link.pth").is_symlink()
 
 
+def test_the_last_checkpoint_of_a_run_is_never_the_output_whatever_is_exported(files, tmp_path):
+    last = tmp_path / "last.pth"
+    last.write_bytes(b"the state of a training")
+    with pytest.raises(ValueError, match=r"^--output .* is the last.pth of a run.*$"):
+        run(files[0] / "paused.pth", "--output", last)
+    assert last.read_bytes() == b"the state of a training"
+
+
 def test_the_folder_of_the_output_is_made_and_a_place_that_takes_no_file_is_one_line(
     files, tmp_path
 ):

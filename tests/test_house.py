@@ -1,4 +1,4 @@
-"""The laws of the house (shared/docs/design.md), each read from the syntax trees of all files.
+"""The laws of the house (CONTRIBUTING.md), each read from the syntax trees of all files.
 
 Every law is a function of a mapping from module names to sources and returns what breaks it, one
 line each. The first group of tests holds the laws against our files; the second changes one source
@@ -353,7 +353,7 @@ LOCAL_AXES = {
 
 
 def unknown_axes(sources: dict[str, str]) -> list[str]:
-    """einops patterns with an axis that is not in the vocabulary of design.md."""
+    """einops patterns with an axis that is not in the README's vocabulary."""
     found = []
     for name, source in sources.items():
         for node in ast.walk(tree_of(source)):
