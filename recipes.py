@@ -409,7 +409,7 @@ def parse(argv: Sequence[str] | None, description: str) -> tuple[Config, set[str
 
 
 def check_given(c: Config, given: set[str]) -> None:
-    """No option that was given is without effect. Raises ValueError."""
+    """Options that would have no effect beside the others are refused. Raises ValueError."""
     if c.dataset == "toy" and c.subset:
         raise ValueError("--subset is for photographs; of toy scenes draw fewer: --toy-scenes")
     if c.long_tailed and not c.subset:

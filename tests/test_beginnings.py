@@ -247,17 +247,25 @@ def test_a_subset_is_taken_of_what_is_not_kept_out(tmp_path):
         recipes.images_of(dataclasses.replace(plan, subset=28))
 
 
-def test_photographs_that_come_while_a_run_goes_on_are_not_shown_as_kept_out(tmp_path):
+def test_what_was_kept_out_when_the_run_began_is_shown_although_photographs_came(tmp_path, capsys):
     photographs = staged.draw_photographs(tmp_path / "photographs", count=30)
-    arguments = ("--held-out", "3", "--epochs", "2")
-    before = recipes.held_out_images(parsed("--data-dir", str(photographs), *arguments))
-    assert len(before) == 3
-    folder = tmp_path / "run"
-    argv = staged.command_line(folder, *arguments, photographs=photographs)
-    new = lambda _: shutil.copy(photographs / before.paths[0], photographs / "000.png")
-    assert train.main(argv, prepared=new) == 0
-    assert len(recipes.held_out_images(parsed("--data-dir", str(photographs), *arguments))) == 3
-    assert staged.last_of(folder)["notes"]["held_out"] == before.paths.tolist()
+    arguments = ("--held-out", "3", "--max-steps", "2")
+    c = parsed("--data-dir", str(photographs), *arguments)
+    before = recipes.held_out_images(c).paths.tolist()
+
+    def change(_):
+        shutil.copy(photographs / before[0], photographs / "000.png")
+        for name in before:  # whoever looks at these says so
+            (photographs / name).write_bytes(b"no image")
+
+    argv = staged.command_line(tmp_path / "run", *arguments, photographs=photographs)
+    assert train.main(argv, prepared=change) == 0
+    assert recipes.held_out_images(c).paths.tolist() != before
+    said = capsys.readouterr()
+    assert [line.split(":")[0] for line in said.err.splitlines() if "left out" in line] == [
+        f"left out {name}" for name in before
+    ]
+    assert "figures  none" in said.out
 
 
 def test_what_is_kept_out_and_cannot_be_read_is_named_and_the_result_is_of_the_others(
