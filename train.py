@@ -29,6 +29,7 @@ from torch import Tensor
 
 import planning
 import recipes
+import regroup
 from backbone import RESNETS
 from engine import checkpoint, files, loader, processes, weights
 from engine.images import digest_of
@@ -43,6 +44,7 @@ from measures import photos_result, toy_result
 from measures.course import brief, statistics
 from measures.health import Sizes
 from measures.watch import Watch
+from photometric import normalize
 from recipes import Config
 from slotcon import Report
 from teacher import teacher_momentum
@@ -55,8 +57,10 @@ def train(c: Config, run: Run, signals: StopSignals) -> None:
     progress, schedule = run.progress, run.schedule
     photometric = recipes.photometric_of(c)
     generator = torch.Generator(run.place.device)
-    watch = watch_of(c, run)
+    watch, regroupings = watch_of(c, run), recipes.regroup_positions(c, schedule)
     while not progress.finished:
+        if progress.position in regroupings:
+            start_groups_anew(c, run)
         batch = run.batches.next()  # never raises: trouble travels to the verdict
         generator.manual_seed(seed_of(c.seed, progress.position, run.place.rank))
         views = photometric(batch.views, generator)
@@ -72,6 +76,16 @@ def train(c: Config, run: Run, signals: StopSignals) -> None:
             if schedule.is_logged(progress.step, progress.position, c.log_every):
                 run.journal.remark(watch.line_of_log(log(c, run, report)))
         run.keeper.keep(progress, verdict.good, run.state)
+
+
+def start_groups_anew(c: Config, run: Run) -> None:
+    """--group-starts: a new start for all but the backbones. All ranks call it."""
+    images = normalize(recipes.regroup_images(c).to(run.place.device))
+    count = min(c.group_clusters, c.num_prototypes)
+    seed = seed_of(c.seed, run.progress.position)
+    regroup.start_groups_anew(run.model, run.gradient.optimizer, images, count, seed)
+    run.journal.remark([f"regroup  new projector, predictor and prototypes; {count} prototypes "
+                        "start in clusters of the trunk's features"])
 
 
 def take_step(

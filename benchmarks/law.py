@@ -40,7 +40,7 @@ COMMON = (
     "--temp-student 0.1 --momentum-center 0.9 --momentum-teacher 0.99 "
     "--momentum-teacher-end 0.99 --batch-size 16 --base-lr 0.16 --epochs 36 "
     "--warmup-epochs 0.625 --toy-test-scenes 64 --device cpu --threads 1 --workers 0 "
-    "--channels-last --log-every 20 --resume none"
+    "--channels-last --log-every 20 --resume none --group-starts 1"
 )
 VIEWS = {
     "toy": "--min-area 0.2 --brightness 0.2 --contrast 0.2 --saturation 0.3 --hue 0.5 "

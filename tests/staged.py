@@ -61,7 +61,8 @@ def command_line(folder, *arguments, photographs):
         for name, value in SMALL.items()
         for text in (f"--{name.replace('_', '-')}", str(value))
     ]
-    return [*small, "--data-dir", str(photographs), "--output-dir", str(folder), *arguments]
+    data = ["--data-dir", str(photographs)] if photographs else []  # toy scenes need none
+    return [*small, *data, "--output-dir", str(folder), *arguments]
 
 
 class Played:
