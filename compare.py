@@ -9,7 +9,8 @@
 Writes comparison.json, and comparison.png: rows are systems, columns the same unseen scenes.
 Slides: from "Image-level, pixel-level, and object-level contrastive learning" on; tables 6 and 8.
 Paper: the related work and the ablations.
-Differs: toy scenes and minutes, not COCO and weeks; measures/systems.py says what the numbers mean.
+Differs: toy scenes and minutes, not COCO and weeks; SlotCon is train.py with `--group-starts 1`;
+measures/systems.py says what the numbers mean.
 Read next: comparisons/common.py. Side trip: recipes.py, which option is which row of a table.
 """
 
@@ -83,7 +84,8 @@ def entries_of(args: argparse.Namespace) -> list[Entry]:
     """The rows that the command line asks for."""
 
     def entry(label, name, variant, given=(), arguments=(), preset="scene") -> Entry:
-        c, _ = recipes.parse(["--preset", "toy", *given], __doc__)
+        # One start of the groups for all: no other system has a second one.
+        c, _ = recipes.parse(["--preset", "toy", "--group-starts", "1", *given], __doc__)
         return Entry(
             label,
             name,
