@@ -1,4 +1,4 @@
-"""The second start of the groups: what is drawn anew, where prototypes begin, what stays; and a run
+"""A new start of the groups: what is drawn anew, where prototypes begin, what stays; and a run
 that is interrupted around it is the run that was not. regroup.py.
 """
 
@@ -197,6 +197,8 @@ def test_a_second_start_is_a_function_of_the_seed_and_leaves_the_generator_alone
         adamw = torch.optim.AdamW(other.parameters())
         regroup.start_groups_anew(other, adamw, images, COUNT, seed)
         assert bool(difference(model.state_dict(), other.state_dict())) == (seed != 3)
+        drawn = (network.student.prototypes.weight for network in (model, other))
+        assert torch.equal(*drawn) == (seed == 3)
 
 
 def test_a_model_without_a_slot_loss_has_a_second_start_too():
