@@ -52,13 +52,12 @@ def start_groups_anew(
     teacher.backbone.train()
     own = rearrange(clusters(features, count, seed), "b h w -> (b h w)").to(images.device)
     prototypes = F.normalize(teacher.prototypes.weight, dim=1)  # over d
-    # By batch statistics, as in training
-    hidden = rearrange(teacher.projector.mlp[:-1](features), "b c h w -> (b h w) c")
+    hidden = rearrange(_hidden(teacher.projector, features), "b c h w -> (b h w) c")
     weight, bias = least_squares(hidden, prototypes[own])
-    for network in (student, teacher):
-        last = network.projector.mlp[-1]
-        last.weight.copy_(rearrange(weight, "d c -> d c 1 1"))
-        last.bias.copy_(bias)
+    last = teacher.projector.mlp[-1]
+    last.weight.copy_(rearrange(weight, "d c -> d c 1 1"))
+    last.bias.copy_(bias)
+    student.projector.load_state_dict(teacher.projector.state_dict())
     z = F.normalize(hidden @ weight.T + bias, dim=1)  # over d
     model.center.copy_((z @ prototypes.T).mean(dim=0))  # over the pixels
     drawn = [student.projector, teacher.projector, student.prototypes, teacher.prototypes]
@@ -118,6 +117,20 @@ def least_squares(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     solved = torch.linalg.lstsq(centered.double(), (targets - offset).double()).solution
     weight = rearrange(solved, "c d -> d c").to(inputs)
     return weight, offset - weight @ inputs.mean(dim=0)
+
+
+def _hidden(projector: Projector, features: Tensor) -> Tensor:
+    """What the last layer sees, by batch statistics as in training; they become the running
+    statistics at once, so that the network can be evaluated from here on.
+    """
+    norms = [layer for layer in projector.mlp if hasattr(layer, "running_mean")]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    hidden = projector.mlp[:-1](features)
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
+    return hidden
 
 
 def _kmeans(rows: Tensor, count: int, rng: np.random.Generator) -> Tensor:

@@ -152,6 +152,7 @@ def test_the_backbones_stay_and_all_else_is_drawn_anew_for_student_and_teacher_a
             if name.startswith("student."):
                 assert torch.equal(tensor, after[name.replace("student.", "teacher.")]), name
     assert all(module.training for module in model.modules())
+    assert {getattr(module, "momentum", 0.1) for module in model.modules()} == {0.1}
 
 
 def test_the_pixels_of_a_cluster_point_at_its_prototype_in_both_networks():
@@ -163,7 +164,7 @@ def test_the_pixels_of_a_cluster_point_at_its_prototype_in_both_networks():
     model.teacher.backbone.train()
     own = regroup.clusters(features, COUNT, seed=3)
     regroup.start_groups_anew(model, torch.optim.AdamW(model.parameters()), images, COUNT, seed=3)
-    for network in (model.student, model.teacher):
+    for network in (model.student, model.teacher, copy.deepcopy(model.teacher).eval()):
         z = F.normalize(network.projector(features), dim=1)
         prototypes = F.normalize(network.prototypes.weight, dim=1)
         similarity = einsum(prototypes, z, "k d, b d h w -> b k h w")
