@@ -57,12 +57,12 @@ def start_groups_anew(
     last = teacher.projector.mlp[-1]
     last.weight.copy_(rearrange(weight, "d c -> d c 1 1"))
     last.bias.copy_(bias)
-    student.projector.load_state_dict(teacher.projector.state_dict())
     z = F.normalize(hidden @ weight.T + bias, dim=1)  # over d
     model.center.copy_((z @ prototypes.T).mean(dim=0))  # over the pixels
-    drawn = [student.projector, teacher.projector, student.prototypes, teacher.prototypes]
     # The clusters of two ranks may differ by a rounding
-    copy_from_main([model.center, *(p for module in drawn for p in module.parameters())])
+    copy_from_main([model.center, *teacher.projector.parameters()])
+    student.projector.load_state_dict(teacher.projector.state_dict())
+    student.prototypes.load_state_dict(teacher.prototypes.state_dict())
     for module in (student.projector, student.prototypes, model.predictor):
         for p in module.parameters() if module else ():
             optimizer.state.pop(p, None)
@@ -149,17 +149,13 @@ def _nearest(rows: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _draw_anew(model: SlotCon, seed: int) -> None:
-    """New random weights, the same for student and teacher and on every rank."""
-    student, teacher, predictor = model.student, model.teacher, model.predictor
-    k, d = student.prototypes.weight.shape
-    width, channels = student.projector.mlp[0].weight.shape[:2]
+    """New random weights for the teacher and the predictor, the same on every rank."""
+    teacher, predictor = model.teacher, model.predictor
+    k, d = teacher.prototypes.weight.shape
+    width, channels = teacher.projector.mlp[0].weight.shape[:2]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        projector = Projector(channels, width, d)
-        prototypes = nn.Embedding(k, d)
-        slot_predictor = SlotPredictor(d, d, width)
-    for network in (student, teacher):
-        network.projector.load_state_dict(projector.state_dict())
-        network.prototypes.load_state_dict(prototypes.state_dict())
-    if predictor is not None:
-        predictor.load_state_dict(slot_predictor.state_dict())
+        teacher.projector.load_state_dict(Projector(channels, width, d).state_dict())
+        teacher.prototypes.load_state_dict(nn.Embedding(k, d).state_dict())
+        if predictor is not None:
+            predictor.load_state_dict(SlotPredictor(d, d, width).state_dict())

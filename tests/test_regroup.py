@@ -115,12 +115,12 @@ def test_least_squares_finds_the_layer_that_made_the_targets():
 
 def test_no_other_layer_comes_closer_than_that_of_least_squares():
     generator = torch.Generator().manual_seed(0)
-    inputs, targets = torch.randn(40, 6, generator=generator), torch.randn(40, 3)
+    inputs, targets = (torch.randn(40, size, generator=generator) for size in (6, 3))
     weight, bias = regroup.least_squares(inputs, targets)
     least = (inputs @ weight.T + bias - targets).square().sum()
     for _ in range(20):
-        other = 1e-2 * torch.randn(3, 6, generator=generator), 1e-2 * torch.randn(3)
-        assert (inputs @ (weight + other[0]).T + bias + other[1] - targets).square().sum() > least
+        other = weight + 1e-2 * torch.randn(3, 6, generator=generator)
+        assert (inputs @ other.T + bias - targets).square().sum() > least
 
 
 # -------------------------------------------------------------------------------------- the model
