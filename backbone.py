@@ -1,50 +1,28 @@
-"""Images become pixel embeddings: a convolutional trunk, then a projector of 1x1 convolutions.
+"""Images become pixel embeddings: a convolutional backbone, then a projector of 1x1 convolutions.
 
 Slide: "Together: solving segmentation & representation jointly" (the shared pixel embedding
 function).
 Paper: section 3.1 and the architecture paragraph of the experiments.
-Differs: nothing known for the ResNets, which are torchvision's, key by key. `tiny` and
-`small` are [U]: trunks for toy images and for small photographs.
 Read next: grouping.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
 from torch import Tensor, nn
 from torchvision.models.convnext import LayerNorm2d
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.resnet import ResNet as TorchvisionResNet
 
-# name -> (residual block, blocks per stage), as in torchvision.models.
-RESNETS = {
-    "resnet18": (BasicBlock, (2, 2, 2, 2)),
-    "resnet34": (BasicBlock, (3, 4, 6, 3)),
-    "resnet50": (Bottleneck, (3, 4, 6, 3)),
-    "resnet101": (Bottleneck, (3, 4, 23, 3)),
-}
-ARCHITECTURES = ("tiny", "small", *RESNETS)
 
-
-def build_trunk(arch: str) -> nn.Module:
-    """A convolutional trunk with random weights: images (b 3 y x) -> feature map (b c h w).
-
-    arch: one of `ARCHITECTURES`. The result has `out_channels` (c) and `stride` (y / h).
-    Raises ValueError for an unknown name.
-    """
-    if arch == "tiny":
-        return TinyTrunk()
-    if arch == "small":
-        return SmallTrunk()
-    if arch in RESNETS:
-        return ResNetTrunk(*RESNETS[arch])
-    raise ValueError(f"unknown architecture {arch!r}: choose one of {', '.join(ARCHITECTURES)}")
-
-
-class ResNetTrunk(TorchvisionResNet):
+class ResNet(TorchvisionResNet):
     """torchvision's ResNet up to C5, the last map before pooling: stride 32, no classifier.
 
     The last batch norm of every residual block starts at zero [O], so that each block starts as the
-    identity. Its state dict is torchvision's without `fc.*`.
+    identity. The names of its state dict are torchvision's without `fc.*`.
     """
 
     stride = 32
@@ -57,72 +35,42 @@ class ResNetTrunk(TorchvisionResNet):
     def forward(self, images: Tensor) -> Tensor:
         """images (b 3 y x) normalized -> C5 map (b c h w)."""
         c1 = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        c2 = self.layer1(c1)
-        c3 = self.layer2(c2)
-        c4 = self.layer3(c3)
-        return self.layer4(c4)
+        return self.layer4(self.layer3(self.layer2(self.layer1(c1))))
 
 
-class TinyTrunk(nn.Sequential):
-    """A texture is the mean of what filters answer: a trunk for toy images of about 64 px, with
-    output stride 4 and a receptive field of 17 px [U].
+class TinyBackbone(nn.Sequential):
+    """For toy images of about 64 px: output stride 4, receptive field 17 px [U].
 
-    Three 3x3 convolutions look for small patterns. The first keeps the full resolution, where fine
-    textures still can be told apart. The mean over 3x3 cells covers the period of a texture:
-    without it a cell says where in the period it lies, on a crest or in a trough. Both views agree
-    about that, so crests and troughs would become prototypes. The norm over the channels takes away
-    how strong the texture is, or all strong textures would become one group.
-
-    A field as wide as the image would give one prototype per image. Zero padding would tell every
-    pixel how far it is from the border, so that prototypes become places; hence reflect padding.
+    Three 3x3 convolutions find small patterns, the first at full resolution. The mean over 3x3
+    cells covers the period of a texture: without it crests and troughs would become prototypes. The
+    norm removes a texture's strength: without it all strong textures would become one group.
     """
 
-    stride = 4
+    stride, out_channels = 4, 64
 
-    def __init__(
-        self,
-        widths: tuple[int, ...] = (16, 32, 96),
-        strides: tuple[int, ...] = (1, 2, 2),
-        out: int = 64,
-    ):
-        layers, channels = [], 3
-        for width, stride in zip(widths, strides):
-            conv = reflected_conv(channels, width, stride)
-            layers += [conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
-            channels = width
+    def __init__(self):
         super().__init__(
-            *layers,
+            *convolution(3, 16),
+            *convolution(16, 32, stride=2),
+            *convolution(32, 96, stride=2),
             nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False),
-            LayerNorm2d(channels),
-            reflected_conv(channels, out, size=1),
-            nn.BatchNorm2d(out),
-            nn.ReLU(inplace=True),
+            LayerNorm2d(96),
+            *convolution(96, 64, size=1),
         )
-        self.out_channels = out
 
 
-class SmallTrunk(nn.Sequential):
-    """A small ResNet for small photographs: output stride 8, receptive field 71 px [U].
+class SmallBackbone(nn.Sequential):
+    """A ResNet for small photographs: output stride 8, receptive field 71 px [U]."""
 
-    A stem of one 3x3 convolution, then residual blocks. A ResNet's stride of 32 leaves 4 x 4 cells
-    of a view of 128 px, too coarse to group; the field of the tiny trunk sees texture only. The
-    padding reflects, since zeros tell a pixel how far it is from the border.
-    """
+    stride, out_channels = 8, 192
 
-    def __init__(
-        self,
-        stem: tuple[int, int] = (32, 2),
-        widths: tuple[int, ...] = (48, 96, 192),
-        strides: tuple[int, ...] = (2, 2, 1),
-    ):
-        channels, stride = stem
-        norm = nn.BatchNorm2d(channels)
-        layers = [reflected_conv(3, channels, stride), norm, nn.ReLU(inplace=True)]
-        for width, step in zip(widths, strides):
-            layers.append(SmallBlock(channels, width, step))
-            channels, stride = width, stride * step
-        super().__init__(*layers)
-        self.out_channels, self.stride = channels, stride
+    def __init__(self):
+        super().__init__(
+            *convolution(3, 32, stride=2),
+            SmallBlock(32, 48, stride=2),
+            SmallBlock(48, 96, stride=2),
+            SmallBlock(96, 192, stride=1),
+        )
 
 
 class SmallBlock(nn.Module):
@@ -130,19 +78,11 @@ class SmallBlock(nn.Module):
 
     def __init__(self, in_channels: int, width: int, stride: int):
         super().__init__()
-        self.residual = nn.Sequential(
-            reflected_conv(in_channels, width, stride),
-            nn.BatchNorm2d(width),
-            nn.ReLU(inplace=True),
-            reflected_conv(width, width),
-            nn.BatchNorm2d(width),
-        )
-        self.shortcut = nn.Sequential()
-        if stride > 1:
-            self.shortcut.append(nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False))
-        if in_channels != width:
-            self.shortcut.append(nn.Conv2d(in_channels, width, 1, bias=False))
-            self.shortcut.append(nn.BatchNorm2d(width))
+        convolutions = convolution(in_channels, width, stride) + convolution(width, width)
+        self.residual = nn.Sequential(*convolutions[:-1])
+        pool = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False)
+        widen = [nn.Conv2d(in_channels, width, 1, bias=False), nn.BatchNorm2d(width)]
+        self.shortcut = nn.Sequential(*([pool, *widen] if stride > 1 else widen))
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, maps: Tensor) -> Tensor:
@@ -150,40 +90,86 @@ class SmallBlock(nn.Module):
         return self.relu(self.residual(maps) + self.shortcut(maps))
 
 
-def reflected_conv(in_channels: int, width: int, stride: int = 1, size: int = 3) -> nn.Conv2d:
-    """A convolution of 3x3 or 1x1 with reflect padding, no bias, and a ResNet's random weights."""
-    conv = nn.Conv2d(
-        in_channels, width, size, stride, padding=size // 2, padding_mode="reflect", bias=False
-    )
+def convolution(in_channels: int, width: int, stride: int = 1, size: int = 3) -> list[nn.Module]:
+    """A convolution of 3x3 or 1x1 without bias, a batch norm and a ReLU."""
+    conv = reflected_conv(in_channels, width, stride, size)
+    return [conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+
+
+def reflected_conv(in_channels: int, width: int, stride: int, size: int) -> nn.Conv2d:
+    """Its padding reflects: zeros tell a pixel its place, and prototypes would become places."""
+    padding = dict(padding=size // 2, padding_mode="reflect")
+    conv = nn.Conv2d(in_channels, width, size, stride, bias=False, **padding)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv
 
 
-class Projector(nn.Module):
-    """Three 1x1 convolutions c -> dim_hidden -> dim_hidden -> dim_out: feature map (b c h w) ->
-    embeddings (b d h w).
+# name -> (residual block, blocks per stage), as in torchvision.models.
+RESNETS = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+}
+# name -> constructor. A new backbone is one row: a module (b 3 y x) -> (b c h w) with the attributes
+# `out_channels` (c) and `stride` (y / h).
+ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
+    "tiny": TinyBackbone,
+    "small": SmallBackbone,
+    **{name: partial(ResNet, *row) for name, row in RESNETS.items()},
+}
 
-    Batch norm and exact GELU after the first two, nothing after the last, biases everywhere [O].
-    Weights start from a normal of std 0.02 truncated at +-2 [O], which at this width cuts nothing;
-    biases start at 0.
+
+def build_backbone(arch: str) -> nn.Module:
+    """A backbone of `ARCHITECTURES` with random weights. Raises ValueError for an unknown name."""
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"unknown architecture {arch!r}: choose one of {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[arch]()
+
+
+def architecture_of(state: Mapping[str, Tensor]) -> str:
+    """The architecture whose tensors have these names and shapes; `fc.*` is ignored.
+
+    Raises ValueError if there is none.
     """
+    shapes = {name: value.shape for name, value in state.items() if not name.startswith("fc.")}
+    for arch in ARCHITECTURES:
+        with torch.device("meta"):  # names and shapes, no memory
+            expected = build_backbone(arch).state_dict()
+        if shapes == {name: value.shape for name, value in expected.items()}:
+            return arch
+    some = ", ".join([*shapes][:3])
+    raise ValueError(f"{len(shapes)} tensors ({some} ...) are no {' or '.join(ARCHITECTURES)}")
+
+
+class Projector(nn.Module):
+    """Three 1x1 convolutions: feature map (b c h w) -> pixel embeddings (b d h w)."""
 
     def __init__(self, in_channels: int, dim_hidden: int, dim_out: int):
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Conv2d(in_channels, dim_hidden, 1),
-            nn.BatchNorm2d(dim_hidden),
-            nn.GELU(),
-            nn.Conv2d(dim_hidden, dim_hidden, 1),
-            nn.BatchNorm2d(dim_hidden),
-            nn.GELU(),
-            nn.Conv2d(dim_hidden, dim_out, 1),
-        )
-        for layer in self.mlp:
-            if isinstance(layer, nn.Conv2d):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
+        conv = partial(nn.Conv2d, kernel_size=1)
+        self.mlp = three_layers(conv, nn.BatchNorm2d, in_channels, dim_hidden, dim_out)
 
     def forward(self, features: Tensor) -> Tensor:
         """features (b c h w) -> pixel embeddings (b d h w), not normalized."""
         return self.mlp(features)
+
+
+def three_layers(
+    layer: Callable[[int, int], nn.Module],
+    norm: Callable[[int], nn.Module],
+    dim_in: int,
+    dim_hidden: int,
+    dim_out: int,
+) -> nn.Sequential:
+    """Batch norm and exact GELU after the first two, nothing after the last, biases everywhere [O].
+
+    Weights start from a normal of std 0.02 truncated at +-2, biases at 0 [O].
+    """
+    layers = [layer(dim_in, dim_hidden), layer(dim_hidden, dim_hidden), layer(dim_hidden, dim_out)]
+    for each in layers:
+        nn.init.trunc_normal_(each.weight, std=0.02)
+        nn.init.zeros_(each.bias)
+    first, second, last = layers
+    hidden = [first, norm(dim_hidden), nn.GELU(), second, norm(dim_hidden), nn.GELU()]
+    return nn.Sequential(*hidden, last)

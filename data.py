@@ -40,7 +40,7 @@ class Batch(NamedTuple):
 class TwoCrops:
     """Cuts two views out of an image. A function of the image and the random generator alone.
 
-    image_size: side of a view, px; min_area, max_area: of a crop, as shares of the image;
+    image_size: side of a view, px; min_area: of a crop, as a share of the image;
     min_overlap: of the second crop with the first, as a share of the second, 0: they may miss each
     other; flip: probability of mirroring, per view. geometric=False: both views are the same center
     square, not mirrored (table 8e). Raises ValueError for numbers out of range.
@@ -48,20 +48,19 @@ class TwoCrops:
 
     def __init__(
         self,
-        image_size: int,
+        image_size: int = 224,
         min_area: float = 0.08,
         min_overlap: float = 0.01,
         flip: float = 0.5,
         geometric: bool = True,
-        max_area: float = 1.0,
     ):
-        areas_fit = 0 < min_area <= max_area <= 1
-        if image_size < 1 or not areas_fit or not 0 <= min_overlap <= 1 or not 0 <= flip <= 1:
+        shares_fit = 0 < min_area <= 1 and 0 <= min_overlap <= 1 and 0 <= flip <= 1
+        if image_size < 1 or not shares_fit:
             raise ValueError(
-                "image_size is at least 1, 0 < min_area <= max_area <= 1, min_overlap and flip in "
-                f"[0, 1]; found {image_size}, {min_area}, {max_area}, {min_overlap}, {flip}"
+                "image_size is at least 1, 0 < min_area <= 1, min_overlap and flip in [0, 1]; "
+                f"found {image_size}, {min_area}, {min_overlap}, {flip}"
             )
-        self.image_size, self.min_area, self.max_area = image_size, min_area, max_area
+        self.image_size, self.min_area = image_size, min_area
         self.min_overlap, self.flip, self.geometric = min_overlap, flip, geometric
 
     def __call__(self, image: Tensor | Photograph, rng: random.Random) -> Batch:
@@ -80,9 +79,8 @@ class TwoCrops:
                 torch.tensor([False, False]),
             )
         height, width = image.shape[1:]
-        areas = self.min_area, self.max_area
-        crop1 = draw_crop(height, width, rng, *areas)
-        crop2 = draw_crop(height, width, rng, *areas, crop1, self.min_overlap)
+        crop1 = draw_crop(height, width, rng, self.min_area)
+        crop2 = draw_crop(height, width, rng, self.min_area, crop1, self.min_overlap)
         flipped = [rng.random() < self.flip for _ in range(2)]
         if isinstance(image, Tensor):
             pixels = image
@@ -102,11 +100,10 @@ def draw_crop(
     width: int,
     rng: random.Random,
     min_area: float = 0.08,
-    max_area: float = 1.0,
     other: Crop | None = None,
     min_overlap: float = 0.01,
 ) -> Crop:
-    """A crop (top, left, height, width): area U(min_area, max_area) of the image, ratio log-uniform
+    """A crop (top, left, height, width): area U(min_area, 1) of the image, ratio log-uniform
     in RATIO, place uniform.
 
     Without `other`: up to TRIES draws until one fits, else the largest center crop whose ratio is
@@ -115,7 +112,7 @@ def draw_crop(
     ignored.
     """
     for _ in range(TRIES):
-        area = rng.uniform(min_area, max_area) * height * width
+        area = rng.uniform(min_area, 1.0) * height * width
         ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
@@ -123,7 +120,7 @@ def draw_crop(
             if other is None or intersection(crop, other) >= min_overlap * area:
                 return crop
     if other is not None:
-        return draw_crop(height, width, rng, min_area, max_area)
+        return draw_crop(height, width, rng, min_area)
     h, w = min(height, round(width / RATIO[0])), min(width, round(height * RATIO[1]))
     return (height - h) // 2, (width - w) // 2, h, w
 

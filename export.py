@@ -29,7 +29,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 
-from backbone import RESNETS, build_trunk
+from backbone import RESNETS, build_backbone
 from downstream import detectron2_names
 from downstream.trunks import TrunkFile, read_trunk
 from engine import checkpoint, files, options
@@ -80,7 +80,7 @@ def prove(found: TrunkFile, form: str, output: Path) -> str:
 
     Returns what was compared. Raises Stopped where they differ.
     """
-    trunk = build_trunk(found.arch)
+    trunk = build_backbone(found.arch)
     checkpoint.load_strictly(trunk, found.state, output)
     target, note = (
         load_torchvision(found.arch, output)

@@ -17,7 +17,7 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from backbone import Projector, build_trunk
+from backbone import Projector, build_backbone
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class GroupingNetwork(nn.Module):
         ).items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, found {size}")
-        self.backbone = build_trunk(arch)
+        self.backbone = build_backbone(arch)
         self.projector = Projector(self.backbone.out_channels, dim_hidden, dim_out)
         self.prototypes = nn.Embedding(num_prototypes, dim_out)
 

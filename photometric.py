@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -67,50 +66,39 @@ class Draw(NamedTuple):
 class Photometric:
     """Color jitter in random order, then gray, blur, solarize: every view with draws of its own.
 
-    brightness, contrast, saturation: each factor is U(1 - a, 1 + a), cut at 0. hue: U(-a, a) turns,
-    a <= 0.5. p_jitter, p_gray: for every view alike. p_blur, p_solarize: one probability per view,
-    which sets v. blur_sigma: range in pixels of the view. solarize_threshold: gray levels from here
-    up are inverted; 0 inverts the whole view. The defaults are [O].
+    jitter: strengths of brightness, contrast, saturation and hue, and the probability of all four
+    together; a factor is U(1 - strength, 1 + strength), cut at 0, the hue turns by U(-hue, hue) <=
+    0.5 of the circle. p_gray: for every view alike. p_blur: one probability per view. solarize: one
+    probability per view, then the gray level from which on values are inverted; 0 inverts the whole
+    view. blur_sigma: range in pixels of the view. The defaults are [O].
     """
 
     def __init__(
         self,
-        brightness: float = 0.4,
-        contrast: float = 0.4,
-        saturation: float = 0.2,
-        hue: float = 0.1,
-        p_jitter: float = 0.8,
+        jitter: tuple[float, float, float, float, float] = (0.4, 0.4, 0.2, 0.1, 0.8),
         p_gray: float = 0.2,
-        p_blur: Sequence[float] = (1.0, 0.1),
+        p_blur: tuple[float, float] = (1.0, 0.1),
+        solarize: tuple[float, float, float] = (0.0, 0.2, 128),
         blur_sigma: tuple[float, float] = (0.1, 2.0),
-        p_solarize: Sequence[float] = (0.0, 0.2),
-        solarize_threshold: int = 128,
     ):
-        if not all(0 <= p <= 1 for p in (p_jitter, p_gray, *p_blur, *p_solarize)):
-            raise ValueError(
-                f"probabilities lie in 0..1, found {(p_jitter, p_gray, *p_blur, *p_solarize)}"
-            )
-        if len(p_blur) != len(p_solarize):
-            raise ValueError(
-                f"one probability per view: p_blur has {len(p_blur)}, p_solarize {len(p_solarize)}"
-            )
-        if min(brightness, contrast, saturation, hue) < 0 or hue > 0.5:
+        *strengths, hue, p_jitter = jitter
+        *p_solarize, threshold = solarize
+        probabilities = (p_jitter, p_gray, *p_blur, *p_solarize)
+        if not all(0 <= p <= 1 for p in probabilities):
+            raise ValueError(f"probabilities lie in 0..1, found {probabilities}")
+        if min(*strengths, hue) < 0 or hue > 0.5:
             raise ValueError(
                 "brightness, contrast and saturation are >= 0 and hue is 0..0.5, found "
-                f"{brightness}, {contrast}, {saturation} and {hue}"
+                f"{strengths} and {hue}"
             )
         if not 0 < blur_sigma[0] <= blur_sigma[1]:
             raise ValueError(f"blur_sigma is a range of positive numbers, found {blur_sigma}")
-        self.strengths, self.hue = (brightness, contrast, saturation), hue
-        self.p_jitter, self.p_gray, self.p_blur, self.p_solarize = (
-            p_jitter,
-            p_gray,
-            tuple(p_blur),
-            tuple(p_solarize),
-        )
+        self.strengths, self.hue = tuple(strengths), hue
+        self.p_jitter, self.p_gray = p_jitter, p_gray
+        self.p_blur, self.p_solarize = tuple(p_blur), tuple(p_solarize)
         self.blur_sigma = blur_sigma
         self.blur_radius = math.ceil(4 * blur_sigma[1])  # 6e-5 of the weight lies outside [U]
-        self.threshold = solarize_threshold / 255
+        self.threshold = threshold / 255
 
     def __call__(self, views: Tensor, generator: torch.Generator) -> Tensor:
         """Draws and applies. views: (b v 3 y x) uint8. Returns (b v 3 y x) float32, normalized."""

@@ -54,8 +54,7 @@ class SlotCon(nn.Module):
     """Student, teacher, predictor and center; called on two views it returns the loss.
 
     arch, num_prototypes (k), dim_hidden, dim_out (d): sizes of the networks. group_weight: lambda;
-    at 1 the slot loss is skipped. temp_student, temp_teacher: of the assignments; temp_pool: of
-    attentive pooling, 0 for the teacher's; temp_slot: of the contrast. slot_loss: "ctr" contrasts
+    at 1 the slot loss is skipped. temp_student, temp_teacher: of the assignments; temp_slot: of the contrast. slot_loss: "ctr" contrasts
     slots, "reg" regresses them (table 8b). align: "asgn" undoes the augmentation on similarity
     maps, "proj" on embeddings (table 8c). image_loss: adds table 8d's objective. Raises ValueError
     for a choice or size that does not exist.
@@ -70,7 +69,6 @@ class SlotCon(nn.Module):
         group_weight: float = 0.5,
         temp_student: float = 0.1,
         temp_teacher: float = 0.07,
-        temp_pool: float = 0.0,
         temp_slot: float = 0.2,
         slot_loss: str = "ctr",
         align: str = "asgn",
@@ -83,7 +81,6 @@ class SlotCon(nn.Module):
         self.teacher = make_teacher(self.student)
         self.group_weight, self.slot_loss, self.where_aligned = group_weight, slot_loss, align
         self.temp_student, self.temp_teacher, self.temp_slot = temp_student, temp_teacher, temp_slot
-        self.temp_pool = temp_pool
         self.image_loss = image_loss
         if slot_loss not in ("ctr", "reg") or align not in ("asgn", "proj"):
             raise ValueError(
@@ -164,7 +161,7 @@ class SlotCon(nn.Module):
         slots = None
         if self.predictor is not None:
             # Student and teacher pool at the same temperature, the teacher's [O].
-            slots = attentive_pooling(embeddings, maps, self.temp_pool or self.temp_teacher)
+            slots = attentive_pooling(embeddings, maps, self.temp_teacher)
         return View(features, embeddings, maps, aligned, slots, occupied(maps))
 
     def consistency(self, student: View, teacher: View, valid: Tensor) -> Tensor:

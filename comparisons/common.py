@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import reduce
 from torch import Tensor, nn
 
-from backbone import Projector, build_trunk
+from backbone import Projector, build_backbone
 from grouping import GroupingNetwork
 from teacher import update_teacher
 
@@ -97,7 +97,7 @@ class PixelNetwork(nn.Module):
 
     def __init__(self, arch: str, dim_hidden: int, dim_out: int):
         super().__init__()
-        self.backbone = build_trunk(arch)
+        self.backbone = build_backbone(arch)
         self.projector = Projector(self.backbone.out_channels, dim_hidden, dim_out)
 
     def forward(self, images: Tensor) -> Tensor:

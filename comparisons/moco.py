@@ -14,7 +14,7 @@ import torch
 from einops import reduce
 from torch import Tensor, nn
 
-from backbone import build_trunk
+from backbone import build_backbone
 from comparisons.common import Outcome, Taught, each_view
 from losses import image_contrast
 from slots import SlotPredictor
@@ -26,7 +26,7 @@ class ImageNetwork(nn.Module):
 
     def __init__(self, arch: str, dim_hidden: int, dim_out: int):
         super().__init__()
-        self.backbone = build_trunk(arch)
+        self.backbone = build_backbone(arch)
         self.projector = SlotPredictor(self.backbone.out_channels, dim_out, dim_hidden)
 
     def forward(self, images: Tensor) -> Tensor:

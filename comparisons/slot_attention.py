@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from backbone import build_trunk
+from backbone import build_backbone
 from comparisons.common import Outcome, System
 from slot_attention import PositionEmbedding, SlotAttention, SpatialBroadcastDecoder
 
@@ -27,7 +27,7 @@ class PixelEncoder(nn.Module):
 
     def __init__(self, arch: str, dim_hidden: int, dim_out: int):
         super().__init__()
-        self.backbone = build_trunk(arch)
+        self.backbone = build_backbone(arch)
         c = self.backbone.out_channels
         self.position = PositionEmbedding(c)
         self.mlp = nn.Sequential(

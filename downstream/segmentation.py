@@ -68,7 +68,7 @@ def conv_norm_relu(inside: int, outside: int, dilation: int = 1) -> nn.Sequentia
 class Segmenter(nn.Module):
     """A trunk with an FCN head, and an auxiliary head on C4 where aux_weight > 0.
 
-    trunk: of `backbone.build_trunk`; output_stride: 8 or 16 of a ResNet, 0 leaves the trunk as it
+    trunk: of `backbone.build_backbone`; output_stride: 8 or 16 of a ResNet, 0 leaves the trunk as it
     is; width, convs, dilation, concat, dropout: of the head. Nothing is frozen. Raises ValueError
     for what a trunk has not.
     """

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 
-from backbone import ARCHITECTURES, build_trunk
+from backbone import ARCHITECTURES, build_backbone
 from downstream import detectron2_names
 from engine import checkpoint
 from engine.weights import architecture_of, model_state
@@ -59,7 +59,7 @@ def read_trunk(path: str | Path, network: str = "teacher") -> TrunkFile:
     if arch not in ARCHITECTURES:
         arch = architecture_of(state, path) if exact(state) else nearest(state, path)
     with torch.device("meta"):  # names and shapes, no memory
-        refuse_differences(build_trunk(arch), state, path)
+        refuse_differences(build_backbone(arch), state, path)
     return TrunkFile(arch, state, kind)
 
 
@@ -80,7 +80,7 @@ def without_classifier(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def common(arch: str, state: Mapping[str, Tensor]) -> int:
     """How many tensors of the state the architecture has too, in name and shape."""
     with torch.device("meta"):
-        own = build_trunk(arch).state_dict()
+        own = build_backbone(arch).state_dict()
     return sum(name in own and own[name].shape == value.shape for name, value in state.items())
 
 
@@ -88,7 +88,7 @@ def exact(state: Mapping[str, Tensor]) -> bool:
     """Whether the state is one architecture's, tensor by tensor."""
     with torch.device("meta"):
         return any(
-            common(arch, state) == len(state) == len(build_trunk(arch).state_dict())
+            common(arch, state) == len(state) == len(build_backbone(arch).state_dict())
             for arch in ARCHITECTURES
         )
 
@@ -117,11 +117,11 @@ def open_trunk(backbone: str, arch: str, network: str = "teacher") -> tuple[nn.M
     Raises ValueError.
     """
     if backbone == "random":
-        return build_trunk(arch), arch, f"{arch} with random weights, none loaded"
+        return build_backbone(arch), arch, f"{arch} with random weights, none loaded"
     found = read_trunk(backbone, network)
     if arch not in ("", found.arch):
         raise ValueError(f"--arch {arch}, but {backbone} holds a {found.arch}: leave --arch out")
-    trunk = build_trunk(found.arch)
+    trunk = build_backbone(found.arch)
     checkpoint.load_strictly(trunk, found.state, backbone)
     count = f"{len(found.state)} of {len(trunk.state_dict())} tensors"
     about = f"{found.arch}, {count} from {backbone} ({found.kind}), none missing, none left over"

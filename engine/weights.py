@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backbone import ARCHITECTURES, build_trunk
+from backbone import ARCHITECTURES, build_backbone
 from engine.checkpoint import load_strictly, part, read, some_keys, tensors
 from grouping import GroupingNetwork
 
@@ -149,7 +149,7 @@ def architecture_of(trunk_state: Mapping[str, Tensor], path: str | Path) -> str:
     shapes = {k: tuple(v.shape) for k, v in trunk_state.items() if not k.startswith("fc.")}
     for arch in ARCHITECTURES:
         with torch.device("meta"):  # names and shapes, no memory
-            expected = build_trunk(arch).state_dict()
+            expected = build_backbone(arch).state_dict()
         if shapes == {k: tuple(v.shape) for k, v in expected.items()}:
             return arch
     raise ValueError(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from backbone import build_trunk
+from backbone import build_backbone
 from engine import checkpoint, weights
 from grouping import GroupingNetwork
 
@@ -49,7 +49,7 @@ def open_trunk(
         return network.backbone, config
     if which != "teacher":
         raise ValueError(f"{path} is one backbone only ({arch}), so there is no {which} in it")
-    trunk = build_trunk(arch)
+    trunk = build_backbone(arch)
     state = checkpoint.tensors(checkpoint.read(path))
     state = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
     checkpoint.load_strictly(trunk, state, path)
@@ -81,7 +81,7 @@ def untrained_trunk(arch: str, device: torch.device | str = "cpu", seed: int = 0
     """The trunk of `untrained_network`, the same weights for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return build_trunk(arch).to(device).eval()
+        return build_backbone(arch).to(device).eval()
 
 
 def sizes_of(config: dict[str, Any]) -> dict[str, Any]:
