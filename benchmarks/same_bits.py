@@ -26,17 +26,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 # The toy recipe in full, so that another preset does not look like other arithmetic.
 RECIPE = (
-    "--preset toy --arch tiny --toy-scenes 768 --image-size 48 --num-prototypes 16 --dim-hidden 64 "
-    "--dim-out 32 "
-    "--temp-student 0.1 --temp-teacher 0.03 --momentum-center 0.9 --momentum-teacher 0.99 "
-    "--momentum-teacher-end 0.99 "
-    "--min-area 0.2 --brightness 0.2 --contrast 0.2 --saturation 0.3 --hue 0.5 --p-jitter 1 "
-    "--p-gray 0.2 --p-blur 0 0 "
-    "--p-solarize 0.5 0.5 --solarize-threshold 0 --optimizer adamw --batch-size 16 --base-lr 0.16 "
-    "--weight-decay 0.01 "
-    "--epochs 36 --warmup-epochs 0.625 --group-weight 0.5 --seed 0 --toy-test-scenes 8 --device "
-    "cpu --threads 1 "
-    "--workers 0 --channels-last --log-every 20 --save-every 1000 --keep-every 0"
+    "--preset toy --arch tiny --subset 768 --image-size 48 --num-prototypes 16 --dim-hidden 64 "
+    "--dim-out 32 --temp-student 0.1 --temp-teacher 0.03 --momentum-center 0.9 "
+    "--momentum-teacher 0.99 0.99 --min-area 0.2 --jitter 0.2 0.2 0.3 0.5 1 --p-gray 0.2 "
+    "--p-blur 0 0 --solarize 0.5 0.5 0 --optimizer adamw --batch-size 16 --base-lr 0.16 "
+    "--weight-decay 0.01 --epochs 36 --warmup 0.625 --group-weight 0.5 --seed 0 --held-out 8 "
+    "--device cpu --threads 1 --workers 0 --log-every 20 --save-minutes 1000 --keep-every 0"
 ).split()
 RUNS = {
     "one": [],

@@ -1,137 +1,291 @@
-"""One batch per rank and position of the run, whatever dies; and the time that was spent waiting
-for it.
+"""From images to batches: reading processes, the order of a whole run, and bad files replaced.
 
-Slide: none.
-Paper: none.
-Differs: in the released code a dead worker or an unreadable file ends the run.
+What is drawn at random depends on (seed, epoch, index) alone, not on readers or ranks.
 """
 
 from __future__ import annotations
 
+import collections
+import functools
+import itertools
+import math
+import os
 import random
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+from tqdm import tqdm
 
-from engine import processes, signals
-from engine.journal import say
-from engine.loader import (
-    Failures,
-    RunSampler,
-    Samples,
-    Skipped,
-    collate,
-    make_loader,
-    moved,
-    on_device,
-)
+from engine.images import BadImage, ImageFiles
+from engine.log import say
+from engine.processes import Place, workers_of
 
-Collate = Callable[[Sequence[tuple[Any, Failures]]], tuple[Any, Failures]]
+NEIGHBORS = 64  # unreadable files in a row before a run gives up [U]
+BAD_SHARE = 0.01  # of all images: a run with more unreadable ones stops [U]
+Failures = list[tuple[str, str]]  # (name, reason) of each file that could not be read
+Collate = Callable[[Sequence[Any]], Any]  # samples -> a batch
 
 
-def run_batches(
-    images: Sequence[Any],
-    view: Callable[[Any, random.Random], Any],
-    batch_size: int,
-    seed: int,
-    position: int,
-    place: processes.Place,
-    workers: int,
-    skipped: Skipped,
-    black: Any = None,
-    collate: Collate = collate,
-) -> Batches:
-    """This rank's batches of a run from a position on, without end, since a batch with bad numbers
-    is made up for.
+class Samples(Dataset):
+    """What a run sees of each image in each epoch.
 
-    view(image, rng): what a batch needs of an image; batch_size: of all ranks together; workers:
-    processes that read for this one, -1: one per core; black: what `images` would hold for a black
-    image, by default the image alone; collate: samples -> a batch and all failures.
-    """
-    sampler = RunSampler(
-        len(images), batch_size, place.rank, place.world_size, seed, position, sys.maxsize
-    )
-    loader = make_loader(
-        Samples(images, view, seed), sampler, processes.workers_of(workers), place.device, collate
-    )
-
-    def stand_in() -> Any:
-        alone = torch.zeros(3, 64, 64, dtype=torch.uint8) if black is None else black
-        sample = view(alone, random.Random(0)), []  # and no failures
-        batch, _ = collate([sample] * (batch_size // place.world_size))
-        return moved(batch, lambda tensor: tensor.to(place.device))
-
-    return Batches(on_device(loader, place.device), skipped, stand_in, loader)
-
-
-class Batches:
-    """Never raises: trouble is a line that travels to the verdict, where all ranks agree to stop.
-
-    batches: yields (batch, failures), on the device; skipped: counts unreadable files; stand_in():
-    what a rank without a batch trains on, because the other ranks wait for it in the middle of the
-    step; loader: what `batches` reads from, if it has processes.
+    images: any sequence that `view` understands, such as uint8 tensors (3 y x); view(image, rng):
+    cuts from an image what a batch needs; both may raise BadImage; seed: of the random numbers.
     """
 
-    # A process that was killed may have held a lock for which PyTorch, when it ends a loader, waits
-    # without end. Such a loader is kept here to the end of this process, which ends its workers.
-    abandoned: ClassVar[list[Any]] = []
+    def __init__(self, images: Sequence[Any], view: Callable[[Any, random.Random], Any], seed: int):
+        self.images, self.view, self.seed = images, view, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, sample: int) -> tuple[Any, Failures]:
+        """sample = epoch * len(self) + index -> the view of that image, and the failures.
+
+        A file that cannot be read is replaced by the next readable one. Raises ValueError after
+        NEIGHBORS unreadable files in a row.
+        """
+        epoch, index = divmod(int(sample), len(self))
+        failures: Failures = []
+        while True:
+            # Text is hashed whole: no two streams are alike
+            rng = random.Random(f"{self.seed} {epoch} {index}")
+            try:
+                image = self.images[(index + len(failures)) % len(self)]
+                return self.view(image, rng), failures
+            except BadImage as bad:
+                failures.append((bad.name, bad.reason))
+                if len(failures) == min(NEIGHBORS, len(self)):
+                    line = f"{len(failures)} images in a row could not be read; {bad}"
+                    raise ValueError(line) from None
+
+
+class RunSampler:
+    """This rank's share of every batch of a run, from position `start` on, without end.
+
+    Position p of the run is batch p % steps_per_epoch of epoch p // steps_per_epoch; every epoch
+    has an order of its own, a function of (seed, epoch), and its partial batch is left out. So a
+    run continues anywhere, and all ranks' shares together are the same images however many ranks
+    there are. Yields lists of samples = epoch * num_images + index. Raises ValueError for a batch
+    that cannot be made.
+    """
 
     def __init__(
-        self, batches: Iterator[tuple[Any, Failures]], skipped: Skipped,
-        stand_in: Callable[[], Any], loader: Any = None,
-    ):  # fmt: skip
-        self.batches, self.skipped, self.stand_in, self.loader = batches, skipped, stand_in, loader
-        self.trouble = ""  # why no batch can come, in one line
-        self.waited = 0.0  # seconds since `waited_since` was last asked
-        self.readers = signals.ReaderWatch()
+        self, num_images: int, batch_size: int, place: Place, seed: int = 0, start: int = 0
+    ):
+        if batch_size < 1 or batch_size % place.world_size or num_images < batch_size:
+            raise ValueError(
+                f"--batch-size {batch_size} must be a multiple of {place.world_size} process(es), "
+                f"and at most the {num_images} images that there are"
+            )
+        self.num_images, self.batch_size = num_images, batch_size
+        self.seed, self.start = seed, start
+        share = batch_size // place.world_size
+        self.share = slice(place.rank * share, (place.rank + 1) * share)
 
-    def next(self) -> Any:
-        """The next batch, or the stand-in with `trouble` set."""
+    def __iter__(self) -> Iterator[list[int]]:
+        steps_per_epoch = self.num_images // self.batch_size
+        epoch, skipped = divmod(self.start, steps_per_epoch)
+        for epoch in itertools.count(epoch):
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.num_images)
+            for step in range(skipped, steps_per_epoch):
+                batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+                yield (epoch * self.num_images + batch[self.share]).tolist()
+            skipped = 0
+
+
+class Skipped:
+    """Each unreadable file is named once in a text file; too many of them stop the run.
+
+    file: path of skipped.txt, made when the first one turns up; other ranks may write to it too.
+    """
+
+    def __init__(self, file: Path | None, num_images: int):
+        self.file, self.num_images, self.names = file, num_images, set[bytes]()
+
+    def record(self, failures: Failures) -> None:
+        """failures: repeated ones too. Raises ValueError once more than BAD_SHARE are bad."""
+        lines = {os.fsencode(" ".join(name.split())): reason for name, reason in failures}
+        if lines.keys() <= self.names or self.file is None:
+            return
+        try:
+            if self.file.exists():  # an earlier part of this run, or another rank, may know more
+                known = self.file.read_bytes().splitlines()
+                self.names |= {line.split(b"\t")[0] for line in known}
+            elif not self.names:
+                say(f"{': '.join(failures[0])}: its neighbor takes its place; see {self.file}")
+            with self.file.open("ab") as out:
+                for name in lines.keys() - self.names:
+                    out.write(name + b"\t" + lines[name].encode() + b"\n")
+        except OSError as error:
+            say(f"could not write to {self.file}: {error.strerror or error}; the run goes on")
+        self.names |= lines.keys()
+        if len(self.names) > BAD_SHARE * self.num_images:
+            raise ValueError(
+                f"{len(self.names)} of {self.num_images} images could not be read, more than "
+                f"{BAD_SHARE:.0%}; they are named in {self.file}, and --check-data finds all"
+            )
+
+
+class Reader:
+    """This rank's batches of a run, one of them ahead, whatever dies.
+
+    A batch is fetched while the step before it is under way, so that all ranks can agree to stop
+    before one of them has none. `trouble`: why there is no next batch, in one line, or "".
+    """
+
+    # A reading process that was killed may have held a lock for which PyTorch waits when it ends
+    # a loader. Such loaders are kept here until this process ends.
+    abandoned: tuple[Any, ...] = ()
+
+    def __init__(
+        self, samples: Samples, sampler: RunSampler, place: Place, workers: int, skipped: Skipped,
+        collate: Collate = default_collate,
+    ):  # fmt: skip
+        self.device, self.skipped, self.trouble, self.waited = place.device, skipped, "", 0.0
+        self.batch: Any = None
+        self.copied: torch.cuda.Event | None = None
+        cuda = place.device.type == "cuda"
+        self.stream = torch.cuda.Stream(place.device) if cuda else None
+        self.batches = iter(make_loader(samples, sampler, workers_of(workers), cuda, collate))
+        notice_dead_readers_later()
+
+    def fetch(self) -> None:
+        """Have the next batch ready, on the device; on a GPU the copy runs beside the step."""
         began = time.perf_counter()
         try:
-            with self.readers.waiting():
-                batch, failures = next(self.batches)
-        # EOFError: from a reader that dies while it hands over a batch
-        except (
-            ValueError, RuntimeError, OSError, EOFError, StopIteration, signals.ReaderDied
-        ) as error:  # fmt: skip
-            self.trouble = self.trouble or no_more_images(error)
-            if not isinstance(error, ValueError) and self.loader not in self.abandoned:
-                self.abandoned.append(self.loader)
-            return self.stand_in()
+            batch, failures = next(self.batches)
+            self.skipped.record(failures)
+        except (ValueError, RuntimeError, OSError, EOFError) as error:
+            self.trouble = why(error)
+            Reader.abandoned += (self.batches,)
+            return
         finally:
             self.waited += time.perf_counter() - began
-        try:
-            self.skipped.record(failures)
-        except ValueError as error:
-            self.trouble = self.trouble or str(error)
-        except OSError as error:
-            say(
-                f"could not write to {self.skipped.file}: {error.strerror or error}; the run goes "
-                "on"
-            )
+        if self.stream is None:
+            self.batch = moved(batch, lambda tensor: tensor.to(self.device))
+            return
+        with torch.cuda.stream(self.stream):
+            self.batch = moved(batch, lambda tensor: tensor.to(self.device, non_blocking=True))
+            self.copied = self.stream.record_event()
+
+    def take(self) -> Any:
+        """The batch that was fetched. What is launched from now on waits for its copy."""
+        batch, self.batch = self.batch, None
+        if self.copied is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(self.copied)
+            moved(
+                batch, lambda tensor: tensor.record_stream(current)
+            )  # or its memory is given away
         return batch
 
     def waited_since(self) -> float:
-        """Seconds waited since this was last asked."""
+        """Seconds spent waiting for batches since this was last asked."""
         waited, self.waited = self.waited, 0.0
         return waited
 
     def close(self) -> None:
-        """End the worker processes."""
-        self.readers.close()
-        self.batches.close()
+        """End the reading processes."""
+        self.batches = self.batch = None
 
 
-def no_more_images(error: BaseException) -> str:
-    """What stopped the processes that read images: a ValueError is of the images, anything else of
-    the processes.
+def make_loader(
+    samples: Dataset, sampler: RunSampler, workers: int, cuda: bool, collate: Collate
+) -> DataLoader:
+    """Batches in the sampler's order, made by reading processes (0: made here)."""
+    more = dict(prefetch_factor=4, worker_init_fn=leave_signals_to_the_parent) if workers else {}
+    return DataLoader(
+        samples, batch_sampler=sampler, num_workers=workers, pin_memory=cuda,
+        collate_fn=functools.partial(join, collate), **more,
+    )  # fmt: skip
+
+
+def join(collate: Collate, samples: Sequence[tuple[Any, Failures]]) -> tuple[Any, Failures]:
+    """A batch of what the samples show, and all their failures."""
+    views, failures = zip(*samples)
+    return collate(views), list(itertools.chain(*failures))
+
+
+def leave_signals_to_the_parent(_worker: int) -> None:
+    """A terminal and a cluster signal every process of a job; the run needs its readers until its
+    step is done.
     """
-    text = str(error).strip() or type(error).__name__
-    line = text.splitlines()[-1]  # of the trace that a process sends
+    for name in ("SIGINT", "SIGUSR1", "SIGHUP"):
+        if hasattr(signal, name):  # Windows lacks some
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def notice_dead_readers_later() -> None:
+    """PyTorch raises the death of a reading process anywhere in the main one, even in the middle
+    of a save; without its handler the death shows at the next batch.
+    """
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def why(error: BaseException) -> str:
+    """Why there is no next batch: a ValueError is about the images, all else about the readers."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[-1]
     if isinstance(error, ValueError):
-        return f"no more images: {line.partition('ValueError: ')[2] or line}"
-    return signals.reader_died(line)
+        return line.partition("ValueError: ")[2] or line
+    return f"a process that reads images died ({line}): --workers 0 reads without any"
+
+
+def moved(batch: Any, move: Callable[[Tensor], Any]) -> Any:
+    """The same tuples, lists and dictionaries with move(tensor) in place of every tensor."""
+    if isinstance(batch, Tensor):
+        return move(batch)
+    if isinstance(batch, dict):
+        return {key: moved(value, move) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        values = [moved(value, move) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+    return batch
+
+
+# ------------------------------------------------------------------------------------ --check-data
+
+
+class SizeOrReason(Dataset):
+    """For every file the size (y, x) of its image, or why there is none."""
+
+    def __init__(self, images: ImageFiles):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[int, int] | str:
+        try:
+            return tuple(self.images[index].shape[-2:])
+        except BadImage as bad:
+            return bad.reason
+
+
+def check_images(images: ImageFiles, workers: int = 0) -> int:
+    """Read every file once and print what was found; returns how many cannot be read."""
+    loader = DataLoader(SizeOrReason(images), batch_size=None, num_workers=workers)
+    found = list(tqdm(loader, total=len(images), unit="image", disable=not sys.stderr.isatty()))
+    bad = [(images.name(i), each) for i, each in enumerate(found) if isinstance(each, str)]
+    sizes = collections.Counter(tuple(each) for each in found if not isinstance(each, str))
+    for name, reason in bad:
+        print(f"bad      {name}: {reason}")
+    if sizes:
+        small, large = (pick(sizes, key=math.prod) for pick in (min, max))
+        (usual, times) = sizes.most_common(1)[0]
+        print(
+            f"sizes    {len(sizes)} different, from {small[0]} x {small[1]} to {large[0]} x "
+            f"{large[1]} (height x width); most often {usual[0]} x {usual[1]}, {times} times"
+        )
+    print(f"checked  {len(images)} images: {len(images) - len(bad)} can be read, {len(bad)} cannot")
+    return len(bad)

@@ -1,13 +1,7 @@
-"""Files that are whole or absent, whatever ends the process in the middle of writing one.
-
-Slide: none.
-Paper: none.
-Differs: the released code writes its checkpoints in place.
-"""
+"""Files that are whole or absent, whatever ends the process while it writes one."""
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -16,12 +10,11 @@ from typing import Any, BinaryIO
 
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file so that `path` holds the old content or the new one at any moment, whatever dies
-    when.
+    """Write a file so that `path` holds the old content or the new one at any moment.
 
     write(file) fills a temporary neighbor, which is flushed to the disk and renamed. Raises
     OSError (disk full, folder not writable) with `path` untouched and the neighbor removed. What
-    is no file, such as /dev/stdout or a pipe, is written to as it is.
+    is no file, such as /dev/stdout or a pipe, is written to directly.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
@@ -38,19 +31,9 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    # The rename itself must survive a power cut; some file systems cannot open a folder, and need
-    # not.
-    try:
-        folder = os.open(path.parent, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
-def write_json(path: str | Path, contents: dict) -> None:
+def write_json(path: str | Path, contents: Any) -> None:
     """JSON with an indent of one, atomically. Raises OSError."""
     text = json.dumps(contents, indent=1) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
@@ -62,24 +45,12 @@ def write_lines(path: str | Path, lines: Iterable[str]) -> None:
     write_atomically(path, lambda file: file.write(text.encode(errors="surrogateescape")))
 
 
-def remove_leftovers(folder: str | Path) -> list[Path]:
-    """Delete temporary files that dead processes left in the folder; returns their paths."""
-    removed = []
-    for name in glob.glob(str(Path(glob.escape(str(folder))) / ".*.[0-9]*.tmp")):
-        if not is_alive(int(name.split(".")[-2])):
-            Path(name).unlink(missing_ok=True)
-            removed.append(Path(name))
-    return removed
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files of processes that died while they wrote into the folder."""
+    for file in folder.glob(".*.[0-9]*.tmp"):
+        file.unlink(missing_ok=True)
 
 
-def is_alive(process: int) -> bool:
-    """Whether this machine has a process of that number, other than this one."""
-    if process == os.getpid():
-        return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it is somebody else's
-        return True
-    return True
+def size_in_words(count: float) -> str:
+    """Bytes in the unit that a person reads."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

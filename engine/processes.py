@@ -1,13 +1,10 @@
-"""One process or many: where this one runs, in what precision, how many workers it has.
+"""One process or many: where this one runs, in what precision, how many readers it has.
 
-Slide: none.
-Paper: section 4.1 (8 GPUs, mixed precision).
-Differs: needs no launcher and no environment variables; `torchrun` is recognized where it is used.
+A run needs no launcher and no environment variables; torchrun is recognized where it is used.
 """
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import inspect
 import os
@@ -18,73 +15,56 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+SILENT = 1800  # seconds after which a silent process counts as lost; a test may be long [U]
+
 
 class Place(NamedTuple):
     """Where this process runs."""
 
     device: torch.device
-    rank: int
-    world_size: int
+    rank: int = 0
+    world_size: int = 1
+    dtype: torch.dtype | None = None  # of autocast; None: float32
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
 
 
-def start(device: str, timeout: float) -> Place:
-    """Find the device, and under `torchrun` the other processes.
+def start(device: str, amp: str = "off") -> Place:
+    """Find the device and, under torchrun, the other processes.
 
-    device: auto, cpu, cuda or mps; timeout: seconds after which a silent process counts as lost.
-    Raises ValueError with one line where the device is not there.
+    device: auto, cpu, cuda or mps; amp: auto, bf16, fp16 or off. Raises ValueError with one line
+    where the device is not there.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if device == "auto":
-        device = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if mps_available() and world_size == 1
-            else "cpu"
-        )
-    if device == "cuda":
-        found = torch.cuda.device_count()
-        if local_rank >= found:
+    found = pick_device(device)
+    if found.type == "cuda":
+        count = torch.cuda.device_count()
+        if local_rank >= count:
             raise ValueError(
-                f"process {local_rank} of this machine asks for GPU {local_rank}, found {found}: "
-                "use --device cpu" + (", or fewer processes" if found else "")
+                f"process {local_rank} of this machine asks for GPU {local_rank}, found {count}: "
+                "start fewer processes, or use --device cpu"
             )
-        torch.cuda.set_device(local_rank)
-        torch.backends.cudnn.benchmark = True  # sizes never change during a run
-    if device == "mps" and not mps_available():
-        raise ValueError("--device mps, but this machine has no Apple GPU: use --device auto")
-    place = Place(torch.device(device, local_rank if device == "cuda" else None), rank, world_size)
+        found = torch.device("cuda", local_rank)
+        torch.cuda.set_device(found)
+        torch.backends.cudnn.benchmark = True  # the sizes of a pretraining never change
     if world_size > 1:
-        dist.init_process_group(
-            "nccl" if device == "cuda" else "gloo", timeout=datetime.timedelta(seconds=timeout)
-        )
-    return place
+        backend = "nccl" if found.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=SILENT))
+    return Place(found, rank, world_size, precision(amp, found))
 
 
-def leave_the_others(name: str) -> bool:
-    """For a program of one process: the first process a launcher has started goes on as if alone,
-    and says so; returns False in the others, whose end must not look like a failure.
-    """
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if world_size == 1:
-        return True
-    if int(os.environ.get("RANK", 0)):
-        return False
-    print(
-        f"{name} works in one process: the other {world_size - 1} of the launcher have nothing to "
-        "do",
-        file=sys.stderr,
-        flush=True,
-    )
-    for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        os.environ.pop(variable, None)
-    return True
-
-
-def mps_available() -> bool:
-    """Whether this machine has an Apple GPU."""
-    return torch.backends.mps.is_available()
+def pick_device(device: str) -> torch.device:
+    """auto is a CUDA GPU where there is one, else the CPU. Raises ValueError."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    available = dict(cuda=torch.cuda.is_available, mps=torch.backends.mps.is_available)
+    if device in available and not available[device]():
+        raise ValueError(f"--device {device}, but this machine has none: use --device auto")
+    return torch.device(device)
 
 
 def precision(amp: str, device: torch.device) -> torch.dtype | None:
@@ -92,45 +72,38 @@ def precision(amp: str, device: torch.device) -> torch.dtype | None:
 
     Raises ValueError for bf16 on a GPU without it.
     """
-    if amp == "auto":
-        if device.type != "cuda":
-            return None
-        return (
-            torch.bfloat16
-            if torch.cuda.is_bf16_supported(including_emulation=False)
-            else torch.float16
-        )
-    if (
-        amp == "bf16"
-        and device.type == "cuda"
-        and not torch.cuda.is_bf16_supported(including_emulation=False)
-    ):
-        raise ValueError(
-            f"--amp bf16, but {torch.cuda.get_device_name()} has no bf16: use --amp fp16"
-        )
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+    if amp == "off" or (amp == "auto" and device.type != "cuda"):
+        return None
+    if amp == "fp16":
+        return torch.float16
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        if amp == "auto":
+            return torch.float16
+        name = torch.cuda.get_device_name()
+        raise ValueError(f"--amp bf16, but {name} has no bf16: use --amp fp16")
+    return torch.bfloat16
+
+
+def synchronized(model: nn.Module, place: Place) -> nn.Module:
+    """The model on its device; on several GPUs its batch norms count the rows of all ranks."""
+    model = model.to(place.device)
+    if place.device.type == "cuda":
+        model = model.to(memory_format=torch.channels_last)
+        if place.world_size > 1:  # on a CPU it raises
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model
 
 
 def wrap(model: nn.Module, place: Place) -> nn.Module:
-    """The model as all processes train it: gradients averaged, batch norms synchronized where they
-    can be.
-    """
+    """The model as all processes train it: DistributedDataParallel, where there are several."""
     if place.world_size == 1:
         return model
     ids = [place.device.index] if place.device.type == "cuda" else None
-    # Buffers stay each rank's own: with SyncBN they are equal, and without it (CPU) rank 0's are
-    # saved.
+    # Buffers stay each rank's own: with SyncBN they are equal, and without it rank 0's are saved.
     ddp = nn.parallel.DistributedDataParallel
     renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # torch 2.15 and newer
     buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     return ddp(model, ids, gradient_as_bucket_view=True, **buffers)
-
-
-def exchange(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-    """Of several backward passes into one gradient only the last one averages over processes."""
-    if isinstance(model, nn.parallel.DistributedDataParallel) and not last:
-        return model.no_sync()
-    return contextlib.nullcontext()
 
 
 def finish() -> None:
@@ -139,9 +112,9 @@ def finish() -> None:
         dist.destroy_process_group()
 
 
-def describe(place: Place, dtype: torch.dtype | None) -> str:
+def describe(place: Place) -> str:
     """One line for a person: device, processes, precision."""
-    half = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "float32"}[dtype]
+    half = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "float32"}[place.dtype]
     name = place.device.type
     if name == "cuda":
         name = torch.cuda.get_device_name(place.device)
@@ -151,24 +124,19 @@ def describe(place: Place, dtype: torch.dtype | None) -> str:
     return f"{name}, {processes}, {half}"
 
 
-def cores_per_process(most: int = 8) -> int:
-    """How many cores this process may use, 1 to `most`, shared with the others of this machine."""
-    if hasattr(os, "sched_getaffinity"):
-        allowed = len(os.sched_getaffinity(0))
-    else:
-        allowed = os.cpu_count() or 1
-    return max(1, min(most, allowed // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-
-
 def workers_of(workers: int) -> int:
-    """How many processes read images for this one; -1: one per core."""
-    return cores_per_process() if workers < 0 else workers
+    """How many processes read images for this one; -1: one per core, shared with the others of
+    this machine, at most 8.
+    """
+    if workers >= 0:
+        return workers
+    known = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """The most memory this process ever held, GB (1e9 bytes): of the GPU if there is one, else of
-    the machine.
-    """
+    """The most memory this process ever held, GB (1e9 bytes): of the GPU, or else of the machine."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     try:

@@ -1,8 +1,6 @@
 """What one process must know of the others: their number, sums over them, their rows.
 
-Slide: none.
-Paper: section 4.1, 8 GPUs.
-Differs: the same calls work in a process on its own.
+The same calls work in a process on its own.
 """
 
 from __future__ import annotations
@@ -17,11 +15,9 @@ from torch import Tensor
 
 def rank_and_world_size() -> tuple[int, int]:
     """(0, 1) for a process on its own."""
-    return (
-        (dist.get_rank(), dist.get_world_size())
-        if dist.is_available() and dist.is_initialized()
-        else (0, 1)
-    )
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 @torch.no_grad()  # all_reduce has no gradient; the losses are built so that none is needed
@@ -38,7 +34,8 @@ def gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
     """The rows of all ranks, in the order of the ranks.
 
     rows (n ...): this rank's; counts: n of every rank, known to all -> (sum of counts ...). Alone:
-    rows itself. On the wire: max(counts) rows per rank, since a gather moves equal pieces.
+    rows itself. On the wire: max(counts) rows per rank, since a gather moves equal pieces. Raises
+    ValueError where the counts do not fit.
     """
     rank, world_size = rank_and_world_size()
     if len(counts) != world_size or counts[rank] != len(rows):

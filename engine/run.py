@@ -1,296 +1,410 @@
-"""The parts of a run and their common life: new or resumed, saved, ended. Any model, any data.
+"""The life of a run: batches in order, one agreement per step, a state that survives, a log.
 
-Slide: none.
-Paper: none.
-Differs: not in the released code. A program puts its own loop around these parts; each part's file
-says what it owns.
+Any model, any data. A program puts its own step between `remember` and `end_step`; train.py shows
+the order. Every random choice is a function of the seed and of the position in the run, so that
+nothing of it must be saved.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
-from engine import checkpoint, files, keeper, processes
-from engine.batches import Batches, Collate, run_batches
-from engine.gradient import Gradient
-from engine.journal import Journal
-from engine.keeper import Keeper
-from engine.loader import Skipped, collate
-from engine.lock import Lock
-from engine.meter import Meter
+from engine import checkpoints, files, processes
+from engine.batches import Collate, Reader, RunSampler, Samples, Skipped
+from engine.guards import Lock, StopSignals
+from engine.log import Log, say
+from engine.processes import Place
 from engine.program import Stopped
-from engine.progress import Progress
-from engine.ranks import gather_rows
-from engine.schedule import Schedule
-from engine.signals import StopSignals
-from engine.undo import Undo
+from engine.ranks import gather_objects, sum_over_ranks
+
+MAX_BAD_STEPS = 20  # in a row without a finite loss and gradient, before a run stops [U]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a person may choose about a run, whatever is trained. Plain values, named as the options
-    of train.py.
-    """
+    """What a person may choose about a run, whatever is trained."""
 
-    output_dir: str
+    output_dir: str  # "": nothing is written and nothing is resumed
     batch_size: int  # of all ranks together
+    last_step: int  # where the run ends
     seed: int = 0
     accumulate: int = 1  # parts per batch
     workers: int = -1  # processes that read images for each rank, -1: one per core
-    resume: str = "auto"
-    save_every: int = 1  # epochs
-    save_minutes: float = 0.0
-    keep_every: int = 0  # epochs
-    keep_last: int = 0
-    on_save_error: str = "continue"
-    max_bad_share: float = 0.01
-    max_bad_steps: int = 20
+    resume: str = "auto"  # auto: output_dir/last.pth where it is there; none; force; or a path
+    log_every: int = 10  # steps
+    save_minutes: float = 10.0  # between two writings of last.pth
+    keep_every: int = 0  # epochs between two files epoch_N.pth, 0: none
     tensorboard: bool = False
 
 
-@dataclass
 class Run:
-    """One rank's parts."""
+    """One rank's part of a run, new or resumed.
 
-    options: Options
-    place: processes.Place
-    schedule: Schedule
-    model: nn.Module
-    gradient: Gradient
-    undo: Undo
-    progress: Progress
-    batches: Batches
-    meter: Meter
-    journal: Journal
-    keeper: Keeper
-    lock: Lock | None  # the main process's
-    # Kept with the checkpoint, so that another run can tell whether it may continue
-    settings: Mapping[str, Any]
-    num_images: int
-    # on the clock of time.perf_counter, moved back by what the run took before it was interrupted
-    began: float
-    # what a program wants to know again when it is resumed, plain values
-    notes: dict[str, Any] = field(default_factory=dict)
+    model: what is trained and saved; optimizer: over its parameters; images: a sequence; view(image,
+    rng): what a batch needs of one; settings: kept with the checkpoint; changed(saved): what a
+    checkpoint was made with and this run is not; collate: samples -> a batch; names: of the numbers
+    that every step is judged by. Raises ValueError for what the person can change.
+    """
 
-    @property
-    def folder(self) -> Path:
-        """Where all of the run is written."""
-        return Path(self.options.output_dir)
+    def __init__(
+        self,
+        options: Options,
+        place: Place,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        images: Sequence[Any],
+        view: Callable[[Any, Any], Any],
+        settings: Mapping[str, Any],
+        changed: Callable[[Mapping[str, Any]], list[str]] = lambda saved: [],
+        collate: Collate = default_collate,
+        names: Sequence[str] = ("loss",),
+    ):
+        self.options, self.place, self.model, self.optimizer = options, place, model, optimizer
+        self.images, self.settings, self.names = images, dict(settings), (*names, "grad_norm")
+        self.folder = Path(options.output_dir) if options.output_dir else None
+        self.signals, self.lock, self.log_file = StopSignals(), None, None
+        self.scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
+        self.trained = [p for group in optimizer.param_groups for p in group["params"]]
+        self.steps = self.position = self.bad_steps = self.bad_in_row = 0
+        self.logged, self.sums = 0, [0.0] * len(self.names)  # step of the last line; since then
+        self.notes: dict[str, Any] = {}  # what a program wants to know again when it is resumed
+        self.ended = ""  # then "done", "signal", "trouble" or "diverged"
+        self.began = self.written = self.timed_at = time.perf_counter()
+        self.moving = False  # while some weights have moved and others have not
+        self.under_way = False  # a step whose forward may have moved the buffers
+        self.buffers = list(model.buffers())
+        self.before = [buffer.clone() for buffer in self.buffers]
+        if self.folder:
+            self.open_folder(changed)
+        self.timed = self.steps
+        self.network = processes.wrap(model, place)
+        skipped = Skipped(self.folder and self.folder / "skipped.txt", len(images))
+        self.steps_per_epoch = max(len(images) // options.batch_size, 1)
+        if options.batch_size % (place.world_size * options.accumulate):
+            raise ValueError(
+                f"--batch-size {options.batch_size} must be a multiple of {place.world_size} "
+                f"process(es) x --accumulate {options.accumulate}"
+            )
+        sampler = RunSampler(len(images), options.batch_size, place, options.seed, self.position)
+        samples = Samples(images, view, options.seed)
+        self.reader = Reader(samples, sampler, place, options.workers, skipped, collate)
 
-    def checkpoint_bytes(self) -> int:
-        """About the size of a checkpoint: the model, and what the optimizer will keep per
-        weight.
+    # ------------------------------------------------------------------------- the loop's verbs
+
+    def batches(self) -> Iterator[Any]:
+        """The batches from where the run stands to its end, or to a pause."""
+        self.reader.fetch()
+        trouble = sum(gather_objects(bool(self.reader.trouble)))
+        self.ended = "trouble" if trouble else "done" if self.finished else ""
+        while not self.ended:
+            yield self.reader.take()
+            self.save_if_due()
+
+    def remember(self) -> None:
+        """Before a forward: what it moves (running statistics), in case the step does not count."""
+        copy_all(self.before, self.buffers)
+        self.under_way = True
+
+    def parts(self, *batch: Tensor) -> Iterator[list[Tensor]]:
+        """The batch in --accumulate parts; only the last backward averages over the ranks."""
+        share = len(batch[0]) // self.options.accumulate
+        for i in range(self.options.accumulate):
+            last = i == self.options.accumulate - 1
+            alone = self.network is self.model or last
+            with contextlib.nullcontext() if alone else self.network.no_sync():
+                yield [tensor[i * share : (i + 1) * share] for tensor in batch]
+
+    def autocast(self) -> torch.autocast:
+        """The run's precision."""
+        dtype = self.place.dtype
+        return torch.autocast(self.place.device.type, dtype, enabled=dtype is not None)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of one part's loss."""
+        self.scaler.scale(loss / self.options.accumulate).backward()
+
+    def agree(self, values: Tensor) -> bool:
+        """All ranks judge the step: True where every number is finite, so that it may move weights.
+
+        values (n): this rank's numbers, under the run's names. In the same exchange the ranks agree
+        whether to stop: one was asked to, or has no next batch. The one wait for the device.
         """
-        # Velocity, or two moments
-        kept = 1 if isinstance(self.gradient.optimizer, torch.optim.SGD) else 2
-        tensors = list(self.model.state_dict().values()) + self.gradient.trained * kept
-        return sum(t.numel() * t.element_size() for t in tensors)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
+        self.reader.fetch()
+        wanted = torch.tensor([bool(self.signals.received), bool(self.reader.trouble)])
+        numbers = torch.cat([values.detach(), norm[None], wanted.to(values.device)])
+        *sums, stop, trouble = sum_over_ranks(numbers).tolist()
+        self.values = [total / self.place.world_size for total in sums]
+        self.good = math.isfinite(sum(sums))
+        self.ended = "signal" if stop else "trouble" if trouble else ""
+        return self.good
+
+    def step(self, lr: float) -> None:
+        """Move the weights. What belongs to the step moves next; `end_step` ends it."""
+        self.moving = True
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+
+    def undo(self) -> None:
+        """Return to what was remembered: the step leaves no trace."""
+        if self.under_way:
+            copy_all(self.buffers, self.before)
+        self.under_way = False
+
+    def end_step(self) -> None:
+        """Count the batch, forget the gradient, and see whether the run ends here."""
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.moving = self.under_way = False
+        self.position += 1
+        self.steps, self.bad_steps = self.steps + self.good, self.bad_steps + (not self.good)
+        self.bad_in_row = 0 if self.good else self.bad_in_row + 1
+        if self.good:
+            self.sums = [a + b for a, b in zip(self.sums, self.values)]
+        if self.bad_in_row >= MAX_BAD_STEPS:
+            self.ended = "diverged"
+        elif self.finished:
+            self.ended = "done"
+        if self.log_file and self.good:
+            self.log_file.bar.update()
 
     @property
-    def trouble(self) -> str:
-        """Why this rank cannot go on, in one line, or ""."""
-        return self.batches.trouble or self.keeper.trouble
+    def finished(self) -> bool:
+        """Whether all steps are taken."""
+        return self.steps >= self.options.last_step
+
+    def generator(self) -> torch.Generator:
+        """Random numbers on the device for this batch and rank."""
+        generator = torch.Generator(self.place.device)
+        return generator.manual_seed(seed_of(self.options.seed, self.position, self.place.rank))
+
+    # ------------------------------------------------------------------------------- the log
+
+    def log_is_due(self) -> bool:
+        """Whether the log gets a line now: every so many good steps, and the first and the last."""
+        due = self.steps % self.options.log_every == 0 or self.steps == 1 or self.finished
+        return due and self.good
+
+    def log(self, brief: Callable[[Mapping[str, Any]], str], **more: float) -> dict[str, Any]:
+        """A line of log.jsonl, and the same in brief for the eye -> the line. more: of this step."""
+        epoch = round(self.position / self.steps_per_epoch, 4)
+        record = dict(step=self.steps, epoch=epoch, **self.means(), **more)
+        if self.log_file:
+            self.log_file.write(record, brief(record))
+        return record
+
+    def means(self) -> dict[str, float]:
+        """Means over the steps since the last line, and the speed; starts the next line."""
+        now, steps = time.perf_counter(), self.steps - self.logged
+        timed = max(self.steps - self.timed, 1)
+        line = {name: total / steps for name, total in zip(self.names, self.sums)}
+        line.update(
+            images_per_second=timed * self.options.batch_size / (now - self.timed_at),
+            data_seconds=self.reader.waited_since() / timed,
+            memory_gb=processes.peak_memory_gb(self.place.device),
+            skipped_steps=self.bad_steps,
+        )
+        self.logged, self.sums = self.steps, [0.0] * len(self.names)
+        self.timed, self.timed_at = self.steps, now
+        return line
+
+    def print(self, *lines: str) -> None:
+        """Lines on stdout, from the main process."""
+        for line in lines:
+            if self.log_file:
+                self.log_file.print(line)
+
+    # ----------------------------------------------------------------------- what survives
+
+    def open_folder(self, changed: Callable[[Mapping[str, Any]], list[str]]) -> None:
+        """Take the folder, go on from its checkpoint, and open the log. Raises ValueError."""
+        options, last = self.options, self.folder / "last.pth"
+        if options.resume not in ("auto", "none", "force"):
+            last = Path(options.resume)
+        wanted = options.resume != "none" and (
+            options.resume not in ("auto", "force") or last.exists()
+        )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = Lock(self.folder) if self.place.is_main else None
+            if wanted:
+                self.resume(last, changed if options.resume != "force" else lambda saved: [])
+            if self.place.is_main:
+                files.remove_leftovers(self.folder)
+                files.write_json(self.folder / "config.json", self.settings)
+                if not self.position:  # a new run names its own
+                    (self.folder / "skipped.txt").unlink(missing_ok=True)
+                log = self.folder / "log.jsonl"
+                self.log_file = Log(log, self.steps, options.last_step, options.tensorboard)
+        except OSError as error:
+            raise ValueError(f"--output-dir {self.folder} cannot be used: {error}") from None
+        positions = gather_objects(self.position)
+        if len(set(positions)) > 1:
+            raise ValueError(
+                f"the processes found different states of {last} (batches done: {positions}): "
+                "every machine must see the same --output-dir"
+            )
+        if wanted and self.place.is_main:
+            print(f"resumed  {last} after step {self.steps}", flush=True)
+
+    def resume(self, path: Path, changed: Callable[[Mapping[str, Any]], list[str]]) -> None:
+        """Go on from a checkpoint."""
+        saved = checkpoints.restore(path, self.model, self.optimizer, self.scaler, changed)
+        self.steps, self.position = saved["step"], saved["position"]
+        self.bad_steps, self.bad_in_row = saved["bad_steps"], saved.get("bad_in_row", 0)
+        self.logged, self.sums = saved["logged"], saved["sums"]
+        self.notes = dict(saved.get("notes", {}))
+        self.began -= saved["seconds"]
+        if saved["world_size"] != self.place.world_size and self.place.is_main:
+            say(
+                f"{saved['world_size']} process(es) then, {self.place.world_size} now: the same "
+                "images in every step, but not the same bits"
+            )
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         return dict(
-            format=checkpoint.FORMAT,
-            config=dict(self.settings),
-            **self.progress.state(),
-            **self.meter.state(),
-            num_images=self.num_images,
+            format=checkpoints.FORMAT,
+            config=self.settings,
+            step=self.steps,
+            position=self.position,
+            bad_steps=self.bad_steps,
+            bad_in_row=self.bad_in_row,
+            logged=self.logged,
+            sums=self.sums,
+            num_images=len(self.images),
             world_size=self.place.world_size,
-            seconds=time.perf_counter() - self.began,
-            notes=dict(self.notes),
+            seconds=self.seconds,
+            notes=self.notes,
             model=self.model.state_dict(),
-            optimizer=self.gradient.optimizer.state_dict(),
-            scaler=self.gradient.scaler.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.scaler.state_dict(),
         )
 
-    @contextlib.contextmanager
-    def rescued(self) -> Iterator[None]:
-        """Around the loop: whatever exception ends it, the unfinished step is undone, and the main
-        process writes what was learned.
+    @property
+    def seconds(self) -> float:
+        """How long the run took so far, its earlier parts included."""
+        return time.perf_counter() - self.began
+
+    def save_if_due(self) -> None:
+        """After a step: last.pth by the clock and at the end, epoch_N.pth at its epoch.
+
+        After a bad step nothing is written unless the run ends: the checkpoint before it may be
+        the better one.
+        """
+        epoch, into_epoch = divmod(self.position, self.steps_per_epoch)
+        keep = self.options.keep_every and not into_epoch and not epoch % self.options.keep_every
+        late = time.perf_counter() - self.written >= 60 * self.options.save_minutes
+        if self.ended == "diverged" or not (self.ended or (self.good and (late or keep))):
+            return
+        self.save(f"epoch_{epoch:04d}.pth" if keep else "")
+
+    def save(self, also: str = "") -> None:
+        """Write last.pth, from the main process; also: a second name. A full disk costs a line,
+        but at the end of a run it is what the run could not do.
+        """
+        self.written = time.perf_counter()
+        if not self.folder or not self.place.is_main:
+            return
+        for name in ("last.pth", also) if also else ("last.pth",):
+            try:
+                checkpoints.save(self.folder / name, self.state())
+            except OSError as error:
+                line = (
+                    f"could not write {self.folder / name} after step {self.steps}: "
+                    f"{error.strerror or error}; what stood there before is intact"
+                )
+                if self.ended:
+                    raise Stopped(line) from None
+                say(f"{line}, and the run goes on")
+
+    def space(self) -> str:
+        """What a checkpoint needs and what the disk has. Raises ValueError where none fits."""
+        kept = 1 if isinstance(self.optimizer, torch.optim.SGD) else 2  # velocity, or two moments
+        tensors = [*self.model.state_dict().values(), *self.trained * kept]
+        size = sum(t.numel() * t.element_size() for t in tensors)
+        free = shutil.disk_usage(self.folder).free
+        line = f"{files.size_in_words(size)} a checkpoint, {files.size_in_words(free)} free"
+        if size > free:
+            raise ValueError(f"the disk of {self.folder} is too small: {line}")
+        return line
+
+    def __enter__(self) -> Run:
+        self.signals.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        """Whatever ended the loop: the unfinished step is undone, what was learned is saved, the
+        readers end, and the folder is free.
         """
         try:
-            yield
-        except BaseException:
-            # Not where some weights have moved and others have not, and not where none have.
-            if not self.gradient.moving and self.progress.step:
-                self.undo.undo()
-                if self.place.rank == 0:
-                    self.keeper.write(self.state(), final=True)
-            raise
+            if error is not None and not self.moving and self.steps:
+                self.undo()
+                self.save()
+        finally:
+            self.signals.__exit__()
+            self.reader.close()
+            if self.log_file:
+                self.log_file.close()
+            if self.lock:
+                self.lock.release()
 
-    def close(self) -> None:
-        """Whatever ends the run: its workers end, and its folder is free."""
-        self.batches.close()
-        self.journal.close()
-        if self.lock:
-            self.lock.release()
-
-    def end(self, received: str) -> bool:
-        """After the loop: True where the run is done, False where it pauses, which is said.
-
-        received: the signal, or "". Raises Stopped where the run could not go on.
+    def end(self) -> int:
+        """After the loop: says how the run ended; returns the exit status. Raises Stopped where it
+        could not go on.
         """
-        self.journal.close()
-        self.report_skipped()
-        progress, last, half = self.progress, self.folder / "last.pth", self.gradient.dtype
-        if progress.ended == "diverged":
-            raise Stopped(keeper.nothing_finite(progress.bad_in_row, half is not None, last))
-        if self.trouble or progress.ended == "trouble":
-            reason = self.trouble or "another process stopped the run, and says why"
-            raise Stopped(f"{reason}. {keeper.where_to_go_on(self.folder, self.options.resume)}")
-        if progress.ended == "signal":
-            again = keeper.same_command(self.options.resume)
-            self.journal.print(
-                f"stopped by {received or 'another process'} after step {progress.step} of "
-                f"{progress.last_step}; {last} is written, and {again} goes on from there"
+        names = self.reader.skipped.names
+        if names and self.place.is_main:
+            print(
+                f"skipped  {len(names)} images that could not be read: {self.reader.skipped.file}"
             )
-        return progress.ended != "signal"
-
-    def report_skipped(self) -> None:
-        """Say at the end how many images could not be read."""
-        skipped = self.batches.skipped
-        if skipped.names:
-            self.journal.print(
-                f"skipped  {len(skipped.names)} images could not be read and were replaced by "
-                f"their neighbors: {skipped.file}"
+        if self.ended == "diverged":
+            raise Stopped(
+                f"{MAX_BAD_STEPS} steps in a row had no finite loss and gradient; none of them "
+                "changed the weights. Go on from the last checkpoint with --amp off or a lower "
+                "--base-lr, and --resume force"
             )
+        again = "the same command goes on from there"
+        if self.ended == "trouble":
+            reason = self.reader.trouble or "another process has no images, and says why"
+            held = f"{self.folder}/last.pth holds step {self.steps}: {again}"
+            raise Stopped(f"{reason}; {held if self.steps else 'no step was taken'}")
+        if self.ended == "signal" and self.place.is_main:
+            received = self.signals.received or "a signal to another process"
+            print(
+                f"stopped by {received} after step {self.steps} of {self.options.last_step}; "
+                f"{self.folder}/last.pth is written, and {again}",
+                flush=True,
+            )
+        return 130 if self.signals.received == "SIGINT" else 0
 
 
-def open_run(
-    options: Options,
-    place: processes.Place,
-    dtype: torch.dtype | None,
-    schedule: Schedule,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    images: Sequence[Any],
-    view: Callable,
-    values: Sequence[str],
-    settings: Mapping[str, Any],
-    changed: Callable[[Mapping[str, Any]], list[str]],
-    touched: Sequence[Tensor] = (),
-    black: Any = None,
-    collate: Collate = collate,
-) -> Run:
-    """All parts of a run on this rank, new or resumed; its folder is made.
-
-    dtype: of autocast, None for float32; view(image, rng): what a batch needs of an image; values:
-    names of what every step adds to the log; settings: kept with the checkpoint; changed(saved):
-    what has changed since and must not; touched: tensors that a forward changes, which a bad step
-    must return; black, collate: of `run_batches`. Raises ValueError, with one line, for what the
-    person who started it can change.
-    """
-    began, folder, is_main = time.perf_counter(), Path(options.output_dir), place.rank == 0
-    gradient = Gradient(model, optimizer, place.device, dtype, options.accumulate)
-    progress = Progress(schedule.last_step, options.max_bad_steps)
-    meter = Meter(values, options.batch_size)
-    notes: dict[str, Any] = {}
-    last = folder / "last.pth" if options.resume == "auto" else Path(options.resume)
-    if options.resume != "none" and (options.resume != "auto" or last.exists()):
-        saved = checkpoint.restore(last, model, optimizer, gradient.scaler, changed)
-        progress.restore(saved)
-        meter.restore(saved)
-        notes = dict(saved.get("notes", {}))
-        began -= saved["seconds"]
-        if is_main:
-            others = keeper.change_of_processes(saved["world_size"], place.world_size)
-            print(f"resumed  {last} after step {progress.step}{others}")
-    position = torch.tensor([progress.position], device=place.device)
-    keeper.check_position(last, gather_rows(position, [1] * place.world_size).tolist())
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = Lock(folder) if is_main else None
-        journal = Journal(folder, progress.step, schedule.last_step, is_main, options.tensorboard)
-        if is_main:
-            if progress.position == 0:  # a new run names its own
-                (folder / "skipped.txt").unlink(missing_ok=True)
-            files.remove_leftovers(folder)
-            files.write_json(folder / "config.json", settings)
-    except OSError as error:
-        raise ValueError(
-            f"--output-dir {folder} cannot be written to: {error.strerror or error}"
-        ) from None
-    skipped = Skipped(folder / "skipped.txt", len(images), options.max_bad_share)
-    batches = run_batches(
-        images,
-        view,
-        options.batch_size,
-        options.seed,
-        progress.position,
-        place,
-        options.workers,
-        skipped,
-        black,
-        collate,
-    )
-    kept = Keeper(
-        folder,
-        schedule.steps_per_epoch,
-        options.save_every,
-        options.keep_every,
-        options.keep_last,
-        options.on_save_error == "stop",
-        is_main,
-        options.save_minutes,
-    )
-    parts = Undo(touched), progress, batches, meter, journal, kept, lock, settings
-    return Run(options, place, schedule, model, gradient, *parts, len(images), began, notes)
+@torch.no_grad()
+def copy_all(into: Sequence[Tensor], source: Sequence[Tensor]) -> None:
+    """Copy tensors pairwise, those of one type in one launch."""
+    for dtype in {t.dtype for t in into}:
+        pairs = [(a, b) for a, b in zip(into, source) if a.dtype == dtype]
+        torch._foreach_copy_(*zip(*pairs))
 
 
-def bare_run(
-    options: Options,
-    place: processes.Place,
-    dtype: torch.dtype | None,
-    schedule: Schedule,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    touched: Sequence[Tensor] = (),
-) -> Run:
-    """The parts of a run that take a step, and none that reads or writes: to measure one.
-
-    Arguments as of `open_run`.
-    """
-    gradient = Gradient(model, optimizer, place.device, dtype, options.accumulate)
-    progress = Progress(schedule.last_step, options.max_bad_steps)
-    nothing: Any = None
-    parts = Undo(touched), progress, nothing, nothing, nothing, nothing, None, {}
-    return Run(options, place, schedule, model, gradient, *parts, 0, time.perf_counter())
-
-
-def live(
-    output_dir: str,
-    resume: str,
-    set_up: Callable[[], Run],
-    loop: Callable[[Run, StopSignals], None],
-    finish: Callable[[Run], None],
-    prepared: Callable[[Run], None] | None = None,
-) -> int:
-    """The life of a run on this rank: set up, loop, end; returns the exit status.
-
-    loop(run, signals): all steps; finish(run): what a run leaves when it is done, on the main
-    process; prepared(run): called before the first step, to look on. Whatever ends the loop, what
-    was learned is kept. Raises Stopped, ValueError, and what is a mistake of ours.
-    """
-    with StopSignals() as signals, contextlib.ExitStack() as at_end:
-        with keeper.saying_what_is_lost(output_dir, resume):
-            run = set_up()
-        at_end.callback(run.close)
-        with keeper.saying_what_is_lost(output_dir, resume), run.rescued():
-            if prepared:
-                prepared(run)
-            loop(run, signals)
-        if run.end(signals.received) and run.place.rank == 0:
-            finish(run)
-        return signals.status if run.progress.ended == "signal" else 0
+def seed_of(*parts: int) -> int:
+    """One random stream per (seed, position in the run, rank)."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
