@@ -1,11 +1,10 @@
-"""Images with a label for every pixel: the rows of `layouts.LAYOUTS`, opened.
+"""Images with a label for every pixel: the data sets of `layouts.LABELED`, opened.
 
 Labels are for measuring and fine-tuning only: train.py uses nothing from this file.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from tqdm import tqdm
 
 import toy
 from engine.images import BadImage, ImageFiles, find_images
-from measures.layouts import FIRST_STUFF, IGNORE, LAYOUTS, WRONG, Layout
+from measures.layouts import COARSE_NAMES, FIRST_STUFF, IGNORE, LABELED, WRONG
 
 UNSEEN = 2**32  # a seed of toy scenes that no run trains on: those of runs end at 2^31
 
@@ -56,13 +55,8 @@ class Labeled:
             raise ValueError(f"cannot read {bad.name}: {bad.reason}") from None
         label = self.label_of(place)
         if label.shape != image.shape[-2:]:
-            found, wanted = (
-                " x ".join(map(str, reversed(shape))) for shape in (label.shape, image.shape[-2:])
-            )
-            raise ValueError(
-                f"{self.images.name(place)} is {wanted} but its label is {found}: "
-                "they must show the same pixels"
-            )
+            size, found = (f"{x} x {y}" for y, x in (image.shape[-2:], label.shape))
+            raise ValueError(f"{self.images.name(place)} is {size} but its label is {found}")
         return image, label.long()
 
     def places(self) -> Sequence[int]:
@@ -76,7 +70,7 @@ class Labeled:
 
     def files(self) -> set[Path]:
         """The image files; of toy scenes, which are drawn, none."""
-        if not isinstance(self.images, ImageFiles):
+        if isinstance(self.images, toy.ToyImages):
             return set()
         return {Path(self.images.root, self.images.name(place)) for place in self.places()}
 
@@ -86,19 +80,17 @@ def open_labeled(
 ) -> Labeled:
     """The labeled images of one split of a data set.
 
-    dataset: a key of `LAYOUTS`; split: None for what is usually measured, val, of a folder
-    everything. options: count, seed, preset and dials of toy scenes; list_file of coco_stuff and
-    voc (names to read, one per line); num_classes of a folder. Raises ValueError with one line.
+    dataset: a key of `LABELED`; split: None for what is usually measured, val, of a folder
+    everything. options: those of `draw_toy` or `open_files`. Raises ValueError with one line.
     """
-    if dataset not in LAYOUTS:
-        names = ", ".join(LAYOUTS)
+    if dataset not in LABELED:
+        names = ", ".join(LABELED)
         raise ValueError(f"unknown labeled data set {dataset!r}: choose one of {names}")
     if dataset == "toy":
         return draw_toy(split, **options)
     if not data_dir:
-        raise ValueError(
-            f"--data-dir is missing: the folder of {dataset}, which holds {LAYOUTS[dataset].tree}"
-        )
+        tree = LABELED[dataset].tree
+        raise ValueError(f"--data-dir is missing: the folder of {dataset}, which holds {tree}")
     return open_files(dataset, Path(data_dir), split, **options)
 
 
@@ -111,120 +103,118 @@ def draw_toy(
 
 
 def open_files(
-    dataset: str, root: Path, split: str | None = None, list_file: str | Path | None = None,
+    dataset: str,
+    root: Path,
+    given: str | None = None,
+    list_file: str | Path | None = None,
     num_classes: int | None = None,
-) -> Labeled:  # fmt: skip
-    """`open_labeled` of a data set that lies on the disk."""
-    layout = LAYOUTS[dataset]
+) -> Labeled:
+    """`open_labeled` of files. list_file: names of the images to take, one per line; num_classes:
+    of a folder without classes.txt.
+    """
+    layout = LABELED[dataset]
     root = next((root / top for top in layout.tops if (root / top).is_dir()), root)
-    whole_folder = layout.classes is None
-    part = folder_split(root, split) if whole_folder else split or "val"
-    images = root / layout.images.format(split=layout.splits.get(part, part))
+    of_folder = layout.classes is None
+    split = folder_split(root, given) if of_folder else given or "val"
+    images = root / layout.images.format(split=layout.splits.get(split, split))
     if not images.is_dir():
         raise wrong_tree(dataset, root, f"no folder {images}")
-    paths = image_paths(dataset, root, images, part, list_file)
-    files = label_files(layout, root, part, paths)
-    require_files(dataset, root, "image", [images / path for path in paths])
-    require_files(dataset, root, "label", files)
+    paths, files = paired(dataset, root, images, split, list_file)
     names, notice = layout.classes, ""
-    if whole_folder:
+    if of_folder:
         names, notice = folder_classes(root, files, num_classes)
     if layout.curated:
-        kept = range(len(files)) if list_file else curated(files)
-        paths, files = [paths[i] for i in kept], [files[i] for i in kept]
-        notice = curated_notice(paths, part)
+        bar = tqdm(zip(paths, files), "curated list", len(files), disable=None, leave=False)
+        kept = [pair for pair in bar if list_file or curated(pair[1])]
+        if not kept:
+            raise ValueError(f"no image of {images} is curated: 360 px on both sides, 3/4 stuff")
+        paths, files = zip(*kept)
+        notice = curated_notice(paths, split)
     label_of = partial(read_label, files, layout.ids, len(names))
-    found = Labeled(ImageFiles(images, np.array(paths)), label_of, names, notice)
-    if whole_folder and part == "." and split:
-        return found.subset([i for i in range(len(found)) if (i % 5 == 0) == (split == "val")])
-    return found
+    found = Labeled(ImageFiles(images, paths), label_of, names, notice)
+    return fifth(found, given) if of_folder and split == "." and given else found
 
 
-# ------------------------------------------------------------------------------ files of a split
+# --------------------------------------------------------------------------- the files of a split
 
 
-def image_paths(
+def paired(
     dataset: str, root: Path, images: Path, split: str, list_file: str | Path | None
-) -> list[str]:
-    """Paths of the images below their folder, in order. Raises ValueError where there are none."""
-    layout = LAYOUTS[dataset]
-    if list_file or layout.listed:
-        names = list_file or split_list(dataset, root, split)
+) -> tuple[list[str], list[Path]]:
+    """Paths of the images below their folder, in order, and the label file of each.
+
+    Raises ValueError where there are none, and where some are missing.
+    """
+    layout = LABELED[dataset]
+    if layout.listed and not list_file:
+        list_file = root / layout.listed.format(split=split)
+        if not list_file.is_file():
+            raise wrong_tree(dataset, list_file.parent, f"no {list_file}")
+    if list_file:
         # Some lists name paths from the top: "/JPEGImages/x.jpg /SegmentationClassAug/x.png".
-        stems = [Path(line.split()[0]).stem for line in lines_of(names) if line.strip()]
-        paths = [f"{stem}{layout.suffix}" for stem in stems]
+        names = [Path(line.split()[0]).stem for line in lines_of(list_file) if line.strip()]
+        paths = [f"{name}{layout.suffix}" for name in names]
     else:
         paths = [path for path in find_images(images)[1].tolist() if path.endswith(layout.suffix)]
+        names = [path.removesuffix(layout.suffix or Path(path).suffix) for path in paths]
     if not paths:
         raise wrong_tree(dataset, root, f"no {images}/*{layout.suffix}")
-    return paths
+    labels, folder = layout.other_labels.get(split, layout.labels), layout.splits.get(split, split)
+    files = [root / labels.format(split=folder, name=name) for name in names]
+    for kind, expected in (("image", [images / path for path in paths]), ("label", files)):
+        missing = missing_of(expected)
+        if missing:
+            count = f"{len(missing)} of {len(expected)} {kind}s are missing"
+            raise wrong_tree(dataset, root, f"{count}, first {missing[0]}")
+    return paths, files
 
 
-def split_list(dataset: str, root: Path, split: str) -> Path:
-    """The text file that names the images of a split; some write trainaug.txt for train_aug."""
-    listed = LAYOUTS[dataset].listed
-    files = [root / listed.format(split=name) for name in (split, split.replace("_", ""))]
-    for file in files:
-        if file.is_file():
-            return file
-    raise wrong_tree(dataset, files[0].parent, f"no {files[0]}")
-
-
-def label_files(layout: Layout, root: Path, split: str, paths: Sequence[str]) -> list[Path]:
-    """The label map of every image."""
-    labels = layout.other_labels.get(split, layout.labels)
-    folder = layout.splits.get(split, split)
-    names = [
-        path.removesuffix(layout.suffix) if layout.suffix else os.path.splitext(path)[0]
-        for path in paths
-    ]
-    return [root / labels.format(split=folder, name=name) for name in names]
-
-
-def require_files(dataset: str, root: Path, kind: str, files: Sequence[Path]) -> None:
-    """Raises ValueError, with their number and the first, where some files are not there."""
-    there: dict[Path, set[str]] = {}
-    for folder in {file.parent for file in files}:  # one look into a folder, not one per file
-        there[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
-    missing = [file for file in files if file.name not in there[file.parent]]
-    if missing:
-        count = f"{len(missing)} of {len(files)} {kind}s are missing"
-        raise wrong_tree(dataset, root, f"{count}, first {missing[0]}")
+def missing_of(files: Sequence[Path]) -> list[Path]:
+    """Those that are not there: one look into each folder, not one per file."""
+    folders = {file.parent for file in files}
+    there = {each: set(os.listdir(each)) if each.is_dir() else set() for each in folders}
+    return [file for file in files if file.name not in there[file.parent]]
 
 
 def wrong_tree(dataset: str, root: Path, reason: str, tree: str = "") -> ValueError:
     """The complaint about a folder: what is wrong, what is expected, what was found.
 
-    tree: what is expected, for a data set that is no row of `LAYOUTS`.
+    tree: what is expected, for a data set that is no row of `LABELED`.
     """
-    top = root
-    while not top.is_dir() and top != top.parent:
-        top = top.parent
+    top = next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
     names = sorted(entry.name + "/" * entry.is_dir() for entry in os.scandir(top))
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     found = f"found in {top}: {', '.join(names[:8]) or 'nothing'}{more}"
-    tree = tree or LAYOUTS[dataset].tree
+    tree = tree or LABELED[dataset].tree
     return ValueError(f"{reason}; --dataset {dataset} expects in --data-dir: {tree}; {found}")
 
 
-# ----------------------------------------------------------------------------------- the label maps
+def lines_of(file: str | Path) -> list[str]:
+    """The lines of a text file. Raises ValueError where it is none."""
+    try:  # "-sig": some editors begin a file with a mark, which is no part of the first name
+        return Path(file).read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise ValueError(f"cannot read {file}: {error.strerror.lower()}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is not a text file: one name per line is expected") from None
 
 
-def read_label(files: Sequence[Path], ids: tuple[int, ...], num_classes: int, index: int) -> Tensor:
-    """One label map as classes, (y x) int64 with IGNORE; the guard of every label file.
+# --------------------------------------------------------------------------- label maps
+
+
+def read_label(files: Sequence[Path], ids: Sequence[int], num_classes: int, index: int) -> Tensor:
+    """One label map as classes, (y x) int64 with IGNORE: the guard of every label file.
 
     ids: id in the file -> class, (): they are classes. num_classes: 0 for segments without classes.
     Raises ValueError with one line for an id that is no class, and as `read_ids`.
     """
     numbers = read_ids(files[index])
     table = np.array([*ids, WRONG])
-    classes = table[np.clip(numbers, -1, len(ids))] if ids else numbers
+    classes = table[np.clip(numbers, -1, len(ids))] if len(ids) else numbers
     wrong = (classes != IGNORE) & ((classes < 0) | (classes >= num_classes))
     if num_classes and wrong.any():
-        raise ValueError(
-            f"the label {files[index]} has id {numbers[wrong][0]}, which is none of "
-            f"its {num_classes} classes"
-        )
+        found = f"the label {files[index]} has id {numbers[wrong][0]}"
+        raise ValueError(f"{found}, which is none of its {num_classes} classes")
     return torch.from_numpy(classes)
 
 
@@ -232,65 +222,43 @@ def read_ids(file: Path) -> np.ndarray:
     """The ids in a label file, (y x) int64. Raises ValueError: unreadable, or colors, not ids."""
     try:
         with Image.open(file) as image:
-            if image.mode not in ("L", "P", "1", "I", "I;16"):
-                raise ValueError(
-                    f"{file} holds colors ({image.mode}), not class ids: one gray value per class"
-                )
-            return np.asarray(image).astype(np.int64)
+            mode, ids = image.mode, np.asarray(image)
     except (OSError, SyntaxError):
         raise ValueError(f"cannot read the label {file}") from None
+    if mode not in ("L", "P", "1", "I", "I;16"):
+        raise ValueError(f"{file} holds colors ({mode}), not class ids: one gray value per class")
+    return ids.astype(np.int64)
 
 
-# --------------------------------------------------------------------------------------- COCO-Stuff
+# --------------------------------------------------------------------------- COCO-Stuff
 
 
-def is_curated(fine: np.ndarray) -> bool:
+def curated(file: Path) -> bool:
     """Whether PiCIE's rule keeps an image [P]: both sides at least 360 px, and 3/4 of it stuff.
 
-    fine (y x): ids of the 182 fine classes.
+    file: its label map of the 182 fine classes. The size stands in the header: it is tested first.
     """
-    coarse = np.array(LAYOUTS["coco_stuff"].ids)[np.clip(fine, 0, IGNORE)]
-    stuff = (coarse >= FIRST_STUFF) & (coarse != IGNORE)
-    return min(fine.shape) >= 360 and stuff.mean() >= 0.75
-
-
-def curated(files: Sequence[Path]) -> list[int]:
-    """Indices of the label maps that the rule keeps. The size is tested first: it is in the header.
-
-    Raises ValueError where there are none.
-    """
-    kept = []
-    for index, file in enumerate(tqdm(files, "curated list", disable=None, leave=False)):
-        with contextlib.suppress(OSError), Image.open(file) as image:
-            if min(image.size) < 360:
-                continue
-        if is_curated(read_ids(file)):
-            kept.append(index)
-    if not kept:
-        raise ValueError(
-            f"no image of {files[0].parent} is curated: 360 px on both sides and 3/4 stuff"
-        )
-    return kept
+    with Image.open(file) as image:
+        if min(image.size) < 360:
+            return False
+    coarse = read_label([file], LABELED["coco_stuff"].ids, len(COARSE_NAMES), 0)
+    return float(((coarse >= FIRST_STUFF) & (coarse != IGNORE)).double().mean()) >= 0.75
 
 
 def curated_notice(paths: Sequence[str], split: str) -> str:
-    """What to say about a list of images: whether it is the one that papers use."""
-    published = list_digest([Path(path).stem for path in paths]) == PUBLISHED_LIST
-    if published or split not in ("val", "val2017"):
+    """Whether the images are those of the list that papers use."""
+    names = "".join(f"{Path(path).stem}\n" for path in paths)
+    published = hashlib.sha256(names.encode()).hexdigest() == PUBLISHED_LIST
+    if published or not split.startswith("val"):
         return "curated images"
     return "curated images, NOT the published list of 2,175: the numbers compare with no paper"
 
 
-def list_digest(names: Sequence[str]) -> str:
-    """sha256 of a list of image ids, one per line with a line end after each."""
-    return hashlib.sha256("".join(f"{name}\n" for name in names).encode()).hexdigest()
-
-
-# --------------------------------------------------------------------------------- any other folder
+# --------------------------------------------------------------------------- any other folder
 
 
 def folder_split(root: Path, split: str | None) -> str:
-    """The folder of a split within images/ and labels/; ".": all images, or every fifth of them.
+    """The folder of a split within images/ and labels/; ".": there are none.
 
     Raises ValueError for the one of train and val that is missing where the other is there: a part
     of everything would share images with it.
@@ -298,16 +266,17 @@ def folder_split(root: Path, split: str | None) -> str:
     if not split or (root / "images" / split).is_dir():
         return split or "."
     other = dict(train="val", val="train").get(split)
-    if other is None:
-        raise ValueError(
-            f"no folder {root / 'images' / split}, and without it a split is train or val"
-        )
+    if not other:
+        raise ValueError(f"no folder {root}/images/{split}, and without it a split is train or val")
     if (root / "images" / other).is_dir():
-        raise ValueError(
-            f"{root} has images/{other} but no images/{split}: add it, or put all "
-            "images into images/"
-        )
+        advice = "add it, or put all images into images/"
+        raise ValueError(f"{root} has images/{other} but no images/{split}: {advice}")
     return "."
+
+
+def fifth(labeled: Labeled, split: str) -> Labeled:
+    """Every fifth image for val, the others for train."""
+    return labeled.subset([i for i in range(len(labeled)) if (i % 5 == 0) == (split == "val")])
 
 
 def folder_classes(
@@ -331,20 +300,13 @@ def class_names(file: Path) -> list[str]:
     and JSON hold classes by name, and would lose one.
     """
     names = "\n".join(line.strip() for line in lines_of(file)).rstrip().split("\n")
-    first: dict[str, int] = {}  # name -> its line
-    for number, name in enumerate(names if any(names) else [], 1):
-        if not name:
-            raise ValueError(
-                f"{file}: line {number} is blank, but it names id {number - 1}: "
-                "write a name there, or remove the line"
-            )
-        if name in first:
-            raise ValueError(
-                f"{file}: lines {first[name]} and {number} are both {name!r}: "
-                "every class needs a name of its own"
-            )
-        first[name] = number
-    return list(first)
+    for number, name in enumerate(names):
+        if not name and any(names):
+            raise ValueError(f"{file}: line {number + 1} is blank, but it names id {number}")
+        if name in names[:number]:
+            lines = f"lines {names.index(name) + 1} and {number + 1}"
+            raise ValueError(f"{file}: {lines} are both {name!r}: every class needs another name")
+    return names if any(names) else []
 
 
 def count_classes(files: Sequence[Path]) -> tuple[int, str]:
@@ -359,10 +321,8 @@ def count_classes(files: Sequence[Path]) -> tuple[int, str]:
             first.setdefault(number, file)
     ids = sorted(first.keys() - {IGNORE})
     if not ids:
-        raise ValueError(
-            f"nothing is labeled: all pixels of the {len(files)} label files are "
-            f"{IGNORE} (no class)"
-        )
+        labels = f"all pixels of the {len(files)} label files are {IGNORE} (no class)"
+        raise ValueError(f"nothing is labeled: {labels}")
     count = ids[-1] + 1
     if count == len(ids):
         return count, ""
@@ -373,13 +333,3 @@ def count_classes(files: Sequence[Path]) -> tuple[int, str]:
         f"{first[after]}: if that is a mistake, correct the file; --num-classes "
         f"{before + 1 or count} sets their number"
     )
-
-
-def lines_of(file: str | Path) -> list[str]:
-    """The lines of a text file. Raises ValueError where it is none."""
-    try:  # "-sig": some editors begin a file with a mark, which is no part of the first name
-        return Path(file).read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise ValueError(f"cannot read {file}: {error.strerror.lower()}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{file} is not a text file: one name per line is expected") from None

@@ -12,10 +12,9 @@ WRONG = -1  # an id that no label file may have
 
 
 class Layout(NamedTuple):
-    """Where images and label maps of one data set lie, and which classes the labels have.
+    """Where images and label maps of a data set lie, and which classes the labels have.
 
-    {split} stands for the folder of a split, {name} for the path of an image below its folder,
-    without `suffix`.
+    {split} stands for the folder of a split; {name}: path of an image below `images`, no suffix.
     """
 
     tree: str  # what --data-dir holds, in words
@@ -74,62 +73,42 @@ CITYSCAPES = {
 }  # fmt: skip
 _CITYSCAPES_CLASS = {number: t for t, number in enumerate(CITYSCAPES.values())}
 
-LAYOUTS = {
+# fmt: off
+LABELED = {
     "toy": Layout("nothing: scenes are drawn", "", "", toy.CLASS_NAMES),
     "folder": Layout(
         "images/ + labels/ with equal names, labels as PNG of ids, and if you like classes.txt "
-        "with a name per line; both may have folders train and val, otherwise every fifth image "
-        "is for testing",
-        "images/{split}",
-        "labels/{split}/{name}.png",
-        None,
-    ),
+        "with a name per line; images/{train,val} and labels/{train,val}, otherwise every fifth "
+        "image is for testing",
+        "images/{split}", "labels/{split}/{name}.png", None),
     "coco_stuff": Layout(
         "{train2017,val2017}/*.jpg + stuffthingmaps_trainval2017/{train2017,val2017}/*.png",
-        "{split}",
-        "stuffthingmaps_trainval2017/{split}/{name}.png",
-        COARSE_NAMES,
-        FINE_TO_COARSE,
-        suffix=".jpg",
-        splits={"train": "train2017", "val": "val2017"},
-        curated=True,
-    ),
+        "{split}", "stuffthingmaps_trainval2017/{split}/{name}.png", COARSE_NAMES, FINE_TO_COARSE,
+        suffix=".jpg", splits={"train": "train2017", "val": "val2017"}, curated=True),
     "voc": Layout(
         "JPEGImages/*.jpg + SegmentationClass/*.png + ImageSets/Segmentation/{train,val}.txt, and "
         "for train_aug SegmentationClassAug/*.png + ImageSets/Segmentation/train_aug.txt, in it "
         "or in its VOC2012 or VOCdevkit/VOC2012",
-        "JPEGImages",
-        "SegmentationClass/{name}.png",
-        VOC_NAMES,
-        suffix=".jpg",
-        tops=("VOCdevkit/VOC2012", "VOC2012"),
+        "JPEGImages", "SegmentationClass/{name}.png", VOC_NAMES,
+        suffix=".jpg", tops=("VOCdevkit/VOC2012", "VOC2012"),
         listed="ImageSets/Segmentation/{split}.txt",
-        other_labels={"train_aug": "SegmentationClassAug/{name}.png"},
-    ),
+        other_labels=dict.fromkeys(("train_aug", "trainaug"), "SegmentationClassAug/{name}.png")),
     "cityscapes": Layout(
         "leftImg8bit/{train,val}/CITY/*_leftImg8bit.png + "
         "gtFine/{train,val}/CITY/*_gtFine_labelIds.png",
-        "leftImg8bit/{split}",
-        "gtFine/{split}/{name}_gtFine_labelIds.png",
-        tuple(CITYSCAPES),
+        "leftImg8bit/{split}", "gtFine/{split}/{name}_gtFine_labelIds.png", tuple(CITYSCAPES),
         tuple(_CITYSCAPES_CLASS.get(number, IGNORE) for number in range(256)),
-        suffix="_leftImg8bit.png",
-    ),
+        suffix="_leftImg8bit.png"),
     "ade20k": Layout(
         "images/{training,validation}/*.jpg + annotations/{training,validation}/*.png, in it or "
         "in its ADEChallengeData2016",
-        "images/{split}",
-        "annotations/{split}/{name}.png",
+        "images/{split}", "annotations/{split}/{name}.png",
         tuple(f"class {number}" for number in range(1, 151)),
         (IGNORE, *range(150)),  # 0 is none of the classes
-        suffix=".jpg",
-        tops=("ADEChallengeData2016",),
-        splits={"train": "training", "val": "validation"},
-    ),
+        suffix=".jpg", tops=("ADEChallengeData2016",),
+        splits={"train": "training", "val": "validation"}),
     "bsds": Layout(
         "images/{train,val,test}/*.jpg + segments/{train,val,test}/*.png",
-        "images/{split}",
-        "segments/{split}/{name}.png",
-        (),
-    ),
+        "images/{split}", "segments/{split}/{name}.png", ()),
 }
+# fmt: on

@@ -1,15 +1,10 @@
-"""How well groups found without labels agree with labeled classes: pure functions of a count table.
+"""How well groups found without labels agree with labeled classes: functions of a table of counts.
 
-Slide: "Understanding the semantic grouping ability: unsupervised semantic segmentation".
-Paper: table 5.
-Differs: the authors released no evaluation code. This follows the published protocol of PiCIE [P],
-which they say they used; the Rand index and the normalized mutual information are ours [U].
-
-The table is the confusion matrix (k t): the number of pixels of prototype k in class t, where t
-counts the labeled classes. The tables of two halves of a data set add up to that of the whole, so
-nothing here depends on the batch size or on the number of processes. A prototype has no class of
-its own: `match` or `majority` assigns one, and every score takes that assignment as an argument, so
-that scores of the two kinds cannot be confused.
+The confusion matrix (k t) counts the pixels of prototype k in class t, where t counts the labeled
+classes. The matrices of two halves of a data set add up to the matrix of the whole, so that nothing
+here depends on the batch size. A prototype has no class: `match` or `majority` assigns one, and
+every score takes that assignment as an argument. This is the published protocol of PiCIE [P]; the
+Rand index and the normalized mutual information are ours [U].
 """
 
 from __future__ import annotations
@@ -18,7 +13,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-IGNORE = 255  # a pixel without a class, in label files of COCO-Stuff, VOC, Cityscapes and ADE20K
+from measures.layouts import IGNORE
+
 UNMATCHED = -1
 
 
@@ -32,15 +28,15 @@ def confusion_matrix(
     and for ids out of range.
     """
     if predicted.shape != target.shape:
-        raise ValueError(f"predicted {(*predicted.shape,)} and target {(*target.shape,)} differ in "
-                         "shape")
+        shapes = f"predicted {(*predicted.shape,)} and target {(*target.shape,)}"
+        raise ValueError(f"{shapes} differ in shape")
     labeled = target != ignore
     predicted, target = predicted[labeled].long(), target[labeled].long()  # uint8 would overflow
-    for name, ids, count in (("prototype", predicted, num_predicted),
-                             ("class", target, num_classes)):
+    limits = ("prototype", predicted, num_predicted), ("class", target, num_classes)
+    for name, ids, count in limits:
         if ids.numel() and (ids.min() < 0 or ids.max() >= count):
-            raise ValueError(f"{name} ids run from {ids.min()} to {ids.max()}, "
-                             f"outside 0..{count - 1}")
+            found = f"{name} ids run from {ids.min()} to {ids.max()}"
+            raise ValueError(f"{found}, outside 0..{count - 1}")
     pairs = predicted * num_classes + target
     counts = torch.bincount(pairs, minlength=num_predicted * num_classes)
     return counts.reshape(num_predicted, num_classes).cpu()
@@ -69,7 +65,9 @@ def majority(confusion: Tensor) -> Tensor:
 
 
 def iou(confusion: Tensor, classes: Tensor) -> Tensor:
-    """Intersection over union of every class, tp / (tp + fp + fn), over the whole data set.
+    """Intersection over union of every class over the whole data set:
+
+    IoU_t = tp / (tp + fp + fn)
 
     confusion (k t); classes (k) from `match` or `majority`. Returns (t) float64 in [0, 1]; nan for
     a class without a labeled pixel. Pixels of unmatched prototypes are missed (fn) but claimed for
@@ -84,25 +82,31 @@ def iou(confusion: Tensor, classes: Tensor) -> Tensor:
 
 def miou(confusion: Tensor, classes: Tensor) -> float:
     """Mean of `iou` over the classes that occur; 0 without any labeled pixel. Same arguments."""
-    return _finite(iou(confusion, classes).nanmean())
+    return float(iou(confusion, classes).nanmean().nan_to_num())
 
 
 def pixel_accuracy(confusion: Tensor, classes: Tensor) -> float:
     """Correct pixels / labeled pixels, in [0, 1]. Same arguments as `iou`."""
-    return _finite(_rows_by_class(confusion, classes).diagonal().sum() / confusion.sum())
+    correct = _rows_by_class(confusion, classes).diagonal().sum()
+    return float((correct / confusion.sum()).nan_to_num())
 
 
 def nmi(confusion: Tensor) -> float:
-    """Normalized mutual information of prototypes and classes, 2 I(k, t) / (H(k) + H(t)).
+    """Normalized mutual information of prototypes and classes:
+
+    NMI = 2 I(k, t) / (H(k) + H(t))
 
     confusion (k t). Returns a number in [0, 1]: 0 if the two are independent, 1 if each determines
     the other. Needs no classes of prototypes.
     """
     joint = confusion.double() / max(int(confusion.sum()), 1)
-    of_prototypes, of_classes = _entropy(joint.sum(1)), _entropy(joint.sum(0))
-    information = of_prototypes + of_classes - _entropy(joint)
+    both, of_prototypes, of_classes = (
+        torch.special.entr(probability).sum()
+        for probability in (joint, joint.sum(1), joint.sum(0))  # over t; over k
+    )
     if of_prototypes + of_classes == 0:  # one prototype and one class: each determines the other
         return float(confusion.sum() > 0)
+    information = of_prototypes + of_classes - both
     # Rounding may leave -1e-16.
     return float((2 * information / (of_prototypes + of_classes)).clamp(min=0))
 
@@ -114,17 +118,12 @@ def adjusted_rand_index(confusion: Tensor) -> float:
     meaning, so it also serves segments without classes (Hubert and Arabie, 1985).
     """
     counts = confusion.double()
-    together = _pairs(counts)
-    in_groups, in_classes = _pairs(counts.sum(1)), _pairs(counts.sum(0))  # over t; over k
-    expected = in_groups * in_classes / _pairs(counts.sum()).clamp(min=1)
+    sums = counts, counts.sum(1), counts.sum(0), counts.sum()  # over t; over k
+    together, in_groups, in_classes, all_pairs = ((n * (n - 1) / 2).sum() for n in sums)
+    expected = in_groups * in_classes / all_pairs.clamp(min=1)
     if in_groups + in_classes == 2 * expected:  # both are one segment, or all single pixels
         return 1.0
     return float((together - expected) / ((in_groups + in_classes) / 2 - expected))
-
-
-def _pairs(counts: Tensor) -> Tensor:
-    """The number of pairs of pixels within each cell, summed over the cells."""
-    return (counts * (counts - 1) / 2).sum()
 
 
 def _rows_by_class(confusion: Tensor, classes: Tensor) -> Tensor:
@@ -134,11 +133,3 @@ def _rows_by_class(confusion: Tensor, classes: Tensor) -> Tensor:
     matched = classes != UNMATCHED
     by_class = torch.zeros(confusion.shape[1], confusion.shape[1], dtype=confusion.dtype)
     return by_class.index_add(0, classes[matched], confusion[matched])
-
-
-def _entropy(probability: Tensor) -> Tensor:
-    return torch.special.entr(probability).sum()
-
-
-def _finite(score: Tensor) -> float:
-    return float(torch.nan_to_num(score))

@@ -1,0 +1,227 @@
+"""The groups of a network and how well they agree with labels, beside two baselines.
+
+The baselines are an untrained network and k-means on colors [U]. The similarity maps are enlarged
+before the decision, as PiCIE does [P]; measures/metrics.py defines the numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from scipy.cluster.vq import kmeans2
+from scipy.spatial import KDTree
+from torch import Tensor
+
+from grouping import GroupingNetwork
+from measures import metrics
+from measures.tables import number, table
+from photometric import normalize
+from slots import occupied
+
+Segmenter = Callable[[Tensor], tuple[Tensor, Tensor]]  # images (b 3 y x) -> (b y x), (b k) bool
+
+
+def winner(maps: Tensor, size: tuple[int, int], chunk: int = 64) -> Tensor:
+    """Which of k maps is the largest at each pixel; with similarities, the nearest prototype.
+
+    maps (b k h w) -> (b y x) int64 in 0..k-1, the lower index at a tie; size: (y, x). The maps are
+    enlarged, not the decisions (bilinear, pixel centers aligned) [P]; `chunk` of them at a time,
+    because 2,048 maps of 320 px take 0.8 GB per image.
+    """
+    best = maps.new_full((len(maps), *size), -torch.inf)
+    largest = torch.zeros_like(best, dtype=torch.long)
+    for first in range(0, maps.shape[1], chunk):
+        some = maps[:, first : first + chunk]
+        enlarged = F.interpolate(some, size, mode="bilinear", align_corners=False)
+        score, index = enlarged.max(dim=1)  # over k
+        largest = torch.where(score > best, index + first, largest)
+        best = torch.maximum(score, best)
+    return largest
+
+
+@torch.no_grad()
+def segment(network: GroupingNetwork, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The segments of images and the occupied prototypes, both on the CPU.
+
+    images (b 3 y x) uint8 -> segments (b y x) int64 in 0..k-1, occupied (b k) bool. A prototype is
+    occupied on the feature grid, before enlarging, as in training.
+    """
+    _, similarity = network(normalize(images.to(network.prototypes.weight.device)))
+    return winner(similarity, images.shape[-2:]).cpu(), occupied(similarity).cpu()
+
+
+# --------------------------------------------------------------------------- groups by color
+
+
+def kmeans(rows: np.ndarray, k: int, seed: int | np.random.Generator = 0) -> np.ndarray:
+    """k-means, 20 rounds: rows (n d) -> centers (k d), a function of the seed."""
+    # k-means++ takes k * k * n steps, which is minutes from k = 256 on.
+    start, rng = "++" if k <= 64 else "points", np.random.default_rng(seed)
+    with warnings.catch_warnings():
+        # An empty cluster keeps its center and gets no pixel, which does no harm.
+        warnings.filterwarnings("ignore", "One of the clusters is empty")
+        return kmeans2(rows.astype(np.float64), k, minit=start, rng=rng, iter=20)[0]
+
+
+def rgb_kmeans(pixels: Tensor, num_groups: int, seed: int = 0) -> Segmenter:
+    """Fit k-means to pixels (n 3) uint8; the result maps images to the nearest of k colors.
+
+    It takes images (b 3 y x) uint8 and returns segments (b y x) and which groups occur (b k) bool.
+    """
+    distinct = len(pixels.unique(dim=0))  # no more centers than colors
+    tree = KDTree(kmeans(pixels.numpy(), min(num_groups, distinct), seed))
+
+    def segmenter(images: Tensor) -> tuple[Tensor, Tensor]:
+        b, _, y, x = images.shape
+        nearest = tree.query(rearrange(images, "b rgb y x -> (b y x) rgb").cpu().numpy())[1]
+        segments = rearrange(torch.from_numpy(nearest), "(b y x) -> b y x", b=b, y=y, x=x)
+        present = torch.zeros(b, num_groups, dtype=torch.bool)
+        return segments, present.scatter(1, rearrange(segments, "b y x -> b (y x)"), True)
+
+    return segmenter
+
+
+def sample_pixels(batches: Iterable[Tensor], per_image: int = 256, seed: int = 0) -> Tensor:
+    """batches of images (b 3 y x) -> colors (n 3) of `per_image` random pixels of each."""
+    generator = torch.Generator().manual_seed(seed)
+    images = (image for batch in batches for image in rearrange(batch, "b c y x -> b (y x) c"))
+    return torch.cat(
+        [each[torch.randint(len(each), (per_image,), generator=generator)] for each in images]
+    )
+
+
+# --------------------------------------------------------------------------- beside the baselines
+
+
+class Tally:
+    """The counts of one way of grouping on a data set: their size depends on k and t alone."""
+
+    def __init__(self, num_groups: int, class_names: Sequence[str]):
+        self.class_names = class_names
+        self.confusion = torch.zeros(num_groups, len(class_names), dtype=torch.long)  # (k t)
+        self.active = torch.zeros(num_groups, dtype=torch.long)  # (k): images that occupy it
+        self.images, self.labeled_images, self.rand_index = 0, 0, 0.0
+
+    def add(self, segments: Tensor, owned: Tensor, label: Tensor) -> None:
+        """segments (b y x) in 0..k-1; owned (b k) bool; label (b y x) in 0..t-1 or IGNORE."""
+        k = len(self.active)
+        self.images += len(segments)
+        self.labeled_images += int((label != metrics.IGNORE).flatten(1).any(dim=1).sum())
+        self.active += owned.sum(0)  # over b
+        if self.class_names:
+            self.confusion += metrics.confusion_matrix(segments, label, k, len(self.class_names))
+            return
+        for one, target in zip(segments, label):  # without classes, an id is of one image only
+            if (target != metrics.IGNORE).any():
+                counts = metrics.confusion_matrix(one, target, k, int(target.max()) + 1)
+                self.rand_index += metrics.adjusted_rand_index(counts)
+
+    def report(self) -> dict:
+        """All numbers under their names. Raises ValueError where no pixel has a label."""
+        if not self.labeled_images:
+            labels = f"all pixels of the {self.images} labels are {metrics.IGNORE} (no class)"
+            raise ValueError(f"nothing is labeled: {labels}")
+        per_image, used = int(self.active.sum()) / self.images, int((self.active > 0).sum())
+        usage = dict(occupied_per_image=per_image, prototypes_used=used)
+        if not self.class_names:
+            return dict(adjusted_rand_index=self.rand_index / self.labeled_images, **usage)
+        one, many = metrics.match(self.confusion), metrics.majority(self.confusion)
+        prototype_of = {int(t): k for k, t in enumerate(one) if t != metrics.UNMATCHED}
+        return dict(
+            nmi=metrics.nmi(self.confusion),
+            miou=metrics.miou(self.confusion, one),
+            accuracy=metrics.pixel_accuracy(self.confusion, one),
+            miou_many_to_one=metrics.miou(self.confusion, many),
+            accuracy_many_to_one=metrics.pixel_accuracy(self.confusion, many),
+            **usage,
+            iou=by_class(self.class_names, metrics.iou(self.confusion, one)),
+            matching={name: prototype_of.get(t) for t, name in enumerate(self.class_names)},
+        )
+
+
+def by_class(class_names: Sequence[str], values: Tensor) -> dict[str, float | None]:
+    """values (t) under their names; None for nan, which JSON lacks: a class without a pixel."""
+    numbers = (None if math.isnan(value) else value for value in values.tolist())
+    return dict(zip(class_names, numbers))
+
+
+def compare(
+    network: GroupingNetwork,
+    untrained: GroupingNetwork,
+    by_color: Segmenter,
+    batches: Iterable[tuple[Tensor, tuple[Tensor, Tensor]]],
+    class_names: Sequence[str],
+) -> dict:
+    """The numbers of the network, and under `untrained` and `rgb_kmeans` those of the baselines.
+
+    batches of (indices (b), (images (b 3 y x) uint8, label (b y x))) are read once for all three.
+    Raises ValueError where nothing is labeled.
+    """
+    methods = dict(trained=partial(segment, network), untrained=partial(segment, untrained))
+    methods["rgb_kmeans"] = by_color
+    tallies = {name: Tally(network.prototypes.num_embeddings, class_names) for name in methods}
+    for _, (images, label) in batches:
+        for name, segmenter in methods.items():
+            tallies[name].add(*segmenter(images), label)
+    reports = {name: tally.report() for name, tally in tallies.items()}
+    return {**reports.pop("trained"), **reports}
+
+
+def compare_in_memory(
+    network: GroupingNetwork,
+    untrained: GroupingNetwork,
+    images: Tensor,
+    labels: Tensor,
+    class_names: Sequence[str],
+    batch_size: int = 64,
+) -> dict:
+    """`compare` on images (b 3 y x) uint8 and labels (b y x) in memory, `batch_size` at a time."""
+    pixels = sample_pixels(images[:256].split(batch_size))
+    by_color = rgb_kmeans(pixels, network.prototypes.num_embeddings)
+    pairs = zip(images.split(batch_size), labels.split(batch_size))
+    batches = ((torch.empty(0), pair) for pair in pairs)
+    return compare(network.eval(), untrained.eval(), by_color, batches, class_names)
+
+
+# key -> heading; a table shows those that its report has
+COLUMNS = {
+    "adjusted_rand_index": "adjusted Rand", "nmi": "NMI", "miou": "mIoU", "accuracy": "accuracy",
+    "miou_many_to_one": "mIoU n:1", "accuracy_many_to_one": "acc. n:1",
+    "occupied_per_image": "occupied", "prototypes_used": "used",
+}  # fmt: skip
+ROWS = {"trained": "trained", "untrained": "untrained network", "rgb_kmeans": "k-means on RGB"}
+EXPLANATION = """\
+mIoU, accuracy: prototypes matched one-to-one with classes. n:1: each gets its majority class,
+which favors a large k. occupied: prototypes per image. used: in any image."""
+
+
+def format_table(report: dict) -> str:
+    """A report of `compare` as text: one row per method."""
+    keys = [key for key in COLUMNS if key in report]
+    rows = {
+        name: [
+            number(report.get(row, report)[key], 0 if key == "prototypes_used" else 3)
+            for key in keys
+        ]
+        for row, name in ROWS.items()
+    }
+    text = table(rows, [COLUMNS[key] for key in keys])
+    return f"{text}\n{EXPLANATION}" if "miou" in keys else text
+
+
+def format_classes(report: dict) -> str:
+    """The IoU of every class as text, one per line; the absent ones together on the last line."""
+    found = report.get("iou", {})
+    lines = [f"  {name:<18}{value:.3f}" for name, value in found.items() if value is not None]
+    absent = [name for name, value in found.items() if value is None]
+    if absent:
+        more = f" and {len(absent) - 6} more" if len(absent) > 6 else ""
+        lines.append(f"  without a pixel: {', '.join(absent[:6])}{more}")
+    return "\n".join(lines)
