@@ -50,8 +50,7 @@ class ImageFiles:
 
     def open(self, index: int) -> Photograph:
         """One image: its size is known, its pixels are not decoded yet. Raises BadImage."""
-        name = self.name(index)
-        return Photograph(os.path.join(self.root, name), name)
+        return Photograph(os.path.join(self.root, self.name(index)), self.name(index))
 
     def __getitem__(self, index: int) -> Tensor | Photograph:
         return self.open(index).pixels().image
@@ -79,12 +78,11 @@ class Pixels(NamedTuple):
 
 
 class Photograph:
-    """An image file that is open. `pixels` decodes it.
+    """An image file that is open, and that `pixels` decodes. Raises BadImage with this name.
 
-    name: of the file, for BadImage, which opening and decoding raise. shape: (3, y, x) of the
-    upright image, px. Gray, palette and CMYK become RGB. 16-bit gray is divided by 257; other
-    numbers are stretched from their smallest and largest to 0..255. Transparent pixels become white
-    [U]. Of an animation the first image counts.
+    shape: (3, y, x) of the upright image, px. Gray, palette and CMYK become RGB. 16-bit gray is
+    divided by 257, other numbers are stretched from their smallest and largest to 0..255.
+    Transparent pixels become white [U]. Of an animation the first image counts.
     """
 
     def __init__(self, path: str | Path, name: str):
@@ -109,8 +107,7 @@ class Photograph:
         """
         factor = next(scale for scale in (8, 4, 2, 1) if scale <= max(most, 1))
         with _bad_image(self.name), self.file as file:
-            width, height = file.size
-            if factor > 1 and not file.draft(None, (width // factor, height // factor)):
+            if factor > 1 and not file.draft(None, tuple(side // factor for side in file.size)):
                 factor = 1
             file.load()
             with contextlib.suppress(Exception):
@@ -159,31 +156,30 @@ def find_images(
     folder, no image in it, or none that can be read; OSError.
     """
     data_dir = Path(os.path.abspath(Path(data_dir).expanduser()))
-    if layout not in LAYOUTS:
-        raise ValueError(f"unknown data set layout {layout!r}: choose from {', '.join(LAYOUTS)}")
     layout = "list" if data_dir.is_file() else layout
-    if not data_dir.exists():
-        raise ValueError(f"no such folder or file: {data_dir}; {_expected(data_dir, layout)}")
-    found = [_search(data_dir, folder) for folder in LAYOUTS[layout]] or [_read_list(data_dir)]
+    found = [_search(data_dir, folder) for folder in LAYOUTS[layout]]
     names, notice = list(itertools.chain(*found)) if all(found) else [], ""
-    if not names and not strict and layout != "list":
+    if layout == "list":
+        names = _read_list(data_dir)
+    if not names and not strict:
         names = _search(data_dir, ".")
         notice = f"{data_dir} is not laid out as {layout}: taken as a plain folder of images"
     if not names:
-        raise ValueError(f"no images in {data_dir}: {_expected(data_dir, layout)}")
+        what = "no images in" if data_dir.exists() else "no such folder:"
+        raise ValueError(f"{what} {data_dir}; {_expected(data_dir, layout)}")
     images = ImageFiles(data_dir.parent if layout == "list" else data_dir, np.sort(names))
     _require_readable(images)
     return Path(images.root), images.paths, notice
 
 
-def _search(data_dir: Path, folder: str) -> list[str]:
+def _search(data_dir: Path, pattern: str) -> list[str]:
     """The images in a folder of a layout, found by name: paths relative to data_dir.
 
-    Hidden names are left out. "." stands for all folders, except those of runs, which hold figures.
+    Hidden names are left out. "." stands for all folders but those of runs, which hold figures.
     Links are followed, and each folder is entered once. Raises OSError.
     """
-    deep, entered, images = folder == ".", set(), []
-    pending = [""] if deep else sorted(glob.glob(folder, root_dir=data_dir))
+    deep, entered, images = pattern == ".", set(), []
+    pending = [""] if deep else sorted(glob.glob(pattern, root_dir=data_dir))
     for folder in pending:  # which grows on the way
         place = os.path.realpath(os.path.join(data_dir, folder))
         if place in entered or not os.path.isdir(place):
@@ -201,17 +197,17 @@ def _search(data_dir: Path, folder: str) -> list[str]:
 def _read_list(file: Path) -> list[str]:
     """The paths in a text file, without empty lines and comments, which begin with "# "."""
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = map(str.strip, file.read_text(encoding="utf-8-sig").splitlines())
     except UnicodeDecodeError:
         raise ValueError(f"{file} is not a text file of image paths, one per line") from None
-    return [line.strip() for line in lines if line.strip() and f"{line.strip()} "[:2] != "# "]
+    return [line for line in lines if line and not f"{line} ".startswith("# ")]
 
 
 def _expected(data_dir: Path, layout: str) -> str:
     """The files that a layout asks for, and what is there instead."""
     folders = ["..." if folder == "." else folder for folder in LAYOUTS[layout]]
-    expected = " and ".join(f"{data_dir}/{folder}/*.jpg" for folder in folders)
-    expected = expected or "a text file with one image path per line"
+    trees = " and ".join(f"{data_dir}/{folder}/*.jpg" for folder in folders)
+    expected = trees or "a text file with one image path per line"
     if layout not in ("list", "folder"):
         expected += ", or the layout 'folder', which takes any"
     there = next(path for path in (data_dir, *data_dir.parents) if path.is_dir())
@@ -228,10 +224,8 @@ def _require_readable(images: ImageFiles) -> None:
             images[index]
             return
         except BadImage as bad:
-            reason = bad
-    raise ValueError(
-        f"none of {len(tried)} files tried in {images.root} is a readable image; {reason}"
-    )
+            what = f"none of {len(tried)} files tried in {images.root} is a readable image; {bad}"
+    raise ValueError(what)
 
 
 class TrainingImages(NamedTuple):
@@ -282,8 +276,7 @@ def choose_subset(
     """Chooses `count` of the paths: returns them, sorted, and in words how. A function of the seed.
 
     Folders are classes: each gives as many images, or, for a long tail, a number that follows a
-    Pareto distribution of power 6. The classes that have more give what the others lack [U]. Raises
-    ValueError for more images than there are, and for a long tail without classes.
+    Pareto distribution of power 6; the others give what a class lacks [U]. Raises ValueError.
     """
     if count > len(paths):
         raise ValueError(f"--subset {count}, but there are {len(paths)} images: take fewer")
@@ -296,7 +289,7 @@ def choose_subset(
     if long_tailed:  # quantiles of the distribution; the seed says which class has which
         quantiles = (np.arange(len(classes)) + 0.5) / len(classes)
         shares = rng.permutation((1 - quantiles) ** (-1 / 6) - 1)
-    # The image i of a class, in this order, is taken at the time i / share
+    # Image i of a class, in this order, is taken at the time i / share
     places = [itertools.count() for _ in classes]
     times = np.array([next(places[index]) for index in class_of]) / shares[class_of]
     chosen = np.argsort(times, kind="stable")[:count]
@@ -315,12 +308,10 @@ def look_like_labels(paths: Sequence[str]) -> str:
     """A warning if most images of a folder may be the label maps of another; otherwise ""."""
     names = [os.path.splitext(path) for path in map(str, paths) if "/" in path]
     files = [(stem.partition("/")[0], os.path.basename(stem), end.lower()) for stem, end in names]
-    photographs = {stem: folder for folder, stem, end in files if end != ".png"}
     sizes = collections.Counter(folder for folder, _, _ in files)
-    pairs = collections.Counter(
-        (folder, photographs.get(stem, folder)) for folder, stem, end in files if end == ".png"
-    )
-    for (folder, other), count in pairs.items():
+    photos = {stem: folder for folder, stem, end in files if end != ".png"}
+    labels = [(folder, photos.get(stem, folder)) for folder, stem, end in files if end == ".png"]
+    for (folder, other), count in collections.Counter(labels).items():
         if folder != other and count > sizes[folder] / 2:
             return (
                 f"{count} files of {folder}/ have the names of images in {other}/ and may be label "
