@@ -123,7 +123,14 @@ def start(c: Config, strict: bool) -> int:
         run.print(f"disk     {run.space()}")
         train(c, run, model, schedule)
     status = run.end()
-    if run.ended == "done" and place.is_main:
+    if run.steps < last_step or not place.is_main:
+        pass
+    elif last_step < schedule.total_steps:
+        print(
+            f"paused   at step {last_step} of {schedule.total_steps}; the same command without "
+            "--max-steps goes on"
+        )
+    else:
         finish(c, run, model, held_out)
     processes.finish()
     return status

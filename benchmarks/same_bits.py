@@ -49,6 +49,7 @@ def train(name: str, folder: Path, steps: int) -> Path:
     if name == "two":
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     options = [*RECIPE, *RUNS[name], "--max-steps", str(steps), "--output-dir", str(folder)]
+    options += ["--resume", "force"]  # although an option may have another name by now
     subprocess.run(
         [*launcher, "train.py", *options], cwd=ROOT, check=True, capture_output=True, text=True
     )

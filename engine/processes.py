@@ -85,12 +85,12 @@ def precision(amp: str, device: torch.device) -> torch.dtype | None:
 
 
 def synchronized(model: nn.Module, place: Place) -> nn.Module:
-    """The model on its device; on several GPUs its batch norms count the rows of all ranks."""
-    model = model.to(place.device)
-    if place.device.type == "cuda":
-        model = model.to(memory_format=torch.channels_last)
-        if place.world_size > 1:  # on a CPU it raises
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    """The model on its device, channels last; on several GPUs its batch norms count the rows of all
+    ranks.
+    """
+    model = model.to(place.device, memory_format=torch.channels_last)
+    if place.device.type == "cuda" and place.world_size > 1:  # on a CPU it raises
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model
 
 
