@@ -195,7 +195,7 @@ def can_start(rho: float, temp_student: float, temp_teacher: float) -> bool:
 def law_line(rho: float, temp_student: float, temp_teacher: float) -> str:
     """What the law predicts, in one line for the person who started the run."""
     if math.isnan(rho):
-        return "the crops of the first images do not overlap: raise --min-overlap or --min-area"
+        return "the crops of the first images do not overlap: raise --min-area"
     ratio = temp_teacher / temp_student
     measured, threshold = f"views correlate {rho:.2f}", f"temp_teacher / temp_student = {ratio:.2f}"
     if rho > EDGE[1] * ratio:

@@ -52,9 +52,11 @@ def show(
     teacher.eval()
     images, view = readable(images), center_view(SIZE)
     if not len(images):
-        print("\nfigures  none, since no photograph was kept out of training that can be read; "
-              f"look at others: python visualize.py groups {shlex.quote(str(folder))} A.jpg",
-              flush=True)
+        print(
+            "\nfigures  none, since no photograph was kept out of training that can be read; "
+            f"look at others: python visualize.py groups {shlex.quote(str(folder))} A.jpg",
+            flush=True,
+        )
         return {}
     counts = slot_statistics.slot_counts(teacher, stream(images, view, BATCH))
     report = slot_statistics.slot_report(*counts)
@@ -68,8 +70,10 @@ def show(
     print(f"\n{len(images)} photographs kept out of training, {report['seconds']:.0f} s in all")
     print(slot_statistics.format_slots(report))
     print(f"\nfigures  {', '.join(map(str, files))}; the numbers are in {folder / 'result.json'}")
-    print("labels   with images/ and labels/ of equal names in a folder F, groups are measured by "
-          f"python evaluate.py segmentation {shlex.quote(str(folder))} --dataset folder "
-          f"--data-dir F --size {SIZE}",
-          flush=True)
+    print(
+        "labels   with images/ and labels/ of equal names in a folder F, groups are measured by "
+        f"python evaluate.py segmentation {shlex.quote(str(folder))} --dataset folder "
+        f"--data-dir F --size {SIZE}",
+        flush=True,
+    )
     return report

@@ -1,10 +1,4 @@
-"""The best segments of every prototype in a data set: what a prototype stands for.
-
-Slide: "Understanding the semantic grouping ability: nearest neighbor visualization" (figure 3).
-Paper: section 4.
-Differs: the released code also ranks images in which a prototype owns no pixel; here a prototype
-retrieves only images in which it is occupied. Only scores are kept, never features.
-"""
+"""The best segments of every prototype in a data set, where the prototype is occupied."""
 
 from __future__ import annotations
 
@@ -50,10 +44,10 @@ class Retrieval:
         """indices (b) int64 of the images, ascending over all calls; similarity (b k h w)."""
         found = rearrange(segment_scores(similarity), "b k -> k b").float().cpu()
         self.active += found.isfinite().sum(dim=1)  # over b
-        # The sort is stable and the older ones are in front, so that at a tie the earlier image
-        # stays, and at -inf the -1.
+        # Stable, with the older ones in front: at a tie the earlier image stays, and at -inf the -1
         scores, order = torch.cat([self.scores, found], dim=1).sort(
-            dim=1, descending=True, stable=True)
+            dim=1, descending=True, stable=True
+        )
         candidates = torch.cat([self.images, indices.expand_as(found)], dim=1)
         top = self.scores.shape[1]
         self.scores, self.images = scores[:, :top], candidates.gather(1, order)[:, :top]
@@ -76,8 +70,7 @@ def choose_prototypes(active: Tensor, show: Sequence[str], count: int) -> list[i
     """Which prototypes to draw. active (k): in how many images each is occupied.
 
     show: ["used"], the `count` most active; ["extremes"], the five most and the five least active;
-    ["all"], every one that is active anywhere; or numbers. Raises ValueError for anything else, and
-    where no prototype is active.
+    ["all"], every one in use; or numbers. Raises ValueError for others, and where none is in use.
     """
     order = [int(k) for k in active.argsort(descending=True, stable=True) if active[k] > 0]
     if not order:
@@ -87,6 +80,6 @@ def choose_prototypes(active: Tensor, show: Sequence[str], count: int) -> list[i
     if len(show) == 1 and show[0] in by_name:
         return by_name[show[0]]
     if not all(each.isdigit() and int(each) < len(active) for each in show):
-        raise ValueError(f"--show {' '.join(show)}: used, extremes, all, or numbers from 0 to "
-                         f"{len(active) - 1}")
+        known = f"used, extremes, all, or numbers from 0 to {len(active) - 1}"
+        raise ValueError(f"--show {' '.join(show)}: {known}")
     return [int(each) for each in show]

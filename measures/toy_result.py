@@ -42,10 +42,20 @@ def show(
     write_json(folder / "result.json", report)
     images, label = scenes.images[:SHOWN], scenes.semantic[:SHOWN]
     groups, _ = segment(teacher, images)
-    draw_groups(folder / "groups.png", images, groups, label, k, toy.CLASS_NAMES,
-                report["matching"], report["iou"])
+    draw_groups(
+        folder / "groups.png",
+        images,
+        groups,
+        label,
+        k,
+        toy.CLASS_NAMES,
+        report["matching"],
+        report["iou"],
+    )
     print(f"\n{count} scenes never trained on, {report['seconds']:.0f} s in all\n")
     print(format_table(report))
-    print(f"\nfigure   {folder / 'groups.png'}; the numbers are in {folder / 'result.json'}",
-          flush=True)
+    print(
+        f"\nfigure   {folder / 'groups.png'}; the numbers are in {folder / 'result.json'}",
+        flush=True,
+    )
     return report
