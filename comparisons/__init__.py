@@ -1,47 +1,35 @@
 """What the talk sets SlotCon against, a file per system; `compare.py` runs them side by side.
 
 Slide: "Image-level, pixel-level, and object-level contrastive learning" and all that follow it, up
-to "Together". Paper: the related work. Differs: toy scenes, one trunk, one optimizer for all.
-Read next: common.py, the protocol.
+to "Together". The names are here without torch; a system's file is loaded when it is built.
 """
 
 from __future__ import annotations
 
-import inspect
+import importlib
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from comparisons.common import System
-from comparisons.dense import Dense
-from comparisons.depth import Depth
-from comparisons.given_masks import GivenMasks
-from comparisons.independent_queries import Independent
-from comparisons.kmeans import Kmeans
-from comparisons.moco import Moco
-from comparisons.motion import Motion
-from comparisons.picie import Picie
-from comparisons.self_distillation import SelfDistillation
-from comparisons.sinkhorn import Sinkhorn
-from comparisons.slot_attention import Reconstruction
-from comparisons.slot_matching import SlotMatching
-from comparisons.slotcon import WholeMethod
-from slotcon import SlotCon
+from engine.options import chosen_for
 
-SYSTEMS: dict[str, type[System]] = {  # file name -> class, in the order of the talk
-    "moco": Moco,
-    "dense": Dense,
-    "given_masks": GivenMasks,
-    "slot_attention": Reconstruction,
-    "independent_queries": Independent,
-    "motion": Motion,
-    "depth": Depth,
-    "slot_matching": SlotMatching,
-    "kmeans": Kmeans,
-    "picie": Picie,
-    "sinkhorn": Sinkhorn,
-    "self_distillation": SelfDistillation,
-    "slotcon": WholeMethod,
+if TYPE_CHECKING:
+    from comparisons.common import System
+
+SYSTEMS = {  # name -> file of this folder, and class; in the order of the talk
+    "moco": "moco.Moco",
+    "dense": "dense.Dense",
+    "given_masks": "given_masks.GivenMasks",
+    "slot_attention": "slot_attention.Reconstruction",
+    "independent_queries": "independent_queries.Independent",
+    "motion": "motion.Motion",
+    "depth": "depth.Depth",
+    "slot_matching": "slot_matching.SlotMatching",
+    "kmeans": "kmeans.Kmeans",
+    "picie": "picie.Picie",
+    "sinkhorn": "sinkhorn.Sinkhorn",
+    "self_distillation": "self_distillation.SelfDistillation",
+    "slotcon": "whole_method.WholeMethod",
 }
 
 
@@ -53,19 +41,23 @@ class Variant(NamedTuple):
     preset: str = "scene"  # of toy.py
 
 
-VARIANTS: dict[str, tuple[Variant, ...]] = {  # all other systems have one row
+VARIANTS = {  # all other systems have one row
     "given_masks": tuple(Variant(kind, {"masks": kind}) for kind in ("grid", "color", "truth")),
     "slot_attention": (Variant("scene"), Variant("flat", preset="flat")),
 }
 
 
-def build(name: str, settings: Mapping[str, Any], **more: Any) -> System:
-    """A system with random weights. settings: values under the configuration's names, from which it
-    takes those that it knows; more: arguments of this system alone. ValueError for an unknown name.
+def build(name: str, settings: Any, **more: Any) -> System:
+    """A system with random weights.
+
+    settings: a dataclass with the configuration's names, from which a system takes what it knows;
+    more: arguments of this system alone. ValueError for an unknown name.
     """
     if name not in SYSTEMS:
         raise ValueError(f"no system {name!r}: choose of {', '.join(SYSTEMS)}")
-    known = inspect.signature(SYSTEMS[name]).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in known.values()):  # the rest goes to the method
-        known = {**known, **inspect.signature(SlotCon).parameters}
-    return SYSTEMS[name](**{**{key: settings[key] for key in known if key in settings}, **more})
+    file, kind = SYSTEMS[name].split(".")
+    system = getattr(importlib.import_module(f"comparisons.{file}"), kind)
+    known = chosen_for(system, settings)
+    if system.around:
+        known = {**chosen_for(system.around, settings), **known}
+    return system(**{**known, **more})

@@ -1,14 +1,12 @@
-"""A row of the comparison from random weights to measures; what all rows share is made once.
-
-Slide: none. Paper: none. Differs: ours [U].
-"""
+"""A row of the comparison: from random weights to measures, with the step of train.py."""
 
 from __future__ import annotations
 
-import math
+import dataclasses
+import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,14 +15,21 @@ from torch import Tensor
 import comparisons
 import toy
 from comparisons.common import System
-from comparisons.learn import Budget, learn
 from comparisons.scenes import Scenes
+from data import TwoCrops
+from engine.optimizers import make_optimizer, schedule_for
+from engine.options import chosen_for
+from engine.processes import Place
+from engine.program import Stopped
+from engine.run import Options, Run
 from measures import systems
-from measures.labels import UNSEEN
-from photometric import Photometric
+from measures.datasets import UNSEEN
+from photometric import Photometric, normalize
+from teacher import teacher_momentum
 
 LABELED = 16  # scenes that the probe learns from
-STARTING = 1.0  # seconds that a row takes to start and to end its worker process
+
+draw = functools.lru_cache(maxsize=8)(Scenes)  # rows with the same scenes share them
 
 
 class Entry(NamedTuple):
@@ -32,130 +37,80 @@ class Entry(NamedTuple):
 
     label: str
     name: str  # of the system
-    variant: str  # "" where the system has one row
-    settings: Mapping[str, Any]  # values under the configuration's names
-    arguments: Mapping[str, Any]  # of this system alone
-    crops: Callable[..., Any]
-    photometric: Photometric
+    c: Any  # the configuration, a dataclass
+    arguments: Mapping[str, Any] = MappingProxyType({})  # of this system alone
     preset: str = "scene"  # of toy.py
 
     def build(self, seed: int) -> System:
-        """The system with random weights; those of the trunk are the same for all systems."""
+        """The system with random weights; those of the backbone are the same for all systems."""
         torch.manual_seed(seed)
-        steps = self.settings["toy_scenes"] // self.settings["batch_size"]
-        settings = {**self.settings, "seed": seed, "steps_per_epoch": steps}
-        system = comparisons.build(self.name, settings, **self.arguments)
-        channels_last = bool(self.settings["channels_last"])
-        return system.to(memory_format=torch.channels_last) if channels_last else system
-
-    def kind(self) -> tuple:
-        """Entries of one kind have the same measures before training."""
-        system = self.build(0)
-        own = type(system).maps is not System.maps
-        slots = self.name if system.per_image else ""  # start like no other
-        return system.sees, self.preset, own, slots, self.settings["num_prototypes"]
+        settings = dataclasses.replace(self.c, seed=seed)
+        return comparisons.build(self.name, settings, **self.arguments)
 
 
-class Bench:
-    """Scenes, drawn once for all rows, and the measures of what is untrained.
+def train_and_judge(entry: Entry, seed: int) -> tuple[dict[str, Any], Tensor]:
+    """The record of a row and seed, and its groups in unseen scenes (n y x).
 
-    count: scenes to train on; test_count: unseen ones to judge on; draw: makes them.
+    Raises Stopped where it cannot be trained to the end.
     """
-
-    def __init__(self, count: int, test_count: int, draw: Callable[..., Scenes] = Scenes):
-        self.count, self.test_count, self.draw = count, test_count, draw
-        self.drawn: dict[tuple, Scenes] = {}
-        self.untrained: dict[tuple, dict[str, Any]] = {}  # (seed, kind) -> measures
-        self.judging: dict[tuple, float] = {}  # kind -> seconds
-
-    def scenes(self, seed: int, count: int, system: System, preset: str, told: str = "") -> Scenes:
-        """Of training, or to judge on. Those of earlier training seeds are dropped."""
-        key = (seed, system.sees, told, preset)
-        if key not in self.drawn:
-            if seed < UNSEEN:
-                self.drawn = {k: v for k, v in self.drawn.items() if k[0] >= seed}
-            self.drawn[key] = self.draw(seed, count, system.sees, told, preset)
-        return self.drawn[key]
-
-    def prepare(self, entries: Sequence[Entry], seed: int) -> None:
-        """Draw what this seed needs, and judge every kind of entry before it is trained."""
-        for entry in entries:
-            system = entry.build(seed)
-            self.scenes(seed, self.count, system, entry.preset, system.told)
-            self.truths(system, entry.preset)
-            if (seed, entry.kind()) not in self.untrained:
-                began = time.perf_counter()
-                self.untrained[seed, entry.kind()], _ = self.judge(system, entry)
-                self.judging[entry.kind()] = time.perf_counter() - began
-
-    def truths(self, system: System, preset: str) -> list[systems.Truth]:
-        """The scenes that are judged on, and the few labeled ones that the probe learns from."""
-        drawn = [
-            self.scenes(UNSEEN, self.test_count, system, preset),
-            self.scenes(UNSEEN + 1, LABELED, system, preset),
-        ]
-        return [systems.Truth(s.images, s.semantic, s.regions, s.instance) for s in drawn]
-
-    def judge(self, system: System, entry: Entry) -> tuple[dict[str, Any], Tensor]:
-        """All measures of a system on unseen scenes, and its groups (n y x)."""
-        system.eval()
-        truth, labeled = self.truths(system, entry.preset)
-        return systems.judge(
-            system.trunk,
-            system.maps,
-            system.per_image,
-            truth,
-            labeled,
-            entry.settings["num_prototypes"],
-            len(toy.CLASS_NAMES),
-        )
-
-    def row(self, entry: Entry, seed: int, budget: Budget, folder: Path) -> tuple[dict, Tensor]:
-        """Train and judge: everything that is known of a row, and its groups (n y x)."""
-        system = entry.build(seed)
-        scenes = self.scenes(seed, self.count, system, entry.preset, system.told)
-        trained = learn(
-            system,
-            scenes,
-            entry.crops,
-            entry.photometric,
-            {**entry.settings, "seed": seed},
-            budget,
-            folder,
-        )
-        found, groups = self.judge(system, entry)
-        first = self.untrained[seed, entry.kind()]
-        return dict(
-            system=entry.name,
-            variant=entry.variant,
-            seed=seed,
-            **found,
-            **trained,
-            untrained={key: first[key] for key in systems.MEASURES},
-            collapsed=systems.collapsed(found, first),
-        ), groups
+    untrained, _ = judge(entry.build(seed), entry)
+    system = entry.build(seed)
+    c = dataclasses.replace(entry.c, seed=seed)
+    trained = learn(system, draw(seed, c.subset, system.sees, system.extra, entry.preset), c)
+    found, groups = judge(system, entry)
+    record = dict(system=entry.name, seed=seed, **found, **trained)
+    record["untrained"] = {key: untrained[key] for key in systems.MEASURES}
+    record["collapsed"] = systems.collapsed(found, untrained)
+    return record, groups
 
 
-def seconds_each(
-    minutes: float,
-    seeds: int,
-    kinds: Sequence[tuple],
-    judging: Mapping[tuple, float],
-    spent: float,
-    prepared: float,
-) -> float:
-    """Equal training seconds for every row and seed: what drawing and judging leave of the minutes.
+def learn(system: System, scenes: Scenes, c: Any) -> dict[str, float]:
+    """Train a system in place, on the CPU; nothing is written.
 
-    kinds: of the rows; judging: kind -> seconds; spent: seconds since the program began; prepared:
-    what one seed takes before its first row. Raises ValueError where less than a second is left.
+    c: values under the configuration's names. Returns steps, bad_steps, seconds, and loss, the mean
+    of the last tenth. Raises Stopped where the run cannot go on.
     """
-    rows = seeds * len(kinds)
-    left = 60 * minutes - spent - (seeds - 1) * prepared - 5  # the image at the end
-    left -= seeds * (1.5 * sum(judging[kind] for kind in kinds) + STARTING * len(kinds))
-    if left < rows:
-        enough = math.ceil(10 * minutes + (rows - left) / 6) / 10
-        raise ValueError(
-            f"{minutes:g} minutes leave no second of training to each of {len(kinds)} "
-            f"rows and {seeds} seed(s): {enough:.1f} would"
-        )
-    return left / rows
+    place, began, losses = Place(torch.device("cpu")), time.perf_counter(), []
+    schedule = schedule_for(num_images=len(scenes), **chosen_for(schedule_for, c))
+    schedule = schedule._replace(peak=system.rate * schedule.peak)
+    optimizer = make_optimizer(c.optimizer, system.parameters(), schedule.peak, c.weight_decay)
+    photometric = Photometric(**chosen_for(Photometric, c))
+    nowhere = dataclasses.replace(c, output_dir="")
+    options = Options(last_step=schedule.total_steps, **chosen_for(Options, nowhere))
+    crops = TwoCrops(**chosen_for(TwoCrops, c))
+    run = Run(options, place, system.train(), optimizer, scenes, crops, settings={})
+    with run:
+        for batch in run.batches():
+            seen, extra = batch.views[:, :, :3], batch.views[:, :, 3:].float() / 255
+            # The colors of flow are directions, so they are not jittered.
+            flow = system.sees == "flow"
+            views = normalize(seen) if flow else photometric(seen, run.generator())
+            run.remember()
+            loss, outcome = run.network(views, batch.boxes, batch.flipped, extra)
+            run.backward(loss)
+            if run.agree(outcome.loss[None]):
+                run.step(schedule.learning_rate(run.steps))
+                momenta = schedule.total_steps, *c.momentum_teacher
+                system.after_step(outcome.memo, teacher_momentum(run.steps + 1, *momenta))
+                losses.append(float(outcome.loss))
+            else:
+                run.undo()
+            run.end_step()
+    seconds = time.perf_counter() - began
+    if run.ended == "signal":
+        raise KeyboardInterrupt
+    if not run.finished:
+        raise Stopped(f"training ended after {run.steps} steps: {run.reader.trouble or run.ended}")
+    last = losses[-max(run.steps // 10, 1) :]
+    loss = sum(last) / len(last)
+    return dict(steps=run.steps, bad_steps=run.bad_steps, seconds=seconds, loss=loss)
+
+
+def judge(system: System, entry: Entry) -> tuple[dict[str, Any], Tensor]:
+    """All measures of a system on unseen scenes, and its groups (n y x)."""
+    system.eval()
+    sets = [(UNSEEN, entry.c.held_out), (UNSEEN + 1, LABELED)]
+    drawn = [draw(seed, count, system.sees, "", entry.preset) for seed, count in sets]
+    truth, labeled = (systems.Truth(s.images, s.semantic, s.regions, s.instance) for s in drawn)
+    parts = system.backbone, system.maps, system.per_image, truth, labeled
+    return systems.judge(*parts, entry.c.num_prototypes, len(toy.CLASS_NAMES))

@@ -1,10 +1,7 @@
-"""What the systems of this folder share: one protocol, and small parts that several of them need.
+"""What the systems of this folder share: one interface, and small parts that several of them need.
 
-Slide: none. Paper: none. Differs: ours [U].
-Read next: moco.py.
-
-A system is built from plain values named as in the configuration. All systems share the trunk, the
-views, the optimizer and the measures; what a file of this folder shows is the rest.
+A system is built from values named as in the configuration. All systems share the backbone, the
+views, the optimizer and the measures; a file of this folder shows the rest.
 """
 
 from __future__ import annotations
@@ -17,8 +14,9 @@ from einops import reduce
 from torch import Tensor, nn
 
 from backbone import Projector, build_backbone
-from grouping import GroupingNetwork
-from teacher import update_teacher
+from grouping import GroupingNetwork, inverse_augmentation
+from slots import SlotPredictor
+from teacher import make_teacher, update_teacher
 
 
 class Outcome(NamedTuple):
@@ -29,61 +27,84 @@ class Outcome(NamedTuple):
 
 
 class System(nn.Module):
-    """The protocol. A subclass overrides `forward` and `trunk`, the others where it has them."""
+    """The interface. A subclass overrides `forward` and `backbone`, and the others where needed."""
 
-    sees = "image"  # what of a scene its trunk is shown: "image", or "flow" painted as an image
-    told = ""  # what training is told besides: "", "depth", "grid", "color" or "truth"
+    sees = "image"  # input of its backbone: "image", or "flow" painted as an image
+    extra = ""  # input of its training only: "", "depth", "grid", "color" or "truth"
     per_image = False  # its groups have no names: group 3 of one image is not group 3 of another
     rate = 1.0  # its learning rate, as a share of the preset's
+    around: type[nn.Module] | None = None  # a class that its further arguments are for
 
     def forward(
-        self, views: Tensor, boxes: Tensor, flipped: Tensor, told: Tensor
+        self, views: Tensor, boxes: Tensor, flipped: Tensor, extra: Tensor
     ) -> tuple[Tensor, Outcome]:
-        """views (b v 3 y x) normalized; boxes (b v 4), flipped (b v) as SlotCon takes them; told
-        (b v m y x) in 0..1, m = 0 where training is told nothing -> this rank's loss, its
-        outcome."""
+        """The loss of one batch.
+
+        views (b v 3 y x) normalized; boxes (b v 4) and flipped (b v) as SlotCon takes them; extra
+        (b v m y x) in 0..1, m = 0 for a system without -> this rank's loss, its outcome.
+        """
         raise NotImplementedError
 
     @property
-    def trunk(self) -> nn.Module:
-        """The trained trunk, images (b 3 y x) -> (b c h w): the teacher's if there is one."""
+    def backbone(self) -> nn.Module:
+        """The trained backbone, images (b 3 y x) -> (b c h w): the teacher's if there is one."""
         raise NotImplementedError
-
-    def before_step(self, temp_teacher: float) -> None:
-        """Before every step: the temperature of the teacher's assignment, where it has one."""
 
     def after_step(self, memo: Any, momentum: float) -> None:
         """After the optimizer's step: teacher, center, labels follow. momentum: the teacher's."""
 
     def maps(self, images: Tensor) -> Tensor | None:
         """images (b 3 y x) normalized -> one map per group (b k h w): the largest one owns a pixel.
-        None: it makes no groups, and clusters of its trunk's features are measured instead."""
+
+        None: it makes no groups, and clusters of its backbone's features are measured instead.
+        """
         return None
 
 
-class Taught(System):
-    """A system with a student and a teacher that follows it; the teacher is judged."""
+class StudentTeacher(System):
+    """Student, predictor, and a teacher that follows the student; the teacher is judged.
 
-    student: nn.Module
-    teacher: nn.Module
+    arch, dim_hidden, dim_out (d): sizes of the networks; temp_slot: of the contrast.
+    """
+
+    make_student: type[nn.Module]  # a subclass's, from the three sizes
+
+    def __init__(self, arch: str, dim_hidden: int, dim_out: int, temp_slot: float = 0.2):
+        super().__init__()
+        self.student = self.make_student(arch, dim_hidden, dim_out)
+        self.predictor = self.make_predictor(dim_out, dim_hidden)
+        self.teacher = make_teacher(self.student)
+        self.temp_slot = temp_slot
+
+    def make_predictor(self, dim: int, dim_hidden: int) -> nn.Module:
+        """Of the student alone: rows (n d) -> (n d)."""
+        return SlotPredictor(dim, dim, dim_hidden)
 
     @property
-    def trunk(self) -> nn.Module:
+    def backbone(self) -> nn.Module:
         """The teacher's."""
         return self.teacher.backbone
 
     def after_step(self, memo: None, momentum: float) -> None:
-        """teacher <- momentum teacher + (1 - momentum) student."""
+        """The teacher follows."""
         update_teacher(self.teacher, self.student, momentum)
 
 
 class Prototyped(System):
-    """A system of one network with prototypes, whose groups have names."""
+    """A system of one network with prototypes, whose groups have names.
 
-    network: GroupingNetwork
+    arch, num_prototypes (k), dim_hidden, dim_out (d): sizes; temp_student: of the assignment.
+    """
+
+    def __init__(
+        self, arch: str, num_prototypes: int, dim_hidden: int, dim_out: int, temp_student: float
+    ):
+        super().__init__()
+        self.network = GroupingNetwork(arch, num_prototypes, dim_hidden, dim_out)
+        self.temp_student = temp_student
 
     @property
-    def trunk(self) -> nn.Module:
+    def backbone(self) -> nn.Module:
         """The network's."""
         return self.network.backbone
 
@@ -93,7 +114,7 @@ class Prototyped(System):
 
 
 class PixelNetwork(nn.Module):
-    """Trunk and projector, without prototypes: images (b 3 y x) -> pixel embeddings (b d h w)."""
+    """Backbone and projector: images (b 3 y x) -> pixel embeddings (b d h w)."""
 
     def __init__(self, arch: str, dim_hidden: int, dim_out: int):
         super().__init__()
@@ -106,8 +127,13 @@ class PixelNetwork(nn.Module):
 
 
 def each_view(network: nn.Module, views: Tensor) -> list[Any]:
-    """The network on one view after the other, so that each has batch statistics of its own."""
+    """The network on one view after the other: each view has batch statistics of its own."""
     return [network(images) for images in views.unbind(1)]  # over v
+
+
+def align(maps: list[Tensor], boxes: Tensor, flipped: Tensor) -> list[Tensor]:
+    """Maps (b c h w) of both views -> the same, cut to what both views show and not mirrored."""
+    return [inverse_augmentation(maps[i], boxes[:, i], flipped[:, i]) for i in (0, 1)]
 
 
 def overlapping(boxes: Tensor) -> Tensor:
@@ -116,13 +142,14 @@ def overlapping(boxes: Tensor) -> Tensor:
 
 
 def target_loss(similarity: Tensor, target: Tensor, temperature: float, valid: Tensor) -> Tensor:
-    """Cross-entropy of the assignment against what a labeler says, over the images that overlap.
+    """Cross-entropy of the assignment against given targets, over the images that overlap.
+
+    CE = mean_bhw -sum_k target_k log softmax(similarity / temperature)_k
 
     similarity (b k h w), aligned; target: labels (b h w) in 0..k-1, or shares (b k h w) summing to
     1 over k; valid (b) bool -> scalar.
-    CE = mean_bhw -sum_k target_k log softmax(similarity / temperature)_k.
     """
-    entropy = F.cross_entropy(similarity / temperature, target, reduction="none")
-    entropy = reduce(entropy, "b h w -> b", "mean")
+    loss = F.cross_entropy(similarity / temperature, target, reduction="none")
+    loss = reduce(loss, "b h w -> b", "mean")
     # `where`, not an index: without any overlap a zero stays connected to the graph.
-    return torch.where(valid, entropy, 0 * entropy).sum() / valid.sum().clamp(min=1)
+    return torch.where(valid, loss, 0 * loss).sum() / valid.sum().clamp(min=1)

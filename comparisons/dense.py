@@ -2,12 +2,12 @@
 
 Slide: "Image-level, pixel-level, and object-level contrastive learning", the middle column.
 Papers: DenseCL (Wang et al., CVPR 2021), section 3.2; PixPro (Xie et al., CVPR 2021), section 3.1.
-Differs: one contrast that keeps what both share. Places correspond by geometry; DenseCL pairs the
-places whose trunk features are most alike, takes its negatives from a queue of pooled vectors of
-other images, and adds the image-level loss with weight 1/2. PixPro also goes by geometry: all
-places within 0.7 of a cell are positives, its final version (PixPro, not PixContrast) smooths one
-branch by feature similarity and has no negatives. Here: one positive, all others are negatives.
-Read next: given_masks.py.
+Differs: one contrast that keeps what both share: one positive, all other places are negatives.
+Places correspond by geometry. DenseCL pairs the places whose backbone features are most alike,
+takes its negatives from a queue of pooled vectors of other images, and adds the image-level loss
+with weight 1/2. PixPro also goes by geometry: all places within 0.7 of a cell are positives; its
+final version (PixPro, not PixContrast) smooths one branch by feature similarity and has no
+negatives.
 """
 
 from __future__ import annotations
@@ -15,24 +15,23 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from backbone import Projector
-from comparisons.common import Outcome, PixelNetwork, Taught, each_view, overlapping
+from comparisons.common import Outcome, PixelNetwork, StudentTeacher, align, each_view, overlapping
 from engine.ranks import gather_rows, rank_and_world_size
-from grouping import inverse_augmentation
 from losses import contrast_in_parts, unit
-from teacher import make_teacher
 
-PLACES = 4  # [U] the shared part is cut into so many rows and columns: the closer, the more alike
+PLACES = 4  # [U] rows and columns of the shared part: closer places are too much alike
 
 
 def place_contrast(query: Tensor, key: Tensor, valid: Tensor, temperature: float) -> Tensor:
     """Each place of the scene finds its own key among the places of all images of all ranks.
 
+    CE = mean_n -log softmax_m(<q_n, k_m> / temperature)_n, times 2 temperature
+
     query, key (b d h w): aligned, so that (h, w) is the same place in both; valid (b) bool: the
     crops overlap -> scalar, one direction.
-    CE = mean_n -log softmax_m(<q_n, k_m> / temperature)_n, times 2 temperature.
     """
     query, key = (F.adaptive_avg_pool2d(maps, PLACES) for maps in (query, key))
     rows = [rearrange(maps[valid], "b d h w -> (b h w) d") for maps in (query, key.detach())]
@@ -46,30 +45,23 @@ def place_contrast(query: Tensor, key: Tensor, valid: Tensor, temperature: float
     return 2 * temperature * total * world_size / sum(counts)
 
 
-class Dense(Taught):
-    """Student, teacher and predictor of places.
+class Dense(StudentTeacher):
+    """Student, teacher and predictor of places."""
 
-    arch, dim_hidden, dim_out (d): sizes of the networks; temp_slot: of the contrast.
-    """
+    make_student = PixelNetwork
 
-    def __init__(self, arch: str, dim_hidden: int, dim_out: int, temp_slot: float = 0.2):
-        super().__init__()
-        self.student = PixelNetwork(arch, dim_hidden, dim_out)
-        self.predictor = Projector(dim_out, dim_hidden, dim_out)
-        self.teacher = make_teacher(self.student)
-        self.temp_slot = temp_slot
+    def make_predictor(self, dim: int, dim_hidden: int) -> nn.Module:
+        """Of every place: (b d h w) -> (b d h w)."""
+        return Projector(dim, dim_hidden, dim)
 
     def forward(
-        self, views: Tensor, boxes: Tensor, flipped: Tensor, told: Tensor
+        self, views: Tensor, boxes: Tensor, flipped: Tensor, extra: Tensor
     ) -> tuple[Tensor, Outcome]:
         """L = contrast(q1, k2) + contrast(q2, k1), both at the places that the views share."""
         queries = [self.predictor(embeddings) for embeddings in each_view(self.student, views)]
+        q1, q2 = align(queries, boxes, flipped)
         with torch.no_grad():
-            keys = each_view(self.teacher, views)
-        q1, q2 = (inverse_augmentation(queries[i], boxes[:, i], flipped[:, i]) for i in (0, 1))
-        k1, k2 = (inverse_augmentation(keys[i], boxes[:, i], flipped[:, i]) for i in (0, 1))
-        valid = overlapping(boxes)
-        loss = place_contrast(q1, k2, valid, self.temp_slot) + place_contrast(
-            q2, k1, valid, self.temp_slot
-        )
+            k1, k2 = align(each_view(self.teacher, views), boxes, flipped)
+        valid, tau = overlapping(boxes), self.temp_slot
+        loss = place_contrast(q1, k2, valid, tau) + place_contrast(q2, k1, valid, tau)
         return loss, Outcome(loss.detach())

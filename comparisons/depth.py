@@ -2,10 +2,9 @@
 
 Slide: "And also on real-world data if motion or depth is available".
 Paper: SAVi++ (Elsayed et al., NeurIPS 2022), section 3.
-Differs: single images instead of video, and no hints of where objects are in the first frame; the
-depth is toy.py's order of drawing, dense, not the sparse points of a LiDAR. Only training is told
-the depth: groups are found in images without.
-Read next: slot_matching.py.
+Differs: single images instead of video, and no hints where objects are in the first frame; the
+depth is toy.py's order of drawing, dense, not the sparse points of a LiDAR. Only training uses the
+depth: groups are found in images without it.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ from comparisons.slot_attention import Reconstruction
 
 
 class Depth(Reconstruction):
-    """slot_attention.py with depth for a target."""
+    """slot_attention.py with depth as the target."""
 
-    told = "depth"
+    extra = "depth"
     channels = 1
 
-    def target(self, view: Tensor, told: Tensor) -> Tensor:
-        """told (b 1 y x) in 0..1, 0 far and 1 near."""
-        return told
+    def target(self, view: Tensor, extra: Tensor) -> Tensor:
+        """extra (b 1 y x) in 0..1, 0 far and 1 near."""
+        return extra

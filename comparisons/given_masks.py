@@ -1,13 +1,13 @@
 """Object level with a prior: the contrast of groups, where the groups are given and not learned.
 
 Slide: "Image-level, pixel-level, and object-level contrastive learning", the right column; table
-2's column "Obj. Prior". Paper: DetCon (Henaff et al., ICCV 2021), section 3.
-Differs: the contrast is SlotCon's, so that what is compared is where the masks come from. DetCon
-samples 16 masks per image and leaves the other masks of the same image out of the negatives; here
-every mask takes part. The masks: `grid`, three by three squares (DetCon's "spatial heuristic");
-`color`, clusters of the colors of each scene (its Felzenszwalb segments); `truth`, every object and
-both kinds of stuff as they were drawn, the upper bound.
-Read next: slot_attention.py of this folder.
+2's column "Obj. Prior".
+Paper: DetCon (Henaff et al., ICCV 2021), section 3.
+Differs: the contrast is SlotCon's, so that only the source of the masks is compared. DetCon samples
+16 masks per image and leaves the other masks of the same image out of the negatives; here every
+mask takes part. The masks: `grid`, three by three squares (DetCon's "spatial heuristic"); `color`,
+clusters of the colors of each scene (its Felzenszwalb segments); `truth`, every object and both
+kinds of stuff as they were drawn, the upper bound.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor
 
-from comparisons.common import Outcome, PixelNetwork, Taught, each_view
+from comparisons.common import Outcome, PixelNetwork, StudentTeacher, each_view
 from comparisons.kmeans import cluster, nearest_center
+from comparisons.slot_attention import weighted_mean
 from losses import pair_slots, slot_contrast
-from slot_attention import weighted_mean
-from slots import SlotPredictor
-from teacher import make_teacher
 
 MASKS = 9  # of each scene, at most: seven objects and two kinds of stuff, or three by three squares
+KINDS = ("grid", "color", "truth")
 
 
 def pool_in_masks(embeddings: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,35 +49,32 @@ def color_clusters(image: Tensor) -> Tensor:
     return nearest_center(rows, centers).reshape(y, x)
 
 
-class GivenMasks(Taught):
+class GivenMasks(StudentTeacher):
     """Student, teacher and predictor of masks.
 
-    arch, dim_hidden, dim_out (d): sizes of the networks; temp_slot: of the contrast; masks: where
-    they come from, "grid", "color" or "truth". ValueError for any other.
+    masks: their source, one of KINDS; the rest as in StudentTeacher. ValueError for any other.
     """
+
+    make_student = PixelNetwork
 
     def __init__(
         self, arch: str, dim_hidden: int, dim_out: int, temp_slot: float = 0.2, masks: str = "truth"
     ):
-        super().__init__()
-        if masks not in ("grid", "color", "truth"):
+        super().__init__(arch, dim_hidden, dim_out, temp_slot)
+        if masks not in KINDS:
             raise ValueError(f"masks are grid, color or truth, found {masks!r}")
-        self.told = masks
-        self.student = PixelNetwork(arch, dim_hidden, dim_out)
-        self.predictor = SlotPredictor(dim_out, dim_out, dim_hidden)
-        self.teacher = make_teacher(self.student)
-        self.temp_slot = temp_slot
+        self.extra = masks
 
     def forward(
-        self, views: Tensor, boxes: Tensor, flipped: Tensor, told: Tensor
+        self, views: Tensor, boxes: Tensor, flipped: Tensor, extra: Tensor
     ) -> tuple[Tensor, Outcome]:
-        """told (b v k y x): masks, cut like the views. L = contrast(s1, t2) + contrast(s2, t1)."""
-        masks = told.unbind(1)  # over v
+        """L = contrast(s1, t2) + contrast(s2, t1); extra (b v k y x): masks, cut like the views."""
+        masks = extra.unbind(1)  # over v
         (s1, seen1), (s2, seen2) = map(pool_in_masks, each_view(self.student, views), masks)
         with torch.no_grad():
             (t1, _), (t2, _) = map(pool_in_masks, each_view(self.teacher, views), masks)
         pairs12, pairs21 = pair_slots([seen1, seen2], [seen2, seen1])
-        loss = slot_contrast(s1, t2, self.predictor, pairs12, self.temp_slot) + slot_contrast(
-            s2, t1, self.predictor, pairs21, self.temp_slot
-        )
+        loss12 = slot_contrast(s1, t2, self.predictor, pairs12, self.temp_slot)
+        loss21 = slot_contrast(s2, t1, self.predictor, pairs21, self.temp_slot)
+        loss = loss12 + loss21
         return loss, Outcome(loss.detach())

@@ -2,11 +2,10 @@
 
 Slide: "Towards semantic prototypes: deep clustering" (pseudo-labeling: k-means).
 Paper: DeepCluster (Caron et al., ECCV 2018), section 3, on pixels instead of images.
-Differs: the labels of an epoch come from a copy of the network as it was when the epoch began, so
-no label is stored; the clusters are of the pixels of the last batches, not of the whole data set;
-the classifier is the clusters' centers (as in PiCIE), where DeepCluster starts a new linear layer
-every epoch; clusters are not balanced by sampling. An empty cluster takes half of the largest [P].
-Read next: picie.py.
+Differs: the labels of an epoch come from a copy of the network made when the epoch began, so no
+label is stored; the last batches are clustered, not the whole data set; the classifier is the
+clusters' centers (as in PiCIE), where DeepCluster starts a new linear layer every epoch; clusters
+are not balanced by sampling. An empty cluster takes half of the largest [P].
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from einops import rearrange
 from torch import Tensor
 
 from comparisons.common import Outcome, Prototyped, target_loss
-from grouping import GroupingNetwork
 from losses import unit
 from teacher import make_teacher, update_teacher
 
-BATCHES = 8  # [U] of the last views, whose pixels are clustered
-PIXELS = 8192  # [U] of them, so many
+EPOCH = 48  # [U] steps between two clusterings: an epoch of the toy preset
+BATCHES = 8  # [U] the last views, whose pixels are clustered
+PIXELS = 8192  # [U] the most pixels that are clustered
 
 
 def cluster(rows: Tensor, k: int, generator: torch.Generator, rounds: int = 20) -> Tensor:
@@ -39,8 +38,8 @@ def cluster(rows: Tensor, k: int, generator: torch.Generator, rounds: int = 20) 
         counts = torch.bincount(nearest, minlength=k)
         for empty in (counts == 0).nonzero()[:, 0].tolist():
             largest = int(counts.argmax())
-            mine = (nearest == largest).nonzero()[:, 0]
-            nearest[mine[::2]] = empty  # over n: every other row of the largest cluster
+            members = (nearest == largest).nonzero()[:, 0]
+            nearest[members[::2]] = empty  # over n: every other row of the largest cluster
             counts = torch.bincount(nearest, minlength=k)
         sums = torch.zeros_like(centers).index_add_(0, nearest, rows)
         centers = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1), centers)
@@ -53,11 +52,7 @@ def nearest_center(rows: Tensor, centers: Tensor) -> Tensor:
 
 
 class Kmeans(Prototyped):
-    """A network that learns, and the copy of it that labels.
-
-    arch, num_prototypes (k), dim_hidden, dim_out (d): sizes; temp_student: of the assignment;
-    steps_per_epoch: the labels change so often; seed: of the clusters.
-    """
+    """A network that learns, and the copy of it that labels. seed: of the clusters."""
 
     def __init__(
         self,
@@ -66,24 +61,20 @@ class Kmeans(Prototyped):
         dim_hidden: int,
         dim_out: int,
         temp_student: float,
-        steps_per_epoch: int,
         seed: int = 0,
     ):
-        super().__init__()
-        self.network = GroupingNetwork(arch, num_prototypes, dim_hidden, dim_out)
+        super().__init__(arch, num_prototypes, dim_hidden, dim_out, temp_student)
         self.network.prototypes.requires_grad_(False)  # they are the centers of the clusters
         self.labeler = make_teacher(self.network)
-        self.temp_student, self.steps_per_epoch, self.steps = temp_student, steps_per_epoch, 0
+        self.steps = 0
         self.recent: deque[Tensor] = deque(maxlen=BATCHES)
         self.generator = torch.Generator().manual_seed(seed)
 
     def forward(
-        self, views: Tensor, boxes: Tensor, flipped: Tensor, told: Tensor
+        self, views: Tensor, boxes: Tensor, flipped: Tensor, extra: Tensor
     ) -> tuple[Tensor, Outcome]:
-        """Each view alone: L = mean_v CE(s_v, y_v), y_v the nearest center in the copy's eyes."""
-        if not self.recent:
-            self.recent.append(views)
-            self.reassign()
+        """L = mean_v CE(s_v, y_v), each view alone; y_v: the nearest center for the copy."""
+        self.start(views)
         images = rearrange(views, "b v c y x -> (b v) c y x")
         _, similarity = self.network(images)
         labels = self.labeler(images)[1].argmax(1)  # over k; labels have no gradient
@@ -91,15 +82,19 @@ class Kmeans(Prototyped):
         loss = target_loss(similarity, labels, self.temp_student, valid)
         return loss, Outcome(loss.detach(), views)
 
+    def start(self, views: Tensor) -> None:
+        """Before the first step, cluster its views (b v 3 y x)."""
+        if not self.recent:
+            self.recent.append(views)
+            self.reassign()
+
     @torch.no_grad()
     def reassign(self) -> None:
         """A new epoch: copy the network, and cluster its embeddings of the last views."""
         update_teacher(self.labeler, self.network, momentum=0.0)
-        pixels = [
-            self.labeler.embed(rearrange(views, "b v c y x -> (b v) c y x"))[1]
-            for views in self.recent
-        ]
-        rows = unit(rearrange(torch.cat(pixels), "b d h w -> (b h w) d"))
+        images = [rearrange(views, "b v c y x -> (b v) c y x") for views in self.recent]
+        pixels = torch.cat([self.labeler.embed(some)[1] for some in images])
+        rows = unit(rearrange(pixels, "b d h w -> (b h w) d"))
         some = torch.randperm(len(rows), generator=self.generator)[:PIXELS].to(rows.device)
         k = len(self.network.prototypes.weight)
         centers = cluster(rows[some], k, self.generator)
@@ -110,5 +105,5 @@ class Kmeans(Prototyped):
         """memo: the views of this step. At the end of an epoch the labels change."""
         self.recent.append(memo)
         self.steps += 1
-        if self.steps % self.steps_per_epoch == 0:
+        if self.steps % EPOCH == 0:
             self.reassign()

@@ -3,9 +3,8 @@
 Slide: "Image-level, pixel-level, and object-level contrastive learning", the left column.
 Paper: Chen, Xie, He, 2021, "An Empirical Study of Training Self-Supervised Vision Transformers",
 algorithm 1.
-Differs: a convolutional trunk; our projector and predictor; the temperature is SlotCon's 0.2, which
-is MoCo v3's too. It makes no groups: clusters of its trunk's features are measured instead.
-Read next: dense.py.
+Differs: a convolutional backbone; our projector and predictor; the temperature is SlotCon's 0.2,
+which is MoCo v3's too. It makes no groups: clusters of its backbone's features are measured.
 """
 
 from __future__ import annotations
@@ -15,14 +14,13 @@ from einops import reduce
 from torch import Tensor, nn
 
 from backbone import build_backbone
-from comparisons.common import Outcome, Taught, each_view
+from comparisons.common import Outcome, StudentTeacher, each_view
 from losses import image_contrast
 from slots import SlotPredictor
-from teacher import make_teacher
 
 
 class ImageNetwork(nn.Module):
-    """Trunk, mean over all places, projector: images (b 3 y x) -> one vector per image (b d)."""
+    """Backbone, mean over all places, projector: images (b 3 y x) -> one vector per image (b d)."""
 
     def __init__(self, arch: str, dim_hidden: int, dim_out: int):
         super().__init__()
@@ -34,21 +32,13 @@ class ImageNetwork(nn.Module):
         return self.projector(reduce(self.backbone(images), "b c h w -> b c", "mean"))
 
 
-class Moco(Taught):
-    """Student, teacher and predictor of whole images.
+class Moco(StudentTeacher):
+    """Student, teacher and predictor of whole images."""
 
-    arch, dim_hidden, dim_out (d): sizes of the networks; temp_slot: of the contrast.
-    """
-
-    def __init__(self, arch: str, dim_hidden: int, dim_out: int, temp_slot: float = 0.2):
-        super().__init__()
-        self.student = ImageNetwork(arch, dim_hidden, dim_out)
-        self.predictor = SlotPredictor(dim_out, dim_out, dim_hidden)
-        self.teacher = make_teacher(self.student)
-        self.temp_slot = temp_slot
+    make_student = ImageNetwork
 
     def forward(
-        self, views: Tensor, boxes: Tensor, flipped: Tensor, told: Tensor
+        self, views: Tensor, boxes: Tensor, flipped: Tensor, extra: Tensor
     ) -> tuple[Tensor, Outcome]:
         """L = contrast(q1, k2) + contrast(q2, k1); contrast = 2 tau CE(<q_b, k_m> / tau, m = b)."""
         q1, q2 = (self.predictor(vectors) for vectors in each_view(self.student, views))

@@ -1,12 +1,11 @@
-"""Motion as the cue: slots that must paint the optical flow again find what moves as one.
+"""Motion as the cue: slots that must paint the optical flow find what moves as one.
 
 Slide: "And also on real-world data if motion or depth is available".
 Paper: "Self-Supervised Video Object Segmentation by Motion Grouping", Yang et al., ICCV 2021.
 Differs: the true flow of toy.py's frame pairs instead of an estimated one; more slots than two, and
-no consistency between several flows of one frame. As in the paper the trunk is shown the flow,
+no consistency between several flows of one frame. As in the paper the backbone sees the flow and
 never the image: a single image does not say how things will move. So its features know shapes and
-motion only, and the probe reads classes off those. Crops are cut from the flow, without jitter.
-Read next: depth.py.
+motion only, and the probe reads classes from them. Crops are cut from the flow, without jitter.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from comparisons.slot_attention import Reconstruction
 
-SPEED = 4  # px that camera and objects move by between two frames, at most
+SPEED = 4  # px, the most that camera and objects move by between two frames
 
 
 class Motion(Reconstruction):

@@ -1,24 +1,24 @@
 """Centering and sharpening alone: the teacher labels, the student predicts, no slot is contrasted.
 
 Slide: "Towards semantic prototypes: deep clustering" (self-distillation, stop-gradient, centering
-and sharpening). Papers: DINO (Caron et al., ICCV 2021), on pixels; SlotCon's table 6b, weight 1.
+and sharpening).
+Papers: DINO (Caron et al., ICCV 2021), on pixels; SlotCon's table 6b, weight 1.
 Differs: DINO warms the teacher's temperature up, uses more than two views, and its prototypes are
 the rows of a linear layer without gradient in the first epoch. Three of the four ways not to
-collapse are numbers of the configuration (recipes.py, table "collapse"); the fourth stands here.
-Read next: slotcon.py of this folder.
+collapse are numbers of the configuration (recipes.py, table "collapse"); the fourth is here.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
-from einops import rearrange, reduce
+from einops import rearrange
 from torch import Tensor
 
-from comparisons.common import Outcome, overlapping
-from comparisons.slotcon import WholeMethod
+from comparisons.common import Outcome, align, each_view, overlapping, target_loss
+from comparisons.whole_method import WholeMethod
 from grouping import assignment
+from losses import mean_over_pixels
 
 
 def both_branches(
@@ -29,15 +29,12 @@ def both_branches(
     temp_teacher: float,
     valid: Tensor,
 ) -> Tensor:
-    """`losses.group_consistency` without stop-gradient: the target is moved by the loss as well.
+    """`losses.group_consistency` without stop-gradient: the loss moves the target as well.
 
     first, second (b k h w): aligned similarity maps; center (k); valid (b) bool -> scalar.
     """
     target = assignment(second - rearrange(center, "k -> k 1 1"), temp_teacher)
-    logs = (first / temp_student).log_softmax(dim=1)  # over k
-    entropy = reduce(-target * logs, "b k h w -> b h w", "sum")
-    entropy = reduce(entropy, "b h w -> b", "mean")
-    return torch.where(valid, entropy, 0 * entropy).sum() / valid.sum().clamp(min=1)
+    return target_loss(first, target, temp_student, valid)
 
 
 class SelfDistillation(WholeMethod):
@@ -51,16 +48,14 @@ class SelfDistillation(WholeMethod):
         self.stop_gradient = stop_gradient
 
     def forward(
-        self, views: Tensor, boxes: Tensor, flipped: Tensor, told: Tensor
+        self, views: Tensor, boxes: Tensor, flipped: Tensor, extra: Tensor
     ) -> tuple[Tensor, Outcome]:
         """L = CE(s1, t2) + CE(s2, t1); without stop-gradient t is the student itself."""
         if self.stop_gradient:
-            return super().forward(views, boxes, flipped, told)
+            return super().forward(views, boxes, flipped, extra)
         method = self.method
-        one, two = method.look(method.student, views, boxes, flipped)
-        temperatures, valid = (method.temp_student, method.temp_teacher), overlapping(boxes)
-        loss = both_branches(
-            one.aligned, two.aligned, method.center, *temperatures, valid
-        ) + both_branches(two.aligned, one.aligned, method.center, *temperatures, valid)
-        center_mean = reduce([one.similarity, two.similarity], "v b k h w -> k", "mean").detach()
-        return loss, Outcome(loss.detach(), center_mean)
+        maps = [similarity for _, similarity in each_view(method.student, views)]
+        s1, s2 = align(maps, boxes, flipped)
+        numbers = method.center, method.temp_student, method.temp_teacher, overlapping(boxes)
+        loss = both_branches(s1, s2, *numbers) + both_branches(s2, s1, *numbers)
+        return loss, Outcome(loss.detach(), mean_over_pixels(maps))

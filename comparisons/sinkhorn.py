@@ -4,7 +4,6 @@ Slide: "Towards semantic prototypes: deep clustering" (pseudo-labeling: Sinkhorn
 Papers: Cuturi, 2013; SwAV (Caron et al., NeurIPS 2020), section 3.1, on pixels instead of images.
 Differs: no queue, since a batch of pixels is large; no multi-crop; the prototypes have a gradient
 from the first step on. It is the method without teacher and center: one network, two views.
-Read next: self_distillation.py.
 """
 
 from __future__ import annotations
@@ -13,16 +12,15 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
-from comparisons.common import Outcome, Prototyped, each_view, overlapping, target_loss
+from comparisons.common import Outcome, Prototyped, align, each_view, overlapping, target_loss
 from engine.ranks import sum_over_ranks
-from grouping import GroupingNetwork, inverse_augmentation
 
 TEMPERATURE = 0.05  # of the targets [P]
 
 
 @torch.no_grad()
 def sinkhorn(similarity: Tensor, temperature: float, iterations: int = 3) -> Tensor:
-    """Balanced targets: alternately every prototype, then every pixel, is given the same sum.
+    """Balanced targets: by turns every prototype and every pixel is scaled to the same sum.
 
     similarity (b k h w) of this rank -> assignment (b k h w), summing to 1 over k; over all pixels
     of all ranks each prototype sums to nearly the same (Cuturi, 2013). Three iterations [P].
@@ -41,27 +39,15 @@ def sinkhorn(similarity: Tensor, temperature: float, iterations: int = 3) -> Ten
 
 
 class Sinkhorn(Prototyped):
-    """One network with prototypes.
-
-    arch, num_prototypes (k), dim_hidden, dim_out (d): sizes; temp_student: of the prediction.
-    """
-
-    def __init__(
-        self, arch: str, num_prototypes: int, dim_hidden: int, dim_out: int, temp_student: float
-    ):
-        super().__init__()
-        self.network = GroupingNetwork(arch, num_prototypes, dim_hidden, dim_out)
-        self.temp_student = temp_student
+    """One network: each view predicts the other's balanced targets."""
 
     def forward(
-        self, views: Tensor, boxes: Tensor, flipped: Tensor, told: Tensor
+        self, views: Tensor, boxes: Tensor, flipped: Tensor, extra: Tensor
     ) -> tuple[Tensor, Outcome]:
         """L = CE(s1, q2) + CE(s2, q1) with q = sinkhorn(s), which has no gradient."""
         maps = [similarity for _, similarity in each_view(self.network, views)]
-        s1, s2 = (inverse_augmentation(maps[i], boxes[:, i], flipped[:, i]) for i in (0, 1))
+        s1, s2 = align(maps, boxes, flipped)
         q1, q2 = (sinkhorn(aligned, TEMPERATURE) for aligned in (s1, s2))
-        valid = overlapping(boxes)
-        loss = target_loss(s1, q2, self.temp_student, valid) + target_loss(
-            s2, q1, self.temp_student, valid
-        )
+        valid, tau = overlapping(boxes), self.temp_student
+        loss = target_loss(s1, q2, tau, valid) + target_loss(s2, q1, tau, valid)
         return loss, Outcome(loss.detach())

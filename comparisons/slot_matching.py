@@ -1,11 +1,10 @@
-"""The road the talk gave up: slots of each view alone, matched between the views, then contrasted.
+"""The way that the talk gave up: slots of each view alone, matched between the views, contrasted.
 
 Slide: "And..., what about real-world images?" ("Matching the slots [of] two views is hard").
-Paper: none; the talk's own attempt before SlotCon, of which nothing was published.
+Paper: none; the talk's own attempt before SlotCon was never published.
 Differs: everything is our reading of one slide [U]: Slot Attention per view, a momentum teacher for
-the other view, the Hungarian method on cosines, and SlotCon's contrast of what was matched, with
+the other view, the Hungarian method on cosines, and SlotCon's contrast of the matched slots, with
 all other slots of the batch as negatives. Groups are the attention of the teacher's last iteration.
-Read next: kmeans.py.
 """
 
 from __future__ import annotations
@@ -16,13 +15,10 @@ from einops import einsum, rearrange
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from comparisons.common import Outcome, Taught, each_view
-from comparisons.slot_attention import NUM_SLOTS, PixelEncoder
+from comparisons.common import Outcome, StudentTeacher, each_view
+from comparisons.slot_attention import NUM_SLOTS, PixelEncoder, SlotAttention
 from engine.ranks import gather_rows, rank_and_world_size
 from losses import contrast, unit
-from slot_attention import SlotAttention
-from slots import SlotPredictor
-from teacher import make_teacher
 
 
 class SlotNetwork(nn.Module):
@@ -42,7 +38,7 @@ class SlotNetwork(nn.Module):
 
 @torch.no_grad()
 def match_slots(slots: Tensor, others: Tensor) -> Tensor:
-    """Pair the slots of two views of each image so that the sum of their cosines is the largest.
+    """Pair the slots of two views of each image: the sum of their cosines is the largest possible.
 
     slots (b k d), others (b n d), n = k -> (b k): the one of `others` that belongs to each slot.
     """
@@ -57,8 +53,9 @@ def matched_contrast(
 ) -> Tensor:
     """Every slot finds its partner among the slots of all images of all ranks.
 
+    CE = mean_bk -log softmax_m(<q_bk, t_m> / temperature)_partner, times 2 temperature
+
     prediction, target (b k d); matching (b k), as `match_slots` gives it -> scalar, one direction.
-    CE = mean_bk -log softmax_m(<q_bk, t_m> / temperature)_partner, times 2 temperature.
     """
     b, k, _ = prediction.shape
     rank, world_size = rank_and_world_size()
@@ -69,24 +66,15 @@ def matched_contrast(
     return 2 * temperature * contrast(rows, partners, keys, temperature) / (b * k)
 
 
-class SlotMatching(Taught):
-    """Student, teacher and predictor of slots that have no names.
+class SlotMatching(StudentTeacher):
+    """Student, teacher and predictor of slots that have no names."""
 
-    arch, dim_hidden, dim_out (d): sizes of the networks; temp_slot: of the contrast.
-    """
-
+    make_student = SlotNetwork
     per_image = True
     rate = 0.1  # as slot_attention.py
 
-    def __init__(self, arch: str, dim_hidden: int, dim_out: int, temp_slot: float = 0.2):
-        super().__init__()
-        self.student = SlotNetwork(arch, dim_hidden, dim_out)
-        self.predictor = SlotPredictor(dim_out, dim_out, dim_hidden)
-        self.teacher = make_teacher(self.student)
-        self.temp_slot = temp_slot
-
     def forward(
-        self, views: Tensor, boxes: Tensor, flipped: Tensor, told: Tensor
+        self, views: Tensor, boxes: Tensor, flipped: Tensor, extra: Tensor
     ) -> tuple[Tensor, Outcome]:
         """L = contrast(q1, t2) + contrast(q2, t1); s, not q = predictor(s), is matched with t."""
         (s1, _), (s2, _) = each_view(self.student, views)
@@ -102,7 +90,7 @@ class SlotMatching(Taught):
         return matched_contrast(prediction, teacher, match_slots(student, teacher), self.temp_slot)
 
     @property
-    def trunk(self) -> nn.Module:
+    def backbone(self) -> nn.Module:
         """The teacher's."""
         return self.teacher.encoder.backbone
 

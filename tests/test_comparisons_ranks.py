@@ -1,8 +1,8 @@
 """The comparisons over two processes: Sinkhorn balances all pixels, and the contrasts know all
-keys."""
+keys.
+"""
 
 import multiprocessing
-import os
 
 import pytest
 import torch
@@ -10,12 +10,10 @@ import torch.distributed as dist
 
 from comparisons import dense, slot_matching
 from comparisons.sinkhorn import sinkhorn
-from engine import processes
 
 B, K, D, H, W = 2, 6, 7, 4, 5  # images per process
-VALID = torch.tensor(
-    [True, True, False, True]
-)  # images that overlap: unequal numbers in both processes
+# Images that overlap: unequal numbers in both processes
+VALID = torch.tensor([True, True, False, True])
 MATCHING = torch.tensor(
     [[0, 2, 1, 4, 3, 5], [5, 4, 3, 2, 1, 0], [0, 1, 2, 3, 4, 5], [1, 0, 3, 2, 5, 4]]
 )
@@ -33,45 +31,37 @@ def maps():
 
 def contrasts(part):
     """Both losses on a part of the joined batch, and the gradients of their queries."""
-    query, slots = (
-        random(2 * B, D, 8, 8)[part].requires_grad_(),
-        random(2 * B, K, D, seed=1)[part].requires_grad_(),
-    )
-    place = dense.place_contrast(query, random(2 * B, D, 8, 8, seed=2)[part], VALID[part], 0.2)
-    slot = slot_matching.matched_contrast(
-        slots, random(2 * B, K, D, seed=3)[part], MATCHING[part], 0.2
-    )
+    query = random(2 * B, D, 8, 8)[part].requires_grad_()
+    slots = random(2 * B, K, D, seed=1)[part].requires_grad_()
+    keys, targets = random(2 * B, D, 8, 8, seed=2)[part], random(2 * B, K, D, seed=3)[part]
+    place = dense.place_contrast(query, keys, VALID[part], 0.2)
+    slot = slot_matching.matched_contrast(slots, targets, MATCHING[part], 0.2)
     (place + slot).backward()
     return place.detach(), slot.detach(), query.grad, slots.grad
 
 
 def one_of_two(rank, folder):
     torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     part = slice(rank * B, (rank + 1) * B)
-    torch.save(
-        dict(
-            few=sinkhorn(maps()[part], 0.3),
-            many=sinkhorn(maps()[part], 0.1, iterations=50),
-            contrasts=contrasts(part),
-        ),
-        f"{folder}/{rank}.pth",
-    )
-    processes.finish()
+    few, many = sinkhorn(maps()[part], 0.3), sinkhorn(maps()[part], 0.1, iterations=50)
+    found = dict(few=few, many=many, contrasts=contrasts(part))
+    torch.save(found, f"{folder}/{rank}.pth")
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What each of two processes has found."""
     folder = tmp_path_factory.mktemp("ranks")
-    server = multiprocessing.get_context(
-        "forkserver"
-    )  # a fork of this process could inherit a lock
+    server = multiprocessing.get_context("forkserver")  # a fork could inherit a lock
     server.set_forkserver_preload(["torch", "torchvision", "einops"])
-    both = [server.Process(target=one_of_two, args=(rank, str(folder))) for rank in (0, 1)]
-    for process in both:
-        process.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+        both = [server.Process(target=one_of_two, args=(rank, str(folder))) for rank in (0, 1)]
+        for process in both:
+            process.start()
     for process in both:
         process.join(120)
         if process.is_alive():
@@ -97,9 +87,8 @@ def test_two_processes_with_half_a_batch_each_have_the_targets_of_the_whole(foun
 def test_the_contrasts_of_two_processes_are_those_of_the_joined_batch(found):
     place, slot, *gradients = contrasts(slice(None))
     for i, whole in enumerate((place, slot)):
-        assert sum(rank["contrasts"][i] for rank in found).item() / 2 == pytest.approx(
-            whole.item(), rel=1e-9
-        )
+        mean = sum(rank["contrasts"][i] for rank in found).item() / 2
+        assert mean == pytest.approx(whole.item(), rel=1e-9)
     for i, whole in enumerate(gradients, start=2):
         halves = torch.cat([rank["contrasts"][i] for rank in found])
         assert torch.allclose(halves / 2, whole, rtol=1e-9)

@@ -1,9 +1,7 @@
-"""slot_attention.py: slots that compete for pixels, queries that do not, and the decoder that
-reconstructs.
+"""comparisons/slot_attention.py: slots that compete for pixels, queries that do not, the decoder.
 
-Promised: slots compete over k, queries attend alone over n; Slot Attention is its paper's
-algorithm; the decoder's masks share out every pixel, and what it paints is the mixture of the
-slots' images.
+Promised: slots compete over k, independent queries attend over n; Slot Attention is its paper's
+algorithm; the decoder's masks share out every pixel, and it paints the mixture of all slots' images.
 """
 
 import itertools
@@ -13,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from slot_attention import (
+from comparisons.slot_attention import (
     IndependentQueries,
     PositionEmbedding,
     SlotAttention,
@@ -29,48 +27,36 @@ def random(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-# ---------------------------------------------------------------------------------------- attention
-
-
-def test_competing_queries_share_each_pixel_and_lone_queries_share_their_own_gaze():
+@pytest.mark.parametrize("compete", [True, False])
+def test_competing_queries_share_each_pixel_and_independent_ones_attend_alone(compete):
     queries, keys = random(B, K, D), random(B, N, D, seed=1)
-    for compete in (True, False):
-        found = query_attention(queries, keys, compete, temperature=0.5)
-        assert found.shape == (B, K, N)
-        for b in range(B):
-            logits = [
-                [
-                    sum(queries[b, k, i] * keys[b, n, i] for i in range(D)).item()
-                    / (math.sqrt(D) * 0.5)
-                    for n in range(N)
-                ]
-                for k in range(K)
-            ]
-            for k in range(K):
-                for n in range(N):
-                    rivals = [logits[j][n] for j in range(K)] if compete else logits[k]
-                    expected = math.exp(logits[k][n]) / sum(math.exp(x) for x in rivals)
-                    assert found[b, k, n].item() == pytest.approx(expected, rel=1e-9)
+    found = query_attention(queries, keys, compete, temperature=0.5)
+    assert found.shape == (B, K, N)
+    for b, k, n in itertools.product(range(B), range(K), range(N)):
+
+        def weight(k, n, b=b):
+            return math.exp((queries[b, k] @ keys[b, n]).item() / (math.sqrt(D) * 0.5))
+
+        rivals = [weight(j, n) for j in range(K)] if compete else [weight(k, j) for j in range(N)]
+        assert found[b, k, n].item() == pytest.approx(weight(k, n) / sum(rivals), rel=1e-9)
 
 
-def test_a_weighted_mean_is_the_mean_of_the_pixels_a_slot_won():
+def test_a_weighted_mean_is_the_mean_of_the_pixels_that_a_slot_won():
     attention, values = random(B, K, N).softmax(1), random(B, N, D, seed=1)
     found = weighted_mean(attention, values)
-    for b in range(B):
-        for k in range(K):
-            weights = [attention[b, k, n].item() + 1e-6 for n in range(N)]
-            expected = sum(weight * values[b, n] for n, weight in enumerate(weights)) / sum(weights)
-            assert torch.allclose(found[b, k], expected, rtol=1e-9)
-    assert torch.allclose(
-        weighted_mean(torch.zeros(B, K, N), values.float()), values.float().mean(1)[:, None]
-    )
+    for b, k in itertools.product(range(B), range(K)):
+        weights = [attention[b, k, n].item() + 1e-6 for n in range(N)]
+        expected = sum(weight * values[b, n] for n, weight in enumerate(weights)) / sum(weights)
+        assert torch.allclose(found[b, k], expected, rtol=1e-9)
+    nothing_won = weighted_mean(torch.zeros(B, K, N), values.float())
+    assert torch.allclose(nothing_won, values.float().mean(1)[:, None])
 
 
 def layer_norm(x):
     return (x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt()
 
 
-def gru_slowly(gru, x, state):
+def slow_gru(gru, x, state):
     """Cho et al., 2014: reset, update and candidate, in torch's order."""
     wi, wh = gru.weight_ih.chunk(3), gru.weight_hh.chunk(3)
     bi, bh = gru.bias_ih.chunk(3), gru.bias_hh.chunk(3)
@@ -91,60 +77,44 @@ def test_slot_attention_is_its_published_algorithm():
         state = list(start[b])
         for attention in history:
             queries = [module.to_query.weight @ layer_norm(slot) for slot in state]
-            logits = torch.stack(
-                [torch.stack([(module.to_key.weight @ x) @ q for x in inputs]) for q in queries]
-            )
+            keys = [module.to_key.weight @ x for x in inputs]
+            logits = torch.stack([torch.stack([key @ q for key in keys]) for q in queries])
             shares = (logits / math.sqrt(D)).exp()
             shares = shares / shares.sum(0)
             assert torch.allclose(attention[b], shares, rtol=1e-8)
             for k in range(K):
                 weights = (shares[k] + 1e-6) / (shares[k] + 1e-6).sum()
                 update = sum(a * (module.to_value.weight @ x) for a, x in zip(weights, inputs))
-                moved = gru_slowly(module.gru, update, state[k])
-                hidden = (module.mlp[0].weight @ layer_norm(moved) + module.mlp[0].bias).clamp(
-                    min=0
-                )
-                state[k] = moved + module.mlp[2].weight @ hidden + module.mlp[2].bias
+                moved = slow_gru(module.gru, update, state[k])
+                hidden = module.mlp[0].weight @ layer_norm(moved) + module.mlp[0].bias
+                state[k] = moved + module.mlp[2].weight @ hidden.clamp(min=0) + module.mlp[2].bias
         assert torch.allclose(slots[b], torch.stack(state), rtol=1e-8)
 
 
-def test_in_slot_attention_no_slot_has_a_name_and_each_pixel_is_shared_out():
+def test_slots_have_no_names_and_start_from_noise():
     module, pixels, start = SlotAttention(D, K).double(), random(B, N, D), random(B, K, D, seed=1)
     order = torch.tensor([3, 0, 4, 1, 2])
     slots, history = module(pixels, start)
     assert len(history) == 3
     assert torch.allclose(module(pixels, start[:, order])[0], slots[:, order], rtol=1e-9)
-    assert all(torch.allclose(a.sum(1), torch.ones(B, N, dtype=torch.float64)) for a in history)
-    again, other = module(pixels)[0], module(pixels)[0]
-    assert again.shape == (B, K, D) and not torch.allclose(again, other)  # they start from noise
+    assert not torch.allclose(module(pixels)[0], module(pixels)[0])
 
 
-def test_independent_queries_pool_what_each_looks_at_and_share_nothing():
+def test_independent_queries_pool_what_each_attends_to_and_do_not_notice_each_other():
     module, pixels = IndependentQueries(D, K).double(), random(B, N, D)
     slots, attention = module(pixels)
     assert slots.shape == (B, K, D) and attention.shape == (B, K, N)
-    for b in range(B):
-        for k in range(K):
-            query = module.to_query.weight @ module.queries[k]
-            weights = [
-                math.exp((query @ (module.to_key.weight @ x)).item() / math.sqrt(D))
-                for x in pixels[b]
-            ]
-            shares = [weight / sum(weights) for weight in weights]
-            assert attention[b, k].tolist() == pytest.approx(shares, rel=1e-9)
-            expected = sum(a * (module.to_value.weight @ x) for a, x in zip(shares, pixels[b]))
-            assert torch.allclose(slots[b, k], expected, rtol=1e-9)
-
-
-def test_an_independent_query_does_not_notice_that_another_moved():
-    module, pixels = IndependentQueries(D, K).double(), random(B, N, D)
-    before = module(pixels)[0].detach()
+    for b, k in itertools.product(range(B), range(K)):
+        query = module.to_query.weight @ module.queries[k]
+        keys = [module.to_key.weight @ x for x in pixels[b]]
+        weights = [math.exp((query @ key).item() / math.sqrt(D)) for key in keys]
+        shares = [weight / sum(weights) for weight in weights]
+        assert attention[b, k].tolist() == pytest.approx(shares, rel=1e-9)
+        expected = sum(a * (module.to_value.weight @ x) for a, x in zip(shares, pixels[b]))
+        assert torch.allclose(slots[b, k], expected, rtol=1e-9)
     module.queries.data[2] += 1
-    after = module(pixels)[0].detach()
-    assert (before != after).any(2).all(0).tolist() == [False, False, True, False, False]
-
-
-# -------------------------------------------------------------------------------------- the decoder
+    moved = (module(pixels)[0] != slots).any(2).all(0)
+    assert moved.tolist() == [False, False, True, False, False]
 
 
 def test_positions_are_a_linear_function_of_the_distances_from_four_borders():
@@ -171,37 +141,22 @@ def test_every_slot_paints_a_whole_image_and_a_softmax_over_slots_mixes_them():
     module, slots = SpatialBroadcastDecoder(D, C, width=6).double(), random(B, K, D)
     image, masks = module(slots, (3, 2))
     assert image.shape == (B, C, 3, 2) and masks.shape == (B, K, 3, 2)
-    convolutions = [layer for layer in module.paint if isinstance(layer, nn.Conv2d)]
+    first, second, last = (layer for layer in module.paint if isinstance(layer, nn.Conv2d))
     for b in range(B):
         painted = []
         for k in range(K):
-            cells = slots[b, k][:, None, None].expand(D, 3, 2)
-            x = module.position(cells[None])[0]
-            x = slow_conv(convolutions[0], x).clamp(min=0)
-            x = slow_conv(convolutions[1], x).clamp(min=0)
-            painted.append(slow_conv(convolutions[2], x))
+            x = module.position(slots[b, k][:, None, None].expand(D, 3, 2)[None])[0]
+            x = slow_conv(second, slow_conv(first, x).clamp(min=0)).clamp(min=0)
+            painted.append(slow_conv(last, x))
         shares = torch.stack([each[C].exp() for each in painted])
         shares = shares / shares.sum(0)
-        assert torch.allclose(masks[b], shares)
-        assert torch.allclose(
-            image[b], sum(share * each[:C] for share, each in zip(shares, painted))
-        )
-
-
-def test_of_two_slots_that_are_alike_each_owns_half_by_hand():
-    module = SpatialBroadcastDecoder(D, C).double()
-    slots = random(1, 1, D).expand(1, 2, D)
-    image, masks = module(slots, (H, W))
-    assert torch.allclose(masks, torch.full_like(masks, 0.5))
-    assert torch.allclose(image, module(slots[:, :1], (H, W))[0])
+        mixture = sum(share * each[:C] for share, each in zip(shares, painted))
+        assert torch.allclose(masks[b], shares) and torch.allclose(image[b], mixture)
 
 
 def test_the_decoder_knows_no_order_of_slots_and_every_weight_gets_a_gradient():
-    module, slots, order = (
-        SpatialBroadcastDecoder(D, C).double(),
-        random(B, K, D).requires_grad_(),
-        [3, 0, 4, 1, 2],
-    )
+    module, slots = SpatialBroadcastDecoder(D, C).double(), random(B, K, D).requires_grad_()
+    order = [3, 0, 4, 1, 2]
     image, masks = module(slots, (H, W))
     again, permuted = module(slots[:, order], (H, W))
     assert torch.allclose(image, again) and torch.allclose(masks[:, order], permuted)
@@ -209,11 +164,7 @@ def test_the_decoder_knows_no_order_of_slots_and_every_weight_gets_a_gradient():
     assert all(p.grad.abs().max() > 0 for p in module.parameters()) and slots.grad.abs().min() > 0
 
 
-def test_slots_without_a_mask_could_not_be_told_apart():
-    """The image alone does not say which slot painted it: equal images, unequal masks."""
-    module = SpatialBroadcastDecoder(D, C).double()
-    last = module.paint[-1]
-    last.weight.data[:C], last.bias.data[:C] = 0, 1  # every slot paints ones
-    slots = random(B, K, D)
-    image, masks = module(slots, (H, W))
-    assert torch.allclose(image, torch.ones_like(image)) and masks.std(1).max() > 0
+def test_of_two_equal_slots_each_owns_half_of_every_cell():
+    module, slots = SpatialBroadcastDecoder(D, C).double(), random(1, 1, D).expand(1, 2, D)
+    masks = module(slots, (H, W))[1]
+    assert torch.allclose(masks, torch.full_like(masks, 0.5))

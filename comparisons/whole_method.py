@@ -1,8 +1,8 @@
-"""The method itself, in the protocol of this folder.
+"""The method itself, behind the interface of this folder.
 
-Slide: "Together: solving segmentation & representation jointly". Paper: section 3.
+Slide: "Together: solving segmentation & representation jointly".
+Paper: section 3.
 Differs: nothing known from the top-level slotcon.py, which it calls.
-Read next: compare.py, which runs all of them.
 """
 
 from __future__ import annotations
@@ -21,26 +21,24 @@ class WholeMethod(System):
     momentum_center: of the center; settings: of `slotcon.SlotCon`.
     """
 
+    around = SlotCon
+
     def __init__(self, momentum_center: float = 0.9, **settings: Any):
         super().__init__()
         self.method = SlotCon(**settings)
         self.momentum_center = momentum_center
 
     def forward(
-        self, views: Tensor, boxes: Tensor, flipped: Tensor, told: Tensor
+        self, views: Tensor, boxes: Tensor, flipped: Tensor, extra: Tensor
     ) -> tuple[Tensor, Outcome]:
-        """lambda (consistency of both directions) + (1 - lambda) (contrast of both directions)."""
+        """L = lambda (consistency of both directions) + (1 - lambda) (contrast of both)."""
         loss, report = self.method(views, boxes, flipped)
         return loss, Outcome(loss.detach(), report.center_mean)
 
     @property
-    def trunk(self) -> nn.Module:
+    def backbone(self) -> nn.Module:
         """The teacher's."""
         return self.method.teacher.backbone
-
-    def before_step(self, temp_teacher: float) -> None:
-        """The teacher's temperature, which a schedule may raise."""
-        self.method.temp_teacher = temp_teacher
 
     def after_step(self, memo: Tensor, momentum: float) -> None:
         """memo: the mean teacher similarity (k)."""
