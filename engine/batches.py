@@ -267,7 +267,7 @@ class SizeOrReason(Dataset):
 
     def __getitem__(self, index: int) -> tuple[int, int] | str:
         try:
-            return tuple(self.images[index].shape[-2:])
+            return tuple(self.images.open(index).pixels().image.shape[-2:])
         except BadImage as bad:
             return bad.reason
 
