@@ -1,10 +1,10 @@
-"""Trunks side by side, fine-tuned on few labeled images: mean IoU over seeds.
+"""Backbones side by side, fine-tuned on few labeled images: mean IoU over seeds.
 
-    python benchmarks/few_labels.py --trunks random=random slotcon=runs/toy/last.pth \
+    python benchmarks/few_labels.py --backbones random=random slotcon=runs/toy/last.pth \
         --labeled 4 8 16 --seeds 0 1 2 --output-dir runs/few-toy -- --dataset toy --batch-size 4
 
 What stands behind `--` goes to `transfer.py segmentation`. A seed decides the heads' weights, the
-order of the images, and which of them are labeled: the same ones for every trunk. Runs that are
+order of the images, and which of them are labeled: the same ones for every backbone. Runs that are
 done are not done again; best.pth and last.pth are removed, since only the scores count.
 """
 
@@ -43,18 +43,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--trunks", nargs="+", required=True, help="NAME=FILE, or NAME=random")
+    parser.add_argument("--backbones", nargs="+", required=True, help="NAME=FILE, or NAME=random")
     labeled = dict(nargs="+", type=int, required=True, help="numbers of images, 0: all")
     parser.add_argument("--labeled", "--labelled", **labeled)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("options", nargs="*", help="of transfer.py segmentation")
     args = parser.parse_args()
-    print("| labeled | " + " | ".join(each.partition("=")[0] for each in args.trunks) + " |")
-    print("|---" * (1 + len(args.trunks)) + "|")
+    print("| labeled | " + " | ".join(each.partition("=")[0] for each in args.backbones) + " |")
+    print("|---" * (1 + len(args.backbones)) + "|")
     for labeled in args.labeled:
         cells = []
-        for each in args.trunks:
+        for each in args.backbones:
             name, _, file = each.partition("=")
             scores = []
             for seed in args.seeds:

@@ -1,26 +1,20 @@
-"""How many images one worker core prepares per second, and where the time goes.
+"""How many images one worker core prepares per second, beside the usual pipeline.
 
     python benchmarks/loader.py                        # photographs it draws itself, 640x480
     python benchmarks/loader.py --drawn 4000x3000      # larger ones
     python benchmarks/loader.py --images DIR           # yours
-    python benchmarks/loader.py --device cuda          # the photometric part on the GPU
 
-Four ways of preparing the same two views of an image, taken in turn so that a busy machine is busy
-for all:
+Ways of preparing the same two views of an image, taken in turn within one process:
     plain     the usual pipeline: Pillow and torchvision transforms, image by image
-    ours      data.py: uint8 crops and boxes; the photometric part is left to the device
-    whole     ours, but every file is decoded in full, whatever the crops need
-    finished  ours, and photometric.Photometric in the same worker, for a machine without a GPU
-A second is one of the worker's own processor time, so that other programs on the machine do not
-count; the rate by the clock on the wall stands beside it and is the same where nothing else runs.
+    ours      data.py: uint8 crops and boxes; the colors are left to the device
+    finished  ours, and photometric.Photometric on the same core, for a machine without a GPU
+A second is one of this process's own processor time, so that other programs do not count.
 """
 
+from __future__ import annotations
+
 import argparse
-import functools
-import io
 import json
-import os
-import platform
 import random
 import statistics
 import sys
@@ -28,310 +22,122 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFilter, ImageOps
-from torch.utils.data import DataLoader, Dataset, default_collate
+from PIL import Image
+from torch.utils.data import default_collate
 from torchvision import transforms as T
 from torchvision.transforms import functional as TF
 
-sys.path.insert(0, os.fspath(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import photometric
-from engine import loader
-from engine.images import ImageFiles, Photographs, find_images
+from engine.batches import Samples
+from engine.images import Photographs, find_images
 
-PLAIN, OURS, WHOLE, FINISHED = "plain", "ours", "whole", "finished"
+NORMALIZE = T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-class PlainTwoCrops(Dataset):
-    """The baseline: every operation on its own Pillow image, the way torchvision's documentation
-    shows it.
-    """
+class Plain:
+    """The baseline: every operation on a Pillow image of its own, as torchvision documents it."""
 
-    def __init__(self, root, paths, size):
+    def __init__(self, root: Path, paths: list[str], size: int):
         self.root, self.paths, self.size = root, paths, size
-        self.jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8)
-        self.gray = T.RandomGrayscale(p=0.2)
-        self.finish = T.Compose(
-            [T.ToTensor(), T.Normalize(photometric.IMAGENET_MEAN, photometric.IMAGENET_STD)]
-        )
-        self.seconds = dict.fromkeys(
-            (
-                "read",
-                "decode",
-                "boxes",
-                "crops",
-                "jitter and gray",
-                "blur and solarize",
-                "float and normalize",
-                "collate",
-            ),
-            0.0,
-        )
+        jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8)
+        self.colors = T.Compose([jitter, T.RandomGrayscale(p=0.2)])
+        blur = T.GaussianBlur(23, (0.1, 2.0))
+        self.last = [blur, T.Compose([T.RandomApply([blur], p=0.1), T.RandomSolarize(128, p=0.2)])]
 
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, sample):
-        clock = Clock(self.seconds)
-        content = Path(self.root, str(self.paths[sample % len(self)])).read_bytes()
-        clock("read")
-        image = Image.open(io.BytesIO(content)).convert("RGB")
-        clock("decode")
+    def __getitem__(self, index: int) -> tuple:
+        image = Image.open(Path(self.root, self.paths[index])).convert("RGB")
         crop1 = data.draw_crop(image.height, image.width, random)
         crop2 = data.draw_crop(image.height, image.width, random, other=crop1)
         flipped = [random.random() < 0.5 for _ in range(2)]
-        boxes = data.overlap_boxes(crop1, crop2, flipped)
-        clock("boxes")
-        pair = [
-            TF.resized_crop(image, *crop, (self.size, self.size), TF.InterpolationMode.BICUBIC)
-            for crop in (crop1, crop2)
-        ]
-        pair = [TF.hflip(view) if flip else view for view, flip in zip(pair, flipped)]
-        clock("crops")
-        pair = [self.gray(self.jitter(view)) for view in pair]
-        clock("jitter and gray")
-        for number, (p_blur, p_solarize) in enumerate([(1.0, 0.0), (0.1, 0.2)]):
-            if random.random() < p_blur:
-                pair[number] = pair[number].filter(
-                    ImageFilter.GaussianBlur(random.uniform(0.1, 2.0))
-                )
-            if random.random() < p_solarize:
-                pair[number] = ImageOps.solarize(pair[number], 128)
-        clock("blur and solarize")
-        pair = [self.finish(view) for view in pair]
-        clock("float and normalize")
-        return pair, boxes, torch.tensor(flipped)
+        views = []
+        for crop, flip, last in zip((crop1, crop2), flipped, self.last):
+            size, bicubic = (self.size, self.size), TF.InterpolationMode.BICUBIC
+            view = TF.resized_crop(image, *crop, size, bicubic)
+            view = last(self.colors(TF.hflip(view) if flip else view))
+            views.append(NORMALIZE(TF.to_tensor(view)))
+        return views, data.overlap_boxes(crop1, crop2, flipped), torch.tensor(flipped)
 
 
-class Clock:
-    """Adds the processor time since its last call to a stage."""
+class Ours:
+    """What a reading process does in train.py; finished: the colors too."""
 
-    def __init__(self, seconds):
-        self.seconds, self.last = seconds, time.process_time()
+    def __init__(self, root: Path, paths: list[str], size: int, finished: bool = False):
+        self.samples = Samples(Photographs(root, paths), data.TwoCrops(size), seed=0)
+        self.colors = photometric.Photometric() if finished else None
 
-    def __call__(self, stage):
-        now = time.process_time()
-        self.seconds[stage] += now - self.last
-        self.last = now
-
-
-def finished(items):
-    batch, failures = loader.collate(items)
-    generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
-    return batch._replace(views=photometric.Photometric()(batch.views, generator)), failures
+    def batch(self, count: int) -> None:
+        """Prepare `count` images."""
+        batch = default_collate([self.samples[i][0] for i in range(count)])
+        if self.colors:
+            self.colors(batch.views, torch.Generator().manual_seed(0))
 
 
-def stamped(collate, items):
-    return collate(items), time.process_time(), time.perf_counter()
+def plain_batch(plain: Plain, count: int) -> None:
+    """Prepare `count` images."""
+    default_collate([plain[i] for i in range(count)])
 
 
-def worker_rates(variant, root, paths, args):
-    """images/s out of one worker process, by its processor time and by the wall; the first batch is
-    left out.
-    """
-    if variant == PLAIN:
-        dataset, collate = PlainTwoCrops(root, paths, args.image_size), default_collate
-    else:
-        images = (ImageFiles if variant == WHOLE else Photographs)(root, paths)
-        dataset = loader.Samples(images, data.TwoCrops(args.image_size), seed=0)
-        collate = finished if variant == FINISHED else loader.collate
-    sampler = loader.RunSampler(len(paths), args.batch_size, stop=args.batches + 1)
-    batches = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=1,
-        collate_fn=functools.partial(stamped, collate),
-    )
-    stamps = [stamp for _, *stamp in batches]
-    return tuple(
-        args.batches * args.batch_size / (last - first)
-        for first, last in zip(stamps[0], stamps[-1])
-    )
-
-
-def our_stages(root, paths, args):
-    """ms per image of each stage in this process. Reading and decoding are one call in data.py:
-    read alone is timed on a file that the system then has in memory, and taken off.
-    """
-    seconds = dict.fromkeys(("read", "decode", "boxes", "crops", "collate"), 0.0)
-    images, rng, items = Photographs(root, paths), random.Random(0), []
-    for index in range(args.batch_size):
-        clock = Clock(seconds)
-        Path(root, str(paths[index])).read_bytes()
-        clock("read")
-        image = images[index]
-        clock("decode")
-        height, width = image.shape[1:]
-        crop1 = data.draw_crop(height, width, rng)
-        crop2 = data.draw_crop(height, width, rng, other=crop1)
-        flipped = [rng.random() < 0.5 for _ in range(2)]
-        boxes = data.overlap_boxes(crop1, crop2, flipped)
-        clock("boxes")
-        pixels = image.pixels(min(*crop1[2:], *crop2[2:]) / args.image_size)
-        clock("decode")
-        pair = torch.stack(
-            [
-                data.resized_crop(pixels, crop, args.image_size, flip)
-                for crop, flip in zip((crop1, crop2), flipped)
-            ]
-        )
-        clock("crops")
-        items.append((data.Batch(pair, boxes, torch.tensor(flipped)), []))
-    clock = Clock(seconds)
-    batch, _ = loader.collate(items)
-    clock("collate")
-    seconds["decode"] -= seconds["read"]
-    return {stage: 1e3 * value / args.batch_size for stage, value in seconds.items()}, batch
-
-
-def plain_stages(root, paths, args):
-    dataset = PlainTwoCrops(root, paths, args.image_size)
-    items = [dataset[index] for index in range(args.batch_size)]
-    clock = Clock(dataset.seconds)
-    default_collate(items)
-    clock("collate")
-    return {stage: 1e3 * value / args.batch_size for stage, value in dataset.seconds.items()}
-
-
-def photometric_ms(batch, device):
-    """ms per image of photometric.Photometric for a batch that is on the device already."""
-    on_device, generator = batch.views.to(device), torch.Generator(device).manual_seed(0)
-    change, clock, wait = photometric.Photometric(), time.process_time, lambda: None
-    if device.type == "cuda":
-        clock, wait = time.perf_counter, torch.cuda.synchronize
-    change(on_device[:2], generator)  # the first call prepares the blur's table
-    wait()
-    start = clock()
-    change(on_device, generator)
-    wait()
-    return 1e3 * (clock() - start) / len(on_device)
-
-
-def draw_photographs(folder, count, width=640, height=480, noise=0.0):
-    """JPEG files with structure at all scales, as photographs have it; about 100 KB each at
-    640x480. noise: of every pixel, gray levels.
-    """
+def draw_photographs(folder: str, count: int, width: int, height: int) -> None:
+    """JPEG files with structure at all scales, as photographs have it, and some noise."""
     for number in range(count):
         generator = torch.Generator().manual_seed(number)
         image = torch.zeros(1, 3, height, width)
         for octave in range(1, max(width - 1, 1).bit_length() - 1):
             coarse = torch.randn(1, 3, 2**octave * 3 // 4 + 1, 2**octave + 1, generator=generator)
-            size = (height, width)
-            image += F.interpolate(coarse, size, mode="bicubic", align_corners=False) / octave**1.5
-        if noise:  # as of a camera's sensor: it fills most of a large file
-            image += torch.randn(image.shape, generator=generator) * noise / 50
+            image += F.interpolate(coarse, (height, width), mode="bicubic") / octave**1.5
+        image += torch.randn(image.shape, generator=generator) * 0.06  # 3 gray levels
         pixels = (128 + 50 * image[0]).clamp(0, 255).permute(1, 2, 0).to(torch.uint8).numpy()
         Image.fromarray(pixels).save(Path(folder, f"{number:03d}.jpg"), quality=90)
 
 
-def spread(values):
-    return f"{statistics.median(values):9.2f}  ({min(values):.2f} .. {max(values):.2f})"
-
-
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def measure(folder: str, args: argparse.Namespace) -> None:
+    """Take turns, and print images per second and core."""
+    root, paths, _ = find_images(folder)
+    count = min(args.batch_size, len(paths))
+    plain = Plain(root, paths, args.image_size)
+    ours, finished = (Ours(root, paths, args.image_size, done) for done in (False, True))
+    ways = dict(
+        plain=lambda: plain_batch(plain, count),
+        ours=lambda: ours.batch(count),
+        finished=lambda: finished.batch(count),
     )
-    parser.add_argument("--images", help="folder of photographs (default: drawn for the occasion)")
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for round_number in range(args.rounds + 1):  # the first warms up
+        for name, prepare in ways.items():
+            began = time.process_time()
+            prepare()
+            if round_number:
+                rates[name].append(count / (time.process_time() - began))
+    print(f"{count} photographs, {args.image_size} px, torch {torch.__version__}")
+    for name, values in rates.items():
+        times = statistics.median(v / first for v, first in zip(values, rates["plain"]))
+        print(
+            f"{name:10}{statistics.median(values):8.1f} images/s per core  ({min(values):.1f} .. "
+            f"{max(values):.1f})  {times:.2f} times plain"
+        )
+    print(json.dumps(rates))
+
+
+def main() -> None:
+    """Read the options, draw photographs where none are given, and measure."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--images", help="folder of photographs (default: drawn)")
     parser.add_argument("--drawn", default="640x480", help="width x height of those it draws, px")
-    parser.add_argument(
-        "--noise", type=float, default=3, help="gray levels, of those not drawn at 640x480"
-    )
-    parser.add_argument("--count", type=int, default=64, help="how many it draws")
-    parser.add_argument(
-        "--variants", nargs="+", default=[PLAIN, OURS, WHOLE, FINISHED], help="in this order"
-    )
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument(
-        "--batches", type=int, default=4, help="timed batches of each variant per round"
-    )
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument(
-        "--device", default="cpu", help="where the photometric part is timed: cpu or cuda"
-    )
     args = parser.parse_args()
     torch.set_num_threads(1)  # everything is per core
     with tempfile.TemporaryDirectory() as folder:
-        if args.images is None:
-            drawn = [int(side) for side in args.drawn.split("x")]
-            draw_photographs(folder, args.count, *drawn, args.noise if drawn != [640, 480] else 0)
-        measure(args, *find_images(args.images or folder)[:2])
-
-
-def measure(args, root, paths):
-    device, source = torch.device(args.device), args.images or f"drawn, {args.drawn}"
-    count = len(paths)
-    paths = np.tile(paths, -(-args.batch_size * (args.batches + 1) // count))
-    rates, stages = (
-        {variant: [] for variant in args.variants},
-        {PLAIN: [], OURS: [], "photometric": []},
-    )
-    for _ in range(args.rounds):
-        for variant, measured in rates.items():
-            measured.append(worker_rates(variant, root, paths, args))
-        if PLAIN in rates:
-            stages[PLAIN].append(plain_stages(root, paths, args))
-        ours, batch = our_stages(root, paths, args)
-        stages[OURS].append(ours)
-        stages["photometric"].append(photometric_ms(batch, device))
-
-    processor = f"{os.cpu_count()}-core {platform.processor() or platform.machine()} CPU"
-    print(
-        f"{count} photographs ({source}), batch {args.batch_size}, {args.image_size} px, one "
-        f"worker, {processor}, "
-        f"torch {torch.__version__}, {time.strftime('%Y-%m-%d')}; median (smallest .. largest) of "
-        f"{args.rounds} "
-        "rounds\n"
-    )
-    print(
-        f"variant   images/s per core             {'times ' + args.variants[0]:30}"
-        "images/s on the wall"
-    )
-    report = dict(
-        source=str(source),
-        photographs=count,
-        batch_size=args.batch_size,
-        image_size=args.image_size,
-        rounds=args.rounds,
-        images_per_second={},
-        times_first={},
-        images_per_second_wall={},
-        stages_ms={},
-    )
-    for variant, measured in rates.items():
-        columns = dict(
-            images_per_second=[core for core, _ in measured],
-            times_first=[
-                core / first for (core, _), (first, _) in zip(measured, rates[args.variants[0]])
-            ],
-            images_per_second_wall=[wall for _, wall in measured],
-        )
-        print(f"{variant:9} " + "".join(f"{spread(values):30}" for values in columns.values()))
-        for column, values in columns.items():
-            report[column][variant] = statistics.median(values)
-    for variant in (PLAIN, OURS):
-        if not stages[variant]:
-            continue
-        print(f"\n{variant}: stage, ms per image")
-        medians = {}
-        for stage in stages[variant][0]:
-            measured = [one[stage] for one in stages[variant]]
-            medians[stage] = statistics.median(measured)
-            print(f"  {stage:20} {spread(measured)}")
-        report["stages_ms"][variant] = medians
-    print(f"\nphotometric part on {device}, ms per image {spread(stages['photometric'])}")
-    report.update(
-        photometric_ms=statistics.median(stages["photometric"]),
-        device=str(device),
-        cpu=processor,
-        torch=torch.__version__,
-        date=time.strftime("%Y-%m-%d"),
-    )
-    print(json.dumps(report))
+        if not args.images:
+            width, height = map(int, args.drawn.split("x"))
+            draw_photographs(folder, args.batch_size, width, height)
+        measure(args.images or folder, args)
 
 
 if __name__ == "__main__":
