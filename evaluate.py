@@ -8,66 +8,119 @@
 Slides: "Understanding the semantic grouping ability: unsupervised semantic segmentation";
 "Statistics about the slots".
 Paper: section 4, table 5.
-Differs: the authors released none of this. Segmentation follows PiCIE's published protocol [P],
-which they say they used (measures/metrics.py); the baselines and the probes are ours [U].
 Read next: visualize.py.
 """
 
 from __future__ import annotations
 
-import engine.interrupt  # noqa: F401  first: Ctrl-C while the others are loaded
-
 import argparse
 import sys
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import toy
-from engine.command_line import (
-    Commands,
-    add_checkpoint,
-    add_images,
-    add_output,
-    list_file,
-    output_file,
+from engine import options
+from engine.program import run_early, run_program
+from measures.layouts import LABELED
+
+
+def commands() -> options.Commands:
+    """The subcommands with their options."""
+    known = options.Commands("evaluate.py", __doc__)
+    text = "mIoU and accuracy of groups against labels, beside two baselines"
+    parser = known.add("segmentation", text)
+    add_options(parser, tuple(LABELED))
+    add_labeled(parser)
+    text = "sides, px (default: 320 224; toy scenes as drawn)"
+    parser.add_argument("--size", type=options.side, nargs="+", metavar="N", help=text)
+
+    parser = known.add("slots", "how many slots are occupied per image, and how often each")
+    add_options(parser, ("folder", "toy"))
+    options.add_output(parser, "slots.png beside the checkpoint")
+    text = "side, px (default: as in training; toy scenes as drawn)"
+    parser.add_argument("--size", type=options.side, metavar="N", help=text)
+
+    parser = known.add("probe", "linear and nearest-neighbor segmentation on frozen features")
+    add_options(parser, tuple(LABELED))
+    add_labeled(parser)
+    text = "side, px (default: 320; toy scenes as drawn)"
+    parser.add_argument("--size", type=options.side, metavar="N", help=text)
+    text = "learn from N random labeled images only; 0: all (default: 0)"
+    parser.add_argument("--labeled", type=options.whole, default=0, metavar="N", help=text)
+    return known
+
+
+def add_options(parser: argparse.ArgumentParser, datasets: Sequence[str]) -> None:
+    """What all subcommands have."""
+    options.add_checkpoint(parser)
+    options.add_images(parser, "folder of the data set; not needed for toy scenes")
+    text = "default: folder with --data-dir, otherwise toy"
+    parser.add_argument("--dataset", choices=datasets, help=text)
+
+
+def add_labeled(parser: argparse.ArgumentParser) -> None:
+    """The options of labeled images."""
+    add = parser.add_argument
+    add("--split", help="part to measure on (default: val; all of a folder without parts)")
+    text = "coco_stuff: file of image ids, one per line (default: the curated ones, by rule)"
+    add("--list", type=options.list_file, help=text)
+    text = "folder: ids are below this (default: classes.txt, otherwise the ids are counted)"
+    add("--num-classes", type=options.positive, default=0, metavar="N", help=text)
+    text = "toy: how many (default: 256)"
+    add("--toy-scenes", type=options.positive, default=256, metavar="N", help=text)
+    text = "toy: which kind (default: scene)"
+    add("--toy-preset", choices=tuple(toy.PRESETS), default="scene", help=text)
+
+
+if __name__ == "__main__":  # a misspelled option is answered before torch is loaded
+    run_early("evaluate.py", commands().parse)
+
+import torch
+
+from measures import datasets, groups, networks, probes, slot_statistics
+from measures.streams import (
+    LabeledBatches,
+    center_view,
+    default_size,
+    labeled_batches,
+    open_images,
+    spaced,
+    stream,
 )
-from engine.options import positive, side, whole
-from engine.program import run_program
-from measures import color_groups, grouping_report, labels, networks, probes, slot_statistics
-from measures.streams import center_view, default_size, labeled_batches, open_images, spaced, stream
 
 
 def measure_segmentation(args: argparse.Namespace) -> dict:
     """Groups against labels, at every size, beside the two baselines."""
     network, config = networks.open_network(args.checkpoint, args.network, args.device)
-    note_toy_scenes(args, config)
+    result = source(args, config)
     untrained = networks.untrained_network(**networks.sizes_of(config), device=args.device)
     labeled, k = open_labeled(args), config["num_prototypes"]
-    reading = (args.batch_size, args.workers)
-    # 320 px is PiCIE's size [P], 224 px that of training [U].
-    sizes = args.size or ([toy.Dials().size] if args.dataset == "toy" else [320, 224])
-    by_color = color_groups.fit_to(labeled, sizes[0], k, *reading)
     if labeled.notice:
         print(f"note: {labeled.notice}")
-    reports = {}
+    # 320 px is PiCIE's size [P], 224 px the one of training [U].
+    sizes = args.size or ([toy.Dials().size] if result["dataset"] == "toy" else [320, 224])
+    some = labeled.subset(
+        torch.linspace(0, len(labeled) - 1, min(256, len(labeled))).long().tolist()
+    )
+    colors = (images for _, (images, _) in batches_of(args, some, sizes[0], "k-means"))
+    by_color = groups.rgb_kmeans(groups.sample_pixels(colors), k)
+    result.update(images=len(labeled), num_prototypes=k, notice=labeled.notice)
+    result.update(classes=len(labeled.class_names), sizes={})
     for size in sizes:
-        batches = labeled_batches(labeled, size, *reading, f"{size} px")
-        report = grouping_report.compare(network, untrained, by_color, batches, labeled.class_names)
-        print(f"\n{len(labeled)} images of {size} px, {args.dataset}, k = {k}")
-        print(grouping_report.format_table(report))
-        if labeled.class_names:
-            print(grouping_report.format_classes(report))
-        reports[size] = report
-    return dict(source(args), images=len(labeled), num_prototypes=k, notice=labeled.notice,
-                classes=len(labeled.class_names), sizes=reports)
+        batches = batches_of(args, labeled, size, f"{size} px")
+        report = groups.compare(network, untrained, by_color, batches, labeled.class_names)
+        print(f"\n{len(labeled)} images of {size} px, {result['dataset']}, k = {k}")
+        print(groups.format_table(report), groups.format_classes(report), sep="\n")
+        result["sizes"][size] = report
+    return result
 
 
 def measure_slots(args: argparse.Namespace) -> dict:
     """How many slots are occupied in an image, and how often each."""
-    file = output_file(args.output, args.checkpoint.with_name("slots.png"))
+    file = options.output_file(args.output, args.checkpoint.with_name("slots.png"))
     network, config = networks.open_network(args.checkpoint, args.network, args.device)
-    dataset = dataset_of(args)
-    images = open_images(dataset, args.data_dir, args.limit)
-    view = center_view(args.size or default_size(dataset, config))
+    images = open_images(dataset_of(args), args.data_dir, args.limit)
+    view = center_view(args.size or default_size(dataset_of(args), config))
     batches = stream(images, view, args.batch_size, args.workers, "slots")
     report = slot_statistics.slot_report(*slot_statistics.slot_counts(network, batches))
     slot_statistics.draw_slots(file, report)
@@ -78,125 +131,75 @@ def measure_slots(args: argparse.Namespace) -> dict:
 
 def measure_probe(args: argparse.Namespace) -> dict:
     """Linear and nearest-neighbor probes on frozen features, beside a random backbone."""
-    trunk, config = networks.open_trunk(args.checkpoint, args.network, args.device)
-    note_toy_scenes(args, config)
+    backbone, config = networks.open_backbone(args.checkpoint, args.network, args.device)
+    result = source(args, config)
     learned, tested = open_parts(args)
-    size = args.size or (toy.Dials().size if args.dataset == "toy" else 320)
-    result = dict(source(args), labeled_images=len(learned), images=len(tested), size=size)
-    random_trunk = networks.untrained_trunk(config["arch"], args.device)
-    for row, backbone in (("trained", trunk), ("random_backbone", random_trunk)):
-        to_learn, to_test = (
-            labeled_batches(part, size, args.batch_size, args.workers, f"{row}: {title}")
-            for part, title in ((learned, "learn"), (tested, "test")))
-        result[row] = probes.probe(backbone, to_learn, len(learned), to_test, tested.class_names)
+    size = args.size or (toy.Dials().size if result["dataset"] == "toy" else 320)
+    result.update(labeled_images=len(learned), images=len(tested), size=size)
+    random = networks.untrained_backbone(config["arch"], args.device)
+    for row, network in (("trained", backbone), ("random_backbone", random)):
+        to_learn = batches_of(args, learned, size, f"{row}: learn")
+        to_test = batches_of(args, tested, size, f"{row}: test")
+        result[row] = probes.probe(network, to_learn, len(learned), to_test, tested.class_names)
     print(f"{len(learned)} labeled images, tested on {len(tested)} others, {size} px")
     print(probes.format_probes(result))
     return result
 
 
-# --------------------------------------------------------------------------------- what is measured
-
-
-def open_labeled(args: argparse.Namespace, split: str | None = None) -> labels.Labeled:
+def open_labeled(args: argparse.Namespace, split: str | None = None) -> datasets.Labeled:
     """The labeled images that the options ask for."""
     own = dict(
         toy=dict(count=args.toy_scenes, preset=args.toy_preset),
         coco_stuff=dict(list_file=args.list),
         folder=dict(num_classes=args.num_classes),
     )
-    args.dataset = dataset_of(args)
-    options = own.get(args.dataset, {})
-    labeled = labels.open_labeled(args.dataset, args.data_dir, split or args.split, **options)
+    dataset = dataset_of(args)
+    split = split or args.split
+    labeled = datasets.open_labeled(dataset, args.data_dir, split, **own.get(dataset, {}))
     return labeled.subset(spaced(len(labeled), args.limit)) if args.limit else labeled
 
 
-def open_parts(args: argparse.Namespace) -> tuple[labels.Labeled, labels.Labeled]:
+def open_parts(args: argparse.Namespace) -> tuple[datasets.Labeled, datasets.Labeled]:
     """The images that a probe learns from, and those that it is tested on."""
     if args.split == "train":
-        raise ValueError("a probe learns on the split train: test it on another one, or leave "
-                         "--split out")
+        raise ValueError("a probe learns on the split train: test on another --split, or none")
     learned, tested = open_labeled(args, "train"), open_labeled(args, args.split or "val")
     probes.check_parts(learned, tested)
-    shared = len(files_of(learned) & files_of(tested))
-    if shared:  # VOC's trainval; images/test of a folder without train, which learns from all
-        raise ValueError(f"{shared} images of the split {args.split or 'val'} are among those to "
-                         "learn from: test on another split, or leave --split out")
     return probes.pick_at_random(learned, args.labeled), tested
 
 
-def files_of(labeled: labels.Labeled) -> set[Path]:
-    """The image files; of toy scenes, which are drawn, none."""
-    if isinstance(labeled.images, labels.ToyScenes):
-        return set()
-    indices = range(len(labeled.images)) if labeled.indices is None else labeled.indices
-    return {Path(labeled.images.root, labeled.images.name(index)) for index in indices}
+def batches_of(
+    args: argparse.Namespace, labeled: datasets.Labeled, size: int, title: str
+) -> LabeledBatches:
+    """The images read as the options say."""
+    return labeled_batches(labeled, size, args.batch_size, args.workers, title)
 
 
 def dataset_of(args: argparse.Namespace) -> str:
-    """--dataset; without it a folder if there is --data-dir, else toy scenes."""
+    """--dataset; without it a folder if there is --data-dir, otherwise toy scenes."""
     return args.dataset or ("folder" if args.data_dir else "toy")
 
 
-def note_toy_scenes(args: argparse.Namespace, config: dict) -> None:
-    """Say so where photographs were trained on and toy scenes are measured on."""
-    if dataset_of(args) == "toy" and config.get("dataset", "toy") != "toy":
-        print(f"note: trained on {config['dataset']}, measured on toy scenes; --data-dir FOLDER "
-              "measures on labeled images")
-
-
-def source(args: argparse.Namespace) -> dict:
-    """What was measured, for the JSON."""
+def source(args: argparse.Namespace, config: Mapping[str, Any] | None = None) -> dict:
+    """What is measured, for the JSON. config: prints a note where the network has learned from
+    photographs and is measured on toy scenes.
+    """
+    dataset = dataset_of(args)
+    learned = (config or {}).get("dataset", "toy")
+    if dataset == "toy" and learned != "toy":
+        print(
+            f"note: trained on {learned}, measured on toy scenes; --data-dir FOLDER measures on "
+            "labeled images"
+        )
     data_dir = str(args.data_dir) if args.data_dir else None
-    return dict(checkpoint=str(args.checkpoint), network=args.network, dataset=dataset_of(args),
-                data_dir=data_dir)
+    checkpoint = str(args.checkpoint)
+    return dict(checkpoint=checkpoint, network=args.network, dataset=dataset, data_dir=data_dir)
 
 
-# --------------------------------------------------------------------------------- command line
-
-
-def commands() -> Commands:
-    """The subcommands with their options."""
-    known = Commands("evaluate.py", __doc__)
-    for name, command, text in (
-        ("segmentation", measure_segmentation,
-         "mIoU and accuracy of groups against labels, beside two baselines"),
-        ("slots", measure_slots, "how many slots are occupied per image, and how often each"),
-        ("probe", measure_probe, "linear and nearest-neighbor segmentation on frozen features"),
-    ):
-        parser = known.add(name, command, text)
-        add_checkpoint(parser)
-        add_images(parser, "folder of the data set; not needed for toy scenes")
-        add = parser.add_argument
-        if name == "slots":
-            add("--dataset", choices=("folder", "toy"),
-                help="default: folder with --data-dir, else toy")
-            add("--size", type=side,
-                help="side, px (default: as in training; toy scenes as drawn)")
-            add_output(parser, "slots.png beside the checkpoint")
-            continue
-        add("--dataset", choices=tuple(labels.DATASETS),
-            help="default: folder with --data-dir, else toy")
-        add("--split", help="part to measure on (default: val; all of a folder without parts)")
-        several = dict(nargs="+") if name == "segmentation" else {}
-        default = "320 224" if several else "320"
-        add("--size", type=side, **several,
-            help=f"side, px (default: {default}; toy scenes as drawn)")
-        add("--list", type=list_file,
-            help="coco_stuff: file of image ids, one per line (default: the curated ones, by rule)")
-        add("--num-classes", type=positive,
-            help="folder: ids are below this (default: classes.txt, else the ids are counted)")
-        add("--toy-scenes", type=positive, default=256, help="toy: how many (default: 256)")
-        add("--toy-preset", choices=tuple(toy.PRESETS), default="scene",
-            help="toy: which kind (default: scene)")
-        if name == "probe":
-            add("--labeled", type=whole, default=0,
-                help="learn from N random labeled images only; 0: all (default: 0)")
-    return known
-
-
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
-    return run_program("evaluate.py", commands().run, argv, alone=True)
+    functions = dict(segmentation=measure_segmentation, slots=measure_slots, probe=measure_probe)
+    return run_program("evaluate.py", lambda words: commands().run(words, functions), argv)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,18 @@
 """How far shortcuts get on toy scenes: the class of a pixel guessed from color, place or texture.
 
-Slide: none.
-Paper: none.
-Differs: ours [U].
-
 A scene teaches grouping only if simpler clues do not solve it. `shortcuts` measures four of them.
 """
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.cluster.vq import kmeans2
+from einops import rearrange
 
 from measures import metrics
+from measures.groups import rgb_kmeans
 from toy import CLASS_NAMES, Stream, scene
 
 
@@ -90,10 +86,8 @@ def kmeans_miou(images: np.ndarray, labels: np.ndarray, seed: int = 0, k: int = 
     images (b y x 3) uint8, labels (b y x).
     """
     picked = (Stream(seed, k).field(50_000) * labels.size).astype(np.int64)
-    pixels, target = images.reshape(-1, 3)[picked].astype(np.float64), labels.ravel()[picked]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "One of the clusters is empty")
-        _, groups = kmeans2(pixels, pixels[:k], minit="matrix", iter=20)
-    confusion = metrics.confusion_matrix(
-        torch.from_numpy(groups), torch.from_numpy(target), k, len(CLASS_NAMES))
+    pixels = torch.from_numpy(images.reshape(-1, 3)[picked])
+    groups, _ = rgb_kmeans(pixels, k, seed)(rearrange(pixels, "n rgb -> 1 rgb 1 n"))
+    target = torch.from_numpy(labels.ravel()[picked])
+    confusion = metrics.confusion_matrix(groups.flatten(), target, k, len(CLASS_NAMES))
     return metrics.miou(confusion, metrics.match(confusion))

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import toy
 from engine.images import BadImage, ImageFiles, find_images
-from measures.layouts import COARSE_NAMES, FIRST_STUFF, IGNORE, LABELED, WRONG
+from measures.layouts import COARSE_NAMES, FIRST_STUFF, IGNORE, LABELED, WRONG, Layout, unlabeled
 
 UNSEEN = 2**32  # a seed of toy scenes that no run trains on: those of runs end at 2^31
 
@@ -44,35 +44,33 @@ class Labeled:
     indices: tuple[int, ...] | None = None  # the images of a subset
 
     def __len__(self) -> int:
-        return len(self.places())
+        return len(self.places)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Raises ValueError, one line: an unreadable file, unequal sizes, ids that are no class."""
-        place = self.places()[index]
+        place = self.places[index]
         try:
-            image = self.images[place]
+            image, label = self.images[place], self.label_of(place).long()
         except BadImage as bad:
             raise ValueError(f"cannot read {bad.name}: {bad.reason}") from None
-        label = self.label_of(place)
         if label.shape != image.shape[-2:]:
             size, found = (f"{x} x {y}" for y, x in (image.shape[-2:], label.shape))
             raise ValueError(f"{self.images.name(place)} is {size} but its label is {found}")
-        return image, label.long()
+        return image, label
 
+    @property
     def places(self) -> Sequence[int]:
         """The images of this sequence, as indices of `images`."""
         return range(len(self.images)) if self.indices is None else self.indices
 
     def subset(self, indices: Sequence[int]) -> Labeled:
         """The images at these places of the sequence."""
-        own = self.places()
-        return replace(self, indices=tuple(own[index] for index in indices))
+        return replace(self, indices=tuple(self.places[index] for index in indices))
 
     def files(self) -> set[Path]:
         """The image files; of toy scenes, which are drawn, none."""
-        if isinstance(self.images, toy.ToyImages):
-            return set()
-        return {Path(self.images.root, self.images.name(place)) for place in self.places()}
+        files = self.images if isinstance(self.images, ImageFiles) else None
+        return {Path(files.root, files.name(place)) for place in self.places if files}
 
 
 def open_labeled(
@@ -84,8 +82,7 @@ def open_labeled(
     everything. options: those of `draw_toy` or `open_files`. Raises ValueError with one line.
     """
     if dataset not in LABELED:
-        names = ", ".join(LABELED)
-        raise ValueError(f"unknown labeled data set {dataset!r}: choose one of {names}")
+        raise ValueError(f"no labeled data set {dataset!r}: choose one of {', '.join(LABELED)}")
     if dataset == "toy":
         return draw_toy(split, **options)
     if not data_dir:
@@ -103,45 +100,37 @@ def draw_toy(
 
 
 def open_files(
-    dataset: str,
-    root: Path,
-    given: str | None = None,
-    list_file: str | Path | None = None,
-    num_classes: int | None = None,
+    dataset: str, root: Path, split: str | None, list_file: Path | None = None, num_classes: int = 0
 ) -> Labeled:
-    """`open_labeled` of files. list_file: names of the images to take, one per line; num_classes:
-    of a folder without classes.txt.
+    """`open_labeled` of files.
+
+    list_file: names of the images to take, one per line; num_classes: of a folder, 0: unknown.
     """
     layout = LABELED[dataset]
     root = next((root / top for top in layout.tops if (root / top).is_dir()), root)
-    of_folder = layout.classes is None
-    split = folder_split(root, given) if of_folder else given or "val"
-    images = root / layout.images.format(split=layout.splits.get(split, split))
+    part = folder_part(root, split) if layout.classes is None else split or "val"
+    images = root / layout.images.format(split=layout.splits.get(part, part))
     if not images.is_dir():
         raise wrong_tree(dataset, root, f"no folder {images}")
-    paths, files = paired(dataset, root, images, split, list_file)
-    names, notice = layout.classes, ""
-    if of_folder:
+    pairs = paired(dataset, root, images, part, list_file)
+    paths, files = zip(*pairs)
+    names, notice = layout.classes, curated_notice(paths, part) if layout.curated else ""
+    if names is None:
         names, notice = folder_classes(root, files, num_classes)
-    if layout.curated:
-        bar = tqdm(zip(paths, files), "curated list", len(files), disable=None, leave=False)
-        kept = [pair for pair in bar if list_file or curated(pair[1])]
-        if not kept:
-            raise ValueError(f"no image of {images} is curated: 360 px on both sides, 3/4 stuff")
-        paths, files = zip(*kept)
-        notice = curated_notice(paths, split)
     label_of = partial(read_label, files, layout.ids, len(names))
     found = Labeled(ImageFiles(images, paths), label_of, names, notice)
-    return fifth(found, given) if of_folder and split == "." and given else found
+    if part == "." and split:  # no folders of splits: every fifth image is for val
+        return found.subset([i for i in found.places if (i % 5 == 0) == (split == "val")])
+    return found
 
 
 # --------------------------------------------------------------------------- the files of a split
 
 
 def paired(
-    dataset: str, root: Path, images: Path, split: str, list_file: str | Path | None
-) -> tuple[list[str], list[Path]]:
-    """Paths of the images below their folder, in order, and the label file of each.
+    dataset: str, root: Path, images: Path, split: str, list_file: Path | None
+) -> list[tuple[str, Path]]:
+    """Of every image the path below the folder `images`, and the label file; in order.
 
     Raises ValueError where there are none, and where some are missing.
     """
@@ -156,24 +145,30 @@ def paired(
         paths = [f"{name}{layout.suffix}" for name in names]
     else:
         paths = [path for path in find_images(images)[1].tolist() if path.endswith(layout.suffix)]
-        names = [path.removesuffix(layout.suffix or Path(path).suffix) for path in paths]
     if not paths:
         raise wrong_tree(dataset, root, f"no {images}/*{layout.suffix}")
-    labels, folder = layout.other_labels.get(split, layout.labels), layout.splits.get(split, split)
-    files = [root / labels.format(split=folder, name=name) for name in names]
-    for kind, expected in (("image", [images / path for path in paths]), ("label", files)):
-        missing = missing_of(expected)
-        if missing:
-            count = f"{len(missing)} of {len(expected)} {kind}s are missing"
-            raise wrong_tree(dataset, root, f"{count}, first {missing[0]}")
-    return paths, files
+    files = [root / label_path(layout, split, path) for path in paths]
+    require(dataset, root, "image", [images / path for path in paths])
+    require(dataset, root, "label", files)
+    pairs = list(zip(paths, files))
+    return pairs if list_file or not layout.curated else curated(pairs)
 
 
-def missing_of(files: Sequence[Path]) -> list[Path]:
-    """Those that are not there: one look into each folder, not one per file."""
-    folders = {file.parent for file in files}
+def label_path(layout: Layout, split: str, path: str) -> str:
+    """The label file of an image, below the root of the data set."""
+    name = path.removesuffix(layout.suffix or os.path.splitext(path)[1])
+    labels = layout.other_labels.get(split, layout.labels)
+    return labels.format(split=layout.splits.get(split, split), name=name)
+
+
+def require(dataset: str, root: Path, kind: str, files: Sequence[Path]) -> None:
+    """Raises ValueError, with their number and the first, where some files are not there."""
+    folders = {file.parent for file in files}  # one look into each folder, not one per file
     there = {each: set(os.listdir(each)) if each.is_dir() else set() for each in folders}
-    return [file for file in files if file.name not in there[file.parent]]
+    missing = [file for file in files if file.name not in there[file.parent]]
+    if missing:
+        count = f"{len(missing)} of {len(files)} {kind}s are missing"
+        raise wrong_tree(dataset, root, f"{count}, first {missing[0]}")
 
 
 def wrong_tree(dataset: str, root: Path, reason: str, tree: str = "") -> ValueError:
@@ -189,17 +184,15 @@ def wrong_tree(dataset: str, root: Path, reason: str, tree: str = "") -> ValueEr
     return ValueError(f"{reason}; --dataset {dataset} expects in --data-dir: {tree}; {found}")
 
 
-def lines_of(file: str | Path) -> list[str]:
+def lines_of(file: Path) -> list[str]:
     """The lines of a text file. Raises ValueError where it is none."""
     try:  # "-sig": some editors begin a file with a mark, which is no part of the first name
-        return Path(file).read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise ValueError(f"cannot read {file}: {error.strerror.lower()}") from None
-    except UnicodeDecodeError:
+        return file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError):
         raise ValueError(f"{file} is not a text file: one name per line is expected") from None
 
 
-# --------------------------------------------------------------------------- label maps
+# ------------------------------------------------------------------------------------- label maps
 
 
 def read_label(files: Sequence[Path], ids: Sequence[int], num_classes: int, index: int) -> Tensor:
@@ -210,7 +203,7 @@ def read_label(files: Sequence[Path], ids: Sequence[int], num_classes: int, inde
     """
     numbers = read_ids(files[index])
     table = np.array([*ids, WRONG])
-    classes = table[np.clip(numbers, -1, len(ids))] if len(ids) else numbers
+    classes = table[np.clip(numbers, -1, len(ids))] if ids else numbers
     wrong = (classes != IGNORE) & ((classes < 0) | (classes >= num_classes))
     if num_classes and wrong.any():
         found = f"the label {files[index]} has id {numbers[wrong][0]}"
@@ -230,19 +223,22 @@ def read_ids(file: Path) -> np.ndarray:
     return ids.astype(np.int64)
 
 
-# --------------------------------------------------------------------------- COCO-Stuff
+def curated(pairs: Sequence[tuple[str, Path]]) -> list[tuple[str, Path]]:
+    """The images that PiCIE's rule keeps [P]: both sides at least 360 px, and 3/4 of it stuff.
 
-
-def curated(file: Path) -> bool:
-    """Whether PiCIE's rule keeps an image [P]: both sides at least 360 px, and 3/4 of it stuff.
-
-    file: its label map of the 182 fine classes. The size stands in the header: it is tested first.
+    pairs: (image, label map of the 182 fine classes). Raises ValueError where none is kept.
     """
-    with Image.open(file) as image:
-        if min(image.size) < 360:
-            return False
-    coarse = read_label([file], LABELED["coco_stuff"].ids, len(COARSE_NAMES), 0)
-    return float(((coarse >= FIRST_STUFF) & (coarse != IGNORE)).double().mean()) >= 0.75
+    kept, ids = [], LABELED["coco_stuff"].ids
+    for pair in tqdm(pairs, "curated list", unit="label", disable=None, leave=False):
+        with Image.open(pair[1]) as image:  # the size stands in the header
+            if min(image.size) < 360:
+                continue
+        coarse = read_label([pair[1]], ids, len(COARSE_NAMES), 0)
+        if ((coarse >= FIRST_STUFF) & (coarse != IGNORE)).double().mean() >= 0.75:
+            kept.append(pair)
+    if not kept:
+        raise ValueError("no image is curated: 360 px on both sides and 3/4 stuff")
+    return kept
 
 
 def curated_notice(paths: Sequence[str], split: str) -> str:
@@ -254,10 +250,10 @@ def curated_notice(paths: Sequence[str], split: str) -> str:
     return "curated images, NOT the published list of 2,175: the numbers compare with no paper"
 
 
-# --------------------------------------------------------------------------- any other folder
+# ------------------------------------------------------------------------------- any other folder
 
 
-def folder_split(root: Path, split: str | None) -> str:
+def folder_part(root: Path, split: str | None) -> str:
     """The folder of a split within images/ and labels/; ".": there are none.
 
     Raises ValueError for the one of train and val that is missing where the other is there: a part
@@ -274,39 +270,25 @@ def folder_split(root: Path, split: str | None) -> str:
     return "."
 
 
-def fifth(labeled: Labeled, split: str) -> Labeled:
-    """Every fifth image for val, the others for train."""
-    return labeled.subset([i for i in range(len(labeled)) if (i % 5 == 0) == (split == "val")])
-
-
 def folder_classes(
-    root: Path, files: Sequence[Path], num_classes: int | None
+    root: Path, files: Sequence[Path], num_classes: int
 ) -> tuple[tuple[str, ...], str]:
     """The names of a folder's classes: classes.txt, else num_classes, else the ids are counted.
 
-    Returns the names, and a line where the counted ids have a gap.
+    Returns the names, and a line where the counted ids have a gap. A name per line, line 1 is id 0;
+    blank lines at the end are none. Raises ValueError for a blank line before a name, and for a
+    name that stands there twice: tables and JSON hold classes by name, and would lose one.
     """
     listed, notice = root / "classes.txt", ""
-    names = class_names(listed) if listed.is_file() else []
-    if not names and num_classes is None:
+    text = "\n".join(map(str.strip, lines_of(listed))).rstrip() if listed.is_file() else ""
+    names = text.split("\n") if text else []
+    for number, name in enumerate(names):
+        if not name or name in names[:number]:
+            wrong = f"{listed}: line {number + 1} is {name!r}, which is blank or stands there twice"
+            raise ValueError(f"{wrong}: id {number} needs a name that no other has")
+    if not names and not num_classes:
         num_classes, notice = count_classes(files)
     return tuple(names or [f"class {number}" for number in range(num_classes)]), notice
-
-
-def class_names(file: Path) -> list[str]:
-    """A name per line, line 1 is id 0; blank lines at the end are none. [] of an empty file.
-
-    Raises ValueError for a blank line before a name, and for a name that stands there twice: tables
-    and JSON hold classes by name, and would lose one.
-    """
-    names = "\n".join(line.strip() for line in lines_of(file)).rstrip().split("\n")
-    for number, name in enumerate(names):
-        if not name and any(names):
-            raise ValueError(f"{file}: line {number + 1} is blank, but it names id {number}")
-        if name in names[:number]:
-            lines = f"lines {names.index(name) + 1} and {number + 1}"
-            raise ValueError(f"{file}: {lines} are both {name!r}: every class needs another name")
-    return names if any(names) else []
 
 
 def count_classes(files: Sequence[Path]) -> tuple[int, str]:
@@ -321,15 +303,13 @@ def count_classes(files: Sequence[Path]) -> tuple[int, str]:
             first.setdefault(number, file)
     ids = sorted(first.keys() - {IGNORE})
     if not ids:
-        labels = f"all pixels of the {len(files)} label files are {IGNORE} (no class)"
-        raise ValueError(f"nothing is labeled: {labels}")
+        raise unlabeled(f"the {len(files)} label files")
     count = ids[-1] + 1
     if count == len(ids):
         return count, ""
-    gap, before, after = max((b - a, a, b) for a, b in zip([-1, *ids], ids))
-    missing = f"ids {before + 1} to {after - 1} occur" if gap > 2 else f"id {before + 1} occurs"
+    _, before, after = max((b - a, a, b) for a, b in zip([-1, *ids], ids))
     return count, (
-        f"{count} classes counted from the ids, but {missing} in no label, and {after} first in "
-        f"{first[after]}: if that is a mistake, correct the file; --num-classes "
-        f"{before + 1 or count} sets their number"
+        f"{count} classes counted from the ids, but ids {before + 1} to {after - 1} occur in no "
+        f"label, and {after} first in {first[after]}: if that is a mistake, correct the file; "
+        f"--num-classes {before + 1 or count} sets their number"
     )

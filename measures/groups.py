@@ -6,7 +6,6 @@ before the decision, as PiCIE does [P]; measures/metrics.py defines the numbers.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -18,14 +17,18 @@ from einops import rearrange
 from scipy.cluster.vq import kmeans2
 from scipy.spatial import KDTree
 from torch import Tensor
+from torch.nn import Module
 
-from grouping import GroupingNetwork
 from measures import metrics
+from measures.layouts import IGNORE, unlabeled
+from measures.streams import LabeledBatches
 from measures.tables import number, table
 from photometric import normalize
 from slots import occupied
 
 Segmenter = Callable[[Tensor], tuple[Tensor, Tensor]]  # images (b 3 y x) -> (b y x), (b k) bool
+Names = Sequence[str]  # of the classes; none for segments without classes
+BATCH = 64  # images at a time
 
 
 def winner(maps: Tensor, size: tuple[int, int], chunk: int = 64) -> Tensor:
@@ -47,7 +50,7 @@ def winner(maps: Tensor, size: tuple[int, int], chunk: int = 64) -> Tensor:
 
 
 @torch.no_grad()
-def segment(network: GroupingNetwork, images: Tensor) -> tuple[Tensor, Tensor]:
+def segment(network: Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """The segments of images and the occupied prototypes, both on the CPU.
 
     images (b 3 y x) uint8 -> segments (b y x) int64 in 0..k-1, occupied (b k) bool. A prototype is
@@ -103,7 +106,7 @@ def sample_pixels(batches: Iterable[Tensor], per_image: int = 256, seed: int = 0
 class Tally:
     """The counts of one way of grouping on a data set: their size depends on k and t alone."""
 
-    def __init__(self, num_groups: int, class_names: Sequence[str]):
+    def __init__(self, num_groups: int, class_names: Names):
         self.class_names = class_names
         self.confusion = torch.zeros(num_groups, len(class_names), dtype=torch.long)  # (k t)
         self.active = torch.zeros(num_groups, dtype=torch.long)  # (k): images that occupy it
@@ -113,21 +116,20 @@ class Tally:
         """segments (b y x) in 0..k-1; owned (b k) bool; label (b y x) in 0..t-1 or IGNORE."""
         k = len(self.active)
         self.images += len(segments)
-        self.labeled_images += int((label != metrics.IGNORE).flatten(1).any(dim=1).sum())
+        self.labeled_images += int((label != IGNORE).flatten(1).any(dim=1).sum())
         self.active += owned.sum(0)  # over b
         if self.class_names:
             self.confusion += metrics.confusion_matrix(segments, label, k, len(self.class_names))
             return
         for one, target in zip(segments, label):  # without classes, an id is of one image only
-            if (target != metrics.IGNORE).any():
+            if (target != IGNORE).any():
                 counts = metrics.confusion_matrix(one, target, k, int(target.max()) + 1)
                 self.rand_index += metrics.adjusted_rand_index(counts)
 
     def report(self) -> dict:
         """All numbers under their names. Raises ValueError where no pixel has a label."""
         if not self.labeled_images:
-            labels = f"all pixels of the {self.images} labels are {metrics.IGNORE} (no class)"
-            raise ValueError(f"nothing is labeled: {labels}")
+            raise unlabeled(f"the {self.images} labels")
         per_image, used = int(self.active.sum()) / self.images, int((self.active > 0).sum())
         usage = dict(occupied_per_image=per_image, prototypes_used=used)
         if not self.class_names:
@@ -141,32 +143,22 @@ class Tally:
             miou_many_to_one=metrics.miou(self.confusion, many),
             accuracy_many_to_one=metrics.pixel_accuracy(self.confusion, many),
             **usage,
-            iou=by_class(self.class_names, metrics.iou(self.confusion, one)),
+            iou=metrics.by_class(self.class_names, metrics.iou(self.confusion, one)),
             matching={name: prototype_of.get(t) for t, name in enumerate(self.class_names)},
         )
 
 
-def by_class(class_names: Sequence[str], values: Tensor) -> dict[str, float | None]:
-    """values (t) under their names; None for nan, which JSON lacks: a class without a pixel."""
-    numbers = (None if math.isnan(value) else value for value in values.tolist())
-    return dict(zip(class_names, numbers))
-
-
 def compare(
-    network: GroupingNetwork,
-    untrained: GroupingNetwork,
-    by_color: Segmenter,
-    batches: Iterable[tuple[Tensor, tuple[Tensor, Tensor]]],
-    class_names: Sequence[str],
+    network: Module, untrained: Module, by_color: Segmenter, batches: LabeledBatches, names: Names
 ) -> dict:
     """The numbers of the network, and under `untrained` and `rgb_kmeans` those of the baselines.
 
-    batches of (indices (b), (images (b 3 y x) uint8, label (b y x))) are read once for all three.
-    Raises ValueError where nothing is labeled.
+    batches of (indices (b), (images (b 3 y x) uint8, label (b y x))) are read once for all three;
+    names: of the classes. Raises ValueError where nothing is labeled.
     """
     methods = dict(trained=partial(segment, network), untrained=partial(segment, untrained))
     methods["rgb_kmeans"] = by_color
-    tallies = {name: Tally(network.prototypes.num_embeddings, class_names) for name in methods}
+    tallies = {name: Tally(network.prototypes.num_embeddings, names) for name in methods}
     for _, (images, label) in batches:
         for name, segmenter in methods.items():
             tallies[name].add(*segmenter(images), label)
@@ -175,19 +167,14 @@ def compare(
 
 
 def compare_in_memory(
-    network: GroupingNetwork,
-    untrained: GroupingNetwork,
-    images: Tensor,
-    labels: Tensor,
-    class_names: Sequence[str],
-    batch_size: int = 64,
+    network: Module, untrained: Module, images: Tensor, labels: Tensor, names: Names
 ) -> dict:
-    """`compare` on images (b 3 y x) uint8 and labels (b y x) in memory, `batch_size` at a time."""
-    pixels = sample_pixels(images[:256].split(batch_size))
+    """`compare` on images (b 3 y x) uint8 and labels (b y x) in memory."""
+    pixels = sample_pixels(images[:256].split(BATCH))
     by_color = rgb_kmeans(pixels, network.prototypes.num_embeddings)
-    pairs = zip(images.split(batch_size), labels.split(batch_size))
-    batches = ((torch.empty(0), pair) for pair in pairs)
-    return compare(network.eval(), untrained.eval(), by_color, batches, class_names)
+    pairs = zip(images.split(BATCH), labels.split(BATCH))
+    batches = [(torch.empty(0), pair) for pair in pairs]
+    return compare(network.eval(), untrained.eval(), by_color, batches, names)
 
 
 # key -> heading; a table shows those that its report has
@@ -217,11 +204,8 @@ def format_table(report: dict) -> str:
 
 
 def format_classes(report: dict) -> str:
-    """The IoU of every class as text, one per line; the absent ones together on the last line."""
+    """The IoU of every class as text, one per line; the number of absent ones on the last line."""
     found = report.get("iou", {})
     lines = [f"  {name:<18}{value:.3f}" for name, value in found.items() if value is not None]
-    absent = [name for name, value in found.items() if value is None]
-    if absent:
-        more = f" and {len(absent) - 6} more" if len(absent) > 6 else ""
-        lines.append(f"  without a pixel: {', '.join(absent[:6])}{more}")
-    return "\n".join(lines)
+    absent = [f"  without a pixel: {len(found) - len(lines)} classes"]
+    return "\n".join(lines + absent * (len(found) > len(lines)))

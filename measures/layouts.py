@@ -30,6 +30,11 @@ class Layout(NamedTuple):
     curated: bool = False  # PiCIE's rule chooses the images
 
 
+def unlabeled(what: str) -> ValueError:
+    """The complaint where no pixel has a class. what: the labels, in words."""
+    return ValueError(f"nothing is labeled: all pixels of {what} are {IGNORE} (no class)")
+
+
 # ---------------------------------------------------------------------------------- COCO-Stuff 27
 
 # Things first: 0..11, then stuff: 12..26. Food and furniture occur as both [P: PiCIE].

@@ -9,6 +9,9 @@ Rand index and the normalized mutual information are ours [U].
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -89,6 +92,21 @@ def pixel_accuracy(confusion: Tensor, classes: Tensor) -> float:
     """Correct pixels / labeled pixels, in [0, 1]. Same arguments as `iou`."""
     correct = _rows_by_class(confusion, classes).diagonal().sum()
     return float((correct / confusion.sum()).nan_to_num())
+
+
+def by_class(class_names: Sequence[str], values: Tensor) -> dict[str, float | None]:
+    """values (t) under their names; None for nan, which JSON lacks: a class without a pixel."""
+    numbers = (None if math.isnan(value) else value for value in values.tolist())
+    return dict(zip(class_names, numbers))
+
+
+def known_scores(confusion: Tensor, class_names: Sequence[str]) -> dict:
+    """miou, accuracy and the iou of each class of a classifier, whose class t is class t: nothing
+    is matched. confusion (t t).
+    """
+    own = torch.arange(len(class_names))
+    each, accuracy = by_class(class_names, iou(confusion, own)), pixel_accuracy(confusion, own)
+    return dict(miou=miou(confusion, own), accuracy=accuracy, iou=each)
 
 
 def nmi(confusion: Tensor) -> float:

@@ -1,17 +1,12 @@
 """How well frozen features tell classes apart: a linear and a nearest-neighbor classifier per cell.
 
-Slide: none; the common way to judge features without fine-tuning.
-Paper: none.
-Differs: ours [U].
-
-Both classifiers learn from cells of the feature map. The label of a cell is the mixture of classes
-that it covers. One pass over the labeled images serves both classifiers, and memory does not grow
-with the number of images.
+Both classifiers learn from cells of the feature map [U]. The label of a cell is the mixture of the
+classes that it covers. Memory does not grow with the number of images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,27 +14,34 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from measures import metrics
-from measures.grouping_report import by_class
-from measures.labels import Labeled
-from measures.metrics import IGNORE
-from measures.segments import winner
+from measures.datasets import Labeled
+from measures.groups import winner
+from measures.layouts import IGNORE, unlabeled
+from measures.streams import LabeledBatches
+from measures.tables import number, table
 from photometric import normalize
 
 NEIGHBORS, NEIGHBOR_TEMPERATURE = 20, 0.07  # as in DINO's nearest-neighbor classifier
+ROWS = {"trained": "trained", "random_backbone": "random backbone"}
 
 Classifier = Callable[[Tensor], Tensor]  # maps (b c h w) -> class scores (b t h w)
-LabeledBatches = Iterable[tuple[Tensor, tuple[Tensor, Tensor]]]  # indices, (images, label)
 
 
 def check_parts(learned: Labeled, tested: Labeled) -> None:
     """Raises ValueError unless both parts of a data set have the same named classes."""
     if not tested.class_names:
-        raise ValueError("a probe learns classes, and the segments of this data set have no names: "
-                         "measure them with the subcommand segmentation")
+        advice = "measure them with the subcommand segmentation"
+        raise ValueError(f"a probe learns classes, and these segments have no names: {advice}")
     if learned.class_names != tested.class_names:
-        raise ValueError(f"the split train has {len(learned.class_names)} classes and the one to "
-                         f"test on {len(tested.class_names)}: give the number of classes by "
-                         "--num-classes or classes.txt")
+        counts = len(learned.class_names), len(tested.class_names)
+        found = "the split train has {} classes and the one to test on {}".format(*counts)
+        raise ValueError(f"{found}: give their number by --num-classes or classes.txt")
+    shared = len(learned.files() & tested.files())
+    if shared:  # VOC's trainval; images/test of a folder without train, which learns from all
+        raise ValueError(
+            f"{shared} images to test on are among those to learn from: test on "
+            "another --split, or leave it out"
+        )
 
 
 def pick_at_random(labeled: Labeled, count: int, seed: int = 0) -> Labeled:
@@ -52,9 +54,12 @@ def pick_at_random(labeled: Labeled, count: int, seed: int = 0) -> Labeled:
 
 @torch.no_grad()
 def collect_cells(
-    backbone: nn.Module, batches: LabeledBatches, num_images: int, num_classes: int,
+    backbone: nn.Module,
+    batches: LabeledBatches,
+    num_images: int,
+    num_classes: int,
     most: int = 32_768,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Cells of the frozen map with what they show: features (n c), shares of the classes (n t).
 
     batches of (indices, (images (b 3 y x), label (b y x))). Shares sum to 1. Each image gives the
@@ -66,21 +71,22 @@ def collect_cells(
     features, shares = [], []
     for _, (images, label) in batches:
         maps = backbone(normalize(images.to(device)))
-        h, w = maps.shape[-2:]
         known = F.one_hot(torch.where(label == IGNORE, num_classes, label), num_classes + 1)
         known = rearrange(known, "b y x t -> b t y x").float()
-        share = F.adaptive_avg_pool2d(known, (h, w))[:, :num_classes]
-        for cells, share_of in zip(rearrange(maps, "b c h w -> b (h w) c").cpu(),
-                                   rearrange(share, "b t h w -> b (h w) t")):
-            kept = torch.randperm(h * w, generator=generator)[: max(most // num_images, 1)]
+        share = F.adaptive_avg_pool2d(known, maps.shape[-2:])[:, :num_classes]
+        rows = (
+            rearrange(maps, "b c h w -> b (h w) c").cpu(),
+            rearrange(share, "b t h w -> b (h w) t"),
+        )
+        for cells, share_of in zip(*rows):
+            kept = torch.randperm(len(cells), generator=generator)[: max(most // num_images, 1)]
             kept = kept[share_of[kept].sum(1) > 0]  # over t
             features.append(cells[kept])
             shares.append(F.normalize(share_of[kept], p=1, dim=1))  # over t
         if sum(map(len, features)) >= most:
             break
     if not sum(map(len, features)):
-        raise ValueError(f"nothing is labeled: all pixels of the {num_images} labels to learn from "
-                         f"are {IGNORE} (no class)")
+        raise unlabeled(f"the {num_images} labels to learn from")
     return torch.cat(features).float()[:most], torch.cat(shares)[:most]
 
 
@@ -131,49 +137,38 @@ def neighbor_probe(features: Tensor, shares: Tensor) -> Classifier:
     return classify
 
 
-@torch.no_grad()
-def score_probes(
-    backbone: nn.Module, classifiers: dict[str, Classifier], batches: LabeledBatches,
+def probe(
+    backbone: nn.Module,
+    to_learn: LabeledBatches,
+    num_images: int,
+    to_test: LabeledBatches,
     class_names: Sequence[str],
-) -> dict:  # fmt: skip
-    """mIoU and accuracy of each classifier, its scores enlarged to the label.
+) -> dict:
+    """mIoU and accuracy of both probes under the keys linear and neighbors.
 
-    batches as in `collect_cells`. Raises ValueError where nothing is labeled.
+    The scores of a probe are enlarged to the label. Batches and num_images as in `collect_cells`.
+    Raises ValueError where nothing is labeled.
     """
     t, device = len(class_names), next(backbone.parameters()).device
+    cells = [each.to(device) for each in collect_cells(backbone, to_learn, num_images, t)]
+    classifiers = dict(linear=linear_probe(*cells), neighbors=neighbor_probe(*cells))
     counts = {name: torch.zeros(t, t, dtype=torch.long) for name in classifiers}
-    for _, (images, label) in batches:
-        maps = backbone(normalize(images.to(device))).float()
+    for _, (images, label) in to_test:
+        with torch.no_grad():
+            maps = backbone(normalize(images.to(device))).float()
         for name, classify in classifiers.items():
             guess = winner(classify(maps), label.shape[-2:]).cpu()
             counts[name] += metrics.confusion_matrix(guess, label, t, t)
-    if not all(table.any() for table in counts.values()):
-        raise ValueError(f"nothing is labeled: all pixels of the labels to test on are {IGNORE} "
-                         "(no class)")
-    own = torch.arange(t)  # a probe's class t is class t: there is nothing to match
-    return {name: dict(miou=metrics.miou(table, own), accuracy=metrics.pixel_accuracy(table, own),
-                       iou=by_class(class_names, metrics.iou(table, own)))
-            for name, table in counts.items()}  # fmt: skip
+    if not all(found.any() for found in counts.values()):
+        raise unlabeled("the labels to test on")
+    return {name: metrics.known_scores(found, class_names) for name, found in counts.items()}
 
 
-def probe(
-    backbone: nn.Module, to_learn: LabeledBatches, num_images: int, to_test: LabeledBatches,
-    class_names: Sequence[str],
-) -> dict:  # fmt: skip
-    """Both probes learned and tested: `score_probes` under the keys linear and neighbors."""
-    device = next(backbone.parameters()).device
-    cells = collect_cells(backbone, to_learn, num_images, len(class_names))
-    features, shares = (each.to(device) for each in cells)
-    classifiers = dict(linear=linear_probe(features, shares),
-                       neighbors=neighbor_probe(features, shares))
-    return score_probes(backbone, classifiers, to_test, class_names)
-
-
-def format_probes(result: dict) -> str:
+def format_probes(result: Mapping[str, dict]) -> str:
     """The rows trained and random_backbone of a result as a table."""
-    lines = [f"{'':<18}linear mIoU    accuracy   neighbors mIoU    accuracy"]
-    for row in ("trained", "random_backbone"):
-        linear, near = result[row]["linear"], result[row]["neighbors"]
-        lines.append(f"{row.replace('_', ' '):<18}{linear['miou']:>11.3f}"
-                     f"{linear['accuracy']:>12.3f}{near['miou']:>17.3f}{near['accuracy']:>12.3f}")
-    return "\n".join(lines)
+    kinds = ("linear", "neighbors")
+    rows = {
+        name: [number(result[row][kind][key]) for kind in kinds for key in ("miou", "accuracy")]
+        for row, name in ROWS.items()
+    }
+    return table(rows, [f"{kind} {key}" for kind in kinds for key in ("mIoU", "accuracy")])

@@ -1,19 +1,13 @@
-"""The same measures for every system that compare.py runs, whatever kind of groups it makes.
-
-Slide: "Understanding the semantic grouping ability".
-Paper: table 5, and the papers of comparisons/.
-Differs: ours [U].
-Read next: comparison_image.py.
+"""The same measures for every system that compare.py runs, whatever kind of groups it makes [U].
 
 Groups with names, the same in all scenes, are matched with the classes over all scenes. Groups
-without names (the slots of one image) and features without groups cannot be: for them k-means on
-the trunk's features stands in, and the result says so. The Rand index needs no names, so it is of
-the groups.
+without names (the slots of one image) and features without groups cannot be matched: for them
+k-means on the features of the backbone stands in, and the result says so. The Rand index needs no
+names, so it is of the groups.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,23 +15,24 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
-from scipy.cluster.vq import kmeans2
-from torch import Tensor
+from torch import Tensor, nn
 
 from measures import metrics, probes
-from measures.segments import winner
+from measures.groups import kmeans, winner
+from measures.tables import number, table
 from photometric import normalize
 
 SAMPLE = 8192  # [U] cells of the features that k-means is fitted to
-OWN, CLUSTERS = "own groups", "k-means on trunk features"
+OWN, CLUSTERS = "own groups", "k-means on backbone features"
 FEWEST_GROUPS = 4  # fewer of k in use is a collapse
 MEASURES = ("miou", "nmi", "probe_miou", "ari_instances", "ari_objects", "ari_classes")
+BATCH = 64  # scenes at a time
 
 
 class Truth(NamedTuple):
     """Scenes never trained on. All uint8, n scenes."""
 
-    seen: Tensor  # (n 3 y x) what the trunk is shown
+    seen: Tensor  # (n 3 y x) what the backbone is shown
     semantic: Tensor  # (n y x) classes 0..t-1
     regions: Tensor  # (n y x) every object, and every kind of stuff
     instance: Tensor  # (n y x) 0 the stuff, then the objects
@@ -45,37 +40,35 @@ class Truth(NamedTuple):
 
 @torch.no_grad()
 def judge(
-    trunk: torch.nn.Module,
+    backbone: nn.Module,
     maps: Callable[[Tensor], Tensor | None],
     per_image: bool,
     truth: Truth,
     labeled: Truth,
     k: int,
     num_classes: int,
-    batch: int = 64,
 ) -> tuple[dict[str, Any], Tensor]:
     """Every measure of one system on the CPU, and its groups (n y x) for the image.
 
-    trunk: images (b 3 y x) normalized -> (b c h w), in evaluation mode; maps: the system's, or
+    backbone: images (b 3 y x) normalized -> (b c h w), in evaluation mode; maps: the system's, or
     None; per_image: the groups have no names; labeled: the few scenes that the probe learns from;
     k: number of clusters where k-means stands in.
     """
-    size = truth.seen.shape[-2:]
-    device = next(trunk.parameters()).device
-    images = [normalize(some.to(device)) for some in truth.seen.split(batch)]
-    features = torch.cat([trunk(some).cpu() for some in images])
+    size, semantic = truth.seen.shape[-2:], truth.semantic.long()
+    device = next(backbone.parameters()).device
+    images = [normalize(some.to(device)) for some in truth.seen.split(BATCH)]
+    features = torch.cat([backbone(some).cpu() for some in images])
     own = [maps(some) for some in images]
     clusters = winner(cluster_maps(features, k), size) if per_image or own[0] is None else None
     groups = clusters if own[0] is None else torch.cat([winner(m.cpu(), size) for m in own])
-    named = groups if clusters is None else clusters
     found = dict(
         named_by=OWN if clusters is None else CLUSTERS,
         grouped_by=CLUSTERS if own[0] is None else OWN,
-        **agreement(named, truth.semantic.long(), num_classes),
-        probe_miou=probe(trunk, labeled, features, truth.semantic.long(), num_classes),
+        **agreement(groups if clusters is None else clusters, semantic, num_classes),
+        probe_miou=probe(backbone, labeled, features, semantic, num_classes),
         ari_instances=rand_index(groups, truth.regions),
         ari_objects=rand_index(groups, truth.regions, truth.instance > 0),
-        ari_classes=rand_index(groups, truth.semantic),
+        ari_classes=rand_index(groups, semantic),
         groups_used=groups_in_use(groups, per_image),
         groups_per_scene=sum(len(each.unique()) for each in groups) / len(groups),
     )
@@ -107,27 +100,21 @@ def cluster_maps(features: Tensor, k: int, seed: int = 0) -> Tensor:
     directions = F.normalize(features.float(), dim=1)  # over c
     rows = rearrange(directions, "n c h w -> (n h w) c")
     rng = np.random.default_rng(seed)
-    some = rows[torch.from_numpy(rng.permutation(len(rows))[:SAMPLE])].double().numpy()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "One of the clusters is empty")  # it keeps its place
-        start = "++" if k <= 64 else "points"  # k-means++ takes k * k * n steps
-        centers, _ = kmeans2(some, k, minit=start, rng=rng, iter=20)
-    centers = torch.from_numpy(centers).to(rows.dtype)
+    some = rows[torch.from_numpy(rng.permutation(len(rows))[:SAMPLE])]
+    centers = torch.from_numpy(kmeans(some.numpy(), k, rng)).to(rows.dtype)
     dots = einsum(centers, directions, "k c, n c h w -> n k h w")
     return 2 * dots - centers.square().sum(1)[:, None, None]  # over c; |direction|^2 never differs
 
 
 @torch.enable_grad()
 def probe(
-    trunk: torch.nn.Module, labeled: Truth, features: Tensor, semantic: Tensor, num_classes: int
+    backbone: nn.Module, labeled: Truth, features: Tensor, semantic: Tensor, num_classes: int
 ) -> float:
     """mIoU of a linear classifier that has learned from the few labeled scenes."""
-    batches = [(None, (labeled.seen, labeled.semantic.long()))]
-    cells = probes.collect_cells(trunk, batches, len(labeled.seen), num_classes)
-    scores = probes.linear_probe(*cells)(features.float())
-    counts = metrics.confusion_matrix(
-        winner(scores, semantic.shape[-2:]), semantic, num_classes, num_classes
-    )
+    batches = [(torch.empty(0), (labeled.seen, labeled.semantic.long()))]
+    cells = probes.collect_cells(backbone, batches, len(labeled.seen), num_classes)
+    guess = winner(probes.linear_probe(*cells)(features.float()), semantic.shape[-2:])
+    counts = metrics.confusion_matrix(guess, semantic, num_classes, num_classes)
     return metrics.miou(counts, torch.arange(num_classes))
 
 
@@ -138,53 +125,46 @@ def groups_in_use(groups: Tensor, per_image: bool) -> int:
     return max(len(some.unique()) for some in (groups if per_image else [groups]))
 
 
-def collapsed(found: dict[str, Any], untrained: dict[str, Any]) -> bool:
+def collapsed(found: Mapping[str, Any], untrained: Mapping[str, Any]) -> bool:
     """Fewer than four groups in use, or no more agreement with the classes than before training."""
     return found["groups_used"] < FEWEST_GROUPS or found["nmi"] <= untrained["nmi"]
 
 
 def brief(label: str, record: Mapping[str, Any]) -> str:
     """One line about one row and seed, for the eye."""
-    return (
-        f"seed {record['seed']}  {label:<28} mIoU {record['miou']:.3f}  "
-        f"NMI {record['nmi']:.3f}  probe {record['probe_miou']:.3f}  "
-        f"{record['steps']} steps in {record['seconds']:.0f} s"
-        + ("  collapsed" if record["collapsed"] else "")
-    )
+    scores = f"mIoU {record['miou']:.3f}  NMI {record['nmi']:.3f}  probe {record['probe_miou']:.3f}"
+    spent = f"{record['steps']} steps in {record['seconds']:.0f} s"
+    gone = "  collapsed" if record["collapsed"] else ""
+    return f"seed {record['seed']}  {label:<28} {scores}  {spent}{gone}"
 
 
-COLUMNS = {  # key of a row -> heading
-    "miou": "mIoU",
-    "nmi": "NMI",
-    "probe_miou": "probe",
-    "ari_instances": "ARI inst.",
-    "ari_objects": "ARI obj.",
-    "ari_classes": "ARI class",
-    "groups_used": "used",
-    "steps": "steps",
+# key of a row -> heading
+COLUMNS = {
+    "miou": "mIoU", "nmi": "NMI", "probe_miou": "probe", "ari_instances": "ARI inst.",
+    "ari_objects": "ARI obj.", "ari_classes": "ARI class", "groups_used": "used", "steps": "steps",
     "seconds": "seconds",
-}
+}  # fmt: skip
+EXPLANATION = f"""\
+* of {CLUSTERS}: the system has no groups, or none with names.
+Collapsed: fewer than {FEWEST_GROUPS} groups in use, or NMI not above that of the untrained network."""
 
 
 def format_table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """For the eye: label -> the records of its seeds; the median of each number, and how many of
-    the seeds have collapsed. A star: k-means on the trunk's features stands in for the groups.
+    the seeds have collapsed. A star: k-means on the features of the backbone stands in.
     """
-    lines = [" " * 30 + "".join(f"{heading:>10}" for heading in COLUMNS.values()) + " collapsed"]
+    cells = {}
     for label, records in rows.items():
-        cells = ""
-        for key in COLUMNS:
-            values = [record[key] for record in records if key in record]
-            how = "named_by" if key in ("miou", "nmi") else "grouped_by"
-            measured = key.startswith(("miou", "nmi", "ari"))
-            star = "*" if measured and records[0][how] == CLUSTERS else " "
-            digits = 0 if key in ("groups_used", "steps", "seconds") else 3
-            cells += f"{np.median(values):>9.{digits}f}{star}" if values else " " * 10
         gone = sum(record.get("collapsed", False) for record in records)
-        lines.append(f"{label[:30]:<30}{cells} " + (f"{gone} of {len(records)}" if gone else "no"))
-    lines += [
-        f"* of {CLUSTERS}: the system has no groups, or none with names.",
-        f"Collapsed: fewer than {FEWEST_GROUPS} groups in use, or NMI not above that of the "
-        "untrained network.",
-    ]
-    return "\n".join(lines)
+        cells[label] = [median(records, key) for key in COLUMNS]
+        cells[label].append(f"{gone} of {len(records)}" if gone else "no")
+    return f"{table(cells, [*COLUMNS.values(), 'collapsed'])}\n{EXPLANATION}"
+
+
+def median(records: Sequence[Mapping[str, Any]], key: str) -> str:
+    """One cell: the median over the seeds, and the star."""
+    values = [record[key] for record in records if key in record]
+    how = records[0]["named_by" if key in ("miou", "nmi") else "grouped_by"]
+    star = "*" if key.startswith(("miou", "nmi", "ari")) and how == CLUSTERS else " "
+    digits = 0 if key in ("groups_used", "steps", "seconds") else 3
+    return number(float(np.median(values)) if values else None, digits) + star
