@@ -33,7 +33,7 @@ from backbone import RESNETS, build_backbone
 from downstream import detectron2_names
 from downstream.trunks import TrunkFile, read_trunk
 from engine import checkpoint, files, options
-from engine.command_line import check_writable
+from engine.options import check_writable
 from engine.program import Stopped, path, run_program
 
 
