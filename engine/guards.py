@@ -1,0 +1,87 @@
+"""What a run shares with the world: signals that ask it to stop, and a folder for it alone."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import socket
+import threading
+from pathlib import Path
+from types import FrameType
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+STOPS = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
+
+
+class StopSignals:
+    """Signals ask a run to end after its step; a second Ctrl-C ends it at once.
+
+    Used as `with StopSignals() as signals`, after which signals mean what they did before.
+    `received`: the first one's name, or "".
+    """
+
+    def __init__(self):
+        self.received, self.before = "", {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            numbers = [getattr(signal, name) for name in STOPS if hasattr(signal, name)]
+            self.before = {number: signal.signal(number, self.note) for number in numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number: int, _frame: FrameType | None) -> None:
+        """The handler. It answers at once, since a step may take minutes."""
+        if self.received == "SIGINT" and number == signal.SIGINT:
+            os._exit(130)
+        if self.received and number != signal.SIGINT:
+            return
+        self.received = signal.Signals(number).name
+        if int(os.environ.get("RANK", 0)) == 0:
+            again = "; a second Ctrl-C ends it now" if number == signal.SIGINT else ""
+            line = f"{self.received} received: the run ends after this step and saves{again}\n"
+            # print() is not safe in a handler: the run may be in the middle of one.
+            with contextlib.suppress(OSError):
+                os.write(2, line.encode())
+
+
+class Lock:
+    """A lock on a run's folder that ends with this process, however it ends.
+
+    It belongs to the process alone, not to those that it starts. A file system without locks gets
+    none. Raises ValueError, with the host and the process, where another run has it; OSError.
+    """
+
+    def __init__(self, folder: Path):
+        self.path = folder / "run.lock"
+        self.file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115, held by the run
+        try:
+            if fcntl:
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                return
+            self.file.seek(0)
+            holder = self.file.read().strip() or "another process"
+            self.file.close()
+            raise ValueError(
+                f"--output-dir {folder} is in use by {holder}: wait for that run, or give another "
+                "--output-dir"
+            ) from None
+        self.file.truncate(0)
+        self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self.file.flush()
+
+    def release(self) -> None:
+        """Let go. The file stays, since another run may be waiting for this very one."""
+        self.file.truncate(0)
+        self.file.close()

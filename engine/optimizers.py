@@ -1,0 +1,113 @@
+"""LARS, and the learning rate of every step: pure functions of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LARS(torch.optim.SGD):
+    """Layer-wise adaptive rate scaling (You et al., 2017), with the arithmetic of the release [O].
+
+    A weight tensor (ndim != 1) moves by a fixed fraction of its own norm:
+        g <- g + weight_decay p, then g <- g coefficient |p| / |g|, factor 1 if a norm is 0.
+    Biases and norms (ndim 1) are neither decayed nor adapted. Then, for all parameters:
+        velocity <- momentum velocity + g, p <- p - lr velocity.
+    A step overwrites the gradients. Raises ValueError for negative settings.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-5,
+        coefficient: float = 0.001,
+    ):
+        if min(lr, momentum, weight_decay, coefficient) < 0:
+            found = f"lr {lr}, momentum {momentum}, decay {weight_decay}, {coefficient}"
+            raise ValueError(f"LARS needs settings of at least 0, found {found}")
+        # SGD's own decay stays 0: it would come after the norm is taken. Fused: velocity and
+        # weights in one pass.
+        super().__init__(params, lr, momentum, fused=True)
+        self.weight_decay, self.coefficient = weight_decay, coefficient
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Adapt the gradients of weights, then move everything by SGD with momentum."""
+        for group in self.param_groups:
+            weights = [p for p in group["params"] if p.ndim != 1 and p.grad is not None]
+            if weights:
+                adapt(weights, self.weight_decay, self.coefficient)
+        super().step()
+
+
+def adapt(weights: list[Tensor], weight_decay: float, coefficient: float) -> None:
+    """Turn the weights' gradients, in place, into updates of norm coefficient |weight|. The host
+    waits for nothing.
+    """
+    gradients = [p.grad for p in weights]
+    torch._foreach_add_(gradients, weights, alpha=weight_decay)  # first: its norm counts too [O]
+    weight_norms = torch.stack(torch._foreach_norm(weights))
+    gradient_norms = torch.stack(torch._foreach_norm(gradients))
+    usable = (weight_norms > 0) & (gradient_norms > 0)
+    ratios = torch.where(usable, coefficient * weight_norms / gradient_norms, 1.0)
+    # Factors that stay on the device are one launch per weight; reading them would make the host
+    # wait.
+    torch._foreach_mul_(gradients, list(ratios.unbind()))
+
+
+def make_optimizer(
+    name: str, parameters: Iterable[Tensor], lr: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """lars or adamw, over the parameters that need a gradient; biases and norms are not decayed."""
+    trained = [p for p in parameters if p.requires_grad]
+    if name == "lars":
+        return LARS(trained, lr, weight_decay=weight_decay)
+    groups = [
+        dict(params=[p for p in trained if p.ndim != 1]),
+        dict(params=[p for p in trained if p.ndim == 1], weight_decay=0.0),
+    ]
+    return torch.optim.AdamW(groups, lr, weight_decay=weight_decay)
+
+
+def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float) -> float:
+    """A linear warm-up, then a cosine down to 1e-6, raised and lowered at every step [O].
+
+    lr(t) = peak / 100 (99 t / T_w + 1), for t < T_w
+    lr(t) = 1e-6 + (peak - 1e-6) (1 + cos(pi (t - T_w) / (T - T_w))) / 2, from T_w on.
+    """
+    if step < warmup_steps:
+        return peak / 100 * (99 * step / warmup_steps + 1)
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    return 1e-6 + (peak - 1e-6) * (1 + math.cos(math.pi * progress)) / 2
+
+
+class Schedule(NamedTuple):
+    """What a run intends, in optimizer steps."""
+
+    steps_per_epoch: int
+    total_steps: int  # length of all schedules
+    warmup_steps: int
+    peak: float  # learning rate after the warm-up
+
+    def learning_rate(self, step: int) -> float:
+        """Of the step that is taken after `step` steps."""
+        return learning_rate(step, self.total_steps, self.warmup_steps, self.peak)
+
+
+def schedule_for(
+    num_images: int, batch_size: int, base_lr: float, epochs: float, steps: int, warmup: float
+) -> Schedule:
+    """The schedule of a run: a length in steps, or in epochs where steps is 0; the warm-up has the
+    same unit. The learning rate follows the batch [O]:
+    peak = base_lr batch_size / 256
+    """
+    steps_per_epoch = num_images // batch_size
+    unit = 1 if steps else steps_per_epoch
+    total = max(round((steps or epochs) * unit), 1)
+    return Schedule(steps_per_epoch, total, round(warmup * unit), base_lr * batch_size / 256)
