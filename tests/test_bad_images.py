@@ -19,10 +19,8 @@ from engine.images import BadImage, ImageFiles, Photographs
 GRADIENT = np.linspace(0, 255, 12 * 16).reshape(12, 16).astype(np.uint8)
 NOISE = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
 FRAMES = [Image.new("RGB", (16, 12), color) for color in ("red", "lime", "blue")]
-BLACK_WHITE = Image.fromarray(GRADIENT).convert("1", dither=Image.Dither.NONE)
+BITS = Image.fromarray(GRADIENT).convert("1", dither=Image.Dither.NONE)
 PALETTE = Image.fromarray(NOISE).quantize(256)
-CLEAR = Image.new("P", (16, 12), 1)
-CLEAR.putpalette([0, 0, 0, 50, 60, 70])
 UNIT = (GRADIENT / np.float32(255) - 1).astype(np.float32)
 HOLES, FILLED = UNIT.copy(), GRADIENT.copy()
 HOLES[3, 5], FILLED[3, 5] = np.nan, 255  # a number that is none counts as 0, the largest of these
@@ -37,7 +35,7 @@ def plain(color, mode="RGB"):
     "name, image, expected, options",
     [
         ("gray.png", Image.fromarray(GRADIENT), GRADIENT, {}),
-        ("bits.png", BLACK_WHITE, np.where(GRADIENT > 127, 255, 0), {}),
+        ("bits.png", BITS, np.where(GRADIENT > 127, 255, 0), {}),
         ("palette.png", PALETTE, PALETTE.convert("RGB"), {}),
         ("print.jpg", plain((0, 255, 255, 0), "CMYK"), (255, 0, 0), dict(quality=95)),
         ("deep.png", Image.fromarray(GRADIENT.astype(np.uint16) * 257), GRADIENT, {}),
@@ -48,7 +46,7 @@ def plain(color, mode="RGB"):
         ("haze.webp", plain((0, 100, 200, 51), "RGBA"), (204, 224, 244), dict(lossless=True)),
         ("gray and clear.png", plain((10, 0), "LA"), WHITE, {}),
         ("key.png", plain((9, 9, 9)), WHITE, dict(transparency=(9, 9, 9))),
-        ("palette.gif", CLEAR, WHITE, dict(transparency=1)),
+        ("palette.gif", plain(1, "P"), WHITE, dict(transparency=1)),
         ("moves.gif", FRAMES[0], (255, 0, 0), MANY),
         ("moves.png", FRAMES[0], (255, 0, 0), MANY),
         ("moves.webp", FRAMES[0], (255, 0, 0), dict(lossless=True, **MANY)),
@@ -60,50 +58,36 @@ def test_odd_files_are_images_with_these_pixels(tmp_path, name, image, expected,
     pixels = ImageFiles(tmp_path, [name])[0].permute(1, 2, 0).numpy().astype(int)
     expected = np.asarray(expected, dtype=int)
     expected = expected[..., None] if expected.ndim == 2 else expected
-    assert pixels.shape == (12, 16, 3)
-    assert np.abs(pixels - expected).max() <= (3 if name == "print.jpg" else 1)
+    tolerance = {"print.jpg": 3, "haze.webp": 1}.get(name, 0)
+    assert pixels.shape == (12, 16, 3) and np.abs(pixels - expected).max() <= tolerance
 
 
-@pytest.mark.parametrize("height, width", [(1, 1), (1, 5000), (5000, 1)])
-def test_tiny_and_thin_pictures_have_two_views(tmp_path, height, width):
-    Image.new("RGB", (width, height), (10, 200, 90)).save(tmp_path / "thin.png")
-    samples = Samples(Photographs(tmp_path, ["thin.png"]), TwoCrops(24), 0)
-    for sample in range(20):
-        (views, boxes, _), failures = samples[sample]
-        assert failures == [] and boxes.min() >= 0 and boxes.max() <= 1
-        assert (views - torch.tensor([10.0, 200, 90])[:, None, None]).abs().max() <= 1
-
-
-# ---------------------------------------------------------------------------------------- no images
-
-
-def png_that_claims(width, height):
-    def chunk(kind, content):
-        check = struct.pack(">I", zlib.crc32(kind + content))
-        return struct.pack(">I", len(content)) + kind + content + check
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100))
-    return b"\x89PNG\r\n\x1a\n" + body + chunk(b"IEND", b"")
-
-
-def jpeg_bytes():
-    noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
+def encoded(image, format):
     buffer = io.BytesIO()
-    Image.fromarray(noise).save(buffer, "JPEG")
+    image.save(buffer, format)
     return buffer.getvalue()
+
+
+def png_that_claims(*size):
+    content = encoded(plain(7), "PNG")
+    header = b"IHDR" + struct.pack(">II", *size) + content[24:29]
+    return content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
+
+
+LARGE = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
+JPEG = encoded(Image.fromarray(LARGE), "JPEG")
 
 
 @pytest.mark.parametrize(
     "make, reason",
     [
-        (lambda p: p.write_bytes(jpeg_bytes()[:9000]), "truncated"),
-        (lambda p: p.write_bytes(jpeg_bytes()[:40]), "truncated"),
+        (lambda p: p.write_bytes(JPEG[:9000]), "truncated"),
+        (lambda p: p.write_bytes(JPEG[:40]), "truncated"),
         (lambda p: p.touch(), "^empty file$"),
         (lambda p: p.write_text("<html>404</html>"), "^not an image that Pillow knows$"),
         (lambda p: p.write_bytes(png_that_claims(40_000, 40_000)), "exceeds limit .* bomb"),
         (lambda p: p.write_bytes(png_that_claims(10_000, 9_500)), "exceeds limit .* bomb"),
-        (lambda p: p.write_bytes(png_that_claims(30, 30)), "."),
+        (lambda p: p.write_bytes(png_that_claims(30, 30)), "truncated"),
         (lambda p: (p.mkdir(), (p / "x").touch()), "^(is a directory|permission denied)$"),
         (lambda p: os.mkfifo(p), "^empty file$"),
         (lambda p: p.symlink_to(p), "^too many levels of symbolic links$"),
@@ -112,26 +96,16 @@ def jpeg_bytes():
 )
 def test_a_file_that_is_no_image_is_named_with_the_reason(tmp_path, make, reason):
     make(tmp_path / "x.jpg")
-    for kind in (ImageFiles, Photographs):
-        with pytest.raises(BadImage) as error:
-            kind(tmp_path, ["x.jpg"]).open(0).pixels(8)
-        assert error.value.name == "x.jpg" and re.search(reason, error.value.reason)
-        assert str(error.value) == f"x.jpg: {error.value.reason}"
-        assert "\n" not in error.value.reason and str(tmp_path) not in error.value.reason
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_that_may_not_be_read_is_named(tmp_path):
-    Image.fromarray(NOISE).save(tmp_path / "x.jpg")
-    (tmp_path / "x.jpg").chmod(0)
-    with pytest.raises(BadImage, match=r"^x.jpg: permission denied$"):
-        ImageFiles(tmp_path, ["x.jpg"])[0]
+    with pytest.raises(BadImage) as error:
+        Photographs(tmp_path, ["x.jpg"])[0].pixels(8)
+    assert error.value.name == "x.jpg" and re.search(reason, error.value.reason)
+    assert "\n" not in error.value.reason and str(tmp_path) not in error.value.reason
 
 
 def test_random_damage_ends_in_an_image_or_in_bad_image(tmp_path):
-    rng, good, bad = random.Random(0), jpeg_bytes(), 0
+    rng, bad = random.Random(0), 0
     for number in range(100):
-        damaged = bytearray(good[: rng.randrange(1, len(good))] if number % 2 else good)
+        damaged = bytearray(JPEG[: rng.randrange(1, len(JPEG))] if number % 2 else JPEG)
         for _ in range(20):
             damaged[rng.randrange(len(damaged))] = rng.randrange(256)
         (tmp_path / "x.jpg").write_bytes(damaged)
@@ -142,15 +116,14 @@ def test_random_damage_ends_in_an_image_or_in_bad_image(tmp_path):
     assert 20 < bad < 100
 
 
-# --------------------------------------------------------------------------- in the middle of a run
-
-
 def folder_with_bad(folder, bad, count=9):
     folder.mkdir(exist_ok=True)
     for number in range(count):
-        path = folder / f"{number}.png"
-        path.touch() if number in bad else plain((number * 20,) * 3).save(path)
-    return ImageFiles(folder, [f"{number}.png" for number in range(count)])
+        content = encoded(plain((number * 20,) * 3), "PNG")
+        # Some are found out when they are opened, others when they are decoded
+        content = JPEG[: 9000 * (number % 2)] if number in bad else content
+        (folder / f"{number}.png").write_bytes(content)
+    return Photographs(folder, [f"{number}.png" for number in range(count)])
 
 
 def test_the_next_readable_neighbor_stands_in_with_the_random_numbers_of_the_sample(tmp_path):
@@ -159,44 +132,31 @@ def test_the_next_readable_neighbor_stands_in_with_the_random_numbers_of_the_sam
     for index, stand_in, failed in [(1, 1, []), (2, 4, [2, 3]), (3, 4, [3]), (8, 0, [8])]:
         batch, failures = samples[9 + index]
         assert (batch.views == stand_in * 20).all()
-        assert failures == [(f"{number}.png", "empty file") for number in failed]
+        assert [name for name, _ in failures] == [f"{number}.png" for number in failed]
         assert torch.equal(batch.boxes, whole[9 + index][0].boxes)
-    words = r"^3 images in a row could not be read; 0\.png: empty file$"
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=r"^3 images in a row could not be read; 0\.png: empty"):
         Samples(folder_with_bad(tmp_path / "worst", range(3), count=3), TwoCrops(8), 0)[1]
 
 
-def test_each_bad_file_is_written_once_by_all_processes_of_a_run(tmp_path):
+def test_each_bad_file_is_written_once_and_more_than_one_percent_end_the_run(tmp_path):
     file = tmp_path / "skipped.txt"
-    one, other = Skipped(file, 1000), Skipped(file, 1000)
+    one, other = Skipped(file, 400), Skipped(file, 400)
     one.record([])
     assert not file.exists()
     one.record([("ä.jpg", "empty file"), ("c.jpg", "truncated"), ("ä.jpg", "empty file")])
     other.record([("c.jpg", "truncated"), ("new\nline.jpg", "truncated")])
-    for _ in range(2):
-        one.record([("new\nline.jpg", "truncated"), (os.fsdecode(b"caf\xe9.jpg"), "truncated")])
-    assert sorted(file.read_bytes().splitlines()) == [
-        b"c.jpg\ttruncated",
-        b"caf\xe9.jpg\ttruncated",
-        b"new line.jpg\ttruncated",
-        "ä.jpg\tempty file".encode(),
-    ]
-
-
-def test_more_than_one_percent_of_bad_files_ends_the_run(tmp_path):
-    skipped = Skipped(tmp_path / "skipped.txt", 300)
-    for number in range(3):
-        skipped.record([(f"{number}.jpg", "empty file")] * 5)
-    with pytest.raises(ValueError, match=r"^4 of 300 images .* more than 1%.*skipped\.txt"):
-        skipped.record([("3.jpg", "empty file")])
+    one.record([("new\nline.jpg", "truncated"), (os.fsdecode(b"caf\xe9.jpg"), "truncated")])
+    expected = [b"c.jpg\ttruncated", b"caf\xe9.jpg\ttruncated", b"new line.jpg\ttruncated"]
+    assert sorted(file.read_bytes().splitlines()) == [*expected, "ä.jpg\tempty file".encode()]
+    with pytest.raises(ValueError, match=r"^5 of 400 images .* more than 1%.*skipped\.txt"):
+        one.record([("e.jpg", "empty file")])
 
 
 @pytest.mark.parametrize("kind, workers", [(ImageFiles, 0), (Photographs, 2)])
 def test_checking_decodes_every_file_and_reports(tmp_path, kind, workers, capsys):
-    paths = folder_with_bad(tmp_path, {2}).paths
+    images = folder_with_bad(tmp_path, {2, 5})
     Image.new("RGB", (30, 40)).save(tmp_path / "7.png")
-    (tmp_path / "5.png").write_bytes(jpeg_bytes()[:9000])
-    assert check_images(kind(tmp_path, paths), workers) == 2
+    assert check_images(kind(tmp_path, images.paths), workers) == 2
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "bad      2.png: empty file"
     assert lines[1].startswith("bad      5.png: image file is truncated")
