@@ -11,7 +11,10 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+Rows = Mapping[str, Sequence[dict]]  # label -> records, one per seed
 
 MEASURES = {
     "miou": "mIoU",
@@ -23,87 +26,64 @@ MEASURES = {
 }
 
 
-def rows_of(found: dict) -> dict[str, list[dict]]:
-    """label -> records, one per seed."""
-    rows: dict[str, list[dict]] = {}
-    for name, records in found["systems"].items():
-        for record in records:
-            variant = "" if found["table"] else record["variant"]
-            rows.setdefault(f"{name}: {variant}" if variant else name, []).append(record)
-    return rows
+def line(*cells: str) -> str:
+    """A line of a table in Markdown."""
+    return f"| {' | '.join(cells)} |"
 
 
-def cell(values: list[float]) -> str:
+def head(*cells: str) -> str:
+    """The first two lines."""
+    return f"{line(*cells)}\n{'|---' * len(cells)}|"
+
+
+def cell(values: Sequence[float]) -> str:
+    """Median (least .. most)."""
     return f"{statistics.median(values):.3f} ({min(values):.3f} .. {max(values):.3f})"
 
 
-def main_table(rows: dict[str, list[dict]]) -> str:
-    lines = [
-        "| row | " + " | ".join(MEASURES.values()) + " | groups used | steps | collapsed |",
-        "|---" * (len(MEASURES) + 4) + "|",
-    ]
+def main_table(rows: Rows) -> str:
+    """All measures; a star where k-means on the backbone's features stands in for groups."""
+    lines = [head("row", *MEASURES.values(), "groups used", "steps", "collapsed")]
     for label, records in rows.items():
         cells = []
         for key in MEASURES:
-            how = "named_by" if key in ("miou", "nmi") else "grouped_by"
-            star = "*" if key != "probe_miou" and "k-means" in records[0][how] else ""
+            how = records[0]["named_by" if key in ("miou", "nmi") else "grouped_by"]
+            star = "*" if key != "probe_miou" and "k-means" in how else ""
             cells.append(cell([record[key] for record in records]) + star)
-        used = statistics.median(record["groups_used"] for record in records)
-        steps = statistics.median(record["steps"] for record in records)
+        used, steps = (statistics.median(r[k] for r in records) for k in ("groups_used", "steps"))
         gone = sum(record["collapsed"] for record in records)
-        lines.append(
-            f"| {label} | {' | '.join(cells)} | {used:g} | {steps:g} | {gone} of {len(records)} |"
-        )
+        lines.append(line(label, *cells, f"{used:g}", f"{steps:g}", f"{gone} of {len(records)}"))
     return "\n".join(lines)
 
 
-def untrained_table(rows: dict[str, list[dict]]) -> str:
-    lines = [
-        "| before training | " + " | ".join(MEASURES.values()) + " |",
-        "|---" * (len(MEASURES) + 1) + "|",
-    ]
-    seen = {}
+def untrained_table(rows: Rows) -> str:
+    """The same before training; rows with equal numbers are one."""
+    alike: dict[str, list[str]] = {}
     for label, records in rows.items():
         cells = [cell([record["untrained"][key] for record in records]) for key in MEASURES]
-        seen.setdefault(" | ".join(cells), []).append(label)
-    lines += [f"| {', '.join(labels)} | {cells} |" for cells, labels in seen.items()]
-    return "\n".join(lines)
+        alike.setdefault(" | ".join(cells), []).append(label)
+    lines = [line(", ".join(labels), cells) for cells, labels in alike.items()]
+    return "\n".join([head("before training", *MEASURES.values()), *lines])
 
 
-def beyond_the_spread(rows: dict[str, list[dict]], reference: str) -> str:
-    lines = [
-        f"| measure | clearly below {reference} | within the spread | clearly above {reference} |",
-        "|---|---|---|---|",
-    ]
-    for key, title in MEASURES.items():
-        ours = [record[key] for record in rows[reference]]
-        sides: dict[str, list[str]] = {"below": [], "within": [], "above": []}
-        for label, records in rows.items():
-            values = [record[key] for record in records]
-            side = (
-                "below"
-                if max(values) < min(ours)
-                else "above"
-                if min(values) > max(ours)
-                else "within"
-            )
-            if label != reference:
-                sides[side].append(label)
-        lines.append(
-            f"| {title} | "
-            + " | ".join(", ".join(side) or "none" for side in sides.values())
-            + " |"
-        )
+def beyond_the_spread(rows: Rows, reference: str) -> str:
+    """Which rows every seed puts below or above the reference."""
+    sides = (f"clearly below {reference}", "within the spread", f"clearly above {reference}")
+    lines = [head("measure", *sides)]
+    for key, name in MEASURES.items():
+        found = {label: [record[key] for record in records] for label, records in rows.items()}
+        ours = found.pop(reference)
+        below = [label for label, values in found.items() if max(values) < min(ours)]
+        above = [label for label, values in found.items() if min(values) > max(ours)]
+        within = [label for label in found if label not in (*below, *above)]
+        lines.append(line(name, *(", ".join(side) or "none" for side in (below, within, above))))
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
     found = json.loads(Path(sys.argv[1]).read_text())
-    rows = rows_of(found)
-    print(
-        f"{found['seeds']} seed(s), {found['training_seconds_each']:.0f} s of training each, "
-        f"{found['seconds'] / 60:.0f} minutes in all, k = {found['k']}\n"
-    )
-    print(main_table(rows), "", untrained_table(rows), sep="\n")
+    rows, minutes = found["rows"], found["seconds"] / 60
     reference = "slotcon" if "slotcon" in rows else next(iter(rows))
+    print(f"{found['seeds']} seed(s), {found['steps']} steps, {minutes:.0f} min, k = {found['k']}")
+    print("", main_table(rows), "", untrained_table(rows), sep="\n")
     print("", beyond_the_spread(rows, sys.argv[2] if len(sys.argv) > 2 else reference), sep="\n")

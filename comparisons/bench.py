@@ -19,7 +19,7 @@ from comparisons.scenes import Scenes
 from data import TwoCrops
 from engine.optimizers import make_optimizer, schedule_for
 from engine.options import chosen_for
-from engine.processes import Place
+from engine.processes import Place, synchronized
 from engine.program import Stopped
 from engine.run import Options, Run
 from measures import systems
@@ -71,6 +71,7 @@ def learn(system: System, scenes: Scenes, c: Any) -> dict[str, float]:
     of the last tenth. Raises Stopped where the run cannot go on.
     """
     place, began, losses = Place(torch.device("cpu")), time.perf_counter(), []
+    system = synchronized(system.train(), place)
     schedule = schedule_for(num_images=len(scenes), **chosen_for(schedule_for, c))
     schedule = schedule._replace(peak=system.rate * schedule.peak)
     optimizer = make_optimizer(c.optimizer, system.parameters(), schedule.peak, c.weight_decay)
@@ -78,7 +79,7 @@ def learn(system: System, scenes: Scenes, c: Any) -> dict[str, float]:
     nowhere = dataclasses.replace(c, output_dir="")
     options = Options(last_step=schedule.total_steps, **chosen_for(Options, nowhere))
     crops = TwoCrops(**chosen_for(TwoCrops, c))
-    run = Run(options, place, system.train(), optimizer, scenes, crops, settings={})
+    run = Run(options, place, system, optimizer, scenes, crops, settings={})
     with run:
         for batch in run.batches():
             seen, extra = batch.views[:, :, :3], batch.views[:, :, 3:].float() / 255

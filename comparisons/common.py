@@ -136,11 +136,6 @@ def align(maps: list[Tensor], boxes: Tensor, flipped: Tensor) -> list[Tensor]:
     return [inverse_augmentation(maps[i], boxes[:, i], flipped[:, i]) for i in (0, 1)]
 
 
-def overlapping(boxes: Tensor) -> Tensor:
-    """boxes (b v 4) -> (b) bool: the two crops share a part of the scene."""
-    return (boxes[:, 0, 2] > boxes[:, 0, 0]) & (boxes[:, 0, 3] > boxes[:, 0, 1])
-
-
 def target_loss(similarity: Tensor, target: Tensor, temperature: float, valid: Tensor) -> Tensor:
     """Cross-entropy of the assignment against given targets, over the images that overlap.
 

@@ -18,8 +18,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from backbone import Projector
-from comparisons.common import Outcome, PixelNetwork, StudentTeacher, align, each_view, overlapping
+from comparisons.common import Outcome, PixelNetwork, StudentTeacher, align, each_view
 from engine.ranks import gather_rows, rank_and_world_size
+from grouping import overlapping
 from losses import contrast_in_parts, unit
 
 PLACES = 4  # [U] rows and columns of the shared part: closer places are too much alike

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from comparisons.common import Outcome, align, each_view, overlapping, target_loss
+from comparisons.common import Outcome, align, each_view, target_loss
 from comparisons.kmeans import Kmeans
+from grouping import overlapping
 
 
 class Picie(Kmeans):

@@ -15,9 +15,9 @@ from typing import Any
 from einops import rearrange
 from torch import Tensor
 
-from comparisons.common import Outcome, align, each_view, overlapping, target_loss
+from comparisons.common import Outcome, align, each_view, target_loss
 from comparisons.whole_method import WholeMethod
-from grouping import assignment
+from grouping import assignment, overlapping
 from losses import mean_over_pixels
 
 

@@ -12,8 +12,9 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
-from comparisons.common import Outcome, Prototyped, align, each_view, overlapping, target_loss
+from comparisons.common import Outcome, Prototyped, align, each_view, target_loss
 from engine.ranks import sum_over_ranks
+from grouping import overlapping
 
 TEMPERATURE = 0.05  # of the targets [P]
 
