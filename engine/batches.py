@@ -9,6 +9,7 @@ import collections
 import functools
 import itertools
 import math
+import multiprocessing
 import os
 import random
 import signal
@@ -94,8 +95,8 @@ class RunSampler:
 
     def __iter__(self) -> Iterator[list[int]]:
         steps_per_epoch = self.num_images // self.batch_size
-        epoch, skipped = divmod(self.start, steps_per_epoch)
-        for epoch in itertools.count(epoch):
+        first, skipped = divmod(self.start, steps_per_epoch)
+        for epoch in itertools.count(first):
             order = np.random.default_rng([self.seed, epoch]).permutation(self.num_images)
             for step in range(skipped, steps_per_epoch):
                 batch = order[step * self.batch_size : (step + 1) * self.batch_size]
@@ -144,7 +145,7 @@ class Reader:
     """
 
     # A reading process that was killed may have held a lock for which PyTorch waits when it ends
-    # a loader. Such loaders are kept here until this process ends.
+    # a loader. So loaders are kept here until this process ends.
     abandoned: tuple[Any, ...] = ()
 
     def __init__(
@@ -156,7 +157,9 @@ class Reader:
         self.copied: torch.cuda.Event | None = None
         cuda = place.device.type == "cuda"
         self.stream = torch.cuda.Stream(place.device) if cuda else None
+        others = set(multiprocessing.active_children())
         self.batches = iter(make_loader(samples, sampler, workers_of(workers), cuda, collate))
+        self.processes = set(multiprocessing.active_children()) - others
         notice_dead_readers_later()
 
     def fetch(self) -> None:
@@ -167,7 +170,6 @@ class Reader:
             self.skipped.record(failures)
         except (ValueError, RuntimeError, OSError, EOFError) as error:
             self.trouble = why(error)
-            Reader.abandoned += (self.batches,)
             return
         finally:
             self.waited += time.perf_counter() - began
@@ -195,7 +197,11 @@ class Reader:
         return waited
 
     def close(self) -> None:
-        """End the reading processes."""
+        """End the reading processes, and wait for none of them: one may sit in a slow read."""
+        for process in self.processes:
+            process.kill()
+        if self.processes:
+            Reader.abandoned += (self.batches,)
         self.batches = self.batch = None
 
 

@@ -53,10 +53,10 @@ class Options:
 class Run:
     """One rank's part of a run, new or resumed.
 
-    model: what is trained and saved; optimizer: over its parameters; images: a sequence; view(image,
-    rng): what a batch needs of one; settings: kept with the checkpoint; changed(saved): what a
-    checkpoint was made with and this run is not; collate: samples -> a batch; names: of the numbers
-    that every step is judged by. Raises ValueError for what the person can change.
+    model: what is trained and saved; optimizer: over its parameters; images: a sequence;
+    view(image, rng): what a batch needs of one; settings: kept with the checkpoint; changed(saved):
+    what a checkpoint was made with and this run is not; collate: samples -> a batch; names: of the
+    numbers that every step is judged by. Raises ValueError for what the person can change.
     """
 
     def __init__(
@@ -72,6 +72,12 @@ class Run:
         collate: Collate = default_collate,
         names: Sequence[str] = ("loss",),
     ):
+        if options.batch_size % (place.world_size * options.accumulate):
+            raise ValueError(
+                f"--batch-size {options.batch_size} must be a multiple of {place.world_size} "
+                f"process(es) x --accumulate {options.accumulate}"
+            )
+        sampler = RunSampler(len(images), options.batch_size, place, options.seed)
         self.options, self.place, self.model, self.optimizer = options, place, model, optimizer
         self.images, self.settings, self.names = images, dict(settings), (*names, "grad_norm")
         self.folder = Path(options.output_dir) if options.output_dir else None
@@ -93,13 +99,7 @@ class Run:
         self.network = processes.wrap(model, place)
         skipped = Skipped(self.folder and self.folder / "skipped.txt", len(images))
         self.steps_per_epoch = max(len(images) // options.batch_size, 1)
-        if options.batch_size % (place.world_size * options.accumulate):
-            raise ValueError(
-                f"--batch-size {options.batch_size} must be a multiple of {place.world_size} "
-                f"process(es) x --accumulate {options.accumulate}"
-            )
-        sampler = RunSampler(len(images), options.batch_size, place, options.seed, self.position)
-        samples = Samples(images, view, options.seed)
+        samples, sampler.start = Samples(images, view, options.seed), self.position
         self.reader = Reader(samples, sampler, place, options.workers, skipped, collate)
 
     # ------------------------------------------------------------------------- the loop's verbs
@@ -201,7 +201,7 @@ class Run:
         return due and self.good
 
     def log(self, brief: Callable[[Mapping[str, Any]], str], **more: float) -> dict[str, Any]:
-        """A line of log.jsonl, and the same in brief for the eye -> the line. more: of this step."""
+        """A line of log.jsonl, and the same in brief -> the line; more: of this step."""
         epoch = round(self.position / self.steps_per_epoch, 4)
         record = dict(step=self.steps, epoch=epoch, **self.means(), **more)
         if self.log_file:
