@@ -1,7 +1,6 @@
 """Images become pixel embeddings: a convolutional backbone, then a projector of 1x1 convolutions.
 
-Slide: "Together: solving segmentation & representation jointly" (the shared pixel embedding
-function).
+Slide: "Together: solving segmentation & representation jointly" (pixel embedding function).
 Paper: section 3.1 and the architecture paragraph of the experiments.
 Read next: grouping.py.
 """
@@ -13,21 +12,19 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import resnet
 from torchvision.models.convnext import LayerNorm2d
-from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.models.resnet import ResNet as TorchvisionResNet
 
 
-class ResNet(TorchvisionResNet):
-    """torchvision's ResNet up to C5, the last map before pooling: stride 32, no classifier.
+class ResNet(resnet.ResNet):
+    """torchvision's ResNet up to C5, stride 32; the same names of tensors, without `fc.*`.
 
-    The last batch norm of every residual block starts at zero [O], so that each block starts as the
-    identity. The names of its state dict are torchvision's without `fc.*`.
+    The last batch norm of a residual block starts at zero [O]: the block starts as the identity.
     """
 
     stride = 32
 
-    def __init__(self, block: type[BasicBlock | Bottleneck], layers: tuple[int, ...]):
+    def __init__(self, block: type[nn.Module], layers: tuple[int, ...]):
         super().__init__(block, list(layers), zero_init_residual=True)
         self.out_channels = self.fc.in_features
         del self.avgpool, self.fc
@@ -41,9 +38,8 @@ class ResNet(TorchvisionResNet):
 class TinyBackbone(nn.Sequential):
     """For toy images of about 64 px: output stride 4, receptive field 17 px [U].
 
-    Three 3x3 convolutions find small patterns, the first at full resolution. The mean over 3x3
-    cells covers the period of a texture: without it crests and troughs would become prototypes. The
-    norm removes a texture's strength: without it all strong textures would become one group.
+    The mean over 3x3 cells covers the period of a texture: without it crests and troughs would
+    become prototypes. Without the layer norm all strong textures would become one group.
     """
 
     stride, out_channels = 4, 64
@@ -65,12 +61,9 @@ class SmallBackbone(nn.Sequential):
     stride, out_channels = 8, 192
 
     def __init__(self):
-        super().__init__(
-            *convolution(3, 32, stride=2),
-            SmallBlock(32, 48, stride=2),
-            SmallBlock(48, 96, stride=2),
-            SmallBlock(96, 192, stride=1),
-        )
+        stem = convolution(3, 32, stride=2)
+        blocks = SmallBlock(32, 48, 2), SmallBlock(48, 96, 2), SmallBlock(96, 192, 1)
+        super().__init__(*stem, *blocks)
 
 
 class SmallBlock(nn.Module):
@@ -83,35 +76,27 @@ class SmallBlock(nn.Module):
         pool = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False)
         widen = [nn.Conv2d(in_channels, width, 1, bias=False), nn.BatchNorm2d(width)]
         self.shortcut = nn.Sequential(*([pool, *widen] if stride > 1 else widen))
-        self.relu = nn.ReLU(inplace=True)
 
     def forward(self, maps: Tensor) -> Tensor:
         """maps (b c h w) -> (b c' h' w'), h' = h / stride, rounded up."""
-        return self.relu(self.residual(maps) + self.shortcut(maps))
+        return (self.residual(maps) + self.shortcut(maps)).relu_()
 
 
-def convolution(in_channels: int, width: int, stride: int = 1, size: int = 3) -> list[nn.Module]:
-    """A convolution of 3x3 or 1x1 without bias, a batch norm and a ReLU."""
-    conv = reflected_conv(in_channels, width, stride, size)
-    return [conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
-
-
-def reflected_conv(in_channels: int, width: int, stride: int, size: int) -> nn.Conv2d:
-    """Its padding reflects: zeros tell a pixel its place, and prototypes would become places."""
-    padding = dict(padding=size // 2, padding_mode="reflect")
-    conv = nn.Conv2d(in_channels, width, size, stride, bias=False, **padding)
+def convolution(channels: int, width: int, stride: int = 1, size: int = 3) -> list[nn.Module]:
+    """With batch norm and ReLU. Its padding reflects, since zeros would tell a pixel its place."""
+    conv = nn.Conv2d(channels, width, size, stride, size // 2, bias=False, padding_mode="reflect")
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    return conv
+    return [conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
 
 
 # name -> (residual block, blocks per stage), as in torchvision.models.
 RESNETS = {
-    "resnet18": (BasicBlock, (2, 2, 2, 2)),
-    "resnet34": (BasicBlock, (3, 4, 6, 3)),
-    "resnet50": (Bottleneck, (3, 4, 6, 3)),
-    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+    "resnet18": (resnet.BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (resnet.BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (resnet.Bottleneck, (3, 4, 6, 3)),
+    "resnet101": (resnet.Bottleneck, (3, 4, 23, 3)),
 }
-# name -> constructor. A new backbone is one row: a module (b 3 y x) -> (b c h w) with the attributes
+# name -> constructor. A new backbone is one row; it maps (b 3 y x) to (b c h w) and has
 # `out_channels` (c) and `stride` (y / h).
 ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "tiny": TinyBackbone,
@@ -128,10 +113,7 @@ def build_backbone(arch: str) -> nn.Module:
 
 
 def architecture_of(state: Mapping[str, Tensor]) -> str:
-    """The architecture whose tensors have these names and shapes; `fc.*` is ignored.
-
-    Raises ValueError if there is none.
-    """
+    """The architecture with these names and shapes, without `fc.*`. ValueError if there is none."""
     shapes = {name: value.shape for name, value in state.items() if not name.startswith("fc.")}
     for arch in ARCHITECTURES:
         with torch.device("meta"):  # names and shapes, no memory
@@ -139,7 +121,7 @@ def architecture_of(state: Mapping[str, Tensor]) -> str:
         if shapes == {name: value.shape for name, value in expected.items()}:
             return arch
     some = ", ".join([*shapes][:3])
-    raise ValueError(f"{len(shapes)} tensors ({some} ...) are no {' or '.join(ARCHITECTURES)}")
+    raise ValueError(f"{len(shapes)} tensors ({some} ...) are none of {', '.join(ARCHITECTURES)}")
 
 
 class Projector(nn.Module):
@@ -148,28 +130,21 @@ class Projector(nn.Module):
     def __init__(self, in_channels: int, dim_hidden: int, dim_out: int):
         super().__init__()
         conv = partial(nn.Conv2d, kernel_size=1)
-        self.mlp = three_layers(conv, nn.BatchNorm2d, in_channels, dim_hidden, dim_out)
+        self.mlp = three_layers(conv, nn.BatchNorm2d, (in_channels, dim_hidden, dim_out))
 
     def forward(self, features: Tensor) -> Tensor:
         """features (b c h w) -> pixel embeddings (b d h w), not normalized."""
         return self.mlp(features)
 
 
-def three_layers(
-    layer: Callable[[int, int], nn.Module],
-    norm: Callable[[int], nn.Module],
-    dim_in: int,
-    dim_hidden: int,
-    dim_out: int,
-) -> nn.Sequential:
-    """Batch norm and exact GELU after the first two, nothing after the last, biases everywhere [O].
+def three_layers(layer: Callable, norm: Callable, dims: tuple[int, int, int]) -> nn.Sequential:
+    """dims: in, hidden, out; batch norm and exact GELU after the first two layers [O].
 
     Weights start from a normal of std 0.02 truncated at +-2, biases at 0 [O].
     """
-    layers = [layer(dim_in, dim_hidden), layer(dim_hidden, dim_hidden), layer(dim_hidden, dim_out)]
-    for each in layers:
+    dim_in, w, dim_out = dims
+    first, second, last = layer(dim_in, w), layer(w, w), layer(w, dim_out)
+    for each in (first, second, last):
         nn.init.trunc_normal_(each.weight, std=0.02)
         nn.init.zeros_(each.bias)
-    first, second, last = layers
-    hidden = [first, norm(dim_hidden), nn.GELU(), second, norm(dim_hidden), nn.GELU()]
-    return nn.Sequential(*hidden, last)
+    return nn.Sequential(first, norm(w), nn.GELU(), second, norm(w), nn.GELU(), last)

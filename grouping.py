@@ -40,8 +40,8 @@ def assignment(similarity: Tensor, temperature: float) -> Tensor:
 
     assignment = softmax_k(similarity / temperature)
 
-    similarity (b k h w); temperature: 0.1 for the student, 0.07 for the teacher [P] -> (b k h w),
-    positive, with sum 1 over k. Raises ValueError for a temperature that is not positive.
+    similarity (b k h w); temperature: the student's 0.1, the teacher's 0.07 [P] -> (b k h w), with
+    sum 1 over k. Raises ValueError for a temperature that is not positive.
     """
     if temperature <= 0:
         raise ValueError(f"the temperature of an assignment must be positive, found {temperature}")
@@ -49,27 +49,22 @@ def assignment(similarity: Tensor, temperature: float) -> Tensor:
 
 
 def overlapping(boxes: Tensor) -> Tensor:
-    """boxes (b v 4) of `data.overlap_boxes` -> (b) bool: the two crops share a part of the scene."""
-    x1, y1, x2, y2 = boxes[:, 0].unbind(dim=1)
-    return (x2 > x1) & (y2 > y1)
+    """boxes (b v 4) of `data.Batch` -> (b) bool: the two crops share a part of the scene."""
+    return (boxes[:, 0, 2] > boxes[:, 0, 0]) & (boxes[:, 0, 3] > boxes[:, 0, 1])
 
 
 def inverse_augmentation(maps: Tensor, boxes: Tensor, flipped: Tensor) -> Tensor:
     """Undo crop and flip, so that position (h, w) is the same place of the scene in both views.
 
-    maps (b c h w): similarity or embeddings of one view; boxes (b 4): the overlap of the crops, x1
-    y1 x2 y2 in 0..1 of this view, mirrored like the view; flipped (b) bool -> (b c h w): the part
-    inside the box, at the size of the map, not mirrored. An empty box (0 0 0 0) gives values that
-    the consistency loss leaves out. Raises ValueError where the three disagree on b.
+    maps (b c h w): similarity or embeddings of one view; boxes (b 4), flipped (b) bool: of this
+    view, as in `data.Batch` -> (b c h w): the part inside the box, at the size of the map, not
+    mirrored; any values for an empty box. Raises ValueError where the three disagree on b.
     """
     b, _, h, w = maps.shape
     if boxes.shape != (b, 4) or flipped.shape != (b,):
-        raise ValueError(
-            f"{b} maps need boxes ({b}, 4) and flags ({b},), found {tuple(boxes.shape)} and "
-            f"{tuple(flipped.shape)}"
-        )
-    # The boxes take the maps' type, and bfloat16 cannot count images beyond 256.
-    maps = full_precision(maps)
+        found = f"{tuple(boxes.shape)} and {tuple(flipped.shape)}"
+        raise ValueError(f"{b} maps need boxes ({b}, 4) and flags ({b},), found {found}")
+    maps = full_precision(maps)  # bfloat16 could not count the images beyond 256
     x1, y1, x2, y2 = boxes.to(maps.dtype).unbind(dim=1)
     image = torch.arange(b, device=maps.device, dtype=maps.dtype)
     regions = torch.stack([image, x1 * w, y1 * h, x2 * w, y2 * h], dim=1)
@@ -102,5 +97,5 @@ class GroupingNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images (b 3 y x) normalized -> embeddings (b d h w), similarity (b k h w) in [-1, 1]."""
-        _, embeddings = self.embed(images)
+        embeddings = self.embed(images)[1]
         return embeddings, similarity(embeddings, self.prototypes.weight)

@@ -59,7 +59,7 @@ class SlotPredictor(nn.Module):
 
     def __init__(self, dim_in: int, dim_out: int, dim_hidden: int):
         super().__init__()
-        self.mlp = three_layers(nn.Linear, nn.BatchNorm1d, dim_in, dim_hidden, dim_out)
+        self.mlp = three_layers(nn.Linear, nn.BatchNorm1d, (dim_in, dim_hidden, dim_out))
 
     def forward(self, slots: Tensor) -> Tensor:
         """slots (n dim_in) -> predictions (n dim_out), not normalized."""
