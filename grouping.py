@@ -76,8 +76,8 @@ def inverse_augmentation(maps: Tensor, boxes: Tensor, flipped: Tensor) -> Tensor
 class GroupingNetwork(nn.Module):
     """Backbone, projector and prototypes: the part of the student that has a teacher.
 
-    arch: a name of `backbone.ARCHITECTURES`; num_prototypes: k; dim_hidden: width of the projector;
-    dim_out: d. Prototypes start from N(0, 1) [O]. Raises ValueError for a size below 1.
+    arch: of `backbone.ARCHITECTURES`; num_prototypes: k; dim_hidden: of the projector; dim_out: d.
+    Prototypes start from N(0, 1) [O]. Raises ValueError for a size below 1.
     """
 
     def __init__(self, arch: str, num_prototypes: int, dim_hidden: int = 4096, dim_out: int = 256):
