@@ -1,35 +1,29 @@
 """measures/slot_statistics.py: how many slots are active, and how often each."""
 
 import torch
-from trained import COLORS, ByColor, colored
+from PIL import Image
 
-from measures.slot_statistics import slot_counts, slot_report
+from measures import slot_statistics as slots
+from trained import COLORS, ByColor, colored
 
 
 def test_slot_counts_are_those_of_a_loop_over_images():
     images, label = colored()
-    label[0], images[0] = 1, COLORS[1][:, None, None]
+    label[0], images[0] = 1, COLORS[1][:, None, None]  # class c is prototype 4 - c
     batches = [(torch.arange(2), images[:2]), (torch.arange(2, 5), images[2:])]
-    active, images_with = slot_counts(ByColor(), batches)
-    assert active.tolist() == [
-        0,
-        0,
-        4,
-        5,
-        4,
-    ]  # class c is prototype 4 - c; image 0 has class 1 only
-    assert images_with.tolist() == [0, 1, 0, 4, 0, 0]
+    active, images_with = slots.slot_counts(ByColor(), batches)
+    assert active.tolist() == [0, 0, 4, 5, 4] and images_with.tolist() == [0, 1, 0, 4, 0, 0]
 
 
-def test_the_least_active_slots_are_the_least_of_those_ever_active():
-    report = slot_report(
-        torch.tensor([3, 0, 9, 9, 1, 2, 4, 0]), torch.tensor([1, 0, 4, 0, 5, 0, 0, 0, 0])
-    )
+def test_the_report_names_the_most_and_the_least_active_of_the_slots_in_use(tmp_path):
+    active, images_with = [3, 0, 9, 9, 1, 2, 4, 0], [1, 0, 4, 0, 5, 0, 0, 0, 0]
+    report = slots.slot_report(torch.tensor(active), torch.tensor(images_with))
     assert [each["prototype"] for each in report["top"]] == [2, 3, 6, 0, 5]
     assert [each["prototype"] for each in report["bottom"]] == [4, 5, 0, 6, 3]
     assert [each["images"] for each in report["bottom"]] == [1, 2, 3, 4, 9]
-    assert (
-        report["prototypes_used"] == 6
-        and report["images"] == 10
-        and report["occupied_per_image"] == 2.8
-    )
+    numbers = dict(prototypes_used=6, images=10, occupied_per_image=2.8, active=active)
+    assert numbers.items() <= report.items() and report["images_with"] == images_with
+    text = slots.format_slots(report)
+    assert "2.80 slots" in text and "6 of 8" in text and "prototype 4 (1)" in text
+    slots.draw_slots(tmp_path / "slots.png", report)
+    assert Image.open(tmp_path / "slots.png").width > 300

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine import checkpoint, weights
+from engine import checkpoints
 from grouping import GroupingNetwork
 
 K = 5
@@ -44,20 +44,36 @@ def save_checkpoint(path: Path, arch: str = "tiny", **config) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         network = GroupingNetwork(arch, K, 12, 6)
-    state = {f"{which}.{name}": tensor for which in ("student", "teacher")
-             for name, tensor in network.state_dict().items()}
+    state = {
+        f"{which}.{name}": tensor
+        for which in ("student", "teacher")
+        for name, tensor in network.state_dict().items()
+    }
     config = dict(dict(arch=arch, image_size=32, temp_teacher=0.07), **config)
-    checkpoint.save(path, dict(model=state, config=config))
-    checkpoint.save(path.with_name("backbone.pth"), weights.backbone_state(state))
+    checkpoints.save(path, dict(model=state, config=config))
+    checkpoints.save(path.with_name("backbone.pth"), network.backbone.state_dict())
     return path
 
 
 def record(step: int, **other) -> dict:
     """A line of log.jsonl."""
-    usual = dict(step=step, loss=1.0, group_loss=5.0, slot_loss=2.0, lr=0.1, momentum_teacher=0.99,
-                 grad_norm=1.0, occupied_per_image=6.0, prototypes_used=9, entropy_teacher=1.0,
-                 entropy_mean=2.5, agreement=0.6, images_per_second=90.0, data_seconds=0.01,
-                 skipped_steps=0)
+    usual = dict(
+        step=step,
+        loss=1.0,
+        group_loss=5.0,
+        slot_loss=2.0,
+        lr=0.1,
+        momentum_teacher=0.99,
+        grad_norm=1.0,
+        occupied_per_image=6.0,
+        prototypes_used=9,
+        entropy_teacher=1.0,
+        entropy_mean=2.5,
+        agreement=0.6,
+        images_per_second=90.0,
+        data_seconds=0.01,
+        skipped_steps=0,
+    )
     return dict(usual, **other)
 
 

@@ -1,0 +1,50 @@
+"""measures/results.py: what a run shows at its end."""
+
+import json
+from types import SimpleNamespace
+
+from PIL import Image
+
+import toy
+from engine.images import ImageFiles
+from grouping import GroupingNetwork
+from measures import results
+from measures.datasets import UNSEEN
+from measures.groups import compare_in_memory
+from measures.networks import untrained_network
+from trained import K
+
+
+def test_the_numbers_of_a_toy_run_are_those_of_unseen_scenes(tmp_path, capsys):
+    teacher = GroupingNetwork("tiny", K, 12, 6).train()
+    c = SimpleNamespace(held_out=9, arch="tiny", dim_hidden=12, seed=4)
+    report = results.toy_result(teacher, c, tmp_path, seconds=1000.0)
+    assert 1000 <= report["seconds"] < 1100  # of the run, and of this
+    assert json.loads((tmp_path / "result.json").read_text()) == report
+    scenes, untrained = toy.ToyImages(UNSEEN, 9), untrained_network("tiny", K, 12, 6, seed=4)
+    expected = compare_in_memory(
+        teacher, untrained, scenes.images, scenes.semantic, toy.CLASS_NAMES
+    )
+    assert report == {**expected, "seconds": report["seconds"]}
+    assert Image.open(tmp_path / "groups.png").width > 300
+    text = capsys.readouterr().out
+    for words in ("9 scenes never trained on", "k-means on RGB", str(tmp_path / "groups.png")):
+        assert words in text
+
+
+def test_a_run_on_photographs_shows_those_kept_out_and_names_what_cannot_be_read(tmp_path, capsys):
+    for i in range(3):
+        Image.new("RGB", (40 + i, 50), (90 * i, 50, 9)).save(tmp_path / f"{i}.png")
+    (tmp_path / "bad.jpg").write_text("no image")
+    images = ImageFiles(tmp_path, ["0.png", "bad.jpg", "1.png", "2.png"])
+    teacher = GroupingNetwork("tiny", K, 12, 6)
+    report = results.photos_result(teacher, images, 0.07, tmp_path, seconds=1000.0)
+    assert report["images"] == 3 and report == json.loads((tmp_path / "result.json").read_text())
+    assert all(
+        Image.open(tmp_path / f"{name}.png").width > 300 for name in ("groups", "prototypes")
+    )
+    out, err = capsys.readouterr()
+    assert "3 photographs kept out" in out and "slots are occupied" in out and "bad.jpg" in err
+    nothing = ImageFiles(tmp_path, ["bad.jpg"])
+    assert results.photos_result(teacher, nothing, 0.07, tmp_path, seconds=1.0) == {}
+    assert "visualize.py groups" in capsys.readouterr().out
