@@ -22,7 +22,7 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from engine.ranks import rank_and_world_size, sum_over_ranks
-from grouping import GroupingNetwork, assignment, full_precision, inverse_augmentation
+from grouping import GroupingNetwork, assignment, full_precision, inverse_augmentation, overlapping
 from slotcon import Report
 
 # The law. All [U], from benchmarks/law.md
@@ -159,7 +159,7 @@ class ViewCorrelation:
         """maps: features (b c h w) of view 1 and of view 2; boxes (b v 4), flipped (b v) as in
         `SlotCon.forward`. Images whose crops do not overlap count as seen and add nothing.
         """
-        valid = (boxes[:, 0, 2] > boxes[:, 0, 0]) & (boxes[:, 0, 3] > boxes[:, 0, 1])
+        valid = overlapping(boxes)
         geometry = zip(maps, boxes.unbind(1), flipped.unbind(1))  # over v
         aligned = [inverse_augmentation(*of_view) for of_view in geometry]
         world_size = rank_and_world_size()[1]
