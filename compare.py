@@ -63,15 +63,17 @@ from measures.figures import save_comparison
 
 def entries_of(args: argparse.Namespace) -> list[Entry]:
     """The rows that the command line asks for. Raises ValueError where one cannot be built."""
-    entries = []
-    for row in recipes.TABLES[args.table][1] if args.table else ():
-        c = configuration(args.steps, row.toy)
-        entries.append(Entry(row.label, row.system, c, row.arguments))
-    for name in () if args.table else args.only or comparisons.SYSTEMS:
-        for variant in comparisons.VARIANTS.get(name, (comparisons.Variant(),)):
-            label = f"{name}: {variant.label}" if variant.label else name
-            c = configuration(args.steps)
-            entries.append(Entry(label, name, c, variant.arguments, variant.preset))
+    if args.table:
+        entries = [
+            Entry(row.label, row.system, configuration(args.steps, row.toy), row.arguments)
+            for row in recipes.TABLES[args.table][1]
+        ]
+    else:
+        entries = [
+            Entry(label, name, configuration(args.steps), arguments, preset)
+            for name in args.only or comparisons.SYSTEMS
+            for label, arguments, preset in comparisons.VARIANTS[name]
+        ]
     for entry in entries:
         entry.build(seed=0)
     return entries

@@ -33,17 +33,23 @@ SYSTEMS = {  # name -> file of this folder, and class; in the order of the talk
 }
 
 
-class Variant(NamedTuple):
-    """One row of a system that has several."""
+MASK_KINDS = ("grid", "color", "truth")  # kinds of given masks
 
-    label: str = ""
+
+class Variant(NamedTuple):
+    """One row of a system."""
+
+    label: str
     arguments: Mapping[str, Any] = MappingProxyType({})
     preset: str = "scene"  # of toy.py
 
 
-VARIANTS = {  # all other systems have one row
-    "given_masks": tuple(Variant(kind, {"masks": kind}) for kind in ("grid", "color", "truth")),
-    "slot_attention": (Variant("scene"), Variant("flat", preset="flat")),
+VARIANTS = {name: (Variant(name),) for name in SYSTEMS} | {
+    "given_masks": tuple(Variant(f"given_masks: {kind}", {"masks": kind}) for kind in MASK_KINDS),
+    "slot_attention": (
+        Variant("slot_attention: scene"),
+        Variant("slot_attention: flat", {}, "flat"),
+    ),
 }
 
 

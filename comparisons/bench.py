@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import statistics
 import time
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -44,8 +45,8 @@ class Entry(NamedTuple):
     def build(self, seed: int) -> System:
         """The system with random weights; those of the backbone are the same for all systems."""
         torch.manual_seed(seed)
-        settings = dataclasses.replace(self.c, seed=seed)
-        return comparisons.build(self.name, settings, **self.arguments)
+        c = dataclasses.replace(self.c, seed=seed)
+        return comparisons.build(self.name, c, **self.arguments)
 
 
 def train_and_judge(entry: Entry, seed: int) -> tuple[dict[str, Any], Tensor]:
@@ -76,23 +77,22 @@ def learn(system: System, scenes: Scenes, c: Any) -> dict[str, float]:
     schedule = schedule._replace(peak=system.rate * schedule.peak)
     optimizer = make_optimizer(c.optimizer, system.parameters(), schedule.peak, c.weight_decay)
     photometric = Photometric(**chosen_for(Photometric, c))
-    nowhere = dataclasses.replace(c, output_dir="")
-    options = Options(last_step=schedule.total_steps, **chosen_for(Options, nowhere))
+    steps, nowhere = schedule.total_steps, dataclasses.replace(c, output_dir="")
+    options = Options(last_step=steps, **chosen_for(Options, nowhere))
     crops = TwoCrops(**chosen_for(TwoCrops, c))
     run = Run(options, place, system, optimizer, scenes, crops, settings={})
+    flow = system.sees == "flow"  # its colors are directions, so they are not jittered
     with run:
         for batch in run.batches():
             seen, extra = batch.views[:, :, :3], batch.views[:, :, 3:].float() / 255
-            # The colors of flow are directions, so they are not jittered.
-            flow = system.sees == "flow"
             views = normalize(seen) if flow else photometric(seen, run.generator())
             run.remember()
             loss, outcome = run.network(views, batch.boxes, batch.flipped, extra)
             run.backward(loss)
             if run.agree(outcome.loss[None]):
                 run.step(schedule.learning_rate(run.steps))
-                momenta = schedule.total_steps, *c.momentum_teacher
-                system.after_step(outcome.memo, teacher_momentum(run.steps + 1, *momenta))
+                momentum = teacher_momentum(run.steps + 1, steps, *c.momentum_teacher)
+                system.after_step(outcome.memo, momentum)
                 losses.append(float(outcome.loss))
             else:
                 run.undo()
@@ -102,8 +102,7 @@ def learn(system: System, scenes: Scenes, c: Any) -> dict[str, float]:
         raise KeyboardInterrupt
     if not run.finished:
         raise Stopped(f"training ended after {run.steps} steps: {run.reader.trouble or run.ended}")
-    last = losses[-max(run.steps // 10, 1) :]
-    loss = sum(last) / len(last)
+    loss = statistics.fmean(losses[-max(run.steps // 10, 1) :])
     return dict(steps=run.steps, bad_steps=run.bad_steps, seconds=seconds, loss=loss)
 
 

@@ -38,9 +38,7 @@ class System(nn.Module):
     def forward(
         self, views: Tensor, boxes: Tensor, flipped: Tensor, extra: Tensor
     ) -> tuple[Tensor, Outcome]:
-        """The loss of one batch.
-
-        views (b v 3 y x) normalized; boxes (b v 4) and flipped (b v) as SlotCon takes them; extra
+        """views (b v 3 y x) normalized; boxes (b v 4), flipped (b v) as SlotCon takes them; extra
         (b v m y x) in 0..1, m = 0 for a system without -> this rank's loss, its outcome.
         """
         raise NotImplementedError

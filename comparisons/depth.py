@@ -9,17 +9,11 @@ depth: groups are found in images without it.
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from comparisons.slot_attention import Reconstruction
 
 
 class Depth(Reconstruction):
-    """slot_attention.py with depth as the target."""
+    """slot_attention.py with depth as the target: 0 far and 1 near."""
 
     extra = "depth"
     channels = 1
-
-    def target(self, view: Tensor, extra: Tensor) -> Tensor:
-        """extra (b 1 y x) in 0..1, 0 far and 1 near."""
-        return extra

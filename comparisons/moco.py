@@ -1,8 +1,7 @@
 """Image level: an image finds its other view among all images of the batch (MoCo v3).
 
 Slide: "Image-level, pixel-level, and object-level contrastive learning", the left column.
-Paper: Chen, Xie, He, 2021, "An Empirical Study of Training Self-Supervised Vision Transformers",
-algorithm 1.
+Paper: MoCo v3 (Chen, Xie, He, ICCV 2021), algorithm 1.
 Differs: a convolutional backbone; our projector and predictor; the temperature is SlotCon's 0.2,
 which is MoCo v3's too. It makes no groups: clusters of its backbone's features are measured.
 """

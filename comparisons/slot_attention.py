@@ -198,16 +198,15 @@ class Reconstruction(System):
         """The module that turns pixels (b n d) into slots (b k d)."""
         return SlotAttention(dim, NUM_SLOTS)
 
-    def target(self, view: Tensor, extra: Tensor) -> Tensor:
-        """What must be painted: view (b 3 y x), extra (b m y x) -> (b channels y x)."""
-        return view
-
     def forward(
         self, views: Tensor, boxes: Tensor, flipped: Tensor, extra: Tensor
     ) -> tuple[Tensor, Outcome]:
-        """L = mean squared error of the painted first view, at the size of the map."""
+        """L = mean squared error of the painted first view, or of its extra input, at the size of
+        the map.
+        """
         painted, _ = self.paint(views[:, 0])
-        target = F.adaptive_avg_pool2d(self.target(views[:, 0], extra[:, 0]), painted.shape[-2:])
+        target = extra[:, 0] if self.extra else views[:, 0]
+        target = F.adaptive_avg_pool2d(target, painted.shape[-2:])
         loss = F.mse_loss(painted, target)
         return loss, Outcome(loss.detach())
 
