@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import toy
@@ -27,35 +28,28 @@ from measures.layouts import LABELED
 def commands() -> options.Commands:
     """The subcommands with their options."""
     known = options.Commands("evaluate.py", __doc__)
-    text = "mIoU and accuracy of groups against labels, beside two baselines"
-    parser = known.add("segmentation", text)
-    add_options(parser, tuple(LABELED))
-    add_labeled(parser)
-    text = "sides, px (default: 320 224; toy scenes as drawn)"
-    parser.add_argument("--size", type=options.side, nargs="+", metavar="N", help=text)
-
-    parser = known.add("slots", "how many slots are occupied per image, and how often each")
-    add_options(parser, ("folder", "toy"))
-    options.add_output(parser, "slots.png beside the checkpoint")
-    text = "side, px (default: as in training; toy scenes as drawn)"
-    parser.add_argument("--size", type=options.side, metavar="N", help=text)
-
-    parser = known.add("probe", "linear and nearest-neighbor segmentation on frozen features")
-    add_options(parser, tuple(LABELED))
-    add_labeled(parser)
-    text = "side, px (default: 320; toy scenes as drawn)"
-    parser.add_argument("--size", type=options.side, metavar="N", help=text)
-    text = "learn from N random labeled images only; 0: all (default: 0)"
-    parser.add_argument("--labeled", type=options.whole, default=0, metavar="N", help=text)
+    for name, text, size in (
+        ("segmentation", "mIoU and accuracy of groups against labels, beside baselines", "320 224"),
+        ("slots", "occupied slots per image, and how often each is occupied", "as in training"),
+        ("probe", "linear and nearest-neighbor segmentation on frozen features", "320"),
+    ):
+        parser = known.add(name, text)
+        options.add_checkpoint(parser)
+        options.add_images(parser, "folder of the data set; not needed for toy scenes")
+        text = "default: folder with --data-dir, otherwise toy"
+        names = ("folder", "toy") if name == "slots" else tuple(LABELED)
+        parser.add_argument("--dataset", choices=names, help=text)
+        several = dict(nargs="+") if name == "segmentation" else {}
+        text = f"side of the images, px (default: {size}; toy scenes as drawn)"
+        parser.add_argument("--size", type=options.side, metavar="N", help=text, **several)
+        if name == "slots":
+            options.add_output(parser, "slots.png beside the checkpoint")
+        else:
+            add_labeled(parser)
+        if name == "probe":
+            text = "learn from N random labeled images only; 0: all (default: 0)"
+            parser.add_argument("--labeled", type=options.whole, default=0, metavar="N", help=text)
     return known
-
-
-def add_options(parser: argparse.ArgumentParser, datasets: Sequence[str]) -> None:
-    """What all subcommands have."""
-    options.add_checkpoint(parser)
-    options.add_images(parser, "folder of the data set; not needed for toy scenes")
-    text = "default: folder with --data-dir, otherwise toy"
-    parser.add_argument("--dataset", choices=datasets, help=text)
 
 
 def add_labeled(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +63,7 @@ def add_labeled(parser: argparse.ArgumentParser) -> None:
     text = "toy: how many (default: 256)"
     add("--toy-scenes", type=options.positive, default=256, metavar="N", help=text)
     text = "toy: which kind (default: scene)"
-    add("--toy-preset", choices=tuple(toy.PRESETS), default="scene", help=text)
+    add("--toy-preset", choices=tuple(toy.SCENE_PRESETS), default="scene", help=text)
 
 
 if __name__ == "__main__":  # a misspelled option is answered before torch is loaded
@@ -77,16 +71,7 @@ if __name__ == "__main__":  # a misspelled option is answered before torch is lo
 
 import torch
 
-from measures import datasets, groups, networks, probes, slot_statistics
-from measures.streams import (
-    LabeledBatches,
-    center_view,
-    default_size,
-    labeled_batches,
-    open_images,
-    spaced,
-    stream,
-)
+from measures import datasets, groups, networks, probes, slot_statistics, streams
 
 
 def measure_segmentation(args: argparse.Namespace) -> dict:
@@ -99,18 +84,20 @@ def measure_segmentation(args: argparse.Namespace) -> dict:
         print(f"note: {labeled.notice}")
     # 320 px is PiCIE's size [P], 224 px the one of training [U].
     sizes = args.size or ([toy.Dials().size] if result["dataset"] == "toy" else [320, 224])
-    some = labeled.subset(
-        torch.linspace(0, len(labeled) - 1, min(256, len(labeled))).long().tolist()
-    )
-    colors = (images for _, (images, _) in batches_of(args, some, sizes[0], "k-means"))
+    read = partial(streams.labeled_batches, batch_size=args.batch_size, workers=args.workers)
+    some = torch.linspace(0, len(labeled) - 1, min(256, len(labeled))).long().tolist()
+    batches = read(labeled.subset(some), sizes[0], title="k-means")
+    colors = (images for _, (images, _) in batches)
     by_color = groups.rgb_kmeans(groups.sample_pixels(colors), k)
-    result.update(images=len(labeled), num_prototypes=k, notice=labeled.notice)
-    result.update(classes=len(labeled.class_names), sizes={})
+    result.update(images=len(labeled), num_prototypes=k, notice=labeled.notice, sizes={})
+    result["classes"] = len(labeled.class_names)
     for size in sizes:
-        batches = batches_of(args, labeled, size, f"{size} px")
+        batches = read(labeled, size, title=f"{size} px")
         report = groups.compare(network, untrained, by_color, batches, labeled.class_names)
         print(f"\n{len(labeled)} images of {size} px, {result['dataset']}, k = {k}")
-        print(groups.format_table(report), groups.format_classes(report), sep="\n")
+        print(groups.format_table(report))
+        if labeled.class_names:
+            print(groups.format_classes(report))
         result["sizes"][size] = report
     return result
 
@@ -119,14 +106,15 @@ def measure_slots(args: argparse.Namespace) -> dict:
     """How many slots are occupied in an image, and how often each."""
     file = options.output_file(args.output, args.checkpoint.with_name("slots.png"))
     network, config = networks.open_network(args.checkpoint, args.network, args.device)
-    images = open_images(dataset_of(args), args.data_dir, args.limit)
-    view = center_view(args.size or default_size(dataset_of(args), config))
-    batches = stream(images, view, args.batch_size, args.workers, "slots")
+    result = source(args, config)
+    images = streams.open_images(result["dataset"], args.data_dir, args.limit)
+    view = streams.center_view(args.size or streams.default_size(result["dataset"], config))
+    batches = streams.stream(images, view, args.batch_size, args.workers, "slots")
     report = slot_statistics.slot_report(*slot_statistics.slot_counts(network, batches))
     slot_statistics.draw_slots(file, report)
     print(slot_statistics.format_slots(report))
     print(f"figure: {file}; visualize.py prototypes --show extremes draws their best segments")
-    return dict(source(args), **report, files=[str(file)])
+    return dict(result, **report, files=[str(file)])
 
 
 def measure_probe(args: argparse.Namespace) -> dict:
@@ -137,9 +125,10 @@ def measure_probe(args: argparse.Namespace) -> dict:
     size = args.size or (toy.Dials().size if result["dataset"] == "toy" else 320)
     result.update(labeled_images=len(learned), images=len(tested), size=size)
     random = networks.untrained_backbone(config["arch"], args.device)
+    read = partial(streams.labeled_batches, batch_size=args.batch_size, workers=args.workers)
     for row, network in (("trained", backbone), ("random_backbone", random)):
-        to_learn = batches_of(args, learned, size, f"{row}: learn")
-        to_test = batches_of(args, tested, size, f"{row}: test")
+        to_learn = read(learned, size, title=f"{row}: learn")
+        to_test = read(tested, size, title=f"{row}: test")
         result[row] = probes.probe(network, to_learn, len(learned), to_test, tested.class_names)
     print(f"{len(learned)} labeled images, tested on {len(tested)} others, {size} px")
     print(probes.format_probes(result))
@@ -153,10 +142,9 @@ def open_labeled(args: argparse.Namespace, split: str | None = None) -> datasets
         coco_stuff=dict(list_file=args.list),
         folder=dict(num_classes=args.num_classes),
     )
-    dataset = dataset_of(args)
-    split = split or args.split
+    dataset, split = dataset_of(args), split or args.split
     labeled = datasets.open_labeled(dataset, args.data_dir, split, **own.get(dataset, {}))
-    return labeled.subset(spaced(len(labeled), args.limit)) if args.limit else labeled
+    return labeled.subset(streams.spaced(len(labeled), args.limit)) if args.limit else labeled
 
 
 def open_parts(args: argparse.Namespace) -> tuple[datasets.Labeled, datasets.Labeled]:
@@ -168,31 +156,18 @@ def open_parts(args: argparse.Namespace) -> tuple[datasets.Labeled, datasets.Lab
     return probes.pick_at_random(learned, args.labeled), tested
 
 
-def batches_of(
-    args: argparse.Namespace, labeled: datasets.Labeled, size: int, title: str
-) -> LabeledBatches:
-    """The images read as the options say."""
-    return labeled_batches(labeled, size, args.batch_size, args.workers, title)
-
-
 def dataset_of(args: argparse.Namespace) -> str:
     """--dataset; without it a folder if there is --data-dir, otherwise toy scenes."""
     return args.dataset or ("folder" if args.data_dir else "toy")
 
 
-def source(args: argparse.Namespace, config: Mapping[str, Any] | None = None) -> dict:
-    """What is measured, for the JSON. config: prints a note where the network has learned from
-    photographs and is measured on toy scenes.
-    """
-    dataset = dataset_of(args)
-    learned = (config or {}).get("dataset", "toy")
+def source(args: argparse.Namespace, config: Mapping[str, Any]) -> dict:
+    """What is measured, for the JSON, and a note where the network has learned from photographs."""
+    dataset, learned = dataset_of(args), config.get("dataset", "toy")
     if dataset == "toy" and learned != "toy":
-        print(
-            f"note: trained on {learned}, measured on toy scenes; --data-dir FOLDER measures on "
-            "labeled images"
-        )
-    data_dir = str(args.data_dir) if args.data_dir else None
-    checkpoint = str(args.checkpoint)
+        advice = "--data-dir FOLDER measures on images of yours"
+        print(f"note: trained on {learned}, measured on toy scenes; {advice}")
+    data_dir, checkpoint = args.data_dir and str(args.data_dir), str(args.checkpoint)
     return dict(checkpoint=checkpoint, network=args.network, dataset=dataset, data_dir=data_dir)
 
 

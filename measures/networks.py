@@ -15,7 +15,7 @@ from grouping import GroupingNetwork
 
 
 def open_network(
-    path: str | Path, which: str = "teacher", device: torch.device | str = "cpu"
+    path: str | Path, which: str = "teacher", device: Any = "cpu"
 ) -> tuple[GroupingNetwork, dict[str, Any]]:
     """The student's or the teacher's grouping network, for evaluation, and its configuration.
 
@@ -30,33 +30,31 @@ def open_network(
         raise ValueError(f"{path} is a backbone only ({arch}): {missing}; {advice}")
     state = found.network(which)
     num_prototypes, dim_out = state["prototypes.weight"].shape
-    dim_hidden = len(state["projector.mlp.0.weight"])
-    network = GroupingNetwork(arch, num_prototypes, dim_hidden, dim_out)
+    sizes = dict(num_prototypes=num_prototypes, dim_out=dim_out)
+    sizes.update(arch=arch, dim_hidden=len(state["projector.mlp.0.weight"]))
+    network = GroupingNetwork(**sizes)
     checkpoints.load_strictly(network, state, path)
-    sizes = dict(num_prototypes=num_prototypes, dim_hidden=dim_hidden, dim_out=dim_out)
-    return network.to(device).eval(), {**found.config, "arch": arch, **sizes}
+    return network.to(device).eval(), {**found.config, **sizes}
 
 
 def open_backbone(
-    path: str | Path, which: str = "teacher", device: torch.device | str = "cpu"
+    path: str | Path, which: str = "teacher", device: Any = "cpu"
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The backbone of a whole checkpoint or of a backbone.pth, for evaluation, and its
     configuration, which has at least arch. Raises ValueError with one line.
     """
     found = checkpoints.read(path)
-    arch = arch_of(found, which)
-    backbone = build_backbone(arch)
+    config = dict(found.config, arch=arch_of(found, which))
+    backbone = build_backbone(config["arch"])
     checkpoints.load_strictly(backbone, found.backbone(which), path)
-    return backbone.to(device).eval(), {**found.config, "arch": arch}
+    return backbone.to(device).eval(), config
 
 
 def arch_of(found: checkpoints.Checkpoint, which: str) -> str:
     """The configured architecture, or else the one with these tensors. Raises ValueError."""
-    state = found.backbone(which)
-    if found.config.get("arch") in ARCHITECTURES:
-        return found.config["arch"]
+    state, named = found.backbone(which), found.config.get("arch")
     try:
-        return architecture_of(state)
+        return named if named in ARCHITECTURES else architecture_of(state)
     except ValueError as error:
         raise ValueError(f"{found.path} holds no known backbone: {error}") from None
 
@@ -78,7 +76,7 @@ def untrained_network(
         return GroupingNetwork(arch, num_prototypes, dim_hidden, dim_out).to(device).eval()
 
 
-def untrained_backbone(arch: str, device: torch.device | str = "cpu", seed: int = 0) -> nn.Module:
+def untrained_backbone(arch: str, device: Any = "cpu", seed: int = 0) -> nn.Module:
     """The backbone of `untrained_network`, the same weights for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

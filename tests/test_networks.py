@@ -3,66 +3,60 @@
 import pytest
 import torch
 from torchvision.models import resnet18
+
+from engine import checkpoints
+from measures.networks import open_backbone, open_network, untrained_backbone, untrained_network
 from trained import K, save_checkpoint
 
-from engine import checkpoint
-from measures.networks import open_network, open_trunk, untrained_network, untrained_trunk
 
-
-def test_the_untrained_network_is_random_always_the_same_and_leaves_the_generator_alone():
-    sizes = dict(arch="tiny", num_prototypes=K, dim_hidden=12, dim_out=6)
+def test_the_untrained_network_depends_on_the_seed_alone_and_leaves_the_generator_alone():
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    one = untrained_network(**sizes)
-    assert torch.rand(1) == expected and not one.training
-    two = untrained_network(**sizes)
-    assert one.prototypes.weight.equal(two.prototypes.weight) and one.prototypes.weight.shape == (
-        K,
-        6,
-    )
-
-
-def test_the_untrained_trunk_is_that_of_the_untrained_network():
     network = untrained_network("tiny", K, 12, 6, seed=3)
-    trunk = untrained_trunk("tiny", seed=3)
-    for name, tensor in trunk.state_dict().items():
+    assert torch.rand(1) == expected and not network.training
+    assert network.prototypes.weight.shape == (K, 6)
+    again = untrained_network("tiny", K, 12, 6, seed=3).prototypes.weight
+    assert network.prototypes.weight.equal(again)
+    for name, tensor in untrained_backbone("tiny", seed=3).state_dict().items():
         assert tensor.equal(network.backbone.state_dict()[name])
-    weight = next(untrained_trunk("tiny", seed=4).parameters())
-    assert not weight.equal(next(trunk.parameters()))
+    other = next(untrained_backbone("tiny", seed=4).parameters())
+    assert not other.equal(next(network.backbone.parameters()))
 
 
-def test_a_trunk_comes_from_a_whole_checkpoint_or_from_a_backbone(tmp_path):
-    whole = save_checkpoint(tmp_path / "last.pth")
-    network, _ = open_network(whole, "teacher", "cpu")
+def test_a_backbone_comes_from_a_whole_checkpoint_or_from_a_file_of_its_own(tmp_path):
+    whole = save_checkpoint(tmp_path / "last.pth", image_size=40)
+    network, config = open_network(whole, "teacher", "cpu")
+    assert not network.training and config["image_size"] == 40
+    sizes = dict(arch="tiny", num_prototypes=K, dim_hidden=12, dim_out=6)
+    assert sizes.items() <= config.items()
     for path in (whole, tmp_path / "backbone.pth"):
-        trunk, config = open_trunk(path, "teacher", "cpu")
-        assert config["arch"] == "tiny" and not trunk.training
-        for name, tensor in trunk.state_dict().items():
+        backbone, config = open_backbone(path, "teacher", "cpu")
+        assert config["arch"] == "tiny" and not backbone.training
+        for name, tensor in backbone.state_dict().items():
             assert tensor.equal(network.backbone.state_dict()[name])
+    student, _ = open_network(whole, "student", "cpu")
+    saved = torch.load(whole, weights_only=True)["model"]
+    assert student.prototypes.weight.equal(saved["student.prototypes.weight"])
 
 
-def test_a_trunk_of_torchvision_is_taken_with_its_classifier(tmp_path):
-    torch.manual_seed(5)
+def test_a_backbone_of_torchvision_is_taken_with_its_classifier(tmp_path):
     state = resnet18(weights=None).state_dict()
-    checkpoint.save(tmp_path / "resnet18.pth", state)
-    trunk, config = open_trunk(tmp_path / "resnet18.pth", "teacher", "cpu")
-    assert config == dict(arch="resnet18") and trunk.conv1.weight.equal(state["conv1.weight"])
+    checkpoints.save(tmp_path / "resnet18.pth", state)
+    backbone, config = open_backbone(tmp_path / "resnet18.pth", "teacher", "cpu")
+    assert config == dict(arch="resnet18") and backbone.conv1.weight.equal(state["conv1.weight"])
 
 
-def test_a_backbone_has_no_network_and_no_student_and_each_refusal_is_one_line(tmp_path):
+@pytest.mark.parametrize("call, file, which, words", [
+    (open_network, "backbone.pth", "teacher", "backbone only .tiny.* evaluate.py probe"),
+    (open_backbone, "backbone.pth", "student", "no student"),
+    (open_network, "strange.pth", "teacher", "no known backbone"),
+    (open_backbone, "strange.pth", "teacher", "no known backbone"),
+    (open_network, "none.pth", "teacher", "no checkpoint"),
+])  # fmt: skip
+def test_what_cannot_be_measured_is_one_line_with_the_reason(call, file, which, words, tmp_path):
     save_checkpoint(tmp_path / "last.pth")
-    for call, which, words in ((open_network, "teacher", "evaluate.py probe"),
-                               (open_trunk, "student", "no student")):
-        with pytest.raises(ValueError, match=words) as caught:
-            call(tmp_path / "backbone.pth", which, "cpu")
-        assert "backbone" in str(caught.value) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("call", [open_network, open_trunk])
-def test_what_is_no_network_at_all_keeps_its_own_reason(call, tmp_path):
-    checkpoint.save(tmp_path / "strange.pth", dict(model=dict(weight=torch.zeros(2))))
-    with pytest.raises(ValueError, match="holds no SlotCon"):
-        call(tmp_path / "strange.pth", "teacher", "cpu")
-    with pytest.raises(ValueError, match="no checkpoint at"):
-        call(tmp_path / "none.pth", "teacher", "cpu")
+    checkpoints.save(tmp_path / "strange.pth", dict(model=dict(weight=torch.zeros(2))))
+    with pytest.raises(ValueError, match=words) as caught:
+        call(tmp_path / file, which, "cpu")
+    assert file in str(caught.value) and "\n" not in str(caught.value)

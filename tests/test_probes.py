@@ -2,37 +2,37 @@
 
 import pytest
 import torch
-from trained import NAMES, colored
 
 from measures import probes
-from measures.metrics import IGNORE
+from measures.layouts import IGNORE
+from trained import NAMES, colored
 
 
-def test_cells_carry_the_shares_of_the_classes_they_cover():
-    label = torch.tensor(
-        [[[0, 0, 1, 1], [0, 2, IGNORE, IGNORE]]]
-    )  # two cells: 3/4 class 0 + 1/4 class 2, all class 1
-    backbone = torch.nn.AvgPool2d(2)
+def pooled(side):
+    """A backbone that averages squares of pixels."""
+    backbone = torch.nn.AvgPool2d(side)
     backbone.register_parameter("unused", torch.nn.Parameter(torch.zeros(1)))
-    features, shares = probes.collect_cells(
-        backbone, [(None, (torch.zeros(1, 3, 2, 4), label))], 1, 3
-    )
+    return backbone
+
+
+def test_cells_have_the_shares_of_the_classes_they_cover():
+    # Two cells: 3/4 class 0 and 1/4 class 2; all class 1
+    label = torch.tensor([[[0, 0, 1, 1], [0, 2, IGNORE, IGNORE]]])
+    batches = [(None, (torch.zeros(1, 3, 2, 4), label))]
+    features, shares = probes.collect_cells(pooled(2), batches, 1, 3)
     assert features.shape == (2, 3)
     assert sorted(shares.tolist()) == [[0.0, 1.0, 0.0], [0.75, 0.0, 0.25]]
 
 
-def test_cells_without_a_label_are_dropped_and_memory_is_bounded_with_every_image_heard():
-    backbone = torch.nn.AvgPool2d(2)
-    backbone.register_parameter("unused", torch.nn.Parameter(torch.zeros(1)))
+def test_cells_without_a_label_are_dropped_and_a_bounded_number_comes_from_every_image():
     images = torch.arange(6).repeat_interleave(3 * 8 * 8).reshape(6, 3, 8, 8).to(torch.uint8)
     label = torch.full((6, 8, 8), IGNORE)
     label[:, :4] = 1
     batches = [(None, (images[:3], label[:3])), (None, (images[3:], label[3:]))]
-    assert len(probes.collect_cells(backbone, batches, 6, 3)[0]) == 6 * 8
+    assert len(probes.collect_cells(pooled(2), batches, 6, 3)[0]) == 6 * 8
     batches = [(None, (some, torch.ones(3, 8, 8, dtype=torch.long))) for some in images.split(3)]
-    features, _ = probes.collect_cells(backbone, batches, 6, 3, most=12)
+    features, _ = probes.collect_cells(pooled(2), batches, 6, 3, most=12)
     assert len(features) == 12 and len(features[:, 0].unique()) == 6
-    assert len(probes.collect_cells(backbone, batches, 6, 3, most=2)[0]) == 2
 
 
 def test_the_linear_probe_learns_what_is_linear_whatever_the_scale_of_the_features():
@@ -41,12 +41,10 @@ def test_the_linear_probe_learns_what_is_linear_whatever_the_scale_of_the_featur
     classes = features[:, 1:].argmax(1)
     shares = torch.nn.functional.one_hot(classes, 3).float()
     for scale, shift in ((1, 0), (1000, 50)):
-        classify = probes.linear_probe(features * scale + shift, shares)
-        maps = (features * scale + shift)[None, :, :, None].transpose(
-            1, 2
-        )  # (b c h w) = (1, 4, 300, 1)
-        accuracy = (classify(maps)[0, :, :, 0].argmax(0) == classes).float().mean()
-        assert classify(maps).shape == (1, 3, 300, 1) and accuracy > 0.95
+        scaled = features * scale + shift
+        scores = probes.linear_probe(scaled, shares)(scaled.T[None, :, :, None])  # (1 4 300 1)
+        accuracy = (scores[0, :, :, 0].argmax(0) == classes).float().mean()
+        assert scores.shape == (1, 3, 300, 1) and accuracy > 0.95
 
 
 def test_a_neighbor_votes_with_its_classes_and_the_nearer_the_more():
@@ -61,45 +59,38 @@ def test_a_neighbor_votes_with_its_classes_and_the_nearer_the_more():
     assert classify(between).equal(classify(between * 8)) and 0.3 < classify(between)[0, 0] < 0.9
 
 
-def test_a_probe_is_scored_by_the_names_it_gives():
-    images, label = colored()
-    backbone = torch.nn.Identity()  # its largest channel is the class
-    backbone.register_parameter("unused", torch.nn.Parameter(torch.zeros(1)))
-    classifiers = dict(right=lambda maps: maps, turned=lambda maps: maps.roll(1, dims=1))
-    report = probes.score_probes(backbone, classifiers, [(None, (images, label))], NAMES)
+def test_both_probes_are_tested_on_images_they_have_not_learned_from():
+    learned, tested = colored(seed=1), colored(seed=2)
+    backbone = pooled(1)  # the color of a pixel is its class
+    report = probes.probe(backbone, [(None, learned)], 5, [(None, tested)], NAMES)
+    for kind in ("linear", "neighbors"):
+        assert report[kind]["miou"] == report[kind]["accuracy"] == report[kind]["iou"]["red"] == 1
+    turned = tested[0], (tested[1] + 1) % 3
+    report = probes.probe(backbone, [(None, learned)], 5, [(None, turned)], NAMES)
     assert (
-        report["right"]["miou"] == report["right"]["accuracy"] == 1
-        and report["right"]["iou"]["green"] == 1
-    )
-    assert report["turned"]["miou"] == report["turned"]["accuracy"] == 0
+        report["linear"]["accuracy"] == report["neighbors"]["accuracy"] == 0
+    )  # nothing is matched
 
 
 def test_probes_refuse_to_learn_from_or_to_be_tested_on_nothing():
-    backbone = torch.nn.AvgPool2d(2)
-    backbone.register_parameter("unused", torch.nn.Parameter(torch.zeros(1)))
-    empty = [(None, (torch.zeros(2, 3, 4, 4), torch.full((2, 4, 4), IGNORE)))]
-    with pytest.raises(ValueError, match="nothing is labeled: all pixels of the 2 labels to learn"):
-        probes.collect_cells(backbone, empty, 2, 3)
+    images, label = colored()
+    known, empty = [(None, (images, label))], [(None, (images, torch.full_like(label, IGNORE)))]
+    with pytest.raises(ValueError, match="nothing is labeled: all pixels of the 5 labels to learn"):
+        probes.probe(pooled(1), empty, 5, known, NAMES)
     with pytest.raises(ValueError, match="nothing is labeled: all pixels of the labels to test on"):
-        probes.score_probes(backbone, dict(linear=lambda maps: maps), empty, NAMES)
+        probes.probe(pooled(1), known, 5, empty, NAMES)
 
 
-class Listed:
+class Listed(list):
     """As much of a labeled data set as `pick_at_random` needs."""
 
-    def __init__(self, indices):
-        self.indices = list(indices)
-
-    def __len__(self):
-        return len(self.indices)
-
     def subset(self, indices):
-        return Listed(self.indices[i] for i in indices)
+        return Listed(self[index] for index in indices)
 
 
 def test_random_images_keep_their_order_and_are_the_same_each_time():
     whole = Listed(range(40))
-    some = probes.pick_at_random(whole, 7).indices
+    some = probes.pick_at_random(whole, 7)
     assert len(set(some)) == 7 and some == sorted(some) and some != list(range(7))
-    assert some == probes.pick_at_random(whole, 7).indices
+    assert some == probes.pick_at_random(whole, 7) != probes.pick_at_random(whole, 7, seed=1)
     assert probes.pick_at_random(whole, 0) is whole and len(probes.pick_at_random(whole, 99)) == 40

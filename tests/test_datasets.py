@@ -1,0 +1,299 @@
+"""measures/datasets.py: data sets whose every pixel has a label, each in its owner's layout."""
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import toy
+from measures import datasets
+from measures.datasets import open_labeled
+from measures.layouts import COARSE_NAMES, FINE_TO_COARSE, FIRST_STUFF, IGNORE, LABELED, WRONG
+
+ON_DISK = [name for name in LABELED if name != "toy"]
+Y, X = 24, 40
+
+
+def write(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = np.asarray(array)
+    Image.fromarray(array.astype(np.uint16 if array.max() > 255 else np.uint8)).save(path)
+
+
+def rows(*ids, y=Y, x=X):
+    """A label map (y x) whose upper rows have the first ids, one row each, the rest the last."""
+    label = np.full((y, x), ids[-1])
+    for row, number in enumerate(ids[:-1]):
+        label[row] = number
+    return label
+
+
+def pair(image, label, ids, y=Y, x=X):
+    """An image file and its label file."""
+    write(image, np.full((y, x, 3), 90))
+    write(label, rows(*ids, y=y, x=x))
+
+
+def names_of(found):
+    return [found.images.name(place) for place in found.places]
+
+
+def draw_voc(root):
+    top = root / "VOCdevkit" / "VOC2012"
+    for i, name in enumerate(("2007_01", "2008_02", "2011_03")):
+        pair(top / f"JPEGImages/{name}.jpg", top / f"SegmentationClassAug/{name}.png", (255, i))
+        write(top / f"SegmentationClass/{name}.png", rows(255, i + 1))
+    lists = {"train_aug": "/JPEGImages/2007_01.jpg /SegmentationClassAug/2007_01.png\n2008_02\n",
+             "train": "2007_01\n", "val": "2011_03\n\n"}  # fmt: skip
+    (top / "ImageSets/Segmentation").mkdir(parents=True)
+    for name, text in lists.items():
+        (top / f"ImageSets/Segmentation/{name}.txt").write_text(text)
+
+
+def draw_cityscapes(root):
+    for part, city, i in (("train", "ulm", 0), ("train", "ulm", 1), ("val", "bonn", 0)):
+        name = f"{part}/{city}/{city}_{i:06d}_000019"
+        image = root / "leftImg8bit" / f"{name}_leftImg8bit.png"
+        pair(image, root / "gtFine" / f"{name}_gtFine_labelIds.png", (33, 0, 9, 7))
+
+
+def draw_ade20k(root):
+    top = root / "ADEChallengeData2016"
+    for part, i in (("training", 0), ("training", 1), ("validation", 7)):
+        name = f"{part}/ADE_{i:08d}"
+        pair(top / "images" / f"{name}.jpg", top / "annotations" / f"{name}.png", (0, 1, 150))
+
+
+def draw_bsds(root):
+    for part in ("val", "test"):
+        pair(root / f"images/{part}/p.jpg", root / f"segments/{part}/p.png", (3, 77))
+
+
+def draw_folder(root, ids=((0, 1), (255, 2)), part="day"):
+    """An image per row of ids."""
+    for i, each in enumerate(ids):
+        pair(root / f"images/{part}/{i}.jpg", root / f"labels/{part}/{i}.png", each)
+    return root
+
+
+def draw_coco_stuff(root):
+    """Three curated images out of order; one is too small, two have too little stuff."""
+    fine = {"300": 91, "100": 181, "200": 100, "400": 91, "500": 0, "600": 91}
+    for name, number in fine.items():
+        y = 359 if name == "400" else 360
+        image, label = (
+            root / f"val2017/{name}.jpg",
+            f"stuffthingmaps_trainval2017/val2017/{name}.png",
+        )
+        ids = (255,) * (91 if name == "600" else 90) + (number,)  # 3/4 of 360 rows are stuff
+        pair(image, root / label, ids, y, 370)
+
+
+DRAW = dict(voc=draw_voc, cityscapes=draw_cityscapes, ade20k=draw_ade20k, bsds=draw_bsds,
+            folder=draw_folder, coco_stuff=draw_coco_stuff)  # fmt: skip
+
+
+# ------------------------------------------------------------------------- the rows of the table
+
+
+@pytest.mark.parametrize("dataset, split, names, classes, ids", [
+    ("voc", None, ["2011_03.jpg"], 21, {3, 255}),
+    ("voc", "train", ["2007_01.jpg"], 21, {1, 255}),
+    ("voc", "train_aug", ["2007_01.jpg", "2008_02.jpg"], 21, {0, 255}),  # SegmentationClassAug
+    ("cityscapes", "train", [f"ulm/ulm_00000{i}_000019_leftImg8bit.png" for i in (0, 1)], 19,
+     {18, 255, 0}),  # bicycle, unlabeled and parking, road
+    ("cityscapes", None, ["bonn/bonn_000000_000019_leftImg8bit.png"], 19, {18, 255, 0}),
+    ("ade20k", "train", ["ADE_00000000.jpg", "ADE_00000001.jpg"], 150, {255, 0, 149}),
+    ("ade20k", "val", ["ADE_00000007.jpg"], 150, {255, 0, 149}),
+    ("bsds", None, ["p.jpg"], 0, {3, 77}),
+    ("bsds", "test", ["p.jpg"], 0, {3, 77}),
+    ("folder", None, ["day/0.jpg", "day/1.jpg"], 3, {0, 1}),
+    ("coco_stuff", None, ["100.jpg", "200.jpg", "300.jpg"], 27, {255, 24}),  # solid: wood
+])  # fmt: skip
+def test_a_split_has_the_images_and_the_classes_of_its_layout(
+    tmp_path, dataset, split, names, classes, ids
+):
+    DRAW[dataset](tmp_path)
+    found = open_labeled(dataset, tmp_path, split)
+    image, label = found[0]
+    assert names_of(found) == names and len(found) == len(names)
+    assert len(found.class_names) == len(set(found.class_names)) == classes
+    assert set(label.unique().tolist()) == ids
+    assert image.dtype == torch.uint8 and image.shape == (3, *label.shape)
+    assert label.dtype == torch.long
+
+
+@pytest.mark.parametrize("dataset", ON_DISK)
+def test_a_wrong_folder_is_answered_with_the_expected_tree_and_what_was_found(tmp_path, dataset):
+    (tmp_path / "holiday").mkdir()
+    with pytest.raises(ValueError) as caught:
+        open_labeled(dataset, tmp_path)
+    for words in (LABELED[dataset].tree, "found in", "holiday/"):
+        assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="--data-dir is missing"):
+        open_labeled(dataset, None)
+
+
+@pytest.mark.parametrize("dataset", ON_DISK)
+def test_missing_labels_are_counted_and_the_first_is_named(tmp_path, dataset):
+    DRAW[dataset](tmp_path)
+    file = open_labeled(dataset, tmp_path).label_of.args[0][0]
+    file.unlink()
+    with pytest.raises(ValueError, match=f"1 of .* labels are missing, first .*{file.name}"):
+        open_labeled(dataset, tmp_path)
+
+
+def test_a_missing_list_names_the_lists_there_are_and_a_listed_image_must_be_there(tmp_path):
+    draw_voc(tmp_path)
+    with pytest.raises(ValueError, match=r"no .*trainval\.txt; .*train\.txt, train_aug\.txt"):
+        open_labeled("voc", tmp_path, "trainval")
+    (tmp_path / "VOCdevkit/VOC2012/JPEGImages/2008_02.jpg").unlink()
+    with pytest.raises(ValueError, match=r"1 of 2 images are missing, first .*2008_02\.jpg"):
+        open_labeled("voc", tmp_path, "train_aug")
+
+
+def test_the_tables_of_ids_are_those_of_their_protocols():
+    sizes = [6, 6, 10, 10, 8, 8, 8, 10, 6, 1, 10, 8, 2, 6, 4, 11, 4, 11, 7, 2, 6, 11, 9, 2, 6, 5, 5]
+    fine = np.array(FINE_TO_COARSE)
+    assert len(fine) == 256 and np.bincount(fine[:182], minlength=27).tolist() == sizes
+    assert fine[255] == IGNORE and (fine[182:255] == WRONG).all()
+    known = {0: "person", 16: "animal", 45: "kitchen", 181: "solid"}
+    assert {number: COARSE_NAMES[fine[number]] for number in known} == known
+    assert (fine[:91] < FIRST_STUFF).all() and (fine[91:182] >= FIRST_STUFF).all()
+    evaluated = [7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33]
+    cities = LABELED["cityscapes"]
+    assert [number for number, t in enumerate(cities.ids) if t != IGNORE] == evaluated
+    assert cities.classes[cities.ids[26]] == "car" and cities.classes[cities.ids[11]] == "building"
+    assert LABELED["voc"].classes[15] == "person" and LABELED["ade20k"].ids[0] == IGNORE
+
+
+def test_the_table_is_read_without_torch():
+    code = "import sys, measures.layouts; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_the_published_list_is_recognized_and_another_one_can_be_given(tmp_path, monkeypatch):
+    assert datasets.PUBLISHED_LIST.startswith("7c629734c88f1a74bba6")
+    draw_coco_stuff(tmp_path)
+    assert "NOT the published list of 2,175" in open_labeled("coco_stuff", tmp_path).notice
+    digest = hashlib.sha256(b"100\n200\n300\n").hexdigest()
+    monkeypatch.setattr(datasets, "PUBLISHED_LIST", digest)
+    assert open_labeled("coco_stuff", tmp_path).notice == "curated images"
+    ids = tmp_path / "ids.txt"
+    ids.write_text("500\n100\n")
+    found = open_labeled("coco_stuff", tmp_path, list_file=ids)
+    assert names_of(found) == ["500.jpg", "100.jpg"] and "NOT" in found.notice
+    ids.write_bytes(b"\xff\xd8\xff\xe0")
+    with pytest.raises(ValueError, match="is not a text file: one name per line"):
+        open_labeled("coco_stuff", tmp_path, list_file=ids)
+
+
+# ------------------------------------------------------------------------- bad label maps
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda image, label: write(label, np.zeros((Y, X + 1))),
+     rf"day/0\.jpg is {X} x {Y} but its label is {X + 1} x {Y}"),
+    (lambda image, label: write(label, rows(0, 3)), r"label .*0\.png has id 3, .* its 3 classes"),
+    (lambda image, label: write(label, np.zeros((Y, X, 3))), r"0\.png holds colors \(RGB\)"),
+    (lambda image, label: label.write_text("x"), r"cannot read the label .*0\.png"),
+    (lambda image, label: image.write_bytes(b"\x89PNG no"), r"cannot read day/0\.jpg"),
+])  # fmt: skip
+def test_a_spoiled_image_or_label_is_named_in_one_line(tmp_path, spoil, message):
+    draw_folder(tmp_path)
+    spoil(tmp_path / "images/day/0.jpg", tmp_path / "labels/day/0.png")
+    with pytest.raises(ValueError, match=message) as caught:
+        open_labeled("folder", tmp_path, num_classes=3)[0]
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dataset, number", [("coco_stuff", 182), ("ade20k", 151), ("voc", 21)])
+def test_an_id_that_is_no_class_is_refused_with_its_file(tmp_path, dataset, number):
+    DRAW[dataset](tmp_path)
+    found = open_labeled(dataset, tmp_path)
+    file = found.label_of.args[0][0]
+    write(file, rows(number, y=found[0][1].shape[0], x=found[0][1].shape[1]))
+    with pytest.raises(ValueError, match=f"{file} has id {number}, which is none of its"):
+        found[0]
+
+
+# ------------------------------------------------------------------------- any other folder
+
+
+@pytest.mark.parametrize("contents, names", [
+    (b"sky\nsea\nsand\n", ("sky", "sea", "sand")),
+    (b"\xef\xbb\xbfsky\r\nsea \r\n\n \n", ("sky", "sea")),  # neither mark nor blank lines count
+    ("пляж\nsea".encode(), ("пляж", "sea")),
+    (b"\n \n", ("class 0", "class 1", "class 2")),  # names no class: ids are counted
+])  # fmt: skip
+def test_a_folder_names_its_classes_in_a_file(tmp_path, contents, names):
+    draw_folder(tmp_path)
+    (tmp_path / "classes.txt").write_bytes(contents)
+    assert open_labeled("folder", tmp_path).class_names == names
+
+
+@pytest.mark.parametrize("text, line", [("sky\n\nsand\n", 2), ("\nsky\n", 1), ("a\nb\nb \nc", 3)])
+def test_a_class_without_a_name_of_its_own_is_refused_with_its_line(tmp_path, text, line):
+    draw_folder(tmp_path)
+    (tmp_path / "classes.txt").write_text(text)
+    with pytest.raises(ValueError, match=rf"classes\.txt: line {line} is .* blank or .* twice"):
+        open_labeled("folder", tmp_path)
+
+
+@pytest.mark.parametrize("ids, count, words", [
+    ((0, 2, 255, 1), 3, ()),
+    ((0, 255, 300, 300), 301, ("ids 1 to 299",)),  # 16 bits; 255 alone is ignored
+    ((1, 2, 3), 4, ("ids 0 to 0 occur", "--num-classes 4 sets")),  # the rest is all right
+    ((0, 2, 3), 4, ("ids 1 to 1 occur", "--num-classes 1 sets")),
+    ((0, 2, 3, 9), 10, ("ids 4 to 8 occur", "--num-classes 4 sets")),  # the widest gap
+])  # fmt: skip
+def test_ids_are_counted_and_one_line_names_the_widest_gap(tmp_path, ids, count, words):
+    draw_folder(tmp_path, [ids[:2], ids[1:]])
+    found = open_labeled("folder", tmp_path)
+    assert len(found.class_names) == count and "\n" not in found.notice
+    assert bool(found.notice) == bool(words) and all(word in found.notice for word in words)
+    if count == 10:
+        assert f"9 first in {tmp_path / 'labels/day/1.png'}" in found.notice
+    assert open_labeled("folder", tmp_path, num_classes=count).notice == ""
+
+
+def test_a_folder_without_parts_is_split_into_fifths_that_share_no_image(tmp_path):
+    draw_folder(tmp_path, [(0, 1)] * 11)
+    train, val = (open_labeled("folder", tmp_path, split) for split in ("train", "val"))
+    assert sorted(train.places + val.places) == list(range(11)) and val.places == (0, 5, 10)
+    assert len(open_labeled("folder", tmp_path)) == 11 == len(train.files() | val.files())
+    with pytest.raises(ValueError, match=r"no folder .*images/test, and without it a split is"):
+        open_labeled("folder", tmp_path, "test")
+
+
+@pytest.mark.parametrize("there, absent", [("train", "val"), ("val", "train")])
+def test_of_train_and_val_the_missing_one_would_share_images_with_the_other(
+    tmp_path, there, absent
+):
+    draw_folder(tmp_path, [(0, 1)] * 6, "day")
+    draw_folder(tmp_path, [(0, 1)] * 7, there)
+    with pytest.raises(ValueError, match=f"has images/{there} but no images/{absent}: add it"):
+        open_labeled("folder", tmp_path, absent)
+    assert len(open_labeled("folder", tmp_path)) == 13  # to measure on everything
+    assert len(open_labeled("folder", tmp_path, there)) == 7
+
+
+def test_a_subset_of_a_subset_keeps_its_places(tmp_path):
+    found = open_labeled("folder", draw_folder(tmp_path, [(i,) for i in range(7)]))
+    assert [int(label[0, 0]) for _, label in found.subset([6, 4, 2]).subset([2, 0])] == [2, 6]
+
+
+def test_toy_scenes_come_with_their_own_truth_and_from_seeds_no_run_has():
+    found = open_labeled("toy", None, count=3, size=32)
+    image, label = found[2]
+    scene = toy.scene(datasets.UNSEEN, 2, size=32)
+    assert (image.numpy() == scene.image.transpose(2, 0, 1)).all()
+    assert (label.numpy() == scene.semantic).all() and datasets.UNSEEN > 2**31
+    assert not open_labeled("toy", None, "train", count=3, size=32)[2][0].equal(image)
+    assert found.files() == set()

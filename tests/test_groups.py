@@ -1,0 +1,133 @@
+"""measures/groups.py: segments of a network, groups by color, both against labels."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from grouping import GroupingNetwork
+from measures import groups
+from measures.groups import Tally, compare_in_memory, rgb_kmeans, sample_pixels
+from measures.layouts import IGNORE
+from measures.tables import number, table
+from photometric import normalize
+from trained import NAMES, ByColor, K, colored
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+def test_the_winner_is_the_largest_enlarged_map_whatever_the_chunk(chunk):
+    maps = torch.rand(3, 7, 4, 5) * 2 - 1
+    enlarged = F.interpolate(maps, (22, 31), mode="bilinear", align_corners=False)
+    assert groups.winner(maps, (22, 31), chunk).equal(enlarged.argmax(1))
+    ties = torch.zeros(1, 7, 2, 2)
+    assert groups.winner(ties, (3, 3), chunk).eq(0).all()  # the lower one, across chunks too
+
+
+def test_maps_are_enlarged_before_the_decision_and_not_after():
+    # 1 at the left, 0 at the right; the two maps cross right of the middle
+    maps = torch.tensor([[[[0.0, 1.0]], [[0.9, 0.0]]]])
+    found = groups.winner(maps, (1, 200))[0, 0]
+    assert found[:97].eq(1).all() and found[99:].eq(0).all() and len(found[97:99].unique()) <= 2
+    nearest = F.interpolate(maps.argmax(1, keepdim=True).float(), (1, 200))[0, 0, 0]
+    assert not found.equal(nearest.long())
+
+
+def test_segments_and_occupied_slots_come_from_the_same_similarities():
+    network = GroupingNetwork("tiny", 7, 12, 6).eval()
+    images = torch.randint(0, 256, (2, 3, 32, 40), dtype=torch.uint8)
+    found, owned = groups.segment(network, images)
+    _, similarity = network(normalize(images))
+    for b in range(2):
+        assert owned[b].nonzero().flatten().tolist() == similarity[b].argmax(0).unique().tolist()
+    assert owned.shape == (2, 7) and found.equal(groups.winner(similarity, (32, 40)))
+
+
+# ------------------------------------------------------------------------- groups by color
+
+
+def test_kmeans_finds_separate_blobs_and_depends_on_the_seed_alone():
+    blobs = torch.tensor([[0.0, 9, 5], [9, 0, 5], [9, 9, 5]]).repeat(50, 1)
+    rows = (blobs + 0.1 * torch.randn(blobs.shape)).numpy()
+    by_hand = sorted(rows[c::3].astype(float).mean(axis=0).tolist() for c in range(3))
+    assert sorted(groups.kmeans(rows, 3, seed=1).tolist()) == [pytest.approx(c) for c in by_hand]
+    centers = [groups.kmeans(rows, 9, seed) for seed in (1, 1, 2)]
+    assert (centers[0] == centers[1]).all() and (centers[0] != centers[2]).any()
+
+
+@pytest.mark.parametrize("num_groups", [9, 2000])
+def test_color_groups_survive_more_centers_than_colors_or_pixels(num_groups):
+    images, label = colored()
+    segments, present = rgb_kmeans(sample_pixels(images.split(2)), num_groups)(images)
+    assert present.shape == (5, num_groups) and present.sum(1).eq(3).all()
+    assert all(len(segments[label == c].unique()) == 1 for c in range(3))
+
+
+def test_pixels_are_sampled_from_every_image_whatever_the_batch():
+    images = torch.arange(4, dtype=torch.uint8)[:, None, None, None].expand(4, 3, 5, 6)
+    pixels = sample_pixels(images.split(3), per_image=8)
+    assert pixels[:, 0].bincount().tolist() == [8, 8, 8, 8]
+    assert pixels.equal(sample_pixels(images.split(1), per_image=8))
+
+
+# ------------------------------------------------------------------------- beside the baselines
+
+
+def test_a_network_that_understands_scores_one_and_a_blind_one_the_largest_class():
+    images, label = colored()
+    report = compare_in_memory(ByColor(), ByColor(sighted=False), images, label, (*NAMES, "none"))
+    for numbers in (report, report["rgb_kmeans"]):  # here color is all there is to know
+        for key in ("nmi", "miou", "accuracy", "miou_many_to_one", "accuracy_many_to_one"):
+            assert numbers[key] == pytest.approx(1)
+    largest = float(label.flatten().bincount().max() / label.numel())
+    blind = report["untrained"]
+    assert blind["accuracy"] == pytest.approx(largest) and blind["nmi"] == 0
+    assert blind["miou"] == pytest.approx(largest / 3) and blind["prototypes_used"] == 1
+    assert report["matching"] == {"red": 4, "green": 3, "blue": 2, "none": 0}
+    assert report["iou"] == {"red": 1, "green": 1, "blue": 1, "none": None}
+    assert report["occupied_per_image"] == 3 == report["prototypes_used"]
+    json.dumps(report, allow_nan=False)
+    text = groups.format_table(report)
+    for words in ("trained", "untrained network", "k-means on RGB", "mIoU", "one-to-one"):
+        assert words in text
+
+
+def test_one_to_one_and_many_to_one_are_kept_apart():
+    tally = Tally(K, ("a", "b"))
+    segments = torch.tensor([[[0, 0, 0, 1, 1, 3]]])  # class a is split between prototypes 0 and 1
+    tally.add(segments, torch.ones(1, K, dtype=torch.bool), torch.tensor([[[0, 0, 0, 0, 0, 1]]]))
+    report = tally.report()
+    assert (report["miou"], report["accuracy"]) == pytest.approx(((3 / 5 + 1) / 2, 4 / 6))
+    assert report["miou_many_to_one"] == report["accuracy_many_to_one"] == 1
+    assert report["iou"] == pytest.approx({"a": 3 / 5, "b": 1})
+    assert report["matching"] == {"a": 0, "b": 3}
+
+
+def test_the_rand_index_of_segments_without_names_is_a_mean_over_labeled_images():
+    tally, owned = Tally(3, ()), torch.ones(2, 3, dtype=torch.bool)
+    truth = torch.tensor([[[7, 7, 9, 9]], [[0, 0, 4, 4]]])
+    # Each is perfect on its own, together they are a contradiction
+    tally.add(torch.tensor([[[2, 2, 0, 0]], [[0, 0, 2, 2]]]), owned, truth)
+    assert tally.report()["adjusted_rand_index"] == 1
+    tally.add(torch.zeros(2, 1, 4, dtype=torch.long), owned, truth)
+    assert tally.report()["adjusted_rand_index"] == pytest.approx(0.5)
+    tally.add(torch.zeros(2, 1, 4, dtype=torch.long), owned, torch.full_like(truth, IGNORE))
+    assert tally.report()["adjusted_rand_index"] == pytest.approx(0.5) and tally.images == 6
+
+
+@pytest.mark.parametrize("class_names", [("a", "b"), ()])
+def test_nothing_labeled_is_refused_and_not_scored(class_names):
+    tally, label = Tally(3, class_names), torch.full((2, 1, 4), IGNORE)
+    tally.add(torch.zeros(2, 1, 4, dtype=torch.long), torch.ones(2, 3, dtype=torch.bool), label)
+    with pytest.raises(ValueError, match="nothing is labeled: all pixels of the 2 labels are 255"):
+        tally.report()
+
+
+def test_a_table_has_its_cells_right_below_their_headings():
+    text = table({"a name": ["1", "0.250"], "b": ["-", "10.000"]}, ["a long heading", "x"])
+    assert {len(line) for line in text.splitlines()} == {8 + 16 + 8}
+    assert text.splitlines()[2] == "b" + " " * 22 + "-  10.000"
+    assert [number(value) for value in (0.25, None, float("nan"))] == ["0.250", "-", "-"]
+    report = dict(iou={"a": 0.5, **{f"class {t}": None for t in range(9)}})
+    assert groups.format_classes(report).splitlines() == [
+        f"  {'a':<18}0.500", "  without a pixel: 9 classes"]  # fmt: skip

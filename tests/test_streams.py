@@ -1,0 +1,87 @@
+"""measures/streams.py: images in order, in batches, by worker processes."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from measures import streams
+
+
+def test_a_limit_takes_images_from_everywhere():
+    """The first ten of a folder are often of one class."""
+    assert streams.spaced(10, 3) == [0, 3, 6] and streams.spaced(4, 3) == [0, 1, 2]
+    assert streams.spaced(3, 9) == streams.spaced(3, 0) == [0, 1, 2]
+
+
+def identity(item):  # of the module, since worker processes may pickle it
+    return item
+
+
+@pytest.mark.parametrize("batch_size, workers", [(1, 0), (4, 0), (4, 2)])
+def test_images_come_in_order_whatever_the_batch_and_the_workers(batch_size, workers):
+    images = [torch.full((3, 2, 2), i, dtype=torch.uint8) for i in range(9)]
+    batches = list(streams.stream(images, identity, batch_size, workers))
+    assert torch.cat([indices for indices, _ in batches]).tolist() == list(range(9))
+    assert torch.cat([images for _, images in batches])[:, 0, 0, 0].tolist() == list(range(9))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_named_and_left_out_and_the_others_keep_their_numbers(
+    tmp_path, capsys, workers
+):
+    for i in range(4):
+        Image.fromarray(np.full((8, 8, 3), i, dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "1.png").write_bytes(b"torn")
+    images = streams.open_images("folder", tmp_path)
+    found = list(streams.stream(images, streams.center_view(8), 2, workers))
+    assert [indices.tolist() for indices, _ in found] == [[0], [2, 3]]
+    assert "left out 1.png" in capsys.readouterr().err
+
+
+class Broken(list):
+    def __getitem__(self, index):
+        if index == 2:
+            raise ValueError("the label of b.png has id 9")
+        return torch.zeros(3, 2, 2)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_problem_in_a_worker_process_is_still_one_line(workers):
+    with pytest.raises(ValueError, match=r"^the label of b\.png has id 9$"):
+        list(streams.stream(Broken(range(4)), identity, 3, workers))
+
+
+def test_images_come_from_a_folder_from_its_val2017_or_are_drawn(tmp_path):
+    (tmp_path / "val2017").mkdir()
+    for folder in (tmp_path, tmp_path / "val2017"):
+        Image.new("RGB", (9, 7)).save(folder / "a.png")
+    assert len(streams.open_images("folder", tmp_path)) == 1
+    assert streams.open_images("toy", None, 5)[4].shape == (3, 64, 64)
+    with pytest.raises(ValueError, match="--data-dir is missing"):
+        streams.open_images("folder", None)
+    named = streams.open_files([tmp_path / "a.png"])
+    assert streams.read_views(named, streams.center_view(32)).shape == (1, 3, 32, 32)
+    with pytest.raises(ValueError, match=r"cannot read .*none"):
+        streams.read_views(streams.open_files([tmp_path / "none.png"]), identity)
+
+
+def test_a_square_of_the_right_size_is_left_alone_and_others_are_cut_from_the_center():
+    image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+    assert streams.center_view(64)(image).equal(image)
+    wide = torch.zeros(3, 70, 210, dtype=torch.uint8)
+    wide[:, :, 70:140] = 200
+    view = streams.center_view(56)(wide)
+    assert view.shape == (3, 56, 56) and view.float().mean() == 200
+
+
+def test_the_protocols_square_shrinks_image_and_label_as_pillow_does_it():
+    label = torch.randint(0, 27, (61, 97), generator=torch.Generator().manual_seed(0))
+    image = (9 * label).to(torch.uint8).expand(3, -1, -1)
+    small_image, small_label = streams.square((image, label), 40)
+    assert small_image.shape == (3, 40, 40)
+    for found, whole, how in ((small_label, label, Image.NEAREST),
+                              (small_image[1], image[1], Image.BILINEAR)):  # fmt: skip
+        whole = Image.fromarray(whole.numpy().astype(np.uint8))
+        pillow = np.array(whole.resize((63, 40), how))[:, 12:52]
+        assert np.abs(found.numpy() - pillow.astype(int)).max() <= (how == Image.BILINEAR)
