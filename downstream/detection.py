@@ -1,118 +1,225 @@
-"""Mask R-CNN with a feature pyramid, from torchvision's parts: boxes and masks of COCO's objects.
+"""Table 2, COCO: Mask R-CNN from torchvision's parts, objects to learn from, average precision.
 
-Slides: tables 2 and 7. Paper: section 4.2, which used detectron2's Mask R-CNN R50-FPN.
-Differs: torchvision's `maskrcnn_resnet50_fpn` freezes batch norms and stages and has another box
-head. Here, as in the released settings [O]: a batch norm after every convolution of trunk, pyramid,
-box head and mask head, and nothing frozen. torchvision's RoIAlign samples 2 x 2 points per cell,
-detectron2's as many as there are pixels.
+As in the released settings [O], a batch norm follows every convolution of backbone, pyramid, box
+head and mask head, and nothing is frozen; torchvision's `maskrcnn_resnet50_fpn` does otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from pycocotools import mask as encoding
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
-from torchvision.models.detection import MaskRCNN
+from torchvision.datasets import CocoDetection, VisionDataset, wrap_dataset_for_transforms_v2
+from torchvision.models.detection import faster_rcnn, mask_rcnn, rpn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
-from torchvision.models.detection.rpn import RPNHead
+from torchvision.transforms.v2 import functional as F
 
+from downstream.annotations import read_annotations
+from downstream.backbones import NEAREST, fitting, share, some_of
+from downstream.settings import Detection
+from engine.images import BadImage, Photograph
+from engine.processes import Place
+from engine.ranks import gather_objects
+from measures.datasets import wrong_tree
 from photometric import IMAGENET_MEAN, IMAGENET_STD
 
-PARTS = (
-    "loss_classifier",
-    "loss_box_reg",
-    "loss_mask",
-    "loss_objectness",
-    "loss_rpn_box_reg",
-)  # torchvision's
-LOSSES = ("loss", "class_loss", "box_loss", "mask_loss", "proposal_loss", "proposal_box_loss")
+SCORE = "box_ap"  # decides which weights are the best
+TREE = "{train2017,val2017}/*.jpg + annotations/instances_{train2017,val2017}.json"
+PRECISION = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")  # COCOeval's first six
+LOSSES = {  # torchvision's name -> the name in the log
+    "loss_classifier": "class_loss", "loss_box_reg": "box_loss", "loss_mask": "mask_loss",
+    "loss_objectness": "proposal_loss", "loss_rpn_box_reg": "proposal_box_loss",
+}  # fmt: skip
 WIDTH = 256  # of the pyramid and of the heads
 
 
-def mask_rcnn(
-    trunk: nn.Module,
-    classes: int,
-    test_short: int = 800,
-    longest: int = 1333,
-    smallest_anchor: int = 32,
-    regions: int = 512,
-) -> MaskRCNN:
-    """Mask R-CNN on C2 .. C5 of a ResNet trunk.
+def prepare(c: Detection, backbone: nn.Module) -> tuple[nn.Module, Sequence, Sequence]:
+    """The model, what it learns from, and what it is tested on. Raises ValueError."""
+    seen = CocoObjects(c.data_dir, "train")
+    seen.ids = some_of(seen.with_objects(), c)
+    unseen = seen if c.test_on == "train" else CocoObjects(c.data_dir, "val")
+    labeled = wrap_dataset_for_transforms_v2(seen, ("boxes", "labels", "masks"))
+    return Detector(backbone, len(seen.labels), c), labeled, unseen
 
-    classes: without the background; test_short, longest: px of an image when it is tested, training
-    images come at their size; smallest_anchor: px, of the finest of five levels, each of which
-    doubles it; regions: proposals per image that the heads learn from. Raises ValueError for a
-    trunk without stages.
-    """
-    if not hasattr(trunk, "layer4"):
-        raise ValueError("a feature pyramid needs the four stages of a ResNet")
-    norm = nn.BatchNorm2d
-    layers = {f"layer{i + 1}": str(i) for i in range(4)}
-    widths = [trunk.out_channels // 2 ** (3 - i) for i in range(4)]
-    pyramid = BackboneWithFPN(
-        trunk, layers, widths, WIDTH, norm_layer=norm
-    )  # and P6, every second cell of P5
-    sizes = tuple((smallest_anchor * 2**level,) for level in range(5))
-    anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
-    return MaskRCNN(
-        pyramid,
-        classes + 1,
-        test_short,
-        longest,
-        IMAGENET_MEAN,
-        IMAGENET_STD,
-        rpn_anchor_generator=anchors,
-        rpn_head=RPNHead(WIDTH, anchors.num_anchors_per_location()[0], conv_depth=1),
-        rpn_post_nms_top_n_train=1000,  # as detectron2
-        box_head=FastRCNNConvFCHead((WIDTH, 7, 7), [WIDTH] * 4, [1024], norm_layer=norm),
-        mask_head=MaskRCNNHeads(WIDTH, [WIDTH] * 4, 1, norm_layer=norm),
-        box_batch_size_per_image=regions,
-        _skip_resize=True,
-    )
+
+# ------------------------------------------------------------------------------------ the network
 
 
 class Detector(nn.Module):
-    """Mask R-CNN as a run trains it: a batch in, one loss out."""
+    """Mask R-CNN on C2 .. C5 of a ResNet; training images come at their size.
 
-    def __init__(self, network: MaskRCNN):
+    classes: without the background. Raises ValueError for a backbone without stages.
+    """
+
+    losses = ("loss", *LOSSES.values())
+
+    def __init__(self, backbone: nn.Module, classes: int, c: Detection):
         super().__init__()
-        self.network = network
+        if not hasattr(backbone, "layer4"):
+            raise ValueError("a feature pyramid needs a ResNet's four stages: set --arch resnet50")
+        norm, layers = nn.BatchNorm2d, {f"layer{i + 1}": str(i) for i in range(4)}
+        widths = [backbone.out_channels // 2 ** (3 - i) for i in range(4)]
+        sizes = [(c.smallest_anchor * 2**level,) for level in range(5)]  # P2 .. P6
+        anchors = AnchorGenerator(sizes, [(0.5, 1.0, 2.0)] * len(sizes))
+        boxes = faster_rcnn.FastRCNNConvFCHead((WIDTH, 7, 7), [WIDTH] * 4, [1024], norm)
+        self.network = mask_rcnn.MaskRCNN(
+            BackboneWithFPN(backbone, layers, widths, WIDTH, norm_layer=norm),
+            classes + 1, c.test_short, c.longest, IMAGENET_MEAN, IMAGENET_STD,
+            rpn_anchor_generator=anchors,
+            rpn_head=rpn.RPNHead(WIDTH, anchors.num_anchors_per_location()[0], conv_depth=1),
+            rpn_post_nms_top_n_train=1000,  # as detectron2
+            box_head=boxes,
+            mask_head=mask_rcnn.MaskRCNNHeads(WIDTH, [WIDTH] * 4, 1, norm),
+            box_batch_size_per_image=c.regions,
+            _skip_resize=True,
+        )  # fmt: skip
 
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]
     ) -> tuple[Tensor, Tensor]:
-        """images (3 y x) uint8 of any sizes; targets: boxes (n 4) float px, labels (n) 1..t, masks
-        (n y x) uint8.
-
-        Returns the loss, and LOSSES (6) detached.
-        """
+        """A batch of `view` -> the loss, and the numbers of `losses` (6) detached."""
         parts = self.network([image.float() / 255 for image in images], list(targets))
-        losses = torch.stack([parts[name].float() for name in PARTS])
+        losses = torch.stack([parts[name].float() for name in LOSSES])
         return losses.sum(), torch.cat([losses.sum()[None], losses]).detach()
 
     @torch.inference_mode()
     def predict(self, image: Tensor) -> dict[str, Tensor]:
-        """image (3 y x) uint8 -> boxes (n 4) px, labels (n), scores (n) in [0, 1], masks (n y x)
-        bool."""
+        """image (3 y x) uint8 -> boxes (n 4) px, labels, scores (n), masks (n y x) bool."""
         found = self.network([image.float() / 255])[0]
         return {**found, "masks": found["masks"][:, 0] > 0.5}
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups, everything that is trained: with decay, and the batch norms' scales and shifts
-    without [O]."""
-    norms = {p for m in model.modules() if is_norm(m) for p in m.parameters(recurse=False)}
-    trained: Iterable[Tensor] = [p for p in model.parameters() if p.requires_grad]
+# ------------------------------------------------------------------------------------ the objects
+
+
+class CocoObjects(CocoDetection):
+    """Pairs of an image (3 y x) uint8 and the annotations of its objects, with category_id 1..t.
+
+    part: train or val; ids: of the images, in order. Crowds are left out, as are boxes without an
+    area. Raises ValueError: a wrong tree, an annotation or an image that cannot be used.
+    """
+
+    def __init__(self, data_dir: str, part: str):
+        folder = Path(data_dir, f"{part}2017")
+        file = Path(data_dir, "annotations", f"instances_{part}2017.json")
+        for path in (file, folder):
+            if not data_dir or not path.exists():
+                raise wrong_tree("coco", Path(data_dir), f"no {path}", TREE)
+        VisionDataset.__init__(self, folder)
+        self.coco = indexed(read_annotations(file))
+        self.labels = {number: t for t, number in enumerate(sorted(self.coco.cats), 1)}
+        self.ids = sorted(self.coco.imgs)
+
+    def _load_image(self, id: int) -> Tensor:
+        name, *size = (self.coco.imgs[id][key] for key in ("file_name", "height", "width"))
+        try:
+            image = Photograph(self.root / name, name).pixels().image
+        except BadImage as bad:
+            raise ValueError(f"cannot read {bad}") from None
+        if [*image.shape[1:]] != size:
+            found = f"{name} is {image.shape[2]} x {image.shape[1]}"
+            raise ValueError(f"{found}, but its annotations are of {size[1]} x {size[0]}")
+        return image
+
+    def _load_target(self, id: int) -> list[dict[str, Any]]:
+        objects = (
+            a for a in self.coco.imgToAnns[id] if not a["iscrowd"] and min(a["bbox"][2:]) > 0
+        )
+        return [dict(a, category_id=self.labels[a["category_id"]]) for a in objects]
+
+    def with_objects(self) -> list[int]:
+        """The ids of the images in which there is something to learn from."""
+        return [id for id in self.ids if self._load_target(id)]
+
+
+def indexed(contents: dict[str, Any]) -> COCO:
+    """pycocotools' tables of annotations. They are copied: its judge writes into them."""
+    coco = COCO()
+    coco.dataset = {
+        **contents,
+        "annotations": [{"iscrowd": 0, **a} for a in contents["annotations"]],
+    }
+    with contextlib.redirect_stdout(None):  # it reports its progress to stdout
+        coco.createIndex()
+    return coco
+
+
+def view(
+    pair: tuple[Tensor, dict[str, Any]], rng: random.Random, c: Detection
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What a step sees: a whole image at another size, mirrored half of the time.
+
+    image (3 y x) uint8; boxes (n 4) float32 x1 y1 x2 y2 px, those without an area inside the image
+    are left out; labels (n) int64; masks (n y x) uint8.
+    """
+    image, target = pair
+    short = rng.choice(range(c.shorts[1], c.shorts[0] + 1, 32))
+    size = fitting(image.shape[-2:], c.longest, short)
+    boxes = F.resize(F.clamp_bounding_boxes(target["boxes"]), size)
+    masks = F.resize(target["masks"].as_subclass(Tensor), size, NEAREST)
+    parts = [F.resize(image, size), boxes, masks]
+    image, boxes, masks = map(F.horizontal_flip, parts) if rng.random() < 0.5 else parts
+    boxes, valid = F.sanitize_bounding_boxes(boxes, min_size=1e-2, min_area=0)
+    labels = target["labels"][valid]
+    return image, dict(boxes=boxes.as_subclass(Tensor), labels=labels, masks=masks[valid])
+
+
+def collate(samples: Sequence[tuple[Tensor, dict[str, Tensor]]]) -> tuple[list, list]:
+    """A batch of images of unlike sizes: lists instead of tensors."""
+    images, targets = zip(*samples)
+    return list(images), list(targets)
+
+
+# ------------------------------------------------------------------------------------- the scores
+
+
+def scores(model: Detector, data: CocoObjects, place: Place, workers: int = 0) -> dict[str, Any]:
+    """COCO's AP over all images of all ranks: box_ap, box_ap50 ... mask_ap_large in [0, 1], 0
+    without any detection, None where nothing is to be found.
+    """
+    own: list[dict[str, Any]] = []
+    for index, (image, _) in share(data, place, workers):
+        found = model.predict(image.to(place.device))
+        own += as_results(found, data.ids[index], sorted(data.labels))
+    results = [result for part in gather_objects(own) for result in part]
+    numbers: dict[str, Any] = {}
+    with contextlib.redirect_stdout(None):  # pycocotools prints its tables to stdout
+        truth = indexed(data.coco.dataset)
+        found = truth.loadRes(results) if results else None
+        for kind, name in (("bbox", "box"), ("segm", "mask")):
+            judge = COCOeval(truth, found, kind)
+            judge.params.imgIds, judge.stats = data.ids, [0.0] * len(PRECISION)
+            for act in (judge.evaluate, judge.accumulate, judge.summarize) if found else ():
+                act()
+            stats = (None if value < 0 else float(value) for value in judge.stats)
+            numbers |= {f"{name}_{key}": value for key, value in zip(PRECISION, stats)}
+    return dict(numbers, detections=len(results))
+
+
+def as_results(
+    found: dict[str, Tensor], image_id: int, categories: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Detections in one image as COCO's results: box x y width height px, mask as run lengths.
+
+    categories: category_id of label 1, 2 ...
+    """
+    first, last = found["boxes"].float().cpu().split(2, dim=1)  # over x1 y1 x2 y2
+    boxes = torch.cat([first, last - first], dim=1).tolist()
+    masks = found["masks"].cpu().numpy().astype(np.uint8)
+    runs = [encoding.encode(np.asfortranarray(mask)) for mask in masks]
+    about = zip(boxes, found["labels"].tolist(), found["scores"].tolist(), runs)
     return [
-        dict(params=[p for p in trained if p not in norms], weight_decay=weight_decay),
-        dict(params=[p for p in trained if p in norms], weight_decay=0.0),
-    ]
-
-
-def is_norm(module: nn.Module) -> bool:
-    """A batch norm, synchronized or not."""
-    return isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm))
+        dict(image_id=image_id, category_id=categories[label - 1], bbox=box, score=score,
+             segmentation={**mask, "counts": mask["counts"].decode()})
+        for box, label, score, mask in about
+    ]  # fmt: skip

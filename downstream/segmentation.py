@@ -1,50 +1,77 @@
-"""Fully convolutional networks for semantic segmentation: a trunk, a head, and how a whole image is
-read.
+"""Tables 2 and 4, Cityscapes, VOC, ADE20K: fully convolutional networks, crops, mean IoU.
 
-Slides: tables 2 and 4 (Cityscapes, VOC, ADE20K). Paper: section 4.2.
-Differs: torchvision's own FCN head is another one. Strides, widths and dilations are those of the
-released settings [O], layers and loss those of mmsegmentation [P].
+Sizes are those of the released settings [O], layers and loss mmsegmentation's [P].
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+import random
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import default_collate as collate
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.ops import Conv2dNormActivation
+from torchvision.transforms.v2 import functional as pixels
 
-from downstream.trunks import dilate, stages
+from downstream.backbones import NEAREST, dilate, fitting, share, some_of
+from downstream.settings import Segmentation
+from engine.processes import Place
+from engine.ranks import sum_over_ranks
+from measures import metrics
+from measures.datasets import Labeled, open_labeled
 from measures.metrics import IGNORE
-from photometric import normalize
+from photometric import IMAGENET_MEAN, normalize
+
+__all__ = ["SCORE", "collate", "prepare", "scores", "view"]
+SCORE = "miou"  # decides which weights are the best
+TOY_SCENES = 768  # to learn from
+TRIES = 10  # crops until one is varied enough [P: mmsegmentation]
+MOST = 0.75  # of the labeled pixels of a crop that one class may have [P]
+GRAY = [round(255 * value) for value in IMAGENET_MEAN]  # beside the image: zero once normalized
+# Brightness, contrast, saturation, hue: from the range with probability 1/2, else neutral [P]
+DISTORTIONS = (((-32, 32), 0), ((0.5, 1.5), 1), ((0.5, 1.5), 1), ((-0.1, 0.1), 0))
+
+
+def prepare(c: Segmentation, backbone: nn.Module) -> tuple[nn.Module, Labeled, Labeled]:
+    """The model, what it learns from, and what it is tested on. Raises ValueError.
+
+    Without classes.txt each part of a folder counts the ids of its own labels, and the network must
+    have a score for every class of both.
+    """
+    parts = [c.train_list if c.dataset == "voc" else "train", "val"][: 1 + (c.test_on == "val")]
+    more = [dict(count=TOY_SCENES), {}] if c.dataset == "toy" else [{}, {}]
+    opened = [open_labeled(c.dataset, c.data_dir, p, **m) for p, m in zip(parts, more)]
+    classes = {len(each.class_names) for each in opened}
+    if len(classes) > 1:
+        more = dict(num_classes=max(classes))
+        opened = [open_labeled(c.dataset, c.data_dir, part, **more) for part in parts]
+    seen = opened[0].subset(some_of(range(len(opened[0])), c))
+    return Segmenter(backbone, max(classes), c), seen, opened[1] if len(opened) > 1 else seen
+
+
+# ------------------------------------------------------------------------------------ the network
 
 
 class FCNHead(nn.Module):
-    """Convolutions 3x3 with batch norm, then one score per class: map (b c h w) -> scores (b t h
-    w).
+    """3x3 convolutions, then a score per class: map (b c h w) -> scores (b t h w).
 
-    concat: the input is put beside what they made, and one more convolution joins the two. dropout:
-    of whole channels, before the scores. Weights start as mmsegmentation's: Kaiming for 3x3, normal
-    of std 0.01 for scores.
+    concat: one more convolution joins what they made with the map; dropout: of whole channels,
+    before the scores. Weights start as mmsegmentation's: Kaiming for 3x3, normal for scores.
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        classes: int,
-        width: int,
-        convs: int = 2,
-        dilation: int = 1,
-        concat: bool = False,
-        dropout: float = 0.0,
-    ):
+        self, channels: int, classes: int, width: int, convs: int, dilation: int = 1,
+        concat: bool = False, dropout: float = 0.0,
+    ):  # fmt: skip
         super().__init__()
-        widths = (in_channels, *[width] * convs)
-        self.convs = nn.Sequential(
-            *(conv_norm_relu(a, b, dilation) for a, b in itertools.pairwise(widths))
-        )
-        self.join = conv_norm_relu(in_channels + width, width) if concat else None
+        pairs = itertools.pairwise((channels, *[width] * convs))
+        self.convs = nn.Sequential(*(conv_norm_relu(*pair, dilation) for pair in pairs))
+        self.join = conv_norm_relu(channels + width, width) if concat else None
         self.dropout = nn.Dropout2d(dropout)
         self.scores = nn.Conv2d(width, classes, 1)
         nn.init.normal_(self.scores.weight, std=0.01)
@@ -60,127 +87,171 @@ class FCNHead(nn.Module):
 
 def conv_norm_relu(inside: int, outside: int, dilation: int = 1) -> nn.Sequential:
     """A 3x3 convolution of equal resolution, its batch norm, ReLU."""
-    conv = nn.Conv2d(inside, outside, 3, padding=dilation, dilation=dilation, bias=False)
-    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    return nn.Sequential(conv, nn.BatchNorm2d(outside), nn.ReLU(inplace=True))
+    block = Conv2dNormActivation(inside, outside, 3, dilation=dilation)
+    nn.init.kaiming_normal_(block[0].weight, mode="fan_out", nonlinearity="relu")
+    return block
 
 
 class Segmenter(nn.Module):
-    """A trunk with an FCN head, and an auxiliary head on C4 where aux_weight > 0.
+    """A backbone with an FCN head, and an auxiliary head on C4 where c.aux_weight > 0.
 
-    trunk: of `backbone.build_backbone`; output_stride: 8 or 16 of a ResNet, 0 leaves the trunk as it
-    is; width, convs, dilation, concat, dropout: of the head. Nothing is frozen. Raises ValueError
-    for what a trunk has not.
+    Nothing is frozen. Raises ValueError for what a backbone has not.
     """
 
-    def __init__(
-        self,
-        trunk: nn.Module,
-        classes: int,
-        output_stride: int = 16,
-        width: int = 256,
-        convs: int = 2,
-        dilation: int = 6,
-        concat: bool = False,
-        dropout: float = 0.0,
-        aux_weight: float = 0.0,
-    ):
+    def __init__(self, backbone: nn.Module, classes: int, c: Segmentation):
         super().__init__()
-        if output_stride:
-            if not hasattr(trunk, "layer4"):
-                raise ValueError(
-                    f"only a ResNet can be given another output stride: set --output-stride 0 for "
-                    f"this trunk, whose own is {trunk.stride}"
-                )
-            dilate(trunk, output_stride)
-        self.classes, self.output_stride, self.aux_weight = classes, trunk.stride, aux_weight
-        self.backbone = stages(trunk, aux=aux_weight > 0)
-        self.head = FCNHead(trunk.out_channels, classes, width, convs, dilation, concat, dropout)
-        # One convolution on C4, of half the channels of C5 [P: mmsegmentation's auxiliary FCNHead].
-        self.aux_head = (
-            FCNHead(trunk.out_channels // 2, classes, 256, 1, dropout=dropout)
-            if aux_weight
-            else None
-        )
-
-    @property
-    def losses(self) -> tuple[str, ...]:
-        """The names of what `forward` reports."""
-        return ("loss",) if self.aux_head is None else ("loss", "main_loss", "aux_loss")
+        if c.output_stride:
+            dilate(backbone, c.output_stride)
+        self.c, self.classes = c, classes
+        self.backbone, self.aux_head, self.losses = backbone, None, ("loss",)
+        channels, sizes = backbone.out_channels, (c.head_width, c.head_convs, c.head_dilation)
+        self.head = FCNHead(channels, classes, *sizes, c.head_concat, c.dropout)
+        if c.aux_weight:
+            if not hasattr(backbone, "layer4"):
+                raise ValueError("the auxiliary head needs a ResNet's C4: set --aux-weight 0")
+            self.backbone = IntermediateLayerGetter(backbone, {"layer3": "aux", "layer4": "out"})
+            self.aux_head = FCNHead(channels // 2, classes, 256, 1, dropout=c.dropout)  # [P]
+            self.losses = ("loss", "main_loss", "aux_loss")
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """images (b 3 y x) uint8, labels (b y x) in 0..t-1 or IGNORE -> loss, `losses` (n)."""
         maps = self.backbone(normalize(images))
-        main = pixel_loss(self.head(maps["out"]), labels)
         if self.aux_head is None:
-            return main, main.detach()[None]
+            loss = pixel_loss(self.head(maps), labels)
+            return loss, loss.detach()[None]
+        main = pixel_loss(self.head(maps["out"]), labels)
         aux = pixel_loss(self.aux_head(maps["aux"]), labels)
-        loss = main + self.aux_weight * aux
+        loss = main + self.c.aux_weight * aux
         return loss, torch.stack([loss, main, aux]).detach()
 
     def scores(self, images: Tensor) -> Tensor:
-        """images (b 3 y x) uint8, or float 0..1 -> scores (b t y x) of every class at every
-        pixel."""
-        scores = self.head(self.backbone(normalize(images))["out"]).float()
-        return F.interpolate(scores, images.shape[-2:], mode="bilinear", align_corners=False)
+        """images (b 3 y x) uint8, or float 0..1 -> scores (b t y x) of every class and pixel."""
+        maps = self.backbone(normalize(images))
+        scores = self.head(maps if self.aux_head is None else maps["out"])
+        return enlarged(scores, images.shape[-2:])
+
+    @torch.inference_mode()
+    def predict(self, image: Tensor) -> Tensor:
+        """image (3 y x) uint8 -> the class of every pixel (y x) int64; read in the frame."""
+        c, batch = self.c, image[None].float() / 255
+        if any(c.frame):
+            size = fitting(image.shape[-2:], *c.frame)
+            batch = F.interpolate(batch, size, mode="bilinear", antialias=True)
+        scores = slide(self, batch, *c.window) if any(c.window) else self.scores(batch)
+        return enlarged(scores, image.shape[-2:])[0].argmax(0)  # over t
+
+
+def enlarged(scores: Tensor, size: torch.Size) -> Tensor:
+    """scores (b t h w) -> (b t y x) float32 of this size (y, x)."""
+    return F.interpolate(scores.float(), size, mode="bilinear", align_corners=False)
 
 
 def pixel_loss(scores: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of scores (b t h w) enlarged to labels (b y x), mean over all pixels of the
-    batch.
+    """Cross-entropy of scores (b t h w) enlarged to labels (b y x), mean over all pixels.
 
     A pixel without a label counts as zero [P: mmsegmentation], so that the mean has one meaning on
     every rank, and a crop without any label is no division by zero.
     """
-    scores = F.interpolate(scores.float(), labels.shape[-2:], mode="bilinear", align_corners=False)
+    scores = enlarged(scores, labels.shape[-2:])
     return F.cross_entropy(scores, labels, ignore_index=IGNORE, reduction="sum") / labels.numel()
 
 
-@torch.inference_mode()
-def predict(
-    network: Segmenter, image: Tensor, scale: Sequence[int] = (), window: int = 0, stride: int = 0
-) -> Tensor:
-    """The class of every pixel of one image (3 y x) uint8 -> (y x) int64, at the image's own size.
-
-    scale: (long side, short side) px that the image is resized to fit into first, () for its own
-    size; window, stride: px of the square that slides over it, window 0: the whole image at once.
-    """
-    size = image.shape[-2:]
-    batch = image[None].float() / 255
-    if scale:
-        batch = F.interpolate(batch, fitting(size, *scale), mode="bilinear", antialias=True)
-    scores = slide(network, batch, window, stride) if window else network.scores(batch)
-    scores = F.interpolate(scores, size, mode="bilinear", align_corners=False)
-    return scores[0].argmax(0)  # over t
-
-
 def slide(network: Segmenter, images: Tensor, window: int, stride: int) -> Tensor:
-    """images (b 3 y x) of `scores` -> scores (b t y x): the mean over all squares that cover a
-    pixel.
+    """images (b 3 y x) -> scores (b t y x): the mean over all squares that cover a pixel.
 
     Squares at the lower and right border are moved back into the image [P: mmsegmentation]; an
     image that is smaller than a square is read at once in that direction.
     """
     b, _, y, x = images.shape
-    sums = images.new_zeros((b, network.classes, y, x), dtype=torch.float32)
-    counts = images.new_zeros((y, x), dtype=torch.float32)
-    for top in places(y, window, stride):
-        for left in places(x, window, stride):
-            part = slice(top, top + window), slice(left, left + window)
-            sums[..., part[0], part[1]] += network.scores(images[..., part[0], part[1]])
-            counts[part] += 1
+    sums, counts = images.new_zeros((b, network.classes, y, x)), images.new_zeros((y, x))
+    for top, left in itertools.product(*(places(side, window, stride) for side in (y, x))):
+        part = ..., slice(top, top + window), slice(left, left + window)
+        sums[part] += network.scores(images[part])
+        counts[part] += 1
     return sums / counts
 
 
 def places(length: int, window: int, stride: int) -> list[int]:
-    """Where squares begin along a side of so many px: every `stride`, the last one flush with the
-    end."""
+    """Where squares begin along a side, px: every `stride`, the last one flush with the end."""
     last = max(length - window, 0)
     return [min(place, last) for place in range(0, last + stride, stride)]
 
 
-def fitting(size: Sequence[int], long: int, short: int) -> tuple[int, int]:
-    """The size (y, x) px, of the same shape, that fits into a frame of these sides either way
-    round."""
-    factor = min(long / max(size), short / min(size))
-    return tuple(max(1, int(side * factor + 0.5)) for side in size)
+# -------------------------------------------------------------------------------------- the crops
+
+
+def view(pair: tuple[Tensor, Tensor], rng: random.Random, c: Segmentation) -> tuple[Tensor, Tensor]:
+    """What a step sees: a square of the resized image, mirrored half of the time.
+
+    image (3 y x) uint8, label (y x) int64 -> (3 crop crop), (crop crop).
+    """
+    image, label = pair[0], pair[1][None]
+    factor, size = rng.uniform(*c.scale), image.shape[-2:]
+    frame = c.frame if any(c.frame) else (max(size), min(size))
+    size = fitting(size, *(side * factor for side in frame))
+    image, label = pixels.resize(image, size), pixels.resize(label, size, NEAREST)
+    sides = [min(side, c.crop) for side in size]
+    for _ in range(TRIES):
+        corner = [rng.randint(0, whole - side) for whole, side in zip(size, sides)]
+        marks = pixels.crop(label, *corner, *sides)
+        if is_varied(marks):
+            break
+    image = pixels.crop(image, *corner, *sides)
+    if rng.random() < 0.5:
+        image, marks = image.flip(-1), marks.flip(-1)  # over x
+    if c.distort:
+        image = distorted(image, rng)
+    beside = [0, 0, c.crop - sides[1], c.crop - sides[0]]  # at the right and below
+    return pixels.pad(image, beside, GRAY), pixels.pad(marks, beside, IGNORE)[0]
+
+
+def is_varied(label: Tensor) -> bool:
+    """Whether at least two classes are there, and none has too many of the labeled pixels."""
+    counts = torch.bincount(label[label != IGNORE])
+    return bool((counts > 0).sum() > 1 and counts.max() < MOST * counts.sum())
+
+
+def distorted(image: Tensor, rng: random.Random) -> Tensor:
+    """Other colors, as mmsegmentation draws them [P]; torchvision's distortion is another one.
+
+    image (3 y x) uint8 -> the same. Contrast comes before or after saturation and hue, by chance.
+    """
+    brighter, contrast, saturation, hue = (
+        rng.uniform(*ends) if rng.random() < 0.5 else neutral for ends, neutral in DISTORTIONS
+    )
+    before, after = (contrast, 1) if rng.random() < 0.5 else (1, contrast)
+    x = ((image.float() + brighter) / 255).clamp(0, 1)
+    x = saturated(pixels.adjust_brightness(x, before), saturation)  # a factor around black
+    x = pixels.adjust_brightness(pixels.adjust_hue(x, hue), after)
+    return (255 * x).round().to(torch.uint8)
+
+
+def saturated(x: Tensor, factor: float) -> Tensor:
+    """The saturation of HSV times a factor, at most 1; x (3 y x) in 0..1; V: its largest color.
+
+    x -> V - (V - x) min(factor, V / (V - min))
+    """
+    value, least = x.amax(0), x.amin(0)  # over color
+    limit = value / (value - least).clamp(min=1e-9)
+    return value - (value - x) * limit.clamp(max=factor)
+
+
+# ------------------------------------------------------------------------------------- the scores
+
+
+def scores(model: Segmenter, data: Labeled, place: Place, workers: int = 0) -> dict[str, Any]:
+    """One confusion matrix over all images of all ranks, then the mean over classes that occur.
+
+    Returns miou and accuracy in [0, 1], and the IoU of each class by name, None for one without a
+    labeled pixel.
+    """
+    t = len(data.class_names)
+    counts = torch.zeros(t, t, dtype=torch.long)
+    for _, (image, label) in share(data, place, workers):
+        found = model.predict(image.to(place.device)).cpu()
+        counts += metrics.confusion_matrix(found, label, t, t)
+    counts = sum_over_ranks(counts.to(place.device)).cpu()
+    own = torch.arange(t)  # the network knows the classes by name
+    each = zip(data.class_names, metrics.iou(counts, own).tolist())
+    numbers = dict(miou=metrics.miou(counts, own), accuracy=metrics.pixel_accuracy(counts, own))
+    return dict(numbers, iou={name: None if math.isnan(value) else value for name, value in each})

@@ -1,417 +1,187 @@
-"""The configuration of a fine-tuning, and the released settings of the slides' transfer tables.
+"""The settings of a fine-tuning, and the released ones of the slides' transfer tables.
 
-Slides: tables 2, 3, 4 and 7. Paper: section 4.2.
-Differs: the settings are the released ones [O], read by programs that no longer install; numbers
-for toy scenes and for a folder of photographs are ours [U].
-
-Origins of a value: [P] the protocol's own published code (detectron2, mmsegmentation), [O]fficial
-settings, [U]s.
+Origins of a value: [P] the protocol's own code (detectron2, mmsegmentation), [O]fficial, [U]s.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from backbone import ARCHITECTURES
-from downstream.schedules import FineTuning
 from engine import options
 from engine.options import option
-from engine.run import Options
 
 BASE_BATCH = 16  # base_lr and base_steps are for this batch size [O]
+MOMENTUM = 0.9  # of SGD [O]
+LOWEST, POWER = 1e-4, 0.9  # where a polynomial schedule ends, and its shape [O]
 
 
+# fmt: off
 @dataclass(frozen=True)
 class Shared:
-    """What both tasks have. Defaults are set by the presets of each task."""
+    """What both tasks have, and the learning rate. Presets set the defaults."""
 
-    # what is learned from
     dataset: str = option("", "layout of the data, and the settings that go with it")
     data_dir: str = option("", "folder of the data set; toy scenes need none", free=True)
-    labeled: int = option(
-        0,
-        "learn from N random labeled images only, 0: all",
-        low=0,
-        high=10**9,
-        also=("--labelled",),
-    )
-    test_on: str = option(
-        "val",
-        "images that the scores are of; train: can it memorize what it learns from?",
-        choices=("val", "train"),
-    )
-    # the trunk
-    backbone: str = option(
-        "random",
-        "file with a pretrained trunk: last.pth (paused or finished), a released "
-        "checkpoint, backbone.pth, an exported file; or random",
-    )
-    network: str = option(
-        "teacher", "which network of a SlotCon checkpoint", choices=("teacher", "student")
-    )
-    arch: str = option(
-        "resnet50", "trunk of --backbone random; a file says its own", choices=ARCHITECTURES
-    )
-    # the optimizer
-    batch_size: int = option(
-        16, "images per optimizer step over all processes [O]", low=1, high=1_000_000
-    )
-    accumulate: int = option(
-        1,
-        "split each process's share into this many passes, for small memories; batch norm "
-        "then sees less",
-        low=1,
-        high=10_000,
-    )
-    base_lr: float = option(
-        0.01,
-        "learning rate at batch 16; the actual one is base_lr * batch_size / 16",
-        low=0,
-        high=100,
-    )
-    base_steps: int = option(
-        90_000,
-        "steps at batch 16; the actual number is base_steps * 16 / batch_size",
-        low=1,
-        high=10**9,
-    )
-    warmup_steps: int = option(
-        0, "steps over which the rate rises, from a thousandth", low=0, high=10**9
-    )
-    decay: str = option(
-        "steps",
-        "the rate falls to a tenth at two milestones, or as a polynomial",
-        choices=("steps", "poly"),
-    )
-    milestones: tuple[float, float] = option(
-        (0.7, 0.9), "where it falls, as shares of the run", low=0, high=1
-    )
-    momentum: float = option(0.9, "of SGD [O]", low=0, high=1)
-    weight_decay: float = option(1e-4, "L2 [O]; detection: not on batch norms", low=0, high=10)
-    seed: int = option(
-        0, "of the heads' weights, order, crops, and which images are labeled", low=0, high=2**31
-    )
-    # the machine
-    device: str = option(
-        "auto",
-        "auto takes a GPU where there is one",
-        choices=("auto", "cpu", "cuda", "mps"),
-        free=True,
-    )
-    amp: str = option(
-        "auto",
-        "mixed precision: auto is bf16 where the GPU has it, else fp16, off on a CPU",
-        choices=("auto", "bf16", "fp16", "off"),
-        free=True,
-    )
-    threads: int = option(
-        0,
-        "threads of a CPU process for arithmetic, 0: torch's choice; the last bits depend on it",
-        low=0,
-        high=4096,
-        free=True,
-    )
-    workers: int = option(
-        -1,
-        "processes per rank that read images; 0: none, -1: one per core up to 8",
-        low=-1,
-        high=512,
-        free=True,
-    )
-    timeout: float = option(
-        3600.0,
-        "seconds after which a silent process counts as lost; a test may be long",
-        low=1,
-        high=1e6,
-        free=True,
-    )
-    # what is written
-    output_dir: str = option("", "default: runs/TASK-DATASET", free=True)
-    resume: str = option(
-        "auto", "auto continues output-dir/last.pth if it is there; or a path; or none", free=True
-    )
-    force_resume: bool = option(
-        False, "continue although options that matter have changed", free=True
-    )
-    log_every: int = option(50, "steps between lines of log.jsonl", low=1, high=10**6, free=True)
-    save_every: int = option(
-        1000, "steps between two writings of last.pth", low=1, high=10**9, free=True
-    )
-    test_every: int = option(
-        0,
-        "steps between two tests; best.pth is the best of them; 0: only at the end",
-        low=0,
-        high=10**9,
-        free=True,
-    )
-    max_steps: int = option(
-        0,
-        "stop after this many steps in all, 0: at the end; the schedule does not change",
-        low=0,
-        high=10**9,
-        free=True,
-    )
-    max_bad_share: float = option(
-        0.01,
-        "stop when more than this share of the images cannot be used",
-        low=0,
-        high=1,
-        free=True,
-    )
-    max_bad_steps: int = option(
-        20,
-        "stop after this many steps in a row without a finite loss and gradient",
-        low=1,
-        high=10**6,
-        free=True,
-    )
-    on_save_error: str = option(
-        "continue", "when the disk refuses a checkpoint", choices=("continue", "stop"), free=True
-    )
-    tensorboard: bool = option(False, "also log to TensorBoard, if it is installed", free=True)
+    output_dir: str = option("", "where the run is written (default: runs/TASK-DATASET)", free=True)
+    backbone: str = option("random", "last.pth, a released checkpoint, backbone.pth; or random")
+    network: str = option("teacher", "of a SlotCon checkpoint", choices=("teacher", "student"))
+    arch: str = option("resnet50", "of --backbone random, a row of backbone.py: ARCHITECTURES")
+    labeled: int = option(0, "learn from N random labeled images only, 0: all", low=0)
+    test_on: str = option("val", "train: can it memorize what it saw?", choices=("val", "train"))
+    batch_size: int = option(16, "images per step, over all processes [O]", low=1)
+    max_steps: int = option(0, "pause after N steps in all, 0: never", low=0, free=True)
+    seed: int = option(0, "of heads, order, crops, and which images are labeled", low=0, high=2**31)
+
+    base_lr: float = option(0.01, "at batch 16, in proportion to it otherwise", "optimizer", low=0)
+    base_steps: int = option(90_000, "at batch 16; as many images at any other", "optimizer", low=1)
+    warmup_steps: int = option(0, "the rate rises, from a thousandth", "optimizer", low=0)
+    decay: str = option("steps", "the rate falls to a tenth twice, or as a polynomial", "optimizer",
+        choices=("steps", "poly"))
+    milestones: tuple[float, float] = option((0.7, 0.9), "where it falls, as shares of the run",
+        "optimizer", low=0, high=1)
+    weight_decay: float = option(1e-4, "L2; detection: not on batch norms [O]", "optimizer", low=0)
+    accumulate: int = option(1, "passes per step; each pass sees less", "optimizer", low=1)
+
+    device: str = option("auto", "auto: a CUDA GPU where there is one", "machine",
+        choices=("auto", "cpu", "cuda", "mps"), free=True)
+    amp: str = option("auto", "mixed precision; auto: on a GPU", "machine",
+        choices=("auto", "bf16", "fp16", "off"), free=True)
+    threads: int = option(0, "of a CPU process; 0: torch's choice; changes last bits", "machine",
+        low=0, free=True)
+    workers: int = option(-1, "processes per rank that read images; -1: one per core", "machine",
+        low=-1, free=True)
+
+    resume: str = option("auto", "auto: from OUTPUT_DIR/last.pth; none; a path; or force: although "
+        "options changed", "files", free=True)
+    log_every: int = option(50, "steps between lines of log.jsonl", "files", low=1, free=True)
+    test_every: int = option(0, "steps between two tests; 0: only at the end; best.pth is the best",
+        "files", low=0, free=True)
+    save_minutes: float = option(10.0, "between writings of last.pth", "files", low=0, free=True)
+
+    @property
+    def total_steps(self) -> int:
+        """Length of the schedule, in optimizer steps: as many images as at batch 16."""
+        return max(1, round(self.base_steps * BASE_BATCH / self.batch_size))
+
+    @property
+    def last_step(self) -> int:
+        """Where the run ends, which may be earlier."""
+        return min(self.total_steps, self.max_steps or self.total_steps)
+
+    def learning_rate(self, step: int) -> float:
+        """Of step t, 0 .. T - 1; peak = base_lr batch_size / 16.
+
+        steps: peak 0.1^(number of milestones passed)
+        poly: lowest + (peak - lowest) (1 - t / T)^power
+        Both times the warm-up's factor, 1/1000 + (1 - 1/1000) t / T_w for t < T_w.
+        """
+        peak, rise = self.base_lr * self.batch_size / BASE_BATCH, 1.0
+        if step < self.warmup_steps:
+            rise = 1e-3 + (1 - 1e-3) * step / self.warmup_steps
+        if self.decay == "poly":
+            return rise * (LOWEST + (peak - LOWEST) * (1 - step / self.total_steps) ** POWER)
+        passed = sum(step >= round(share * self.total_steps) for share in self.milestones)
+        return rise * peak * 0.1**passed
 
 
 @dataclass(frozen=True)
 class Detection(Shared):
     """Mask R-CNN. Defaults: the 1x schedule of table 2."""
 
-    short_low: int = option(
-        640,
-        "training: shortest short side, px; one of every 32 up to the largest [O]",
-        low=32,
-        high=8192,
-    )
-    short_high: int = option(800, "training: largest short side, px [O]", low=32, high=8192)
-    longest: int = option(1333, "longest long side, px [O]", low=32, high=8192)
-    test_short: int = option(800, "test: short side, px [O]", low=32, high=8192)
-    smallest_anchor: int = option(
-        32,
-        "px of the smallest of five anchor sizes [O]; smaller for smaller images",
-        low=2,
-        high=1024,
-    )
-    regions: int = option(
-        512, "proposals per image that the heads learn from [O]", low=8, high=4096
-    )
+    task = "detection"
+    shorts: tuple[int, int] = option((800, 640), "training: largest and smallest short side, px, "
+        "and every 32 px between [O]", "views", low=32)
+    longest: int = option(1333, "long side, px, at most [O]", "views", low=32)
+    test_short: int = option(800, "test: short side, px [O]", "views", low=32)
+    smallest_anchor: int = option(32, "px of the first of five anchor sizes, each twice the one "
+        "before [O]", "method", low=2)
+    regions: int = option(512, "proposals per image that the heads learn from [O]", "method", low=8)
 
 
 @dataclass(frozen=True)
 class Segmentation(Shared):
     """FCN. Defaults: table 2's Cityscapes."""
 
-    train_list: str = option(
-        "train_aug", "VOC: the list in ImageSets/Segmentation to learn from [O]"
-    )
-    scenes: int = option(768, "toy: how many scenes to learn from", low=1, high=10**6)
-    frame: tuple[int, int] = option(
-        (2049, 1025),
-        "long and short side, px, of the frame that an image is fitted into; 0 0: its own size",
-        low=0,
-        high=16384,
-    )
-    scale: tuple[float, float] = option(
-        (0.5, 2.0), "training: times this, drawn evenly [O]", low=0.05, high=20
-    )
-    crop: int = option(769, "training: side of the square, px [O]", low=16, high=8192)
-    most: float = option(
-        0.75,
-        "draw a crop again in which one class has more of the pixels; 1: never [P]",
-        low=0,
-        high=1,
-    )
-    distort: bool = option(False, "training: change brightness, contrast, saturation and hue")
-    window: int = option(
-        0,
-        "test: side of a square that slides over the image, px; 0: the whole image",
-        low=0,
-        high=8192,
-        free=True,
-    )
-    window_stride: int = option(513, "test: step of that square, px", low=1, high=8192, free=True)
-    output_stride: int = option(
-        16,
-        "px per cell of the trunk's map, 8, 16 or 32 of a ResNet; 0: as the trunk is",
-        choices=(0, 8, 16, 32),
-    )
-    head_width: int = option(256, "channels of the head [O]", low=1, high=65_536)
-    head_convs: int = option(2, "3x3 convolutions of the head [O]", low=0, high=64)
-    head_dilation: int = option(6, "their dilation [O]", low=1, high=64)
-    head_concat: bool = option(
-        False, "the head also sees its own input once more, before the scores"
-    )
-    dropout: float = option(0.0, "of whole channels before the scores", low=0, high=0.99)
-    aux_weight: float = option(
-        0.0, "weight of an auxiliary head on a ResNet's C4, 0: none", low=0, high=100
-    )
+    task = "segmentation"
+    train_list: str = option("train_aug", "VOC: list in ImageSets/Segmentation to learn from [O]")
+    frame: tuple[int, int] = option((2049, 1025), "long and short side, px, of the frame that an "
+        "image is fitted into; 0 0: its own size [O]", "views", low=0)
+    scale: tuple[float, float] = option((0.5, 2.0), "training: times this, drawn evenly [O]",
+        "views", low=0.05)
+    crop: int = option(769, "training: side of the square, px [O]", "views", low=16)
+    distort: bool = option(False, "training: change brightness, contrast, saturation, hue", "views")
+    window: tuple[int, int] = option((0, 0), "test: side and step, px, of a square that slides "
+        "over the image; 0 0: the whole image at once [O]", "views", low=0, free=True)
+    output_stride: int = option(16, "px per cell of a ResNet's map, 0: as it is", "method",
+        choices=(0, 8, 16, 32))
+    head_width: int = option(256, "channels of the head [O]", "method", low=1)
+    head_convs: int = option(2, "3x3 convolutions of the head [O]", "method", low=0)
+    head_dilation: int = option(6, "their dilation [O]", "method", low=1)
+    head_concat: bool = option(False, "the scores see the head's input once more", "method")
+    dropout: float = option(0.0, "of whole channels before the scores", "method", low=0, high=0.99)
+    aux_weight: float = option(0.0, "of a second head on a ResNet's C4, 0: none", "method", low=0)
+# fmt: on
 
 
-DETECTION = {
-    "coco": Detection(
-        dataset="coco", base_lr=0.02, warmup_steps=1000, milestones=(2 / 3, 8 / 9), save_every=2500
-    )
-}
-CITYSCAPES = Segmentation(dataset="cityscapes", window=769, window_stride=513)
-VOC = dataclasses.replace(
-    CITYSCAPES,
-    dataset="voc",
-    base_lr=0.003,
-    base_steps=30_000,
-    frame=(2049, 513),
-    crop=513,
-    window=0,
+COCO = Detection(dataset="coco", base_lr=0.02, warmup_steps=1000, milestones=(2 / 3, 8 / 9))
+CITYSCAPES = Segmentation(dataset="cityscapes", window=(769, 513))
+VOC = Segmentation(dataset="voc", base_lr=0.003, base_steps=30_000, frame=(2049, 513), crop=513)
+ADE20K = Segmentation(
+    dataset="ade20k", base_steps=80_000, weight_decay=5e-4, decay="poly", frame=(2048, 512),
+    crop=512, distort=True, output_stride=8, head_width=512, head_dilation=1, head_concat=True,
+    dropout=0.1, aux_weight=0.4,
+)  # fmt: skip
+# Photographs as they are, of some 300 px; a short run, since there are few of them [U].
+FOLDER = Segmentation(
+    dataset="folder", base_steps=2000, decay="poly", frame=(0, 0), crop=224, test_every=500
 )
-SEGMENTATION = {
-    "voc": VOC,
-    "cityscapes": CITYSCAPES,
-    "ade20k": dataclasses.replace(
-        CITYSCAPES,
-        dataset="ade20k",
-        base_steps=80_000,
-        weight_decay=5e-4,
-        decay="poly",
-        frame=(2048, 512),
-        crop=512,
-        distort=True,
-        window=0,
-        output_stride=8,
-        head_width=512,
-        head_dilation=1,
-        head_concat=True,
-        dropout=0.1,
-        aux_weight=0.4,
-    ),
-    # Photographs as they are, of some 300 px; a short run, since there are few of them [U].
-    "folder": dataclasses.replace(
-        VOC,
-        dataset="folder",
-        base_lr=0.01,
-        base_steps=2000,
-        decay="poly",
-        frame=(0, 0),
-        crop=224,
-        test_every=500,
-        save_every=250,
-    ),
-    # Scenes of 64 px: a map of stride 4, and a head that sees no farther than it must [U].
-    "toy": dataclasses.replace(
-        VOC,
-        dataset="toy",
-        arch="tiny",
-        base_lr=0.05,
-        base_steps=400,
-        decay="poly",
-        frame=(0, 0),
-        scale=(1.0, 1.0),
-        crop=64,
-        most=1.0,
-        output_stride=0,
-        head_width=64,
-        head_convs=1,
-        head_dilation=1,
-        threads=1,
-        workers=0,
-        log_every=20,
-        save_every=100,
-    ),
+# Scenes of 64 px: a map of stride 4, and a head that sees no farther than it must [U].
+TOY = Segmentation(
+    dataset="toy", arch="tiny", base_lr=0.05, base_steps=400, decay="poly", frame=(0, 0),
+    scale=(1.0, 1.0), crop=64, output_stride=0, head_width=64, head_convs=1, head_dilation=1,
+    threads=1, workers=0, log_every=20,
+)  # fmt: skip
+PRESETS = {  # task -> data set -> settings
+    "detection": {"coco": COCO},
+    "segmentation": {c.dataset: c for c in (VOC, CITYSCAPES, ADE20K, FOLDER, TOY)},
 }
-# The slides' numbers, in percent: from random weights, and from SlotCon on COCO for 800 epochs.
+# The slides' numbers, percent: from random weights, and from SlotCon on COCO for 800 epochs.
 TARGETS = {
     "coco": {
-        "box_ap": (32.8, 41.0),
-        "box_ap50": (50.9, 61.1),
-        "box_ap75": (35.3, 45.0),
-        "mask_ap": (29.9, 37.0),
-        "mask_ap50": (47.9, 58.3),
-        "mask_ap75": (32.0, 39.8),
+        "box_ap": (32.8, 41.0), "box_ap50": (50.9, 61.1), "box_ap75": (35.3, 45.0),
+        "mask_ap": (29.9, 37.0), "mask_ap50": (47.9, 58.3), "mask_ap75": (32.0, 39.8),
     },
     "cityscapes": {"miou": (65.3, 76.2)},
     "voc": {"miou": (39.5, 71.6)},
     "ade20k": {"miou": (29.4, 39.0)},
-}
+}  # fmt: skip
 
 
-def check(c: Shared, world_size: int, num_images: int) -> None:
-    """The options fit each other, the processes and the images. Raises ValueError."""
-    parts = world_size * c.accumulate
-    if c.batch_size % parts:
-        raise ValueError(
-            f"--batch-size {c.batch_size} must be divisible by {world_size} process(es) x "
-            f"--accumulate {c.accumulate}: take {max(c.batch_size // parts, 1) * parts}"
-        )
-    if num_images < c.batch_size:
-        raise ValueError(
-            f"--batch-size {c.batch_size} is larger than the {num_images} images to learn from: "
-            f"take at most {num_images // parts * parts}"
-        )
-    if isinstance(c, Detection) and c.short_low > c.short_high:
-        raise ValueError(f"--short-low {c.short_low} is above --short-high {c.short_high}")
-    if isinstance(c, Segmentation):
-        if (c.frame[0] == 0) != (c.frame[1] == 0):
-            raise ValueError(
-                f"--frame {c.frame[0]} {c.frame[1]}: both sides, or 0 0 for an image's own size"
-            )
-        if c.scale[0] > c.scale[1]:
-            raise ValueError(
-                f"--scale {c.scale[0]:g} {c.scale[1]:g}: the smaller number comes first"
-            )
-        if c.window and c.window_stride > c.window:
-            raise ValueError(
-                f"--window-stride {c.window_stride} leaves gaps between squares of {c.window} px"
-            )
-
-
-def schedule_of(c: Shared) -> FineTuning:
-    """What the run intends, in optimizer steps: as many images as at batch 16, a rate in proportion
-    to the batch."""
-    total = max(1, round(c.base_steps * BASE_BATCH / c.batch_size))
-    last, peak = min(total, c.max_steps or total), c.base_lr * c.batch_size / BASE_BATCH
-    return FineTuning(c.save_every, total, last, peak, c.decay, c.warmup_steps, c.milestones)
-
-
-def run_options(c: Shared) -> Options:
-    """The part of the configuration that is about any run; save_every is in the schedule."""
-    names = {f.name for f in dataclasses.fields(Options)} & {f.name for f in dataclasses.fields(c)}
-    return Options(**{name: getattr(c, name) for name in names - {"save_every"}})
-
-
-def kept(c: Shared) -> dict[str, Any]:
-    """What stands in config.json and in the checkpoint."""
-    return dict(task=type(c).__name__.lower(), **dataclasses.asdict(c))
-
-
-def shorts(c: Detection) -> range:
-    """The short sides, px, that a training image may get."""
-    return range(c.short_low, c.short_high + 1, 32)
+def parse(argv: Sequence[str] | None, description: str) -> tuple[Shared, set[str]]:
+    """The command line -> settings, and the names of the options given. Raises ValueError."""
+    parser = options.Parser("transfer.py", description=description)
+    commands = parser.add_subparsers(dest="task", required=True, metavar=" | ".join(PRESETS))
+    for task, presets in PRESETS.items():
+        text = f"fine-tune for {task}: {type(next(iter(presets.values()))).__doc__}"
+        command = commands.add_parser(task, help=text, description=text)
+        options.add_options(command, presets, by="dataset")
+    args = parser.parse_args(argv)
+    c, given = options.settle(PRESETS[args.task], args, by="dataset")
+    for name in ("shorts", "frame", "window"):
+        large, small = getattr(c, name, (0, 0))
+        if not (0 < small <= large or large == small == 0):
+            raise ValueError(f"--{name} {large} {small}: the larger number comes first, or 0 0")
+    output_dir = c.output_dir or f"runs/{c.task}-{c.dataset}"
+    return dataclasses.replace(c, output_dir=output_dir), given
 
 
 def differences(c: Shared, num_images: int, saved: Mapping[str, Any]) -> list[str]:
-    """What a checkpoint was made with and this run is not; empty where that is allowed by
-    --force-resume."""
-    task, then = type(c).__name__.lower(), saved["config"].get("task", "pretraining")
-    if then != task:
-        return [f"task: {then} then, {task} now"]
-    changed = options.differences(c, saved["config"])
-    if saved["num_images"] != num_images:
-        changed.append(f"images: {saved['num_images']} then, {num_images} now")
-    return [] if c.force_resume else changed
-
-
-def describe(c: Shared, schedule: FineTuning, world_size: int) -> str:
-    """The effective batch, length and rate, on two lines."""
-    fall = (
-        f"to {schedule.lowest:g} as a polynomial of power {schedule.power:g}"
-        if c.decay == "poly"
-        else (
-            "x 0.1 at "
-            + " and ".join(str(round(share * schedule.total_steps)) for share in c.milestones)
-        )
-    )
-    return (
-        f"batch    {c.batch_size} = {c.batch_size // world_size} x {world_size} process(es); "
-        f"{schedule.total_steps} steps = {c.base_steps} x {BASE_BATCH} / {c.batch_size}\n"
-        f"lr       {schedule.peak:g} = {c.base_lr:g} x {c.batch_size} / {BASE_BATCH}, warm-up "
-        f"{schedule.warmup_steps} steps, {fall}"
-    )
+    """What a checkpoint was made with and this run is not."""
+    then = saved["config"].get("task", "pretraining"), saved["num_images"]
+    if then[0] != c.task:
+        return [f"task: {then[0]} then, {c.task} now"]
+    images = [f"images: {then[1]} then, {num_images} now"]
+    return options.differences(c, saved["config"]) + images * (then[1] != num_images)

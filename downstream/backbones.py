@@ -1,0 +1,128 @@
+"""What both tasks begin with: the pretrained backbone, made ready, and labeled images to read."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import InterpolationMode
+from tqdm import tqdm
+
+from backbone import build_backbone
+from downstream.settings import Shared
+from engine.batches import leave_signals_to_the_parent, why
+from engine.images import BadImage
+from engine.processes import Place, workers_of
+from measures.networks import open_backbone
+
+NEAREST = InterpolationMode.NEAREST_EXACT  # the pixel under the center, as Pillow's
+
+
+def open_pretrained(c: Shared, given: set[str]) -> tuple[nn.Module, Shared, str]:
+    """The backbone to fine-tune, the settings for its architecture, and a line about it.
+
+    given: names of the options on the command line. Nothing is ever loaded in part: a wrong key
+    would leave some of the backbone random, and the score would not say so. Raises ValueError.
+    """
+    if c.backbone == "random":
+        backbone, arch, source = build_backbone(c.arch), c.arch, "random weights, none loaded"
+    else:
+        backbone, config = open_backbone(c.backbone, c.network)
+        arch, count = config["arch"], len(backbone.state_dict())
+        source = f"all {count} tensors from {c.backbone} ({c.network})"
+    if "arch" in given and c.arch != arch:
+        raise ValueError(f"--arch {c.arch}, but {c.backbone} holds a {arch}: leave --arch out")
+    more = {}  # only a ResNet can be given another stride
+    if not hasattr(backbone, "layer4") and hasattr(c, "output_stride"):
+        more = dict(output_stride=c.output_stride if "output_stride" in given else 0)
+    return backbone, dataclasses.replace(c, arch=arch, **more), f"{arch}, {source}"
+
+
+def dilate(backbone: nn.Module, output_stride: int) -> None:
+    """A ResNet of stride 32 becomes one of stride 16 or 8: its last stages keep the resolution.
+
+    Their 3x3 convolutions look `dilation` pixels further instead; the first block of a stage has
+    the dilation of the stage before, as in torchvision [P: mmsegmentation's contract_dilation]. No
+    weight changes. Raises ValueError for other backbones.
+    """
+    if not hasattr(backbone, "layer4"):
+        raise ValueError(
+            "only a ResNet can be given another output stride: set --output-stride 0 for this "
+            f"backbone, whose own is {backbone.stride}"
+        )
+    stages, dilation = (backbone.layer3, backbone.layer4), 1
+    for stage in stages[{8: 0, 16: 1, 32: 2}[output_stride] :]:
+        for index, block in enumerate(stage):
+            dilation *= 1 + (index == 1)
+            for conv in (m for m in block.modules() if isinstance(m, nn.Conv2d)):
+                conv.stride = (1, 1)
+                if conv.kernel_size == (3, 3):
+                    conv.dilation = conv.padding = (dilation, dilation)
+    backbone.stride = output_stride
+
+
+def groups_of(model: nn.Module, c: Shared) -> list[dict[str, Any]]:
+    """All parameters, for the optimizer: with decay, and in detection norms without it [O]."""
+    norms = (m for m in model.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm)))
+    free = {p for m in norms for p in m.parameters()} if c.task == "detection" else set()
+    decayed = [p for p in model.parameters() if p not in free]
+    return [
+        dict(params=decayed, weight_decay=c.weight_decay),
+        dict(params=[p for p in model.parameters() if p in free], weight_decay=0.0),
+    ]
+
+
+# ------------------------------------------------------------------------------- labeled images
+
+
+class Usable(Dataset):
+    """Labeled images for a run: one that cannot be used is named, and its neighbor is taken."""
+
+    def __init__(self, labeled: Any):
+        self.labeled = labeled
+
+    def __len__(self) -> int:
+        return len(self.labeled)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.labeled[index]
+        except ValueError as error:
+            raise BadImage(f"labeled image {index}", str(error)) from None
+
+
+def some_of(every: Sequence[int], c: Shared) -> list[int]:
+    """A random --labeled of these, in order, chosen by the seed; 0: all. Raises ValueError."""
+    if c.labeled > len(every):
+        raise ValueError(f"--labeled {c.labeled}, but there are {len(every)} labeled images")
+    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(c.seed))
+    return [every[i] for i in sorted(order[: c.labeled or len(every)].tolist())]
+
+
+def fitting(size: Sequence[int], long: float, short: float) -> list[int]:
+    """The size (y, x) px, of the same shape, that fits into a frame either way round."""
+    factor = min(long / max(size), short / min(size))
+    return [max(1, int(side * factor + 0.5)) for side in size]
+
+
+def share(data: Sequence[Any], place: Place, workers: int) -> Iterator[tuple[int, Any]]:
+    """This rank's items with their indices, read by worker processes, with a bar on a terminal.
+
+    Raises ValueError, one line, for one that cannot be used: a score without it is of other images.
+    """
+    mine = range(place.rank, len(data), place.world_size)
+    loader = DataLoader(
+        data, batch_size=None, sampler=mine, collate_fn=tuple, num_workers=workers_of(workers),
+        worker_init_fn=leave_signals_to_the_parent,
+    )  # fmt: skip
+    silent = not place.is_main or not sys.stderr.isatty()
+    try:
+        for step, item in enumerate(tqdm(loader, "test", disable=silent, leave=False)):
+            yield mine[step], item
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"the images to test cannot be used: {why(error)}") from None

@@ -1,0 +1,70 @@
+"""Files for other libraries: a ResNet under torchvision's names, or under detectron2's.
+
+detectron2 itself no longer installs on today's torch; the names are those of its
+modeling/backbone/resnet.py, where every convolution holds its norm.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from engine import checkpoints, files
+
+DETECTRON2_SETTINGS = (  # what a configuration must say for such a file
+    'INPUT.FORMAT "RGB"',
+    "MODEL.PIXEL_MEAN [123.675, 116.28, 103.53]",
+    "MODEL.PIXEL_STD [58.395, 57.12, 57.375]",
+    "MODEL.RESNETS.STRIDE_IN_1X1 False",
+    'MODEL.RESNETS.NORM "SyncBN"',
+    "MODEL.BACKBONE.FREEZE_AT 0",
+)
+DETECTRON2_NAMES = (  # torchvision -> detectron2, one rule after the other
+    (r"^conv1\.", "stem.conv1."),
+    (r"^bn1\.", "stem.conv1.norm."),
+    (r"^layer(\d)", lambda found: f"res{int(found[1]) + 1}"),
+    (r"\.bn(\d)\.", r".conv\1.norm."),
+    (r"\.downsample\.0\.", ".shortcut."),
+    (r"\.downsample\.1\.", ".shortcut.norm."),
+)
+
+
+def name_of(name: str, form: str) -> str:
+    """A name of torchvision's under torchvision or detectron2."""
+    for rule in DETECTRON2_NAMES if form == "detectron2" else ():
+        name = re.sub(*rule, name)
+    return name
+
+
+def write(state: Mapping[str, Tensor], form: str, file: Path) -> None:
+    """The state as the target's checkpointer reads it; *.pkl: arrays, as detectron2's own tools
+    write them. Raises OSError.
+    """
+    named = {name_of(name, form): value for name, value in state.items()}
+    if form == "torchvision":
+        return checkpoints.save(file, named)
+    contents = dict(model=named, __author__="SlotCon", matching_heuristics=True)
+    if file.suffix != ".pkl":
+        return checkpoints.save(file, contents)
+    contents["model"] = {name: value.numpy() for name, value in named.items()}
+    files.write_atomically(file, lambda out: pickle.dump(contents, out))
+
+
+def read(arch: str, form: str, file: Path) -> nn.Module:
+    """torchvision's own network with what our file holds: images (1 3 y x) -> C5, flat.
+
+    Raises KeyError, RuntimeError where it does not fit.
+    """
+    contents = pickle.loads(file.read_bytes()) if file.suffix == ".pkl" else torch.load(file)
+    named = contents["model"] if form == "detectron2" else contents
+    network = getattr(torchvision.models, arch)(weights=None)
+    network.avgpool = network.fc = nn.Identity()
+    names = network.state_dict().keys()
+    network.load_state_dict({n: torch.as_tensor(named[name_of(n, form)]) for n in names})
+    return network
