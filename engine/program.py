@@ -7,10 +7,11 @@ trace. This file loads no torch, so a wrong option is answered at once.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 
 class Stopped(Exception):
@@ -35,7 +36,17 @@ def run_program(
     """Calls main(argv) and turns what it raises into one line on stderr; returns the status.
 
     ValueError and OSError: status 2; Stopped: 1; Ctrl-C: 130; memory that does not suffice: 2.
+    Output that nobody reads, or that a full disk refuses, stops no program.
     """
+    out, err = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = outcome(name, main, argv)
+        out.flush()
+    return status
+
+
+def outcome(name: str, main: Callable, argv: Sequence[str] | None) -> int:
+    """As `run_program`."""
     try:
         return main(argv)
     except (ValueError, OSError) as error:
@@ -62,3 +73,34 @@ def fail(name: str, reason: Exception | str, status: int) -> int:
         sys.stdout.flush()
         os._exit(status)
     return status
+
+
+class Unbreakable:
+    """A stream that never raises: once a write fails, all that follows goes to the null device."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):  # what a terminal cannot show is written as \\u043c
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        """Write, where it is possible; -> the length of the text."""
+        self.attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, where it is possible."""
+        self.attempt(self.stream.flush)
+
+    def attempt(self, act: Callable, *given: str) -> None:
+        """Call a method of the stream. What is still in its buffer is given up with it."""
+        try:
+            act(*given)
+        except (OSError, ValueError):  # ValueError: the stream is closed
+            with contextlib.suppress(OSError, ValueError):
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, self.stream.fileno())
+                os.close(null)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
