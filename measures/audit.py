@@ -19,11 +19,8 @@ from toy import CLASS_NAMES, Stream, scene
 def shortcuts(
     seed: int = 0, count: int = 128, preset: str = "scene", **dials: Any
 ) -> dict[str, float]:
-    """The score of every shortcut on scenes of this seed.
-
-    count: scenes to learn from, and as many to test on; dials: as in `toy.scene`. Returns balanced
-    accuracies in [0, 1] (chance: 1/8) of color, position and random_convolutions, and the mIoU of
-    k-means on color.
+    """Balanced accuracy in [0, 1] (chance: 1/8) of every shortcut on scenes of this seed, and the
+    mIoU of k-means on color. count: scenes to learn from, and as many to test on.
     """
     drawn = [scene(seed, index, preset, **dials) for index in range(2 * count)]
     images, labels = np.stack([s.image for s in drawn]), np.stack([s.semantic for s in drawn])
@@ -45,8 +42,7 @@ def balanced_accuracy(guesses: np.ndarray, labels: np.ndarray) -> float:
 def lookup_accuracy(cells: np.ndarray, labels: np.ndarray) -> float:
     """Balanced accuracy of a table that holds the likeliest class of each cell, for equal classes.
 
-    cells, labels (b y x) int; the table is made from the first half of the scenes, and tested on
-    the second.
+    cells, labels (b y x) int; made from the first half of the scenes, tested on the second.
     """
     half = len(cells) // 2
     counts = np.zeros((cells.max() + 1, len(CLASS_NAMES)))
@@ -58,10 +54,9 @@ def lookup_accuracy(cells: np.ndarray, labels: np.ndarray) -> float:
 def random_convolution_accuracy(
     images: np.ndarray, labels: np.ndarray, seed: int = 0, width: int = 128
 ) -> float:
-    """Balanced accuracy of ridge regression on rectified random 9x9 convolutions.
+    """Balanced accuracy of ridge regression on `width` rectified random 9x9 convolutions.
 
-    It says how much of the texture needs no learned features. images (b y x 3) uint8, labels
-    (b y x); width: the number of convolutions. Learns on the first half, tests on the second.
+    images (b y x 3) uint8, labels (b y x). Learns on the first half, tests on the second.
     """
     stream = Stream(seed)
     filters = stream.field(9 * 9 * 3, width) - 0.5
@@ -81,10 +76,7 @@ def random_convolution_accuracy(
 
 
 def kmeans_miou(images: np.ndarray, labels: np.ndarray, seed: int = 0, k: int = 8) -> float:
-    """mIoU of k-means on the colors of 50,000 pixels, clusters matched with classes one-to-one.
-
-    images (b y x 3) uint8, labels (b y x).
-    """
+    """One-to-one mIoU of k-means on 50,000 pixels; images (b y x 3) uint8, labels (b y x)."""
     picked = (Stream(seed, k).field(50_000) * labels.size).astype(np.int64)
     pixels = torch.from_numpy(images.reshape(-1, 3)[picked])
     groups, _ = rgb_kmeans(pixels, k, seed)(rearrange(pixels, "n rgb -> 1 rgb 1 n"))

@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 import toy
 from engine.images import BadImage, ImageFiles, find_images
-from measures.layouts import COARSE_NAMES, FIRST_STUFF, IGNORE, LABELED, WRONG, Layout, unlabeled
+from measures.layouts import COARSE_NAMES, FIRST_STUFF, IGNORE, LABELED, WRONG, unlabeled
 
 UNSEEN = 2**32  # a seed of toy scenes that no run trains on: those of runs end at 2^31
 
-# sha256 of PiCIE's list for val2017: 2,175 ids of 12 digits, one per line [P: PiCIE].
+# sha256 of PiCIE's list of val2017: 2,175 ids of 12 digits, one per line [P].
 PUBLISHED_LIST = "7c629734c88f1a74bba6311e01d4d9fe976df84f07cb4fc86452ce5116e51655"
 
 
@@ -52,7 +52,7 @@ class Labeled:
         try:
             image, label = self.images[place], self.label_of(place).long()
         except BadImage as bad:
-            raise ValueError(f"cannot read {bad.name}: {bad.reason}") from None
+            raise ValueError(f"cannot read {bad}") from None
         if label.shape != image.shape[-2:]:
             size, found = (f"{x} x {y}" for y, x in (image.shape[-2:], label.shape))
             raise ValueError(f"{self.images.name(place)} is {size} but its label is {found}")
@@ -78,8 +78,8 @@ def open_labeled(
 ) -> Labeled:
     """The labeled images of one split of a data set.
 
-    dataset: a key of `LABELED`; split: None for what is usually measured, val, of a folder
-    everything. options: those of `draw_toy` or `open_files`. Raises ValueError with one line.
+    split: None for val, of a folder for all images; options: of `draw_toy` or `open_files`. Raises
+    ValueError with one line.
     """
     if dataset not in LABELED:
         raise ValueError(f"no labeled data set {dataset!r}: choose one of {', '.join(LABELED)}")
@@ -102,21 +102,20 @@ def draw_toy(
 def open_files(
     dataset: str, root: Path, split: str | None, list_file: Path | None = None, num_classes: int = 0
 ) -> Labeled:
-    """`open_labeled` of files.
-
-    list_file: names of the images to take, one per line; num_classes: of a folder, 0: unknown.
-    """
+    """list_file: names of the images to take; num_classes: of a folder, 0: unknown."""
     layout = LABELED[dataset]
     root = next((root / top for top in layout.tops if (root / top).is_dir()), root)
     part = folder_part(root, split) if layout.classes is None else split or "val"
     images = root / layout.images.format(split=layout.splits.get(part, part))
     if not images.is_dir():
         raise wrong_tree(dataset, root, f"no folder {images}")
-    pairs = paired(dataset, root, images, part, list_file)
-    paths, files = zip(*pairs)
+    paths, files = zip(*paired(dataset, root, images, part, list_file))
     names, notice = layout.classes, curated_notice(paths, part) if layout.curated else ""
     if names is None:
-        names, notice = folder_classes(root, files, num_classes)
+        names = class_names(root / "classes.txt")
+        if not names and not num_classes:
+            num_classes, notice = count_classes(files)
+        names = tuple(names or [f"class {number}" for number in range(num_classes)])
     label_of = partial(read_label, files, layout.ids, len(names))
     found = Labeled(ImageFiles(images, paths), label_of, names, notice)
     if part == "." and split:  # no folders of splits: every fifth image is for val
@@ -130,10 +129,7 @@ def open_files(
 def paired(
     dataset: str, root: Path, images: Path, split: str, list_file: Path | None
 ) -> list[tuple[str, Path]]:
-    """Of every image the path below the folder `images`, and the label file; in order.
-
-    Raises ValueError where there are none, and where some are missing.
-    """
+    """Of every image the path below the folder `images`, and the label file; in order."""
     layout = LABELED[dataset]
     if layout.listed and not list_file:
         list_file = root / layout.listed.format(split=split)
@@ -141,24 +137,19 @@ def paired(
             raise wrong_tree(dataset, list_file.parent, f"no {list_file}")
     if list_file:
         # Some lists name paths from the top: "/JPEGImages/x.jpg /SegmentationClassAug/x.png".
-        names = [Path(line.split()[0]).stem for line in lines_of(list_file) if line.strip()]
-        paths = [f"{name}{layout.suffix}" for name in names]
+        lines = [line.split()[0] for line in lines_of(list_file) if line.strip()]
+        paths = [f"{Path(line).stem}{layout.suffix}" for line in lines]
     else:
         paths = [path for path in find_images(images)[1].tolist() if path.endswith(layout.suffix)]
     if not paths:
         raise wrong_tree(dataset, root, f"no {images}/*{layout.suffix}")
-    files = [root / label_path(layout, split, path) for path in paths]
+    names = (path.removesuffix(layout.suffix or os.path.splitext(path)[1]) for path in paths)
+    labels, folder = layout.other_labels.get(split, layout.labels), layout.splits.get(split, split)
+    files = [root / labels.format(split=folder, name=name) for name in names]
     require(dataset, root, "image", [images / path for path in paths])
     require(dataset, root, "label", files)
     pairs = list(zip(paths, files))
     return pairs if list_file or not layout.curated else curated(pairs)
-
-
-def label_path(layout: Layout, split: str, path: str) -> str:
-    """The label file of an image, below the root of the data set."""
-    name = path.removesuffix(layout.suffix or os.path.splitext(path)[1])
-    labels = layout.other_labels.get(split, layout.labels)
-    return labels.format(split=layout.splits.get(split, split), name=name)
 
 
 def require(dataset: str, root: Path, kind: str, files: Sequence[Path]) -> None:
@@ -172,9 +163,8 @@ def require(dataset: str, root: Path, kind: str, files: Sequence[Path]) -> None:
 
 
 def wrong_tree(dataset: str, root: Path, reason: str, tree: str = "") -> ValueError:
-    """The complaint about a folder: what is wrong, what is expected, what was found.
-
-    tree: what is expected, for a data set that is no row of `LABELED`.
+    """The complaint about a folder: what is wrong, expected and found. tree: what is expected, for
+    a data set that is no row of `LABELED`.
     """
     top = next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
     names = sorted(entry.name + "/" * entry.is_dir() for entry in os.scandir(top))
@@ -198,8 +188,7 @@ def lines_of(file: Path) -> list[str]:
 def read_label(files: Sequence[Path], ids: Sequence[int], num_classes: int, index: int) -> Tensor:
     """One label map as classes, (y x) int64 with IGNORE: the guard of every label file.
 
-    ids: id in the file -> class, (): they are classes. num_classes: 0 for segments without classes.
-    Raises ValueError with one line for an id that is no class, and as `read_ids`.
+    ids: id in the file -> class, (): they are classes; num_classes: 0 for segments without names.
     """
     numbers = read_ids(files[index])
     table = np.array([*ids, WRONG])
@@ -224,10 +213,7 @@ def read_ids(file: Path) -> np.ndarray:
 
 
 def curated(pairs: Sequence[tuple[str, Path]]) -> list[tuple[str, Path]]:
-    """The images that PiCIE's rule keeps [P]: both sides at least 360 px, and 3/4 of it stuff.
-
-    pairs: (image, label map of the 182 fine classes). Raises ValueError where none is kept.
-    """
+    """The images that PiCIE's rule keeps [P]: both sides at least 360 px, and 3/4 of it stuff."""
     kept, ids = [], LABELED["coco_stuff"].ids
     for pair in tqdm(pairs, "curated list", unit="label", disable=None, leave=False):
         with Image.open(pair[1]) as image:  # the size stands in the header
@@ -242,7 +228,7 @@ def curated(pairs: Sequence[tuple[str, Path]]) -> list[tuple[str, Path]]:
 
 
 def curated_notice(paths: Sequence[str], split: str) -> str:
-    """Whether the images are those of the list that papers use."""
+    """Whether these are the images of the published list."""
     names = "".join(f"{Path(path).stem}\n" for path in paths)
     published = hashlib.sha256(names.encode()).hexdigest() == PUBLISHED_LIST
     if published or not split.startswith("val"):
@@ -254,10 +240,8 @@ def curated_notice(paths: Sequence[str], split: str) -> str:
 
 
 def folder_part(root: Path, split: str | None) -> str:
-    """The folder of a split within images/ and labels/; ".": there are none.
-
-    Raises ValueError for the one of train and val that is missing where the other is there: a part
-    of everything would share images with it.
+    """The folder of a split within images/ and labels/; ".": there are none. Of train and val the
+    one that is missing is refused: a part of all images would share some with the other.
     """
     if not split or (root / "images" / split).is_dir():
         return split or "."
@@ -270,32 +254,24 @@ def folder_part(root: Path, split: str | None) -> str:
     return "."
 
 
-def folder_classes(
-    root: Path, files: Sequence[Path], num_classes: int
-) -> tuple[tuple[str, ...], str]:
-    """The names of a folder's classes: classes.txt, else num_classes, else the ids are counted.
+def class_names(file: Path) -> list[str]:
+    """A name per line, line 1 is id 0; blank lines at the end are none. [] without the file.
 
-    Returns the names, and a line where the counted ids have a gap. A name per line, line 1 is id 0;
-    blank lines at the end are none. Raises ValueError for a blank line before a name, and for a
-    name that stands there twice: tables and JSON hold classes by name, and would lose one.
+    Raises ValueError for a blank line before a name, and for a name that stands there twice: tables
+    and JSON hold classes by name, and would lose one.
     """
-    listed, notice = root / "classes.txt", ""
-    text = "\n".join(map(str.strip, lines_of(listed))).rstrip() if listed.is_file() else ""
+    text = "\n".join(map(str.strip, lines_of(file))).rstrip() if file.is_file() else ""
     names = text.split("\n") if text else []
     for number, name in enumerate(names):
         if not name or name in names[:number]:
-            wrong = f"{listed}: line {number + 1} is {name!r}, which is blank or stands there twice"
+            wrong = f"{file}: line {number + 1} is {name!r}, which is blank or stands there twice"
             raise ValueError(f"{wrong}: id {number} needs a name that no other has")
-    if not names and not num_classes:
-        num_classes, notice = count_classes(files)
-    return tuple(names or [f"class {number}" for number in range(num_classes)]), notice
+    return names
 
 
 def count_classes(files: Sequence[Path]) -> tuple[int, str]:
-    """The largest id in the label files + 1, and one line where smaller ids occur nowhere.
-
-    One wrong pixel shows as a gap between the ids: the line names the first id after the widest
-    gap, and the file that it is in. Raises ValueError where no pixel has a class.
+    """The largest id in the label files + 1, and one line about the widest gap between the ids: a
+    wrong pixel shows as the id after it. Raises ValueError where no pixel has a class.
     """
     first: dict[int, Path] = {}  # id -> the first file that has it
     for file in tqdm(files, "classes", unit="label", disable=None, leave=False):

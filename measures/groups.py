@@ -1,7 +1,5 @@
-"""The groups of a network and how well they agree with labels, beside two baselines.
-
-The baselines are an untrained network and k-means on colors [U]. The similarity maps are enlarged
-before the decision, as PiCIE does [P]; measures/metrics.py defines the numbers.
+"""The groups of a network and how well they agree with labels, beside an untrained network and
+k-means on colors; measures/metrics.py defines the numbers.
 """
 
 from __future__ import annotations
@@ -21,22 +19,20 @@ from torch.nn import Module
 
 from measures import metrics
 from measures.layouts import IGNORE, unlabeled
-from measures.streams import LabeledBatches
+from measures.streams import Batches
 from measures.tables import number, table
 from photometric import normalize
 from slots import occupied
 
 Segmenter = Callable[[Tensor], tuple[Tensor, Tensor]]  # images (b 3 y x) -> (b y x), (b k) bool
 Names = Sequence[str]  # of the classes; none for segments without classes
-BATCH = 64  # images at a time
 
 
 def winner(maps: Tensor, size: tuple[int, int], chunk: int = 64) -> Tensor:
-    """Which of k maps is the largest at each pixel; with similarities, the nearest prototype.
+    """Which map is the largest at each pixel: (b k h w) -> (b y x) int64, the lower one at a tie.
 
-    maps (b k h w) -> (b y x) int64 in 0..k-1, the lower index at a tie; size: (y, x). The maps are
-    enlarged, not the decisions (bilinear, pixel centers aligned) [P]; `chunk` of them at a time,
-    because 2,048 maps of 320 px take 0.8 GB per image.
+    size: (y, x). The maps are enlarged, not the decisions (bilinear, pixel centers aligned) [P];
+    `chunk` of them at a time, because 2,048 maps of 320 px take 0.8 GB per image.
     """
     best = maps.new_full((len(maps), *size), -torch.inf)
     largest = torch.zeros_like(best, dtype=torch.long)
@@ -51,10 +47,8 @@ def winner(maps: Tensor, size: tuple[int, int], chunk: int = 64) -> Tensor:
 
 @torch.no_grad()
 def segment(network: Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The segments of images and the occupied prototypes, both on the CPU.
-
-    images (b 3 y x) uint8 -> segments (b y x) int64 in 0..k-1, occupied (b k) bool. A prototype is
-    occupied on the feature grid, before enlarging, as in training.
+    """images (b 3 y x) uint8 -> segments (b y x) int64 in 0..k-1, and which prototypes are occupied
+    (b k) bool, on the feature grid as in training. Both on the CPU.
     """
     _, similarity = network(normalize(images.to(network.prototypes.weight.device)))
     return winner(similarity, images.shape[-2:]).cpu(), occupied(similarity).cpu()
@@ -74,12 +68,9 @@ def kmeans(rows: np.ndarray, k: int, seed: int | np.random.Generator = 0) -> np.
 
 
 def rgb_kmeans(pixels: Tensor, num_groups: int, seed: int = 0) -> Segmenter:
-    """Fit k-means to pixels (n 3) uint8; the result maps images to the nearest of k colors.
-
-    It takes images (b 3 y x) uint8 and returns segments (b y x) and which groups occur (b k) bool.
-    """
-    distinct = len(pixels.unique(dim=0))  # no more centers than colors
-    tree = KDTree(kmeans(pixels.numpy(), min(num_groups, distinct), seed))
+    """Fit k-means to pixels (n 3) uint8; the result takes images to the nearest of k colors."""
+    k = min(num_groups, len(pixels.unique(dim=0)))  # no more centers than colors
+    tree = KDTree(kmeans(pixels.numpy(), k, seed))
 
     def segmenter(images: Tensor) -> tuple[Tensor, Tensor]:
         b, _, y, x = images.shape
@@ -93,11 +84,9 @@ def rgb_kmeans(pixels: Tensor, num_groups: int, seed: int = 0) -> Segmenter:
 
 def sample_pixels(batches: Iterable[Tensor], per_image: int = 256, seed: int = 0) -> Tensor:
     """batches of images (b 3 y x) -> colors (n 3) of `per_image` random pixels of each."""
-    generator = torch.Generator().manual_seed(seed)
+    draw = partial(torch.randint, generator=torch.Generator().manual_seed(seed))
     images = (image for batch in batches for image in rearrange(batch, "b c y x -> b (y x) c"))
-    return torch.cat(
-        [each[torch.randint(len(each), (per_image,), generator=generator)] for each in images]
-    )
+    return torch.cat([image[draw(len(image), (per_image,))] for image in images])
 
 
 # --------------------------------------------------------------------------- beside the baselines
@@ -130,8 +119,10 @@ class Tally:
         """All numbers under their names. Raises ValueError where no pixel has a label."""
         if not self.labeled_images:
             raise unlabeled(f"the {self.images} labels")
-        per_image, used = int(self.active.sum()) / self.images, int((self.active > 0).sum())
-        usage = dict(occupied_per_image=per_image, prototypes_used=used)
+        usage = dict(
+            occupied_per_image=int(self.active.sum()) / self.images,
+            prototypes_used=int((self.active > 0).sum()),
+        )
         if not self.class_names:
             return dict(adjusted_rand_index=self.rand_index / self.labeled_images, **usage)
         one, many = metrics.match(self.confusion), metrics.majority(self.confusion)
@@ -149,12 +140,11 @@ class Tally:
 
 
 def compare(
-    network: Module, untrained: Module, by_color: Segmenter, batches: LabeledBatches, names: Names
+    network: Module, untrained: Module, by_color: Segmenter, batches: Batches, names: Names
 ) -> dict:
     """The numbers of the network, and under `untrained` and `rgb_kmeans` those of the baselines.
 
-    batches of (indices (b), (images (b 3 y x) uint8, label (b y x))) are read once for all three;
-    names: of the classes. Raises ValueError where nothing is labeled.
+    batches are read once for all three. Raises ValueError where nothing is labeled.
     """
     methods = dict(trained=partial(segment, network), untrained=partial(segment, untrained))
     methods["rgb_kmeans"] = by_color
@@ -170,10 +160,8 @@ def compare_in_memory(
     network: Module, untrained: Module, images: Tensor, labels: Tensor, names: Names
 ) -> dict:
     """`compare` on images (b 3 y x) uint8 and labels (b y x) in memory."""
-    pixels = sample_pixels(images[:256].split(BATCH))
-    by_color = rgb_kmeans(pixels, network.prototypes.num_embeddings)
-    pairs = zip(images.split(BATCH), labels.split(BATCH))
-    batches = [(torch.empty(0), pair) for pair in pairs]
+    by_color = rgb_kmeans(sample_pixels([images[:256]]), network.prototypes.num_embeddings)
+    batches = [(torch.empty(0), pair) for pair in zip(images.split(64), labels.split(64))]
     return compare(network.eval(), untrained.eval(), by_color, batches, names)
 
 
@@ -192,13 +180,10 @@ which favors a large k. occupied: prototypes per image. used: in any image."""
 def format_table(report: dict) -> str:
     """A report of `compare` as text: one row per method."""
     keys = [key for key in COLUMNS if key in report]
-    rows = {
-        name: [
-            number(report.get(row, report)[key], 0 if key == "prototypes_used" else 3)
-            for key in keys
-        ]
-        for row, name in ROWS.items()
-    }
+    rows = {}
+    for row, name in ROWS.items():
+        numbers, digits = report.get(row, report), dict(prototypes_used=0)
+        rows[name] = [number(numbers[key], digits.get(key, 3)) for key in keys]
     text = table(rows, [COLUMNS[key] for key in keys])
     return f"{text}\n{EXPLANATION}" if "miou" in keys else text
 

@@ -1,4 +1,4 @@
-"""The labeled data sets, one row each: a new data set is a new row. It imports no torch."""
+"""The labeled data sets, one row each: a new data set is a new row. No torch is imported here."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ WRONG = -1  # an id that no label file may have
 
 
 class Layout(NamedTuple):
-    """Where images and label maps of a data set lie, and which classes the labels have.
-
-    {split} stands for the folder of a split; {name}: path of an image below `images`, no suffix.
+    """Where images and label maps of a data set lie, and which classes the labels have. {split}: a
+    folder; {name}: the path of an image below `images`, without its suffix.
     """
 
     tree: str  # what --data-dir holds, in words
@@ -35,9 +34,7 @@ def unlabeled(what: str) -> ValueError:
     return ValueError(f"nothing is labeled: all pixels of {what} are {IGNORE} (no class)")
 
 
-# ---------------------------------------------------------------------------------- COCO-Stuff 27
-
-# Things first: 0..11, then stuff: 12..26. Food and furniture occur as both [P: PiCIE].
+# COCO-Stuff 27. Things first, then stuff: 12..26. Food and furniture occur as both [P: PiCIE].
 COARSE_NAMES = (
     "electronic", "appliance", "food (thing)", "furniture (thing)", "indoor", "kitchen",
     "accessory", "animal", "outdoor", "person", "sports", "vehicle", "ceiling", "floor", "food",
@@ -61,16 +58,13 @@ _STUFF = (
 _FINE = (*(coarse for coarse, length in _RUNS for _ in range(length)), *_STUFF)
 FINE_TO_COARSE = (*_FINE, *[WRONG] * (IGNORE - len(_FINE)), IGNORE)
 
-# ------------------------------------------------------------------------------------- the others
-
 VOC_NAMES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
     "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
     "train", "tvmonitor",
 )  # fmt: skip
 
-# name -> id in *_labelIds.png; other ids are not evaluated
-CITYSCAPES = {
+CITYSCAPES = {  # name -> id in *_labelIds.png; other ids are not evaluated
     "road": 7, "sidewalk": 8, "building": 11, "wall": 12, "fence": 13, "pole": 17,
     "traffic light": 19, "traffic sign": 20, "vegetation": 21, "terrain": 22, "sky": 23,
     "person": 24, "rider": 25, "car": 26, "truck": 27, "bus": 28, "train": 31, "motorcycle": 32,

@@ -1,10 +1,9 @@
 """How well groups found without labels agree with labeled classes: functions of a table of counts.
 
-The confusion matrix (k t) counts the pixels of prototype k in class t, where t counts the labeled
-classes. The matrices of two halves of a data set add up to the matrix of the whole, so that nothing
-here depends on the batch size. A prototype has no class: `match` or `majority` assigns one, and
-every score takes that assignment as an argument. This is the published protocol of PiCIE [P]; the
-Rand index and the normalized mutual information are ours [U].
+The confusion matrix (k t) counts the pixels of prototype k in class t; those of two halves of a
+data set add up. A prototype has no class: `match` or `majority` assigns one, and every score takes
+that assignment as an argument. This is the published protocol of PiCIE [P]; the Rand index and the
+normalized mutual information are ours [U].
 """
 
 from __future__ import annotations
@@ -22,24 +21,18 @@ UNMATCHED = -1
 
 
 def confusion_matrix(
-    predicted: Tensor, target: Tensor, num_predicted: int, num_classes: int, ignore: int = IGNORE
+    predicted: Tensor, target: Tensor, num_predicted: int, num_classes: int
 ) -> Tensor:
     """Count the pixels of every (prototype, class) pair.
 
-    predicted (any shape) int in [0, k); target (same shape) int in [0, t), or `ignore`: a pixel
-    that is not counted. Returns counts (k t) int64 on the CPU. Raises ValueError for unequal shapes
-    and for ids out of range.
+    predicted (any shape) int in [0, k); target (same shape) int in [0, t), or IGNORE: a pixel that
+    is not counted. Returns counts (k t) int64 on the CPU. Raises ValueError for ids out of range.
     """
-    if predicted.shape != target.shape:
-        shapes = f"predicted {(*predicted.shape,)} and target {(*target.shape,)}"
-        raise ValueError(f"{shapes} differ in shape")
-    labeled = target != ignore
+    labeled = target != IGNORE
     predicted, target = predicted[labeled].long(), target[labeled].long()  # uint8 would overflow
-    limits = ("prototype", predicted, num_predicted), ("class", target, num_classes)
-    for name, ids, count in limits:
+    for ids, count in ((predicted, num_predicted), (target, num_classes)):
         if ids.numel() and (ids.min() < 0 or ids.max() >= count):
-            found = f"{name} ids run from {ids.min()} to {ids.max()}"
-            raise ValueError(f"{found}, outside 0..{count - 1}")
+            raise ValueError(f"ids run from {ids.min()} to {ids.max()}, outside 0..{count - 1}")
     pairs = predicted * num_classes + target
     counts = torch.bincount(pairs, minlength=num_predicted * num_classes)
     return counts.reshape(num_predicted, num_classes).cpu()
@@ -60,9 +53,8 @@ def match(confusion: Tensor) -> Tensor:
 def majority(confusion: Tensor) -> Tensor:
     """Many-to-one: each prototype gets the class that most of its pixels have.
 
-    confusion (k t). Returns (k), `UNMATCHED` for prototypes without a pixel. It uses the labels
-    once per prototype, so the score rises with k whatever was learned: never compare it with
-    `match`, nor between different k.
+    confusion (k t). Returns (k), `UNMATCHED` for prototypes without a pixel. The score rises with k
+    whatever was learned: never compare it with `match`, nor between different k.
     """
     return torch.where(confusion.sum(1) > 0, confusion.argmax(1), UNMATCHED)  # both over t
 
@@ -101,27 +93,22 @@ def by_class(class_names: Sequence[str], values: Tensor) -> dict[str, float | No
 
 
 def known_scores(confusion: Tensor, class_names: Sequence[str]) -> dict:
-    """miou, accuracy and the iou of each class of a classifier, whose class t is class t: nothing
-    is matched. confusion (t t).
-    """
+    """miou, accuracy and iou by name of a classifier with names: nothing is matched. (t t)."""
     own = torch.arange(len(class_names))
     each, accuracy = by_class(class_names, iou(confusion, own)), pixel_accuracy(confusion, own)
     return dict(miou=miou(confusion, own), accuracy=accuracy, iou=each)
 
 
 def nmi(confusion: Tensor) -> float:
-    """Normalized mutual information of prototypes and classes:
+    """Normalized mutual information of prototypes and classes, in [0, 1]:
 
-    NMI = 2 I(k, t) / (H(k) + H(t))
+    NMI = 2 I(k, t) / (H(k) + H(t)),  I(k, t) = H(k) + H(t) - H(k t)
 
-    confusion (k t). Returns a number in [0, 1]: 0 if the two are independent, 1 if each determines
-    the other. Needs no classes of prototypes.
+    confusion (k t). It is 0 if the two are independent, 1 if each determines the other.
     """
     joint = confusion.double() / max(int(confusion.sum()), 1)
-    both, of_prototypes, of_classes = (
-        torch.special.entr(probability).sum()
-        for probability in (joint, joint.sum(1), joint.sum(0))  # over t; over k
-    )
+    tables = joint, joint.sum(1), joint.sum(0)  # over t; over k
+    both, of_prototypes, of_classes = (torch.special.entr(each).sum() for each in tables)
     if of_prototypes + of_classes == 0:  # one prototype and one class: each determines the other
         return float(confusion.sum() > 0)
     information = of_prototypes + of_classes - both
@@ -146,8 +133,6 @@ def adjusted_rand_index(confusion: Tensor) -> float:
 
 def _rows_by_class(confusion: Tensor, classes: Tensor) -> Tensor:
     """Rows of prototypes (k t) summed into rows of the classes that they were given (t t)."""
-    if len(classes) != len(confusion):
-        raise ValueError(f"{len(classes)} names for {len(confusion)} prototypes")
     matched = classes != UNMATCHED
     by_class = torch.zeros(confusion.shape[1], confusion.shape[1], dtype=confusion.dtype)
     return by_class.index_add(0, classes[matched], confusion[matched])

@@ -13,11 +13,11 @@ from backbone import ARCHITECTURES, architecture_of, build_backbone
 from engine import checkpoints
 from grouping import GroupingNetwork
 
+Opened = tuple[nn.Module, dict[str, Any]]
 
-def open_network(
-    path: str | Path, which: str = "teacher", device: Any = "cpu"
-) -> tuple[GroupingNetwork, dict[str, Any]]:
-    """The student's or the teacher's grouping network, for evaluation, and its configuration.
+
+def open_network(path: str | Path, which: str = "teacher", device: Any = "cpu") -> Opened:
+    """The student's or the teacher's `GroupingNetwork`, for evaluation, and its configuration.
 
     The configuration has at least arch, num_prototypes, dim_hidden and dim_out. Raises ValueError
     with one line; for a backbone, the line names what can be measured.
@@ -29,25 +29,22 @@ def open_network(
         missing = "without projector and prototypes it has no groups and no slots"
         raise ValueError(f"{path} is a backbone only ({arch}): {missing}; {advice}")
     state = found.network(which)
-    num_prototypes, dim_out = state["prototypes.weight"].shape
-    sizes = dict(num_prototypes=num_prototypes, dim_out=dim_out)
-    sizes.update(arch=arch, dim_hidden=len(state["projector.mlp.0.weight"]))
-    network = GroupingNetwork(**sizes)
+    sizes = dict(zip(("num_prototypes", "dim_out"), state["prototypes.weight"].shape))
+    sizes |= dict(arch=arch, dim_hidden=len(state["projector.mlp.0.weight"]))
+    network = untrained_network(**sizes, device=device)
     checkpoints.load_strictly(network, state, path)
-    return network.to(device).eval(), {**found.config, **sizes}
+    return network, {**found.config, **sizes}
 
 
-def open_backbone(
-    path: str | Path, which: str = "teacher", device: Any = "cpu"
-) -> tuple[nn.Module, dict[str, Any]]:
+def open_backbone(path: str | Path, which: str = "teacher", device: Any = "cpu") -> Opened:
     """The backbone of a whole checkpoint or of a backbone.pth, for evaluation, and its
     configuration, which has at least arch. Raises ValueError with one line.
     """
     found = checkpoints.read(path)
-    config = dict(found.config, arch=arch_of(found, which))
-    backbone = build_backbone(config["arch"])
+    arch = arch_of(found, which)
+    backbone = untrained_backbone(arch, device)
     checkpoints.load_strictly(backbone, found.backbone(which), path)
-    return backbone.to(device).eval(), config
+    return backbone, {**found.config, "arch": arch}
 
 
 def arch_of(found: checkpoints.Checkpoint, which: str) -> str:
@@ -60,16 +57,11 @@ def arch_of(found: checkpoints.Checkpoint, which: str) -> str:
 
 
 def untrained_network(
-    arch: str,
-    num_prototypes: int,
-    dim_hidden: int,
-    dim_out: int,
-    device: Any = "cpu",
-    seed: int = 0,
-) -> GroupingNetwork:
-    """A network of these sizes with random weights and prototypes: what needs no training.
-
-    A function of the seed; torch's generator is left as it was.
+    arch: str, num_prototypes: int, dim_hidden: int, dim_out: int,
+    device: Any = "cpu", seed: int = 0,
+) -> GroupingNetwork:  # fmt: skip
+    """A network of these sizes with random weights and prototypes, for evaluation: a function of
+    the seed. torch's generator is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -17,7 +17,7 @@ from measures import metrics
 from measures.datasets import Labeled
 from measures.groups import winner
 from measures.layouts import IGNORE, unlabeled
-from measures.streams import LabeledBatches
+from measures.streams import Batches
 from measures.tables import number, table
 from photometric import normalize
 
@@ -28,20 +28,17 @@ Classifier = Callable[[Tensor], Tensor]  # maps (b c h w) -> class scores (b t h
 
 
 def check_parts(learned: Labeled, tested: Labeled) -> None:
-    """Raises ValueError unless both parts of a data set have the same named classes."""
-    if not tested.class_names:
-        advice = "measure them with the subcommand segmentation"
-        raise ValueError(f"a probe learns classes, and these segments have no names: {advice}")
+    """Raises ValueError unless the parts have the same named classes and no image in common."""
+    counts = [len(part.class_names) for part in (learned, tested)]
+    if not counts[1]:
+        raise ValueError("a probe learns classes, and these segments have no names")
     if learned.class_names != tested.class_names:
-        counts = len(learned.class_names), len(tested.class_names)
-        found = "the split train has {} classes and the one to test on {}".format(*counts)
+        found = f"the split train has {counts[0]} classes and the one to test on {counts[1]}"
         raise ValueError(f"{found}: give their number by --num-classes or classes.txt")
-    shared = len(learned.files() & tested.files())
+    shared = learned.files() & tested.files()
     if shared:  # VOC's trainval; images/test of a folder without train, which learns from all
-        raise ValueError(
-            f"{shared} images to test on are among those to learn from: test on "
-            "another --split, or leave it out"
-        )
+        found = f"{len(shared)} images to test on are among those to learn from"
+        raise ValueError(f"{found}: test on another --split, or leave it out")
 
 
 def pick_at_random(labeled: Labeled, count: int, seed: int = 0) -> Labeled:
@@ -54,30 +51,21 @@ def pick_at_random(labeled: Labeled, count: int, seed: int = 0) -> Labeled:
 
 @torch.no_grad()
 def collect_cells(
-    backbone: nn.Module,
-    batches: LabeledBatches,
-    num_images: int,
-    num_classes: int,
-    most: int = 32_768,
+    backbone: nn.Module, batches: Batches, num_images: int, num_classes: int, most: int = 2**15
 ) -> tuple[Tensor, Tensor]:
     """Cells of the frozen map with what they show: features (n c), shares of the classes (n t).
 
-    batches of (indices, (images (b 3 y x), label (b y x))). Shares sum to 1. Each image gives the
-    same number of random cells, so that at most `most` are kept however many images there are;
-    cells without a labeled pixel are dropped. Raises ValueError if none is left.
+    Shares sum to 1. Each of num_images gives the same number of random cells, `most` in all; cells
+    without a labeled pixel are dropped. Raises ValueError if none is left.
     """
-    device = next(backbone.parameters()).device
-    generator = torch.Generator().manual_seed(0)
+    device, generator = next(backbone.parameters()).device, torch.Generator().manual_seed(0)
     features, shares = [], []
     for _, (images, label) in batches:
         maps = backbone(normalize(images.to(device)))
         known = F.one_hot(torch.where(label == IGNORE, num_classes, label), num_classes + 1)
         known = rearrange(known, "b y x t -> b t y x").float()
         share = F.adaptive_avg_pool2d(known, maps.shape[-2:])[:, :num_classes]
-        rows = (
-            rearrange(maps, "b c h w -> b (h w) c").cpu(),
-            rearrange(share, "b t h w -> b (h w) t"),
-        )
+        rows = (rearrange(each.cpu(), "b c h w -> b (h w) c") for each in (maps, share))
         for cells, share_of in zip(*rows):
             kept = torch.randperm(len(cells), generator=generator)[: max(most // num_images, 1)]
             kept = kept[share_of[kept].sum(1) > 0]  # over t
@@ -91,10 +79,8 @@ def collect_cells(
 
 
 def linear_probe(features: Tensor, shares: Tensor, decay: float = 1e-4) -> Classifier:
-    """Logistic regression from standardized features: a 1x1 convolution.
-
-    features (n c), shares (n t) -> a function: maps (b c h w) -> class scores (b t h w). The
-    problem is convex, so there is no learning rate to choose.
+    """Logistic regression from standardized features: a 1x1 convolution. The problem is convex, so
+    there is no learning rate to choose. features (n c), shares (n t).
     """
     mean, std = features.mean(0), features.std(0, correction=0).clamp(min=1e-6)  # over n
     inputs = (features - mean) / std
@@ -104,8 +90,8 @@ def linear_probe(features: Tensor, shares: Tensor, decay: float = 1e-4) -> Class
 
     def loss() -> Tensor:
         solver.zero_grad()
-        logits = inputs @ weight + bias
-        value = F.cross_entropy(logits, shares) + decay / 2 * weight.square().sum()
+        value = F.cross_entropy(inputs @ weight + bias, shares)
+        value = value + decay / 2 * weight.square().sum()
         value.backward()
         return value
 
@@ -120,10 +106,7 @@ def linear_probe(features: Tensor, shares: Tensor, decay: float = 1e-4) -> Class
 
 
 def neighbor_probe(features: Tensor, shares: Tensor) -> Classifier:
-    """The classes of the nearest labeled cells by cosine, weighted by exp(cosine / 0.07).
-
-    Arguments and result as of `linear_probe`.
-    """
+    """The classes of the nearest labeled cells by cosine, weighted by exp(cosine / 0.07)."""
     bank = F.normalize(features, dim=1)  # over c
 
     def classify(maps: Tensor) -> Tensor:
@@ -138,18 +121,12 @@ def neighbor_probe(features: Tensor, shares: Tensor) -> Classifier:
 
 
 def probe(
-    backbone: nn.Module,
-    to_learn: LabeledBatches,
-    num_images: int,
-    to_test: LabeledBatches,
-    class_names: Sequence[str],
+    backbone: nn.Module, to_learn: Batches, num_images: int, to_test: Batches, names: Sequence[str]
 ) -> dict:
-    """mIoU and accuracy of both probes under the keys linear and neighbors.
-
-    The scores of a probe are enlarged to the label. Batches and num_images as in `collect_cells`.
-    Raises ValueError where nothing is labeled.
+    """`metrics.known_scores` of both probes, under the keys linear and neighbors; names: of the
+    classes. Class scores are enlarged to the label. Raises ValueError where nothing is labeled.
     """
-    t, device = len(class_names), next(backbone.parameters()).device
+    t, device = len(names), next(backbone.parameters()).device
     cells = [each.to(device) for each in collect_cells(backbone, to_learn, num_images, t)]
     classifiers = dict(linear=linear_probe(*cells), neighbors=neighbor_probe(*cells))
     counts = {name: torch.zeros(t, t, dtype=torch.long) for name in classifiers}
@@ -161,7 +138,7 @@ def probe(
             counts[name] += metrics.confusion_matrix(guess, label, t, t)
     if not all(found.any() for found in counts.values()):
         raise unlabeled("the labels to test on")
-    return {name: metrics.known_scores(found, class_names) for name, found in counts.items()}
+    return {name: metrics.known_scores(found, names) for name, found in counts.items()}
 
 
 def format_probes(result: Mapping[str, dict]) -> str:

@@ -1,8 +1,4 @@
-"""Images one batch after another: opened, cut to squares, and read in order by worker processes.
-
-Memory does not depend on the number of images. An image that cannot be read is left out and named;
-it does not end the program.
-"""
+"""Images one batch after another: opened, cut to squares, and read in order by worker processes."""
 
 from __future__ import annotations
 
@@ -24,13 +20,11 @@ from data import center_square
 from engine.images import BadImage, ImageFiles, find_images
 from measures.datasets import UNSEEN, Labeled
 
-LabeledBatches = Iterable[tuple[Tensor, tuple[Tensor, Tensor]]]  # indices, (images, label)
+Batches = Iterable[tuple[Tensor, tuple[Tensor, Tensor]]]  # labeled: indices, (images, label)
 
 
 class Views(Dataset):
-    """Item i: (i, view(images[i])), or (i, the exception): raised in a worker process, it would
-    print a long trace.
-    """
+    """Item i: (i, view(images[i]) or an exception), which a worker would print with its trace."""
 
     def __init__(self, images: Sequence, view: Callable):
         self.images, self.view = images, view
@@ -50,11 +44,10 @@ class Views(Dataset):
 def stream(
     images: Sequence, view: Callable, batch_size: int, workers: int = 0, title: str = ""
 ) -> Iterator[tuple[Tensor, Any]]:
-    """Batches of view(images[i]) in the order of the images.
+    """Batches of view(images[i]) in order: indices (b) int64 and the views, collated.
 
-    workers: processes that read, 0: none; title: of the progress bar, which is shown where stderr
-    is a terminal. Yields indices (b) int64 and the views collated. An image that cannot be read is
-    left out and named on stderr; any other problem ends the stream with ValueError.
+    workers: processes that read, 0: none; title: of the progress bar. An image that cannot be read
+    is left out and named on stderr; any other problem ends the stream with ValueError.
     """
     loader = DataLoader(Views(images, view), batch_size, num_workers=workers, collate_fn=list)
     with tqdm(total=len(images), desc=title, unit="image", disable=None, leave=False) as bar:
@@ -71,7 +64,7 @@ def stream(
 
 def labeled_batches(
     labeled: Labeled, size: int, batch_size: int, workers: int = 0, title: str = ""
-) -> LabeledBatches:
+) -> Batches:
     """`stream` of (image (b 3 size size) uint8, label (b size size)), the protocol's squares."""
     return stream(labeled, partial(square, size=size), batch_size, workers, title)
 
@@ -81,8 +74,7 @@ def square(pair: tuple[Tensor, Tensor], size: int) -> tuple[Tensor, Tensor]:
     side to `size`, then the center [P].
     """
     image = resize(pair[0], [size], InterpolationMode.BILINEAR, antialias=True)
-    # PIL's nearest, which the protocol used, takes the pixel under the center: torchvision calls
-    # that "exact".
+    # PIL's nearest, which the protocol used, is torchvision's "exact": the pixel under the center.
     label = resize(pair[1][None], [size], InterpolationMode.NEAREST_EXACT)
     return center_crop(image, [size]), center_crop(label, [size])[0]
 
@@ -96,8 +88,7 @@ def spaced(count: int, limit: int) -> list[int]:
 def open_images(dataset: str, data_dir: Path | None, limit: int = 0) -> ImageFiles | toy.ToyImages:
     """Images without labels: of a folder (of its val2017 if it has that), or unseen toy scenes.
 
-    dataset: folder or toy; limit: use so many, evenly spaced, 0: all, which for toy scenes is 256.
-    Raises ValueError with one line where there are none.
+    limit: 0 for all, which for toy scenes is 256. Raises ValueError where there are none.
     """
     if dataset == "toy":
         return toy.ToyImages(UNSEEN, limit or 256)
@@ -118,7 +109,7 @@ def read_views(images: Sequence[Tensor], view: Callable[[Tensor], Tensor]) -> Te
     try:
         return torch.stack([view(images[index]) for index in range(len(images))])
     except BadImage as bad:
-        raise ValueError(f"cannot read {bad.name}: {bad.reason}") from None
+        raise ValueError(f"cannot read {bad}") from None
 
 
 def default_size(dataset: str, config: Mapping[str, Any]) -> int:
@@ -127,9 +118,7 @@ def default_size(dataset: str, config: Mapping[str, Any]) -> int:
 
 
 def center_view(size: int) -> Callable[[Tensor], Tensor]:
-    """A function: image (3 y x) -> its center (3 size size), the short side at 8/7 of size before
-    (256 px for 224). A square of `size` stays as it is.
-    """
+    """A function: image (3 y x) -> `data.center_square`; a square of `size` stays as it is."""
     return partial(_center_view, size=size)
 
 

@@ -1,9 +1,8 @@
 """The same measures for every system that compare.py runs, whatever kind of groups it makes [U].
 
-Groups with names, the same in all scenes, are matched with the classes over all scenes. Groups
-without names (the slots of one image) and features without groups cannot be matched: for them
-k-means on the features of the backbone stands in, and the result says so. The Rand index needs no
-names, so it is of the groups.
+Groups with names, the same in all scenes, are matched with the classes. For groups without names
+(the slots of one image) and for features without groups, k-means on the features of the backbone
+stands in, and the result says so. The Rand index needs no names.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ SAMPLE = 8192  # [U] cells of the features that k-means is fitted to
 OWN, CLUSTERS = "own groups", "k-means on backbone features"
 FEWEST_GROUPS = 4  # fewer of k in use is a collapse
 MEASURES = ("miou", "nmi", "probe_miou", "ari_instances", "ari_objects", "ari_classes")
-BATCH = 64  # scenes at a time
 
 
 class Truth(NamedTuple):
@@ -50,13 +48,12 @@ def judge(
 ) -> tuple[dict[str, Any], Tensor]:
     """Every measure of one system on the CPU, and its groups (n y x) for the image.
 
-    backbone: images (b 3 y x) normalized -> (b c h w), in evaluation mode; maps: the system's, or
-    None; per_image: the groups have no names; labeled: the few scenes that the probe learns from;
-    k: number of clusters where k-means stands in.
+    maps: of the system, from normalized images (b 3 y x), or None; per_image: the groups have no
+    names; labeled: scenes that the probe learns from; k: of the k-means that stands in.
     """
     size, semantic = truth.seen.shape[-2:], truth.semantic.long()
     device = next(backbone.parameters()).device
-    images = [normalize(some.to(device)) for some in truth.seen.split(BATCH)]
+    images = [normalize(some.to(device)) for some in truth.seen.split(64)]
     features = torch.cat([backbone(some).cpu() for some in images])
     own = [maps(some) for some in images]
     clusters = winner(cluster_maps(features, k), size) if per_image or own[0] is None else None
@@ -85,10 +82,9 @@ def rand_index(groups: Tensor, truth: Tensor, counted: Tensor | None = None) -> 
     """The adjusted Rand index of each scene, averaged. groups, truth (n y x); counted (n y x) bool:
     only these pixels. A scene without such a pixel is left out.
     """
-    values = []
-    for i in range(len(groups)):
-        which = slice(None) if counted is None else counted[i]
-        one, other = groups[i][which].flatten(), truth[i][which].flatten().long()
+    values, counted = [], torch.ones_like(truth).bool() if counted is None else counted
+    for some, other, which in zip(groups, truth.long(), counted):
+        one, other = some[which], other[which]
         if one.numel():
             counts = metrics.confusion_matrix(one, other, int(one.max()) + 1, int(other.max()) + 1)
             values.append(metrics.adjusted_rand_index(counts))
@@ -119,9 +115,7 @@ def probe(
 
 
 def groups_in_use(groups: Tensor, per_image: bool) -> int:
-    """groups (n y x) -> how many own a pixel: in all scenes together, or, where they have no names,
-    in the scene that has the most.
-    """
+    """How many of groups (n y x) own a pixel: in all scenes, or in the scene that has the most."""
     return max(len(some.unique()) for some in (groups if per_image else [groups]))
 
 
@@ -146,13 +140,11 @@ COLUMNS = {
 }  # fmt: skip
 EXPLANATION = f"""\
 * of {CLUSTERS}: the system has no groups, or none with names.
-Collapsed: fewer than {FEWEST_GROUPS} groups in use, or NMI not above that of the untrained network."""
+Collapsed: fewer than {FEWEST_GROUPS} groups in use, or NMI not above the untrained network's."""
 
 
 def format_table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """For the eye: label -> the records of its seeds; the median of each number, and how many of
-    the seeds have collapsed. A star: k-means on the features of the backbone stands in.
-    """
+    """label -> the records of its seeds: medians, and how many of the seeds have collapsed."""
     cells = {}
     for label, records in rows.items():
         gone = sum(record.get("collapsed", False) for record in records)
