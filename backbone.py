@@ -44,7 +44,7 @@ class TinyBackbone(nn.Sequential):
 
     stride, out_channels = 4, 64
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(
             *convolution(3, 16),
             *convolution(16, 32, stride=2),
@@ -60,7 +60,7 @@ class SmallBackbone(nn.Sequential):
 
     stride, out_channels = 8, 192
 
-    def __init__(self):
+    def __init__(self) -> None:
         stem = convolution(3, 32, stride=2)
         blocks = SmallBlock(32, 48, 2), SmallBlock(48, 96, 2), SmallBlock(96, 192, 1)
         super().__init__(*stem, *blocks)

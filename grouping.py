@@ -62,8 +62,7 @@ def inverse_augmentation(maps: Tensor, boxes: Tensor, flipped: Tensor) -> Tensor
     """
     b, _, h, w = maps.shape
     if boxes.shape != (b, 4) or flipped.shape != (b,):
-        found = f"{tuple(boxes.shape)} and {tuple(flipped.shape)}"
-        raise ValueError(f"{b} maps need boxes ({b}, 4) and flags ({b},), found {found}")
+        raise ValueError(f"{b} maps, but boxes {tuple(boxes.shape)}, flags {tuple(flipped.shape)}")
     maps = full_precision(maps)  # bfloat16 could not count the images beyond 256
     x1, y1, x2, y2 = boxes.to(maps.dtype).unbind(dim=1)
     image = torch.arange(b, device=maps.device, dtype=maps.dtype)

@@ -4,10 +4,10 @@ Slide: "Slot Attention works well on toy data".
 Paper: none.
 Read next: data.py, which takes two views of an image.
 
-Several textured, overlapping, truncated things lie on two kinds of stuff, in colors that say little
-about the class. `Dials` sets what makes a scene hard. A scene depends on (seed, index, dials) alone, on
-every machine and numpy version: its random numbers are integers, its pixels need only + - * / sqrt
-and comparisons, which IEEE 754 rounds the same everywhere; no sin, no power, no sum of an array.
+Several textured, overlapping, truncated things lie on two kinds of stuff, in colors that say
+little about the class. A scene depends on (seed, index, dials) alone, on every machine: its random
+numbers are integers, its pixels need only + - * / sqrt and comparisons, which IEEE 754 rounds the
+same everywhere. There is no sin, no power, and no sum of an array.
 """
 
 from __future__ import annotations
@@ -29,17 +29,13 @@ class Dials:
     size: int = 64  # side of the image, px; all else scales with it
     things: tuple[int, int] = (3, 7)  # objects per scene; one that finds no free place is left out
     radius: tuple[float, float] = (0.15, 0.28)  # of an object, in sides of the image
-    # Least distance of two centers, in sums of their radii; below 1 things overlap.
-    crowding: float = 0.75
-    # Probability that the class decides the hue; at 1 color gives the class away.
-    hue_bias: float = 0.3
+    crowding: float = 0.75  # least distance of two centers, in sums of their radii; < 1: overlap
+    hue_bias: float = 0.3  # probability that the class decides the hue; at 1 color gives it away
     texture: tuple[float, float] = (0.25, 0.45)  # amplitude of the texture, where white - black = 1
     light: float = 0.15  # strength of the illumination gradient across the image
     noise: float = 0.04  # amplitude of the noise of every pixel
-    # Each thing class is this many times as frequent as the one before; below 1: a long tail.
-    rarity: float = 1.0
-    # anywhere, centered: things in the middle, road: fixed stuff, size by depth.
-    layout: str = "anywhere"
+    rarity: float = 1.0  # each thing class is this many times as frequent as the one before
+    layout: str = "anywhere"  # or "centered": in the middle, or "road": fixed stuff, size by depth
 
 
 SCENE_PRESETS = {
@@ -73,8 +69,7 @@ class FramePair(NamedTuple):
 class ToyImages:
     """`count` scenes: a sequence of uint8 images (3 y x), with the truth beside it.
 
-    images (n 3 y x), semantic, instance, parts, depth (n y x): uint8 tensors, as in `Scene`. Raises
-    ValueError for an unknown preset or dial.
+    images (n 3 y x), semantic, instance, parts, depth (n y x): uint8 tensors, as in `Scene`.
     """
 
     def __init__(self, seed: int, count: int, preset: str = "scene", **dials: Any):
@@ -104,10 +99,7 @@ def scene(seed: int, index: int, preset: str = "scene", **dials: Any) -> Scene:
 def frame_pair(
     seed: int, index: int, preset: str = "scene", speed: int = 4, **dials: Any
 ) -> FramePair:
-    """The scene of that number and its next frame: camera and objects move by up to `speed` px.
-
-    Light and noise do not move with them.
-    """
+    """The scene and its next frame: camera and objects move by up to `speed` px, not the light."""
     chosen, stream = _dials(preset, dials), Stream(seed, index)
     size, sketch = chosen.size, _sketch(stream, chosen)
     first = _render(sketch, chosen, stream.field(size, size, 3))
@@ -145,8 +137,7 @@ class Stream:
     def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
         """One number between low and high."""
         if not self.buffer:
-            # 64 at once: a call of numpy takes as long as one number.
-            self.buffer = self.field(64).tolist()
+            self.buffer = self.field(64).tolist()  # a call of numpy takes as long as one number
         return low + (high - low) * self.buffer.pop()
 
     def integer(self, low: int, high: int) -> int:
@@ -306,7 +297,7 @@ PART_NAMES = tuple(part.name for part in PARTS)
 PART_CLASS = np.array([i for i, each in enumerate(CLASSES) for _ in each.parts], np.uint8)
 
 
-# --------------------------------------------------- a sketch: all that is random, but for the noise
+# -------------------------------------------------- a sketch: all that is random, but for the noise
 class Look(NamedTuple):
     """The surface of one part."""
 
@@ -330,10 +321,9 @@ class Thing(NamedTuple):
 
 
 class Sketch(NamedTuple):
-    """Drawn once per scene, rendered once per frame."""
+    """Drawn once per scene, rendered per frame; border: turn, offset, height, length, phase."""
 
     stuff: tuple[Look, Look]
-    # Of the two: direction (cosine, sine), offset, height, length, phase.
     border: tuple[tuple[float, float], float, float, float, float]
     things: tuple[Thing, ...]  # far to near
     light: tuple[float, float]  # gradient along x and y
@@ -402,10 +392,9 @@ def _sketch(stream: Stream, dials: Dials) -> Sketch:
     for _ in range(dials.things[1] + 1):
         hues.append(hues[-1] + 0.618034)  # the golden section spreads the hues of a scene evenly
     places = _places(stream, dials)
-    things = tuple(_thing(stream, dials, hue, place) for hue, place in zip(hues[2:], places))
+    things = tuple(_thing(stream, dials, *each) for each in zip(hues[2:], places))
     first = stream.integer(0, NUM_STUFF - 1)
-    pair = first, (first + stream.integer(1, NUM_STUFF - 1)) % NUM_STUFF
-    tilt, offset = 0.5, 8.0
+    pair, tilt, offset = (first, (first + stream.integer(1, NUM_STUFF - 1)) % NUM_STUFF), 0.5, 8.0
     if dials.layout == "road":
         pair = CLASS_NAMES.index("bricks"), CLASS_NAMES.index("waves")  # a wall above a road
         tilt, offset = 0.01, 2.0
@@ -452,9 +441,8 @@ class Canvas:
         """The rows (axis 1) or columns (axis 0) outside which nothing of the thing lies."""
         middle, reach = thing.center[axis], REACH * thing.radius
         edges = middle - reach, middle + reach + self.unit
-        return slice(
-            *(min(max(math.floor(e / self.unit) + shift, 0), len(self.rows)) for e in edges)
-        )
+        pixels = (math.floor(edge / self.unit) + shift for edge in edges)
+        return slice(*(min(max(pixel, 0), len(self.rows)) for pixel in pixels))
 
 
 def _paint(look: Look, x: Values, y: Values, table: Values) -> np.ndarray:
@@ -464,9 +452,7 @@ def _paint(look: Look, x: Values, y: Values, table: Values) -> np.ndarray:
     return look.color + look.amplitude * PARTS[look.part].texture(p, q, table)[..., None]
 
 
-def _render(
-    sketch: Sketch, dials: Dials, noise: np.ndarray, moves: Sequence[Sequence[int]] = ()
-) -> Scene:
+def _render(sketch: Sketch, dials: Dials, noise: Values, moves: Sequence = ()) -> Scene:
     """moves (x y), px: of the camera, then of each thing."""
     count = len(sketch.things)
     camera, *shifts = moves or [(0, 0)] * (1 + count)
