@@ -24,10 +24,10 @@ def panels_of(runs):
 
 
 def test_a_torn_line_is_left_out_and_a_repeated_step_counts_once(tmp_path):
-    lines = [json.dumps(record(s, loss=i)) for i, s in enumerate((10, 20, 30, 20, 30))]
+    lines = [json.dumps(record(s, loss=i)) for i, s in enumerate((10, 20, 30, 15, 30))]
     name, records, config = curves.read_run(write_run(tmp_path / "run", [*lines, '{"step": 40, "']))
     assert name == "run" and config == {}
-    assert [r["step"] for r in records] == [10, 20, 30] and records[1]["loss"] == 3
+    assert [r["step"] for r in records] == [10, 15, 20, 30] and records[3]["loss"] == 4
 
 
 @pytest.mark.parametrize(

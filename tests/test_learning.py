@@ -188,13 +188,13 @@ def test_the_law_is_printed_once_from_the_reports_of_the_first_steps(monkeypatch
     rho = learning.network_correlation(model.teacher, batches(3, b=4))
     assert 0.5 < rho <= 1  # and the network is as it was
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
-    watch = watch_of(notes=notes)
+    watch, resumed = watch_of(notes=notes), watch_of(notes=notes)
     for views, boxes, flipped in batches(5, b=4):
         _, report = model(views, boxes, flipped)
         # The report describes the last part of a batch
         geometry = torch.cat([0 * boxes, boxes]), torch.cat([~flipped, flipped])
         printed.append(watch.step(report, *geometry))
-        assert watch_of(notes=notes).step(report, *geometry) == []  # a resumed run
+        assert resumed.step(report, *geometry) == []
     assert printed == [[], [], [f"law      {law_line(rho, 0.1, 0.07)}"], [], []]
 
 
@@ -233,6 +233,7 @@ USED = lines(3, prototypes_used=16)  # steps 20 to 60
         (watch_of(), [*USED, *lines(first=60, **FEW)], 280, "only 2 prototypes are in use"),
         (watch_of(), lines(occupied_per_image=1.2), 140, "1.2 prototypes per image"),
         (watch_of(2048), lines(prototypes_used=90), None, ""),  # never more: not few
+        (watch_of(2048), [record(20, prototypes_used=9e2), *lines(prototypes_used=90)], 240, "90"),
         (watch_of(2), lines(prototypes_used=2, group_loss=0.7), None, ""),
         (watch_of(), lines(group_loss=0.97 * 2 * math.log(16)), None, ""),
         (watch_of(), lines(occupied_per_image=1.7), None, ""),
