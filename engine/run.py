@@ -106,9 +106,11 @@ class Run:
 
     def batches(self) -> Iterator[Any]:
         """The batches from where the run stands to its end, or to a pause."""
+        if self.finished:
+            self.ended = "done"
+            return
         self.reader.fetch()
-        trouble = sum(gather_objects(bool(self.reader.trouble)))
-        self.ended = "trouble" if trouble else "done" if self.finished else ""
+        self.ended = "trouble" if any(gather_objects(bool(self.reader.trouble))) else ""
         while not self.ended:
             yield self.reader.take()
             self.save_if_due()
