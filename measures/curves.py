@@ -110,7 +110,7 @@ def legend_of(runs: Sequence[Run]) -> list[str]:
 def draw_runs(runs: Sequence[Run]) -> Figure:
     """A panel per number of the log, a color per run; dashed: a network that learned nothing."""
     figure = Figure((14, 9 + 0.2 * len(runs)), layout="constrained")
-    note = "Over optimizer steps. Dashed: a network that learned nothing. Gray: the shape if good."
+    note = "Over optimizer steps. Dashed: a network that learned nothing. Gray: a good run."
     figure.suptitle(f"{note}\nNever judge by the loss: a collapsed run can have the lowest.")
     for axis, (key, (title, good)) in zip(figure.subplots(3, 4).flat, PANELS.items()):
         handles = []

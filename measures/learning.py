@@ -1,8 +1,12 @@
 """Is it learning? The numbers of a step, the law of the first images, and three warnings.
 
-The law [U]: near a uniform assignment both softmaxes of the group loss are linear. With C the
-covariance of the features within a view, and S that between two views of the same places, a
-direction p grows at the rate of (p'Sp / temp_teacher - p'Cp / temp_student), that is, only where
+The law [U]: near a uniform assignment both softmaxes of the group loss are linear. C is the
+covariance of the features within a view, S the covariance between two views of the same places. A
+prototype p moves along
+
+    S p / temp_teacher - C p / temp_student,
+
+so a direction p grows only where the correlation between the views is large enough:
 
     rho = p'Sp / p'Cp > temp_teacher / temp_student.
 
@@ -11,7 +15,6 @@ If no direction grows, the group loss goes back to 2 ln k, a uniform assignment,
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -22,7 +25,7 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from engine.ranks import rank_and_world_size, sum_over_ranks
-from grouping import GroupingNetwork, assignment, full_precision, inverse_augmentation, overlapping
+from grouping import assignment, full_precision, inverse_augmentation, overlapping
 from slotcon import Report
 
 # The law. All [U], from benchmarks/law.md
@@ -174,17 +177,6 @@ class ViewCorrelation:
         """rho over the images of all ranks; all ranks call it. NaN where no crops overlapped."""
         one, other = map(sum_over_ranks, self.halves)
         return correlation_of(one, other) if min(one[0, 0, 0], other[0, 0, 0]) > 2 else math.nan
-
-
-@torch.no_grad()
-def network_correlation(
-    network: GroupingNetwork, batches: Iterable[tuple[Tensor, Tensor, Tensor]]
-) -> float:
-    """rho of a network on batches (views, boxes, flipped), as a run begins: it is not changed."""
-    backbone, found = copy.deepcopy(network.backbone).train(), ViewCorrelation()
-    for views, boxes, flipped in batches:
-        found.add([backbone(images) for images in views.unbind(1)], boxes, flipped)  # over v
-    return found.value()
 
 
 def can_start(rho: float, temp_student: float, temp_teacher: float) -> bool:
