@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TextIO
+
+# What the transports between processes say when one of them ended
+LOST = re.compile(r"gloo|nccl|TCPStore|connection (closed|reset|refused)", re.IGNORECASE)
 
 
 class Stopped(Exception):
@@ -35,8 +39,9 @@ def run_program(
 ) -> int:
     """Calls main(argv) and turns what it raises into one line on stderr; returns the status.
 
-    ValueError and OSError: status 2; Stopped: 1; Ctrl-C: 130; memory that does not suffice: 2.
-    Output that nobody reads, or that a full disk refuses, stops no program.
+    ValueError and OSError: status 2; Stopped: 1; Ctrl-C: 130; memory that does not suffice: 2;
+    another process that is gone: 1. Output that nobody reads, or that a full disk refuses, stops
+    no program.
     """
     out, err = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -56,10 +61,13 @@ def outcome(name: str, main: Callable, argv: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         return fail(name, "interrupted", 130)
     except RuntimeError as error:
-        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
-            raise
-        advice = "take a smaller --batch-size, --image-size or network"
-        return fail(name, f"out of memory: {advice} ({str(error).splitlines()[0][:120]})", 2)
+        line = (str(error).splitlines() or [""])[0]
+        if "out of memory" in line or "can't allocate memory" in line:
+            advice = "take a smaller --batch-size, --image-size or network"
+            return fail(name, f"out of memory: {advice} ({line[:120]})", 2)
+        if LOST.search(line) and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            return fail(name, f"another process is gone, and may say why ({line[:120]})", 1)
+        raise
 
 
 def fail(name: str, reason: Exception | str, status: int) -> int:

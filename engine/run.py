@@ -332,7 +332,7 @@ class Run:
                     f"{error.strerror or error}; what stood there before is intact"
                 )
                 if self.ended:
-                    raise Stopped(line) from None
+                    raise Stopped(f"{line}: make room, and give the same command again") from None
                 say(f"{line}, and the run goes on")
 
     def space(self) -> str:
