@@ -20,9 +20,8 @@ import torch.nn.functional as F
 
 import data
 import slotcon
-from engine import checkpoint, weights
-from engine.lars import LARS
-from engine.schedule import learning_rate
+from engine import checkpoints
+from engine.optimizers import LARS, learning_rate
 from grouping import inverse_augmentation
 from slots import occupied
 from teacher import teacher_momentum
@@ -116,20 +115,11 @@ def head(x: torch.Tensor) -> list[float]:
 def released_model() -> slotcon.SlotCon:
     """SlotCon with the file's sizes, filled by rule through the importer of checkpoints."""
     given = NUMBERS["config"]
-    same = (
-        "arch",
-        "num_prototypes",
-        "dim_hidden",
-        "dim_out",
-        "temp_student",
-        "temp_teacher",
-        "temp_slot",
-    )
-    model = slotcon.SlotCon(
-        group_weight=given["group_loss_weight"], **{name: given[name] for name in same}
-    )
-    state = weights.import_released(released_checkpoint(model))
-    checkpoint.load_strictly(model.double().train(), state, "the reference")
+    same = "arch num_prototypes dim_hidden dim_out temp_student temp_teacher temp_slot".split()
+    settings = {name: given[name] for name in same}
+    model = slotcon.SlotCon(group_weight=given["group_loss_weight"], **settings)
+    state = checkpoints.released_names(released_checkpoint(model))
+    model.double().train().load_state_dict(state)
     return model
 
 
@@ -148,32 +138,21 @@ def run_steps():
     """Every step of the file with our code."""
     given = NUMBERS["config"]
     model = released_model()
-    optimizer = LARS(
-        [p for p in model.parameters() if p.requires_grad],
-        given["lr"],
-        given["sgd_momentum"],
-        given["weight_decay"],
-        coefficient=0.001,
-    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    numbers = given["lr"], given["sgd_momentum"], given["weight_decay"]
+    optimizer = LARS(trained, *numbers, coefficient=0.001)
     images = released_views(given)
     boxes = torch.tensor(given["boxes"], dtype=torch.float64).transpose(0, 1)  # (b v 4)
     flipped = torch.tensor(given["flipped"]).T
     for s, expected in enumerate(NUMBERS["steps"]):
-        momentum = teacher_momentum(
-            given["ema_step"] + s, given["ema_total_steps"], given["momentum_teacher"]
-        )
-        model.update_teacher(momentum)
-        teacher = {
-            released_name(k): v.clone()
-            for k, v in model.named_parameters()
-            if k.startswith("teacher")
-        }
+        t = given["ema_step"] + s, given["ema_total_steps"]
+        model.update_teacher(teacher_momentum(*t, given["momentum_teacher"]))
+        parameters = {released_name(k): p for k, p in model.named_parameters()}
+        teacher = {k: p.clone() for k, p in parameters.items() if not p.requires_grad}
         loss, report = model(images, boxes, flipped)
         optimizer.zero_grad()
         loss.backward()
-        gradients = {
-            released_name(k): p.grad.clone() for k, p in model.named_parameters() if p.requires_grad
-        }
+        gradients = {k: p.grad.clone() for k, p in parameters.items() if p.requires_grad}
         optimizer.step()
         model.update_center(report.center_mean, given["momentum_center"])
         yield Step(expected, model, loss, report, gradients, teacher)
@@ -186,9 +165,8 @@ def test_every_step_equals_the_released_code_to_1e_9():
         (t1, t2), (s1, s2) = report.teacher, report.student
         close(loss, expected["loss"])
         close(report.group_losses, expected["group_loss_by_direction"])
-        assert [int(t2.occupied.sum()), int(t1.occupied.sum())] == expected[
-            "teacher_occupied"
-        ]  # by direction
+        occupied_by_direction = [int(view.occupied.sum()) for view in (t2, t1)]
+        assert occupied_by_direction == expected["teacher_occupied"]
         close([head(t2.similarity), head(t1.similarity)], expected["teacher_similarity_head"])
         if NUMBERS["config"]["group_loss_weight"] < 1:  # at 1 the released code has no slots
             close(report.slot_losses, expected["slot_loss_by_direction"])
@@ -204,9 +182,8 @@ def test_every_step_equals_the_released_code_to_1e_9():
             close(head(gradients[name]), numbers["head"])
         for name, numbers in expected["parameters_after_step"].items():
             close(parameters[name].norm(), numbers["l2"])
-            close(
-                head(parameters[name]), numbers["head"], RELATIVE_HEAD
-            )  # a LARS that norms before it decays fails
+            # A LARS that takes the norm before the decay would pass at 1e-9.
+            close(head(parameters[name]), numbers["head"], RELATIVE_HEAD)
         for name, numbers in expected["teacher_after_ema"].items():
             close(teacher[name].norm(), numbers["l2"])
             close(head(teacher[name]), numbers["head"])
@@ -231,20 +208,15 @@ def test_the_learning_rate_is_the_released_schedule():
 @section("teacher_momentum_schedule")
 def test_the_teachers_momentum_is_the_released_schedule():
     s = NUMBERS["teacher_momentum_schedule"]
-    close(
-        [teacher_momentum(t, s["total_steps"], s["start"]) for t in range(len(s["values"]))],
-        s["values"],
-    )
+    found = [teacher_momentum(t, s["total_steps"], s["start"]) for t in range(len(s["values"]))]
+    close(found, s["values"])
 
 
 @section("overlap_boxes")
 def test_overlap_boxes_are_the_released_ones():
     for case in NUMBERS["overlap_boxes"]:
-        boxes = data.overlap_boxes(
-            case["crop1_top_left_height_width"],
-            case["crop2_top_left_height_width"],
-            case["flipped"],
-        )
+        crops = [case[f"crop{i}_top_left_height_width"] for i in (1, 2)]
+        boxes = data.overlap_boxes(*crops, case["flipped"])
         close(boxes, case["boxes_x1y1x2y2"], relative=0, absolute=1e-6)
 
 
@@ -252,7 +224,5 @@ def test_overlap_boxes_are_the_released_ones():
 def test_inverse_augmentation_is_the_released_one():
     case = NUMBERS["inverse_augmentation"]
     maps = torch.arange(80, dtype=torch.float64).pow(1.5).reshape(2, 2, 4, 5)
-    found = inverse_augmentation(
-        maps, torch.tensor(case["boxes"], dtype=torch.float64), torch.tensor(case["flipped"])
-    )
-    close(found, case["output"])
+    boxes = torch.tensor(case["boxes"], dtype=torch.float64)
+    close(inverse_augmentation(maps, boxes, torch.tensor(case["flipped"])), case["output"])
