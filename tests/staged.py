@@ -1,11 +1,13 @@
-"""Runs of train.py in processes of their own, and the accidents that are staged in them.
+"""Small runs of train.py, here or in processes, and the accidents that are staged in them.
 
-A process is forked from one that has imported everything already, so that a whole run takes about a
-second.
+A process is forked from one that has imported everything, so that a whole run takes about a second.
 """
 
+import contextlib
+import io
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import re
 import resource
@@ -19,29 +21,22 @@ import numpy as np
 import torch
 from PIL import Image
 
+import train
+from engine.program import run_program
+from engine.run import Run
+
 ROOT = Path(__file__).resolve().parent.parent
-PATIENCE = 180  # seconds: for a busy machine; a healthy run takes a few
-NUM_IMAGES, STEPS_PER_EPOCH = 14, 3
-SMALL = dict(
-    preset="coco-r50",
-    dataset="folder",
-    arch="tiny",
-    image_size=32,
-    num_prototypes=5,
-    dim_hidden=12,
-    dim_out=7,
-    batch_size=4,
-    epochs=6,
-    warmup_epochs=1,
-    base_lr=4,
-    workers=0,
-    device="cpu",
-    log_every=2,
-)
+PATIENCE = 120  # seconds: for a busy machine; a healthy run takes a few
+STEPS_PER_EPOCH, STEPS = 3, 18  # of a small run
 TIMES = ("images_per_second", "data_seconds", "memory_gb")
+SMALL = (
+    "--preset coco-r50 --dataset folder --arch tiny --image-size 32 --num-prototypes 5 "
+    "--dim-hidden 12 --dim-out 7 --batch-size 4 --epochs 6 --warmup 1 --base-lr 4 --workers 0 "
+    "--device cpu --threads 1 --log-every 2"
+).split()
 
 
-def draw_photographs(folder, count=NUM_IMAGES):
+def draw_photographs(folder, count=14):
     """Small images with soft colors, each of a size of its own."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(3)
@@ -51,36 +46,65 @@ def draw_photographs(folder, count=NUM_IMAGES):
     return folder
 
 
-# --------------------------------------------------------------------------------------------- runs
+def spoil(photographs, *names):
+    for name in names:
+        (photographs / name).write_bytes(b"no image")
 
 
 def command_line(folder, *arguments, photographs):
-    """What stands behind `python train.py` for a small run of 18 steps that writes to `folder`."""
-    small = [
-        text
-        for name, value in SMALL.items()
-        for text in (f"--{name.replace('_', '-')}", str(value))
-    ]
-    data = ["--data-dir", str(photographs)] if photographs else []  # toy scenes need none
-    return [*small, *data, "--output-dir", str(folder), *arguments]
+    """What stands behind `python train.py` for a run of 18 steps that writes to `folder`."""
+    where = ["--data-dir", str(photographs), "--output-dir", str(folder)]
+    return [*SMALL, *where, *map(str, arguments)]
+
+
+# -------------------------------------------------------------------------------- in this process
+
+
+def train_here(folder, *arguments, photographs, accident=None, status=0):
+    """A whole run; returns what it printed. accident(run) is called before every forward."""
+    argv, text = command_line(folder, *arguments, photographs=photographs), io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text), staged(accident):
+        found = run_program("train.py", train.main, argv)
+    assert found == status, text.getvalue()
+    return text.getvalue()
+
+
+@contextlib.contextmanager
+def staged(accident):
+    """Runs meet the accident before every forward."""
+    plain = Run.remember
+
+    def remember(run):
+        if accident:
+            accident(run)
+        plain(run)
+
+    Run.remember = remember
+    try:
+        yield
+    finally:
+        Run.remember = plain
+
+
+# ------------------------------------------------------------------------------ in many processes
 
 
 class Played:
     """One process of a run."""
 
-    def __init__(self, process, output, model):
-        self.process, self.file, self.model_file = process, output, model
+    def __init__(self, process, output):
+        self.process, self.file = process, output
 
     def wait(self):
         """The exit status; minus the signal's number if one has ended it."""
         self.process.join(PATIENCE)
         if self.process.is_alive():
             self.process.kill()
-            raise AssertionError(f"the process does not end; it has said:\n{self.output}")
+            raise AssertionError(f"the process does not end; it printed:\n{self.output}")
         return self.process.exitcode
 
     def wait_for(self, pattern):
-        """Until the process has said this."""
+        """Until the process has printed this."""
         deadline = time.monotonic() + PATIENCE
         while not re.search(pattern, self.output):
             assert time.monotonic() < deadline and self.process.is_alive(), self.output
@@ -95,50 +119,41 @@ class Played:
         """The lines that a person would read as the reason."""
         return [line for line in self.output.splitlines() if line.startswith("train.py: ")]
 
-    @property
-    def model(self):
-        """State of the model when the process ended by itself."""
-        return torch.load(self.model_file)
 
-
-def start(folder, *arguments, photographs, processes=1, accident=None, before=None):
-    """Starts a small run that writes to `folder`; accident(rank, run) is called in each process
-    before the first step, before(rank, argv) -> argv before everything else.
-    """
+def fork_server():
+    """Processes that have imported everything when they start."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["train", "staged"])
-    python_path = os.environ.get("PYTHONPATH", "")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), python_path])
+    before = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), before])
     multiprocessing.forkserver.ensure_running()
-    os.environ["PYTHONPATH"] = python_path
+    os.environ["PYTHONPATH"] = before
+    return server
+
+
+def start(
+    folder, *arguments, photographs, processes=1, accident=None, output=None, elsewhere=False
+):
+    """Starts a small run that writes to `folder`; output: a file for what it prints; elsewhere: the
+    last process has another folder.
+    """
+    server = fork_server()
     argv = command_line(folder, *arguments, photographs=photographs)
-    folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     played = []
     for rank in range(processes):
-        place = (
-            dict(
-                RANK=rank,
-                LOCAL_RANK=rank,
-                WORLD_SIZE=processes,
-                LOCAL_WORLD_SIZE=processes,
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=port,
-                GLOO_SOCKET_IFNAME="lo",
-            )
-            if processes > 1
-            else {}
-        )
-        # Out of the run's folder, which some tests make unwritable or look through.
-        output, model = (
-            folder.with_name(f"{folder.name}.{rank}.{kind}") for kind in ("txt", "pth")
-        )
-        output.touch()
-        process = server.Process(target=_play, args=(argv, place, accident, before, output, model))
+        sizes = dict(WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes)
+        meeting = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, GLOO_SOCKET_IFNAME="lo")
+        place = dict(RANK=rank, LOCAL_RANK=rank, **sizes, **meeting) if processes > 1 else {}
+        file = output or folder.with_name(f"{folder.name}.{rank}.txt")
+        file.touch()
+        if elsewhere and rank:
+            argv = [*argv, "--output-dir", f"{folder}-elsewhere"]
+        process = server.Process(target=_play, args=(argv, place, accident, file))
         process.start()
-        played.append(Played(process, output, model))
+        played.append(Played(process, file))
     return played
 
 
@@ -150,34 +165,19 @@ def play(folder, *arguments, **options):
     return played
 
 
-def _play(argv, place, accident, before, output, model_file):
+def _play(argv, place, accident, output):
     file = open(output, "w", buffering=1)  # noqa: SIM115, open until the process ends
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)
     sys.stdout = sys.stderr = file
     os.environ.update({name: str(value) for name, value in place.items()})
-    torch.set_num_threads(1)
-    multiprocessing.set_start_method(
-        "fork", force=True
-    )  # for the processes that read images, as in a run from a shell
-    import train
+    # For the processes that read images, as in a run from a shell
+    multiprocessing.set_start_method("fork", force=True)
+    with staged(accident):
+        sys.exit(run_program("train.py", train.main, argv))
 
-    made = []
 
-    def prepared(run):
-        made.append(run.model)
-        if accident:
-            accident(place.get("RANK", 0), run)
-
-    if before:
-        argv = before(place.get("RANK", 0), argv)
-    status = train.main(argv, prepared)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-    )  # if it was an accident
-    if made:
-        torch.save(made[0].state_dict(), model_file)
-    sys.exit(status)
+# ---------------------------------------------------------------------------------- what is left
 
 
 def log_of(folder):
@@ -190,6 +190,14 @@ def last_of(folder):
     return torch.load(folder / "last.pth", weights_only=True)
 
 
+def state_of(folder):
+    """All that a run learned and counted: last.pth without the clock, log.jsonl, backbone.pth."""
+    saved, backbone = last_of(folder), folder / "backbone.pth"
+    assert saved.pop("seconds") > 0
+    del saved["config"]
+    return saved, log_of(folder), torch.load(backbone) if backbone.exists() else None
+
+
 def difference(a, b, where=""):
     """The first place at which two nests of dictionaries, lists, tensors and numbers are not equal
     bit for bit.
@@ -197,90 +205,127 @@ def difference(a, b, where=""):
     if isinstance(a, dict):
         if a.keys() != b.keys():
             return f"{where}: {sorted(map(str, a.keys() ^ b.keys()))}"
-        return next(filter(None, (difference(a[k], b[k], f"{where}.{k}") for k in a)), "")
-    if isinstance(a, list | tuple):
+        pairs = ((a[k], b[k], f"{where}.{k}") for k in a)
+    elif isinstance(a, list | tuple):
         if len(a) != len(b):
             return f"{where}: {len(a)} and {len(b)} long"
-        return next(
-            filter(None, (difference(x, y, f"{where}[{i}]") for i, (x, y) in enumerate(zip(a, b)))),
-            "",
-        )
-    same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-    return "" if same else f"{where}: {a} and {b}"
+        pairs = ((x, y, f"{where}[{i}]") for i, (x, y) in enumerate(zip(a, b)))
+    else:
+        same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        return "" if same else f"{where}: {a} and {b}"
+    return next(filter(None, (difference(*pair) for pair in pairs)), "")
 
 
-# ---------------------------------------------------------------------------------------- accidents
+# --------------------------------------------------------------------------------------- accidents
 
 
-class AtStep:
-    """An accident at the nth batch that a process takes, on one rank or (None) on all."""
+class At:
+    """An accident at a position of the run, on one rank or (None) on all; what(run)."""
 
-    def __init__(self, n, what, rank=None):
-        self.n, self.what, self.rank = n, what, rank
+    def __init__(self, position, what, rank=None):
+        self.position, self.what, self.rank = position, what, rank
 
-    def __call__(self, rank, run):
-        if self.rank not in (None, rank):
-            return
-        taken, next_batch = [], run.batches.next
-
-        def counted():
-            taken.append(1)
-            if len(taken) == self.n:
-                self.what()
-            return next_batch()
-
-        run.batches.next = counted
-
-
-class Signal:
-    """A signal to oneself."""
-
-    def __init__(self, name):
-        self.name = name
-
-    def __call__(self):
-        os.kill(os.getpid(), getattr(signal, self.name))
-
-
-class BadNumbers:
-    """From the nth batch on, for so many batches: NaN in the views, a gradient or the loss, on one
-    rank or on all.
-    """
-
-    def __init__(self, n, count=1, rank=None, where="views", value=float("nan")):
-        self.n, self.count, self.rank, self.where, self.value = n, count, rank, where, value
-
-    def __call__(self, rank, run):
-        if self.rank not in (None, rank):
-            return
-        taken, compute = [], run.gradient.compute
-
-        def now():
-            return self.n <= len(taken) < self.n + self.count
-
-        def changed(views, boxes, flipped):
-            taken.append(1)
-            return compute(
-                views * (self.value if self.where == "views" and now() else 1), boxes, flipped
-            )
-
-        run.gradient.compute = changed
-        if self.where == "gradient":
-            weight = run.model.student.prototypes.weight
-            weight.register_hook(lambda gradient: gradient * self.value if now() else gradient)
-        if self.where == "loss":
-            run.model.register_forward_hook(
-                lambda _, __, returned: spoilt(*returned) if now() else returned
-            )
-
-        def spoilt(loss, report):
-            return loss, report._replace(losses=report.losses * self.value)
+    def __call__(self, run):
+        if run.position == self.position and self.rank in (None, run.place.rank):
+            self.what(run)
 
 
 class Several:
     def __init__(self, *accidents):
         self.accidents = accidents
 
-    def __call__(self, rank, run):
+    def __call__(self, run):
         for accident in self.accidents:
-            accident(rank, run)
+            accident(run)
+
+
+class Signals:
+    """Signals to oneself, one after the other."""
+
+    def __init__(self, *names):
+        self.names = names
+
+    def __call__(self, run):
+        for name in self.names:
+            os.kill(os.getpid(), getattr(signal, name))
+            time.sleep(0.01)  # or the system joins two into one
+
+
+class BadNumbers:
+    """At some positions: NaN in the views, infinity in a gradient or NaN in the loss."""
+
+    def __init__(self, positions, where="views", rank=None):
+        self.positions, self.where, self.rank = positions, where, rank
+
+    def __call__(self, run):
+        if self.rank not in (None, run.place.rank) or hasattr(run, "spoiled"):
+            return
+        run.spoiled = True
+        now = lambda: run.position in self.positions
+        nan, inf = float("nan"), float("inf")
+        if self.where == "views":
+            run.model.register_forward_pre_hook(
+                lambda _, given: (given[0] * nan, *given[1:]) if now() else given
+            )
+        elif self.where == "loss":
+            run.model.register_forward_hook(
+                lambda _, given, made: (made[0] * nan, made[1]) if now() else made
+            )
+        else:
+            weight = run.model.student.prototypes.weight
+            weight.register_hook(lambda gradient: gradient * inf if now() else gradient)
+
+
+class Unmoved:
+    """Prints whether the model and the optimizer are the same at two positions."""
+
+    def __init__(self, first, second):
+        self.first, self.second, self.before = first, second, {}
+
+    def __call__(self, run):
+        now = dict(model=run.model.state_dict(), optimizer=run.optimizer.state_dict()["state"])
+        if run.position == self.first:
+            torch.save(now, path := f"{run.folder}.{run.place.rank}.state")
+            self.before = torch.load(path)
+        elif run.position == self.second:
+            print(f"compared: {difference(self.before, now) or 'nothing moved'}")
+
+
+def die_in_the_next_save(run):
+    """kill -9 once the file is written and before it has its name."""
+
+    def die(_file):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    os.fsync = die
+
+
+def kill_a_reader(run):
+    next(iter(run.reader.processes)).kill()
+
+
+class FullDisk:
+    """Files may not grow beyond so many bytes: the system refuses, as a full disk does."""
+
+    def __init__(self, size=100_000):
+        self.size = size
+
+    def __call__(self, run):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.RLIM_INFINITY))
+
+
+def close_output(run):
+    """stdout and stderr become pipes whose reader has gone, as behind `| head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+    os.dup2(writer, 2)
+    os.close(writer)
+
+
+def raise_a_mistake(run):
+    raise ArithmeticError("a mistake of ours")
+
+
+def raise_what_a_person_can_change(run):
+    raise ValueError("the answer to all questions is out of range")

@@ -1,0 +1,382 @@
+"""engine/checkpoints.py: one reader for every file, without trust; one way back into a run.
+
+Promised: whatever a file holds, its networks come in under our names or one line says what is
+wrong with it; nothing in a file is executed; a network is never filled up at random; nothing moves
+before a training state is known to fit.
+"""
+
+import argparse
+import os
+import pickle
+import random
+import shutil
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from backbone import build_backbone
+from engine import checkpoints
+from engine.optimizers import make_optimizer
+from slotcon import SlotCon
+from staged import difference
+
+K, D, HIDDEN = 5, 7, 9
+THEIRS = {
+    "student.backbone": "encoder_q",
+    "teacher.backbone": "encoder_k",
+    "student.projector": "projector_q",
+    "teacher.projector": "projector_k",
+    "student.prototypes": "grouping_q.slot_embed",
+    "teacher.prototypes": "grouping_k.slot_embed",
+    "predictor": "predictor_slot",
+}
+
+
+def slotcon(seed=3):
+    """A model whose student and teacher differ."""
+    torch.manual_seed(seed)
+    model = SlotCon("tiny", K, HIDDEN, D)
+    for i, p in enumerate(model.parameters()):
+        p.data += 0.01 * (i + 1)
+    model.center.copy_(torch.arange(K))
+    return model
+
+
+MODEL = slotcon()
+OURS = MODEL.state_dict()
+TEACHER, STUDENT = (getattr(MODEL, which).state_dict() for which in ("teacher", "student"))
+TINY, FEW = MODEL.teacher.backbone.state_dict(), MODEL.student.backbone.state_dict()
+
+
+def named(prefix, state):
+    return {prefix + key: value for key, value in state.items()}
+
+
+def released(state, prefix=""):
+    """What the released code saves of this model."""
+    found = {}
+    for key, value in state.items():
+        for here, there in THEIRS.items():
+            key = there + key.removeprefix(here) if key.startswith(here) else key
+        found[prefix + key] = value[None] if key == "center" else value
+    return found
+
+
+class Runs:
+    """Unpickled without care, it writes a file."""
+
+    def __init__(self, witness):
+        self.witness = witness
+
+    def __reduce__(self):
+        return shutil.copyfile, (__file__, self.witness)
+
+
+class RunsAShell(Runs):
+    def __reduce__(self):
+        return os.system, (f"touch {self.witness}",)
+
+
+def file_with(contents, folder):
+    path = folder / "file.pth"
+    path.write_bytes(contents) if isinstance(contents, bytes) else torch.save(contents, path)
+    return path
+
+
+# --------------------------------------------------------------------------------- files that hold
+
+NETWORKS = {
+    "ours": dict(model=OURS, config=dict(arch="tiny", epochs=800), step=7),
+    "ours of many processes": dict(model=named("module.", OURS), config=dict(epochs=800)),
+    "only its tensors": OURS,
+    "released": dict(
+        args=argparse.Namespace(arch="resnet50", epochs=800), model=released(OURS, "module.")
+    ),
+    "released, without a wrapper": released(OURS),
+}
+FC = {"fc.weight": torch.ones(2, 3), "fc.bias": torch.ones(2)}
+BACKBONES = {
+    "backbone.pth": TINY,
+    "torchvision": {**TINY, **FC},
+    "DataParallel": named("module.", {**TINY, **FC}),
+    "compiled": named("_orig_mod.", TINY),
+    "MoCo": dict(
+        arch="resnet50",
+        state_dict={
+            **named("module.encoder_q.", {**TINY, **FC}),
+            **named("module.encoder_k.", FEW),
+            "module.queue": torch.ones(3, 2),
+        },
+    ),
+    "MoCo v3": dict(
+        state_dict={
+            **named("module.momentum_encoder.", {**TINY, **FC}),
+            **named("module.base_encoder.", FEW),
+        }
+    ),
+    "DenseCL": dict(meta=dict(epoch=200), state_dict=named("backbone.", TINY)),
+    "DINO": dict(
+        student=named("module.backbone.", FEW),
+        teacher={**named("module.backbone.", TINY), **named("module.head.", FC)},
+        epoch=100,
+    ),
+    "PixPro": dict(model=named("module.encoder.", TINY)),
+}
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_a_whole_network_comes_in_under_our_names(kind, tmp_path):
+    found = checkpoints.read(file_with(NETWORKS[kind], tmp_path))
+    assert found.holds_network and found.kind.startswith("a SlotCon checkpoint")
+    assert found.kind.endswith("after step 7") == (kind == "ours")
+    assert not difference(found.state, dict(OURS))
+    for which, state in (("teacher", TEACHER), ("student", STUDENT)):
+        assert not difference(found.network(which), dict(state))
+        assert not difference(found.backbone(which), checkpoints.part(state, "backbone."))
+    assert found.network() == found.network("teacher")
+    assert found.config.get("epochs") == (None if "tensors" in kind or "," in kind else 800)
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_a_backbone_comes_in_under_torchvisions_names_without_its_head(kind, tmp_path):
+    found = checkpoints.read(file_with(BACKBONES[kind], tmp_path))
+    assert not difference(found.backbone(), dict(TINY))
+    assert (found.holds_network, found.kind) == (False, "a backbone")
+    for refused in (found.network, lambda: found.backbone("student")):
+        with pytest.raises(ValueError) as error:
+            refused()
+        assert str(found.path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_resnet_of_torchvision_is_a_backbone_of_ours(tmp_path):
+    theirs = torchvision.models.resnet18()
+    found = checkpoints.read(file_with(theirs.state_dict(), tmp_path))
+    checkpoints.load_strictly(build_backbone("resnet18"), found.backbone(), found.path)
+    torch.save(build_backbone("resnet18").state_dict(), tmp_path / "ours.pth")
+    ours = torch.load(tmp_path / "ours.pth", weights_only=True)
+    missing, unexpected = theirs.load_state_dict(ours, strict=False)
+    assert (missing, unexpected) == (["fc.weight", "fc.bias"], [])
+
+
+def test_a_folder_stands_for_its_last_checkpoint_and_what_is_saved_is_read_back(tmp_path):
+    contents = dict(model=OURS, config=dict(p_blur=[1.0, 0.1]), step=3)
+    checkpoints.save(tmp_path / "last.pth", contents)
+    found = checkpoints.read(tmp_path)
+    assert not difference(dict(found.contents), contents) and found.path == tmp_path / "last.pth"
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pth"]
+
+
+# ------------------------------------------------------------------------------ files that do not
+
+WHOLE = pickle.dumps(1)  # replaced below by the bytes of a real file
+BROKEN = {
+    "is no checkpoint, or damaged": (
+        b"",
+        b"hello",
+        b"version https://git-lfs.github.com/spec/v1\n",
+        b"\x89PNG\r\n\x1a\n" + bytes(100),
+        b"PK\x03\x04 and no more",
+        b"\x80\x02}q\x00",
+        bytes(5000),
+    ),
+    "holds a list, not a checkpoint's dictionary": ([1, 2],),
+    "holds no backbone: found nothing": ({},),
+    "holds no backbone: found epoch, loss": (dict(epoch=3, loss=1.0),),
+    "holds no backbone: found model": (dict(model="gone"),),
+}
+
+
+@pytest.mark.parametrize(
+    "line, contents", [(line, one) for line, many in BROKEN.items() for one in many]
+)
+def test_a_file_that_holds_no_network_is_one_line(line, contents, tmp_path):
+    path = file_with(contents, tmp_path)
+    with pytest.raises(ValueError) as error:
+        checkpoints.read(path).backbone()
+    assert str(error.value).startswith(f"{path} {line}") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("where", ["none.pth", "folder"])
+def test_a_file_that_is_not_there_is_one_line(where, tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match=f"^there is no checkpoint {tmp_path / where}"):
+        checkpoints.read(tmp_path / where)
+
+
+def test_whatever_is_broken_in_a_file_is_one_line_or_still_a_network(tmp_path):
+    """Cut off anywhere, or with a few bytes changed, most of them in the structure."""
+    whole = file_with(NETWORKS["ours"], tmp_path).read_bytes()
+    structure, rng, refused = whole.index(b"data.pkl"), random.Random(6), 0
+    cut = [whole[: int(share * len(whole))] for share in (0.001, 0.3, 0.9, 0.999)]
+    for _ in range(60):
+        broken = bytearray(whole)
+        for _ in range(rng.choice([1, 4])):
+            places = structure + rng.randrange(9000), len(whole) - 1 - rng.randrange(9000)
+            broken[rng.choice(places)] = rng.randrange(256)
+        cut.append(bytes(broken))
+    for i, contents in enumerate(cut):
+        try:
+            checkpoints.read(file_with(contents, tmp_path)).network()
+            assert i >= 4
+        except ValueError as error:
+            refused += 1
+            assert "\n" not in str(error) and len(str(error)) < 400
+    assert refused > 20
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
+@pytest.mark.parametrize("payload, name", [(Runs, "shutil.copyfile"), (RunsAShell, "posix.system")])
+def test_code_in_a_file_is_refused_by_name_and_does_not_run(payload, name, form, tmp_path):
+    contents = dict(model=OURS, extra=payload(tmp_path / "it_ran"))
+    path = tmp_path / "evil.pth"
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(contents["extra"]))
+    else:
+        torch.save(contents, path, _use_new_zipfile_serialization=form == "zip")
+    with pytest.raises(ValueError) as error:
+        checkpoints.read(path)
+    assert not (tmp_path / "it_ran").exists()
+    if form != "pickle":  # a bare one fails at its first byte already
+        assert f"it asks to run {name}, which a checkpoint needs not" in str(error.value)
+    torch.load(path, weights_only=False) if form == "zip" else None
+    assert (tmp_path / "it_ran").exists() == (form == "zip")  # so the payload is a real one
+
+
+# ------------------------------------------------------------------------------ into a network
+
+
+def without(state, *names):
+    return {key: value for key, value in state.items() if key not in names}
+
+
+@pytest.mark.parametrize(
+    "state, line",
+    [
+        (
+            without(TEACHER, "projector.mlp.3.bias"),
+            "it lacks 1 tensors, first projector.mlp.3.bias",
+        ),
+        ({**TEACHER, "extra": torch.ones(1)}, "it has 1 tensors too many, first extra"),
+        (
+            {**TEACHER, "prototypes.weight": torch.ones(K + 1, D)},
+            "it has prototypes.weight as (6, 7) where (5, 7) is needed",
+        ),
+        (build_backbone("tiny").state_dict(), "tensors too many, first"),
+    ],
+)
+def test_a_network_of_another_size_is_never_filled_up_at_random(state, line):
+    network, before = slotcon(4).teacher, slotcon(4).teacher.state_dict()
+    with pytest.raises(ValueError) as error:
+        checkpoints.load_strictly(network, state, "a.pth")
+    assert str(error.value).startswith("a.pth is of another architecture or size: it ")
+    assert line in str(error.value) and "\n" not in str(error.value)
+    assert not difference(dict(network.state_dict()), dict(before))
+    # Files of torch before 0.4.1 lack the counts of batches
+    counts = [key for key in TEACHER if key.endswith("num_batches_tracked")]
+    checkpoints.load_strictly(network, without(TEACHER, *counts), "a.pth")
+    assert not difference(without(network.state_dict(), *counts), without(TEACHER, *counts))
+
+
+@pytest.mark.parametrize("name", ["backbone.pth", "ours", "released", "other prototypes"])
+def test_a_run_starts_from_a_backbone_or_from_all_that_fits(name, tmp_path):
+    more = {**OURS, "teacher.prototypes.weight": torch.ones(K + 1, D)}
+    path = file_with({**NETWORKS, **BACKBONES, "other prototypes": more}[name], tmp_path)
+    model = slotcon(4)
+    drawn = {key: value.clone() for key, value in model.state_dict().items()}
+    line, used = checkpoints.start_from(model, str(path)), dict(OURS)
+    if name == "backbone.pth":
+        used = {**named("student.backbone.", TINY), **named("teacher.backbone.", TINY)}
+    if name == "other prototypes":
+        used = without(OURS, "teacher.prototypes.weight")
+    assert line == f"{path}: {len(used)} of {len(OURS)} tensors used, the others are random"
+    assert not difference(dict(model.state_dict()), {**drawn, **used})
+
+
+@pytest.mark.parametrize("contents", [build_backbone("small").state_dict(), FC, dict(model="gone")])
+def test_a_run_does_not_start_from_another_backbone(contents, tmp_path):
+    path = file_with(contents, tmp_path)
+    with pytest.raises(ValueError, match=rf"{path} (does not hold this|holds no) backbone"):
+        checkpoints.start_from(slotcon(4), str(path))
+
+
+# ------------------------------------------------------------------------------- back into a run
+
+
+def trained(seed, memory_format=torch.contiguous_format, steps=1, name="lars", size=2):
+    """A layer after some steps of its optimizer."""
+    torch.manual_seed(seed)
+    module = nn.Conv2d(3, size, 5).to(memory_format=memory_format)
+    optimizer = make_optimizer(name, module.parameters(), 0.1, 0.01)
+    for step in range(steps):
+        move(module, optimizer, step)
+    return module, optimizer, torch.amp.GradScaler("cpu", init_scale=2.0**seed)
+
+
+def move(module, optimizer, seed):
+    for p in module.parameters():
+        gradient = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+        p.grad = torch.empty_like(p).copy_(gradient)
+    optimizer.step()
+
+
+def training_state(seed, **changes):
+    module, optimizer, scaler = trained(seed)
+    counts = dict(
+        step=7, position=8, num_images=30, world_size=1, logged=6, bad_steps=1, seconds=5.0
+    )
+    states = dict(
+        model=module.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict()
+    )
+    whole = dict(format=checkpoints.FORMAT, config={}, sums=[1.0], **counts, **states)
+    return {key: value for key, value in {**whole, **changes}.items() if value is not None}
+
+
+def test_a_training_state_is_put_back_whole(tmp_path):
+    path = file_with(training_state(1), tmp_path)
+    (module, optimizer, scaler), (then, optimizer_then, _) = trained(2), trained(1)
+    found = checkpoints.restore(path, module, optimizer, scaler, lambda saved: [])
+    assert (found["step"], found["position"], scaler.get_scale()) == (7, 8, 2)
+    assert not difference(dict(module.state_dict()), dict(then.state_dict()))
+    assert not difference(optimizer.state_dict(), optimizer_then.state_dict())
+
+
+@pytest.mark.parametrize(
+    "changes, differences, line",
+    [
+        (dict(optimizer=None), [], "cannot be continued: it holds no training state"),
+        (dict(format=2), [], "or one of a newer version; its network can be evaluated"),
+        ({}, ["k: 5 then, 6 now", "epochs: 6 then, 7 now"], "(k: 5 then, 6 now; epochs: 6 then"),
+        (dict(model=FC), [], "is of another architecture or size"),
+        (dict(optimizer=trained(1, name="adamw")[1].state_dict()), [], "made with another optim"),
+    ],
+)
+def test_what_cannot_be_continued_is_one_line(changes, differences, line, tmp_path):
+    path = file_with(training_state(1, **changes), tmp_path)
+    module, optimizer, scaler = trained(2)
+    with pytest.raises(ValueError) as error:
+        checkpoints.restore(path, module, optimizer, scaler, lambda saved: differences)
+    assert str(path) in str(error.value) and line in str(error.value)
+    assert "\n" not in str(error.value) and scaler.get_scale() == 4
+
+
+@pytest.mark.parametrize("name", ["lars", "adamw"])
+@pytest.mark.parametrize("now", [torch.channels_last, torch.contiguous_format])
+def test_an_optimizer_goes_on_whatever_the_memory_format_was_and_is(name, now, tmp_path):
+    then = torch.contiguous_format if now == torch.channels_last else torch.channels_last
+    module, optimizer, _ = trained(1, then, 2, name)
+    path = file_with(optimizer.state_dict(), tmp_path)
+    other, resumed, _ = trained(1, now, 2, name)
+    fresh = make_optimizer(name, other.parameters(), 0.1, 0.5)  # the decay is what is asked for now
+    checkpoints.restore_optimizer(fresh, torch.load(path), path)
+    assert fresh.param_groups[0]["weight_decay"] == resumed.param_groups[0][
+        "weight_decay"
+    ] * 50 or (name == "lars")
+    fresh.param_groups[0]["weight_decay"] = optimizer.param_groups[0]["weight_decay"]
+    fresh.weight_decay = 0.01
+    for step in (2, 3):
+        move(module, optimizer, step)
+        move(other, fresh, step)
+    for p, q in zip(module.parameters(), other.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)

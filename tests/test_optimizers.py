@@ -1,0 +1,130 @@
+"""engine/optimizers.py: LARS against a loop over tensors, AdamW's groups, and the learning rate."""
+
+import math
+
+import pytest
+import torch
+
+from engine.optimizers import LARS, Schedule, learning_rate, make_optimizer, schedule_for
+from slotcon import SlotCon
+
+SHAPES = ((5, 3, 2, 4), (7, 6), (8,), ())
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def weights():
+    return [random(*shape, seed=i).requires_grad_() for i, shape in enumerate(SHAPES)]
+
+
+def give_gradients(params, step):
+    for i, p in enumerate(params):
+        p.grad = random(*p.shape, seed=100 * step + i)
+
+
+def norm(x):
+    return math.sqrt(sum(value * value for value in x.flatten().tolist()))
+
+
+def lars_slowly(params, velocities, lr, momentum, weight_decay, coefficient):
+    for i, p in enumerate(params):
+        g = p.grad.clone()
+        if p.ndim != 1:
+            g = g + weight_decay * p.data
+            if norm(p.data) > 0 and norm(g) > 0:
+                g = g * coefficient * norm(p.data) / norm(g)
+        velocities[i] = momentum * velocities[i] + g
+        p.data = p.data - lr * velocities[i]
+
+
+@pytest.mark.parametrize("settings", [{}, dict(momentum=0.8, weight_decay=0.05, coefficient=0.02)])
+def test_three_steps_of_lars_equal_the_loop_over_tensors(settings):
+    released = dict(momentum=0.9, weight_decay=1e-5, coefficient=0.001)
+    ours, slow = weights(), weights()
+    optimizer, velocities = LARS(ours, lr=0.3, **settings), [torch.zeros_like(p) for p in slow]
+    for step in (1, 2, 3):
+        optimizer.param_groups[0]["lr"] = 0.3 / step  # the schedule's business
+        for params in (ours, slow):
+            give_gradients(params, step)
+        optimizer.step()
+        lars_slowly(slow, velocities, 0.3 / step, **{**released, **settings})
+        assert all(torch.allclose(p, q, rtol=1e-12) for p, q in zip(ours, slow))
+
+
+@pytest.mark.parametrize(
+    "weight, gradient, settings, expected",
+    [
+        # A weight of length 5 moves by a thousandth of it
+        ([[3.0, 4.0]], [[0.0, 100.0]], dict(weight_decay=0.0), [[3.0, 4.0 - 0.005]]),
+        # A bias by its gradient
+        ([1.0, 2.0], [0.5, -0.5], {}, [0.5, 2.5]),
+        # The norm is that of (0, 4), after the decay, not that of (-3, 0)
+        ([[3.0, 4.0]], [[-3.0, 0.0]], dict(weight_decay=1.0, coefficient=0.1), [[3.0, 3.5]]),
+        # A norm of zero changes nothing, and makes no NaN
+        ([[0.0, 0.0]], [[1.0, 2.0]], dict(weight_decay=0.1), [[-1.0, -2.0]]),
+        ([[1.0, 2.0]], [[0.0, 0.0]], dict(weight_decay=0.0), [[1.0, 2.0]]),
+    ],
+)
+def test_one_step_of_lars_by_hand(weight, gradient, settings, expected):
+    p = torch.tensor(weight, requires_grad=True)
+    p.grad = torch.tensor(gradient)
+    LARS([p], lr=1.0, **settings).step()
+    assert torch.allclose(p, torch.tensor(expected), rtol=1e-6, atol=1e-7)
+
+
+def test_what_has_no_gradient_stays_and_the_others_move():
+    params = weights()
+    give_gradients(params, 1)
+    params[1].grad = None
+    before = [p.detach().clone() for p in params]
+    LARS(params, lr=1.0).step()
+    assert [p.equal(q) for p, q in zip(params, before)] == [False, True, False, False]
+    LARS(weights(), lr=1.0).step()  # nothing has a gradient: nothing to do
+
+
+@pytest.mark.parametrize("name", ["lr", "momentum", "weight_decay", "coefficient"])
+def test_negative_settings_are_refused(name):
+    with pytest.raises(ValueError, match=r"LARS needs settings of at least 0, found .*-0.1"):
+        LARS(weights(), **{"lr": 0.1, name: -0.1})
+
+
+@pytest.mark.parametrize("name", ["lars", "adamw"])
+def test_an_optimizer_trains_student_and_predictor_and_decays_no_bias_or_norm(name):
+    model = SlotCon("tiny", 5, 9, 7)
+    optimizer = make_optimizer(name, model.parameters(), 0.5, 0.1)
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    parts = (model.student, model.predictor)
+    assert trained == {id(p) for part in parts for p in part.parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+        p.data.fill_(1)
+    optimizer.step()  # with no gradient only the decay moves anything
+    for p in model.parameters():
+        assert p.eq(1).all().item() == (p.ndim == 1 or not p.requires_grad)
+
+
+def test_the_learning_rate_rises_from_a_hundredth_and_falls_along_a_cosine_at_every_step():
+    rates = [learning_rate(t, total_steps=110, warmup_steps=10, peak=2.0) for t in range(111)]
+    assert rates[0] == 0.02 and rates[5] == pytest.approx(0.02 * 50.5) and rates[10] == 2.0
+    assert rates[60] == pytest.approx(1e-6 + (2 - 1e-6) / 2) and rates[110] == pytest.approx(1e-6)
+    assert rates[109] == pytest.approx(1e-6 + (2 - 1e-6) * (1 + math.cos(math.pi * 0.99)) / 2)
+    assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert learning_rate(0, 5, 0, 2.0) == 2.0  # no warm-up
+    assert learning_rate(4, 5, 5, 2.0) == pytest.approx(0.02 * (99 * 4 / 5 + 1))  # nothing else
+    assert Schedule(5, 110, 10, 2.0).learning_rate(60) == rates[60]
+
+
+@pytest.mark.parametrize(
+    "images, lengths, expected",
+    [
+        (83, dict(epochs=3, steps=0, warmup=1), (10, 30, 10)),
+        (83, dict(epochs=2.55, steps=0, warmup=0.5), (10, 26, 5)),
+        (83, dict(epochs=800, steps=70, warmup=7), (10, 70, 7)),  # the images do not count
+        (8, dict(epochs=0.1, steps=0, warmup=0), (1, 1, 0)),
+    ],
+)
+def test_a_length_is_in_epochs_or_in_steps_and_so_is_the_warm_up(images, lengths, expected):
+    schedule = schedule_for(num_images=images, batch_size=8, base_lr=4.0, **lengths)
+    assert schedule == Schedule(*expected, peak=4 * 8 / 256)

@@ -1,0 +1,347 @@
+"""Two processes with half a batch each are one process with the whole batch.
+
+Promised: loss, gradients, center, teacher and the numbers of the log do not depend on how a batch
+is split, whatever each half holds: unequal numbers of overlapping crops, no overlap, no query, in one
+process or in both; a step is good where it is good on all ranks; no process waits for another.
+Batch norms are in evaluation mode here, since only a GPU can synchronize them.
+"""
+
+import math
+import os
+import zlib
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import losses
+from engine import processes, ranks
+from engine.optimizers import LARS
+from engine.processes import Place
+from engine.run import Options, Run
+from measures.learning import statistics
+from slotcon import SlotCon
+from slots import SlotPredictor
+from staged import PATIENCE, fork_server
+
+K, D, HIDDEN, H, W = 6, 7, 9, 4, 5
+B = 4  # images per process
+CPU = torch.device("cpu")
+NAN, INF = float("nan"), float("inf")
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def build(settings, alike):
+    """A small SlotCon; alike: the teacher is the student but for the order of its prototypes."""
+    model = SlotCon("tiny", K, HIDDEN, D, **settings).double()
+    for name, p in model.named_parameters():
+        noise = random(*p.shape, seed=zlib.crc32(name.encode()))
+        scaled = noise * math.sqrt(3 / p[0].numel()) if p.ndim > 1 else noise / 9
+        p.data = scaled + (p.ndim == 1 and name.endswith("weight"))
+    if alike:
+        model.teacher.load_state_dict(model.student.state_dict())
+        model.teacher.prototypes.weight.data = model.teacher.prototypes.weight.roll(1, 0)
+    model.center.copy_(random(K, seed=99) / 9)
+    return model.eval()
+
+
+def joined_batch(valid, flat):
+    """2 B images; valid: whose crops overlap; flat: which show one color, the same."""
+    views, flipped = random(2 * B, 2, 3, 4 * H, 4 * W, seed=7), random(2 * B, 2, seed=8) > 0
+    low, high = (random(2 * B, 2, 2, seed=seed).sigmoid() * 0.4 for seed in (9, 10))
+    boxes = torch.cat([low, 1 - high], dim=2)
+    boxes[~torch.tensor(valid)] = 0
+    views[flat] = 0.5
+    return views, boxes, flipped
+
+
+ALL, NONE, FIRST = [True] * 2 * B, [False] * 2 * B, [True] * B + [False] * B
+SOME = [
+    i in (0, 2, 3, 6) for i in range(2 * B)
+]  # three of the first process's, one of the second's
+NOISE, SECOND_FLAT, ALL_FLAT = [], list(range(B, 2 * B)), list(range(2 * B))
+# name -> settings of SlotCon, images whose crops overlap, images of one color
+CASES = {
+    "method": ({}, SOME, NOISE),
+    "reg": (dict(slot_loss="reg"), SOME, NOISE),
+    "proj": (dict(align="proj"), SOME, NOISE),
+    "image": (dict(image_loss=True), SOME, NOISE),
+    "group only": (dict(group_weight=1.0), SOME, NOISE),
+    "no overlap in one process": ({}, FIRST, NOISE),
+    "no overlap anywhere": ({}, NONE, NOISE),
+    "no query in one process": ({}, ALL, SECOND_FLAT),
+    "no query in one process, reg": (dict(slot_loss="reg"), ALL, SECOND_FLAT),
+    "no query anywhere": ({}, ALL, ALL_FLAT),
+}
+VOTES = {  # name -> values of two ranks, and who was asked to stop, who is in trouble
+    "finite": ([[1.0, 3.0], [2.0, 5.0]], (), ()),
+    "nan on one": ([[1.0, 3.0], [NAN, 5.0]], (), ()),
+    "inf on one": ([[1.0, INF], [2.0, 5.0]], (), ()),
+    "inf against -inf": ([[INF, 1.0], [-INF, 1.0]], (), ()),
+    "stop on one": ([[1.0, 3.0], [2.0, 5.0]], (1,), ()),
+    "trouble on one": ([[1.0, 3.0], [2.0, 5.0]], (), (0,)),
+    "all at once": ([[NAN, 3.0], [2.0, 5.0]], (0,), (1,)),
+}
+
+
+def run_of(model, place, accumulate=1):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    options = Options("", B * place.world_size, 1, accumulate=accumulate, workers=0)
+    given = list(range(2 * B)), lambda image, rng: torch.tensor(image), {}
+    return Run(options, place, model, LARS(trained, 0.3), *given, names=("loss", "group", "slot"))
+
+
+def step(model, place, batch, passes=1):
+    """One step as train.py takes it; everything that comes out of it."""
+    run, reports, synced = run_of(model, place, passes), [], []
+    for part in run.parts(*batch):
+        synced.append(getattr(run.network, "require_backward_grad_sync", None))
+        loss, report = run.network(*part)
+        run.backward(loss)
+        reports.append(report)
+    assert run.agree(torch.stack([report.losses for report in reports]).mean(dim=0))
+    named = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    run.step(0.3)
+    model.update_center(torch.stack([r.center_mean for r in reports]).mean(dim=0), 0.9)
+    model.update_teacher(0.9)
+    return dict(
+        values=run.values,
+        own=report.losses,
+        gradients=named,
+        state=model.state_dict(),
+        statistics=statistics(report, model.center, 0.07),
+        synced=synced,
+    )
+
+
+def of_rank(batch, rank):
+    return [x[rank * B : (rank + 1) * B] for x in batch]
+
+
+def vote(rank, place, values, stop, trouble):
+    """What a rank knows after the ranks agreed."""
+    run = run_of(SlotCon("tiny", K, HIDDEN, D), place)
+    run.signals.received = "SIGTERM" if rank in stop else ""
+    run.reader.trouble = "gone" if rank in trouble else ""
+    return run.agree(torch.tensor(values[rank])), run.ended, run.values[:2]
+
+
+# ----------------------------------------------------------------------------- one of two processes
+
+
+def one_of_two(rank, folder):
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    place, found = Place(CPU, rank, 2), {}
+    for name, (settings, valid, flat) in CASES.items():
+        batch = of_rank(joined_batch(valid, flat), rank)
+        found[name] = step(build(settings, alike=bool(flat)), place, batch)
+    batch = of_rank(joined_batch(SOME, NOISE), rank)
+    found["accumulated"] = step(build({}, alike=False), place, batch, passes=2)
+    batch = of_rank(joined_batch(ALL, SECOND_FLAT), rank)  # batch norms that know their own rows
+    found["training"] = step(build({}, alike=True).train(), place, batch)
+    found["votes"] = {name: vote(rank, place, *case) for name, case in VOTES.items()}
+
+    x = torch.tensor([1.0, 10.0]) + rank
+    found["sum"], found["kept"] = ranks.sum_over_ranks(x), x
+    rows = random(5, D)
+    first, second = (rows[:2], rows[:0]) if rank == 0 else (rows[2:], rows)
+    found["rows"] = [ranks.gather_rows(first, [2, 3]), ranks.gather_rows(second, [0, 5])]
+    found["objects"] = ranks.gather_objects({"rank": rank})
+    try:
+        ranks.gather_rows(rows, [2, 3])
+    except ValueError as error:
+        found["complaint"] = str(error)
+    found["one query"] = one_query(rank)
+    torch.save(found, f"{folder}/{rank}.pth")
+    processes.finish()
+
+
+def one_query(rank):
+    """The slot loss where process 0 has no query and process 1 has one."""
+    student, teacher = (torch.zeros(2 * B, K, dtype=torch.bool) for _ in range(2))
+    student[0, 2] = teacher[0, 3] = student[B + 1, 4] = teacher[B + 1, 4] = True
+    (pairs,) = losses.pair_slots(*([of_rank([mask], rank)[0]] for mask in (student, teacher)))
+    predictor, slots = SlotPredictor(D, D, HIDDEN), torch.randn(B, K, D, requires_grad=True)
+    loss = losses.slot_contrast(slots, slots.detach(), predictor, pairs, 0.2)
+    loss.backward()
+    gradients = [p.grad.abs().max().item() for p in (slots, *predictor.parameters())]
+    return pairs.num_queries, len(pairs.queries), loss.item(), gradients
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What each of two processes has found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    server = fork_server()
+    started = [server.Process(target=one_of_two, args=(rank, str(folder))) for rank in (0, 1)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(PATIENCE)
+        if process.is_alive():
+            process.kill()
+    assert [process.exitcode for process in started] == [0, 0]
+    return [torch.load(folder / f"{rank}.pth") for rank in (0, 1)]
+
+
+def same(a, b):
+    """Equal to what float64 leaves; gradients that are zero up to rounding compare absolutely."""
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.allclose(a[name].double(), b[name].double(), rtol=1e-8, atol=1e-13), name
+
+
+# ----------------------------------------------------------------------------------- split = joined
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_with_half_a_batch_each_are_one_with_the_whole_batch(found, case):
+    settings, valid, flat = CASES[case]
+    model = build(settings, alike=bool(flat))
+    whole = step(model, Place(CPU), joined_batch(valid, flat))
+    for half in (rank[case] for rank in found):
+        assert half["values"] == pytest.approx(whole["values"], rel=1e-10)  # the norm, too
+        same(half["gradients"], whole["gradients"])
+        same(half["state"], whole["state"])  # center and teacher among it
+        assert half["statistics"] == pytest.approx(whole["statistics"], rel=1e-6)  # in float32
+
+
+def test_the_cases_are_what_their_names_say(found):
+    def group_and_slot(name):
+        return found[0][name]["values"][1:3]
+
+    assert group_and_slot("no overlap anywhere")[0] == 0
+    assert group_and_slot("no overlap in one process")[0] > 0
+    assert group_and_slot("no query anywhere")[1] == 0
+    for name in ("no query in one process", "no query in one process, reg"):
+        first, second = (rank[name]["own"][2].item() for rank in found)
+        assert first > 0 == second and first / 2 == pytest.approx(group_and_slot(name)[1])
+    first, second = (rank["method"]["own"] for rank in found)
+    assert (first != second).all()  # the halves are not alike
+
+
+def test_of_several_passes_the_gradient_is_the_mean_over_passes_and_processes(found):
+    """A pass is what both processes see at once; only the last one exchanges gradients."""
+    model, batch = build({}, alike=False), joined_batch(SOME, NOISE)
+    together = torch.tensor([[0, 1, B, B + 1], [2, 3, B + 2, B + 3]])
+    slowly = []
+    for images in together:
+        loss, _ = model(*(x[images] for x in batch))
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        slowly.append(dict(zip(trained, torch.autograd.grad(loss, list(trained.values())))))
+    mean = {name: (slowly[0][name] + slowly[1][name]) / 2 for name in trained}
+    for half in (rank["accumulated"] for rank in found):
+        same(half["gradients"], mean)
+        assert half["synced"] == [False, True]
+
+
+def test_with_batch_norms_of_their_own_both_take_the_same_step_where_one_has_no_query(found):
+    first, second = (rank["training"] for rank in found)
+    same(first["gradients"], second["gradients"])
+    assert all(g.isfinite().all() for g in first["gradients"].values())
+    assert first["own"][2] > 0 == second["own"][2]
+
+
+# --------------------------------------------------------------------------------- the rank helpers
+
+
+def test_ranks_agree_on_a_step_that_is_good_on_all_of_them_and_on_the_end(found):
+    first, second = (rank["votes"] for rank in found)
+    assert str(first) == str(second)  # as text, since nan is not equal to itself
+    good = {name for name, (counts, *_) in first.items() if counts}
+    assert good == {"finite", "stop on one", "trouble on one"}
+    ends = {name: ended for name, (_, ended, _) in first.items() if ended}
+    expected = {"stop on one": "signal", "trouble on one": "trouble", "all at once": "signal"}
+    assert ends == expected and first["finite"][2] == [1.5, 4.0]
+
+
+def test_sums_leave_what_is_summed_and_rows_come_in_the_order_of_the_ranks_even_none(found):
+    for r, rank in enumerate(found):
+        assert rank["sum"].tolist() == [3.0, 21.0] and rank["kept"].tolist() == [1.0 + r, 10.0 + r]
+        assert all(rows.equal(random(5, D)) for rows in rank["rows"])
+        assert rank["objects"] == [{"rank": 0}, {"rank": 1}]
+        assert f"rank {r} of 2 holds 5 rows, but the counts say [2, 3]" in rank["complaint"]
+
+
+def test_a_single_query_in_all_processes_is_a_zero_that_is_connected_in_each(found):
+    assert [rank["one query"] for rank in found] == [(1, r, 0, [0] * 11) for r in (0, 1)]
+
+
+# -------------------------------------------------------------------------------- a process alone
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_without_a_launcher_this_is_the_only_process_and_nothing_is_wrapped(alone):
+    assert processes.start("cpu") == Place(CPU, 0, 1, None) and not dist.is_initialized()
+    assert ranks.rank_and_world_size() == (0, 1) and ranks.gather_objects(3) == [3]
+    rows = random(5, D)
+    assert ranks.gather_rows(rows, [5]) is rows and ranks.sum_over_ranks(rows) is rows
+    model = torch.nn.Linear(2, 3)
+    assert processes.wrap(model, Place(CPU)) is model
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_device_that_is_not_there_is_one_line(alone, device):
+    alone.setattr(torch.cuda, "is_available", lambda: False)
+    alone.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=f"--device {device}, but this machine has none: use "):
+        processes.start(device)
+    assert processes.start("auto").device == CPU
+
+
+def test_more_processes_than_gpus_are_one_line(alone):
+    alone.setattr(torch.cuda, "is_available", lambda: True)
+    alone.setattr(torch.cuda, "device_count", lambda: 2)
+    alone.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="asks for GPU 2, found 2: start fewer processes, or use"):
+        processes.start("auto")
+
+
+@pytest.mark.parametrize(
+    "amp, device, has_bf16, expected",
+    [
+        ("auto", "cpu", True, None),
+        ("auto", "mps", True, None),
+        ("auto", "cuda", True, torch.bfloat16),
+        ("auto", "cuda", False, torch.float16),
+        ("bf16", "cpu", False, torch.bfloat16),
+        ("fp16", "cuda", True, torch.float16),
+        ("off", "cuda", True, None),
+        ("bf16", "cuda", False, "--amp bf16, but Old GPU has no bf16: use --amp fp16"),
+    ],
+)
+def test_the_precision_is_what_the_device_can_do(alone, amp, device, has_bf16, expected):
+    alone.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    alone.setattr(torch.cuda, "get_device_name", lambda: "Old GPU")
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            processes.precision(amp, torch.device(device))
+    else:
+        assert processes.precision(amp, torch.device(device)) == expected
+
+
+def test_cores_are_shared_among_the_processes_of_a_machine(alone):
+    alone.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
+    assert processes.workers_of(0) == 0 and processes.workers_of(3) == 3
+    for local, workers in ((1, 8), (4, 3), (50, 1)):
+        alone.setenv("LOCAL_WORLD_SIZE", str(local))
+        assert processes.workers_of(-1) == workers
+
+
+def test_a_place_is_described_in_a_few_words():
+    assert processes.describe(Place(CPU)).endswith("threads, 1 process, float32")
+    mps = Place(torch.device("mps"), 1, 2, torch.float16)
+    assert processes.describe(mps) == "mps, 2 processes, fp16"
+    assert 0.05 < processes.peak_memory_gb(CPU) < 1000

@@ -1,0 +1,599 @@
+"""engine/: what a run promises to any program, in one process and without ours.
+
+Promised: batches in an order that depends on seed and position alone; a run that is stopped
+anywhere and continued is the whole run, bit for bit; a step without finite numbers leaves no trace;
+every line of the log averages the steps since the last one; files are written when they should be.
+"""
+
+import contextlib
+import errno
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import namedtuple
+
+import pytest
+import torch
+from torch import nn
+
+from engine import files
+from engine.batches import RunSampler, Samples, Skipped, moved
+from engine.guards import Lock, StopSignals
+from engine.images import BadImage
+from engine.processes import Place
+from engine.program import Stopped
+from engine.run import Options, Run, seed_of
+from staged import ROOT, TIMES, difference
+
+CPU = torch.device("cpu")
+NAN, INF = float("nan"), float("inf")
+IMAGES = [torch.tensor([i, 2.0, i % 5]) / 7 for i in range(14)]  # three batches of four per epoch
+LAST = 9
+
+
+class Model(nn.Module):
+    """A layer, and statistics that every forward moves."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm = nn.Linear(3, 5), nn.BatchNorm1d(5)
+
+    def forward(self, images):
+        return self.norm(self.layer(images)).sigmoid().square().mean()
+
+
+def noisy(image, rng):
+    return image + rng.random()
+
+
+def program(folder, accident=lambda run: 1, images=IMAGES, view=noisy, dtype=None, **options):
+    """A whole run. accident(run) -> what the loss of this step is multiplied by."""
+    usual = dict(batch_size=4, last_step=LAST, workers=0, log_every=4)
+    torch.manual_seed(0)
+    model = Model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    run = Run(
+        Options(str(folder) if folder else "", **{**usual, **options}),
+        Place(CPU, dtype=dtype),
+        model,
+        optimizer,
+        images,
+        view,
+        settings=dict(size=5),
+        names=("loss", "largest"),
+    )
+    if dtype:  # whose scale is too large at first
+        run.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with run:
+        for batch in run.batches():
+            run.remember()
+            factor = accident(run)
+            for (part,) in run.parts(batch):
+                with run.autocast():
+                    loss = run.network(part) * factor
+                run.backward(loss)
+            if run.agree(torch.stack([loss.float(), batch.max()])):
+                run.step(0.1 / run.position if run.position else 0.1)
+                run.notes["noise"] = torch.rand(2, generator=run.generator()).tolist()
+            else:
+                run.undo()
+            run.end_step()
+            if run.log_is_due():
+                run.log(lambda record: f"loss {record['loss']:.3f}", rate=run.steps / 2)
+    return run
+
+
+def log_of(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def last_of(folder):
+    saved = torch.load(folder / "last.pth", weights_only=True)
+    del saved["seconds"]
+    return saved
+
+
+def moves(run):
+    """What a step moves."""
+    return dict(model=run.model.state_dict(), optimizer=run.optimizer.state_dict()["state"])
+
+
+def copied(tensors):
+    return moved(tensors, torch.clone)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    assert program(folder).end() == 0
+    return folder
+
+
+# ------------------------------------------------------------------------------------- the batches
+
+
+def test_a_position_has_one_batch_wherever_a_run_starts_and_ranks_share_it():
+    def taken(start, rank=0, world_size=1, count=7):
+        sampler = RunSampler(14, 4, Place(CPU, rank, world_size), seed=3, start=start)
+        return list(itertools.islice(sampler, count))
+
+    whole = taken(0)
+    assert all(taken(start, count=2) == whole[start : start + 2] for start in range(5))
+    halves = zip(taken(0, 0, 2), taken(0, 1, 2))
+    assert [first + second for first, second in halves] == whole
+    epochs = [[sample for batch in whole[i : i + 3] for sample in batch] for i in (0, 3)]
+    for number, epoch in enumerate(epochs):
+        assert len({sample - 14 * number for sample in epoch} & set(range(14))) == 12
+    assert [s - 14 for s in epochs[1]] != epochs[0]
+    assert next(iter(RunSampler(14, 4, Place(CPU), seed=4))) != whole[0]
+
+
+def test_an_image_that_cannot_be_read_is_replaced_by_its_readable_neighbor():
+    class Some:
+        bad = (3, 4)
+
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, i):
+            if i in self.bad:
+                raise BadImage(f"{i}.png", "empty file")
+            return i
+
+    samples = Samples(images := Some(), lambda image, rng: (image, rng.random()), seed=1)
+    (replaced, luck), failures = samples[3]
+    assert replaced == 5 and failures == [("3.png", "empty file"), ("4.png", "empty file")]
+    assert samples[9][0][1] != luck == samples[3][0][1]  # 9: the same image one epoch later
+    images.bad = range(6)
+    with pytest.raises(ValueError, match="^6 images in a row could not be read; 0.png: empty file"):
+        samples[1]
+
+
+def test_skipped_images_are_named_once_whoever_met_them_and_too_many_stop_the_run(tmp_path, capfd):
+    file = tmp_path / "skipped.txt"
+    first, other = Skipped(file, 300), Skipped(file, 300)
+    first.record([])
+    assert not file.exists()
+    first.record([("a b.png", "empty"), ("a b.png", "empty")])
+    other.record([("a b.png", "empty"), ("c.png", "cut off")])
+    assert sorted(file.read_text().splitlines()) == ["a b.png\tempty", "c.png\tcut off"]
+    assert capfd.readouterr().err.count("its neighbor takes its place") == 1
+    other.record([("d.png", "empty")])
+    with pytest.raises(ValueError, match="4 of 300 images could not be read, more than 1%"):
+        first.record([("e.png", "empty")])
+    nowhere = Skipped(tmp_path, 300)  # a folder: a list that cannot be written costs a line
+    nowhere.record([("f.png", "empty")])
+    assert "could not write to" in capfd.readouterr().err
+
+
+def test_a_batch_of_any_nest_moves_and_keeps_its_shape():
+    Pair = namedtuple("Pair", "left right")
+    one, two, three = torch.ones(1), torch.ones(2), torch.ones(3)
+    seen = moved({"a": Pair(one, [two, "text"]), "b": (three, None)}, len)
+    assert seen == {"a": Pair(1, [2, "text"]), "b": (3, None)} and type(seen["a"]) is Pair
+
+
+def test_a_batch_that_cannot_be_made_is_refused_before_anything_is_written(tmp_path):
+    for options, line in (
+        (dict(batch_size=5, accumulate=2), "--batch-size 5 must be a multiple of 1 process"),
+        (dict(batch_size=15), "at most the 14 images"),
+    ):
+        with pytest.raises(ValueError, match=line):
+            program(tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+# -------------------------------------------------------------------------------------- resumption
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
+@pytest.mark.parametrize("position", [0, 1, 2, 5, LAST - 2])
+def test_a_run_that_a_signal_stops_and_that_goes_on_is_the_whole_run(
+    position, name, whole, tmp_path, capfd
+):
+    def asked(run):
+        if run.position == position:
+            os.kill(os.getpid(), getattr(signal, name))
+        return 1
+
+    before = signal.getsignal(getattr(signal, name))
+    stopped = program(tmp_path / "run", asked)
+    assert signal.getsignal(getattr(signal, name)) is before
+    assert stopped.end() == (130 if name == "SIGINT" else 0) and not stopped.finished
+    out, err = capfd.readouterr()
+    assert f"stopped by {name} after step {position + 1} of {LAST}" in out
+    assert f"{name} received: the run ends after this step and saves" in err
+    assert last_of(tmp_path / "run")["step"] == position + 1
+
+    assert program(tmp_path / "run").end() == 0
+    assert f"resumed  {tmp_path}/run/last.pth after step {position + 1}" in capfd.readouterr().out
+    assert not difference(last_of(tmp_path / "run"), last_of(whole))
+    assert not difference(log_of(tmp_path / "run"), log_of(whole))
+
+
+def test_lines_of_work_that_was_lost_are_logged_once(whole, tmp_path):
+    """As kill -9 leaves a folder: the log is ahead of the checkpoint, and its last line cut off."""
+
+    def killed(run):
+        if run.position == 3:
+            run.save()
+        if run.position == 6:
+            shutil.copytree(run.folder, tmp_path / "run")
+        return 1
+
+    program(tmp_path / "first", killed)
+    (tmp_path / "run" / ".last.pth.4194399.tmp").touch()
+    log = tmp_path / "run" / "log.jsonl"
+    assert log_of(tmp_path / "run")[-1]["step"] == 4 > last_of(tmp_path / "run")["step"]
+    log.write_text(log.read_text() + '{"step": 6, "los')
+    program(tmp_path / "run")
+    assert not difference(last_of(tmp_path / "run"), last_of(whole))
+    assert log_of(tmp_path / "run") == log_of(whole)
+    names = sorted(file.name for file in (tmp_path / "run").iterdir())
+    assert names == ["config.json", "last.pth", "log.jsonl", "run.lock"]
+
+
+def test_a_finished_run_that_is_started_again_changes_nothing(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    assert program(tmp_path / "run").finished
+    assert not difference(last_of(tmp_path / "run"), last_of(whole))
+    assert log_of(tmp_path / "run") == log_of(whole)
+    assert program(tmp_path / "run", resume="none").steps == LAST  # this one starts over
+    assert log_of(tmp_path / "run") == log_of(whole)
+
+
+def test_a_mistake_in_a_step_keeps_its_trace_and_what_was_learned_before_it(whole, tmp_path):
+    def mistaken(run):
+        if run.position == 5:
+            run.model(torch.ones(4, 3))  # the statistics move
+            raise ArithmeticError("a mistake of ours")
+        return 1
+
+    with pytest.raises(ArithmeticError):
+        program(tmp_path / "run", mistaken)
+    assert last_of(tmp_path / "run")["step"] == 5
+    program(tmp_path / "run")
+    assert not difference(last_of(tmp_path / "run"), last_of(whole))
+
+
+def test_a_mistake_in_the_middle_of_moving_the_weights_is_not_saved(tmp_path, monkeypatch):
+    plain = torch.optim.AdamW.step
+
+    def broken(optimizer):
+        plain(optimizer)
+        if next(iter(optimizer.state.values()))["step"] == 4:
+            raise ArithmeticError("a mistake of ours")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", broken)
+    with pytest.raises(ArithmeticError):
+        program(tmp_path / "run", save_minutes=0)
+    assert last_of(tmp_path / "run")["step"] == 3
+
+
+def test_a_second_ctrl_c_ends_a_run_at_once_and_other_signals_do_not(monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with StopSignals() as signals:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+            assert ended == []
+        os.kill(os.getpid(), signal.SIGINT)
+        assert ended == [130] and signals.received == "SIGINT"
+
+
+# ------------------------------------------------------------------------------------- bad numbers
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+@pytest.mark.parametrize("factor", [NAN, INF, -INF])
+def test_a_step_without_finite_numbers_leaves_no_trace_and_is_counted(factor, dtype, tmp_path):
+    found = []
+
+    def spoiled(run):
+        found.append((run.steps, copied(moves(run)), run.scaler.get_scale()))
+        return factor if run.position in (4, 5) else 1
+
+    run = program(tmp_path / "run", spoiled, dtype=dtype, log_every=1)
+    steps, states, scales = zip(*found)
+    assert steps[4:7] == (4, 4, 4) and steps[7] == 5 and run.bad_steps == 2
+    assert not difference(states[4], states[6]) and difference(states[6], states[7])
+    assert (run.steps, run.position) == (LAST, LAST + 2)  # bad steps are made up for
+    lines = log_of(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(1, LAST + 1))
+    assert [line["skipped_steps"] for line in lines] == [0] * 4 + [2] * 5
+    assert all(math.isfinite(line["loss"]) for line in lines)
+    assert scales[6] == scales[4] / 4 if dtype else scales == (1,) * 11
+
+
+def test_a_gradient_without_finite_numbers_is_a_bad_step_too(tmp_path):
+    def spoiled(run):
+        if run.position == 0:
+            run.model.layer.weight.register_hook(lambda g: g * NAN if run.position == 3 else g)
+        return 1
+
+    run = program(tmp_path / "run", spoiled)
+    assert run.bad_steps == 1 and all(p.isfinite().all() for p in run.model.parameters())
+
+
+def test_twenty_bad_steps_in_a_row_stop_a_run_and_nineteen_do_not(tmp_path):
+    def spoiled(count):
+        return lambda run: NAN if 3 <= run.position % 30 < 3 + count else 1
+
+    assert program(tmp_path / "run", spoiled(19), last_step=25).end() == 0
+    assert last_of(tmp_path / "run")["bad_steps"] == 38
+    program(tmp_path / "other", last_step=2)
+    run = program(tmp_path / "other", spoiled(20), save_minutes=0)
+    with pytest.raises(Stopped, match=r"20 steps in a row had no finite loss .* --resume force"):
+        run.end()
+    assert (last_of(tmp_path / "other")["step"], run.position) == (3, 23)
+
+
+def test_a_run_that_is_paused_among_bad_steps_goes_on_counting_them(tmp_path):
+    def spoiled(run):
+        if run.position in (12, 17):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return NAN if run.position >= 3 else 1
+
+    program(tmp_path / "run", spoiled)
+    program(tmp_path / "run", spoiled)
+    run = program(tmp_path / "run", spoiled)
+    assert (run.ended, run.position, run.steps) == ("diverged", 23, 3)
+
+
+# ----------------------------------------------------------------------------- gradients and parts
+
+
+class Linear(nn.Module):
+    """A mean over images, so that parts add up to the whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.unused = nn.Linear(3, 2), nn.Linear(1, 1)
+
+    def forward(self, images, targets):
+        return (self.layer(images) - targets).square().mean()
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 6])
+def test_parts_have_the_gradient_the_norm_and_the_step_of_the_whole(parts):
+    model = Linear().double()
+    images, targets = torch.randn(6, 3).double(), torch.randn(6, 2).double()
+    weights = list(model.layer.parameters())
+    wanted = torch.autograd.grad(model(images, targets), weights)
+    before = copied([p.detach() for p in weights])
+    optimizer = torch.optim.SGD(model.parameters())
+    options = Options("", 6, 1, accumulate=parts, workers=0)
+    run = Run(options, Place(CPU), model, optimizer, IMAGES, noisy, {})
+    sizes, values = [], []
+    for part in run.parts(images, targets):
+        values.append(run.network(*part))
+        run.backward(values[-1])
+        sizes.append(len(part[0]))
+    assert sizes == [6 // parts] * parts
+    assert run.agree(torch.stack(values).mean()[None])
+    assert all(torch.allclose(p.grad, g, rtol=1e-12) for p, g in zip(weights, wanted))
+    norm = torch.cat([g.flatten() for g in wanted]).norm().item()
+    assert run.values == pytest.approx([model(images, targets).item(), norm])
+    run.step(0.7)
+    for p, old, g in zip(weights, before, wanted):
+        assert torch.allclose(p, old - 0.7 * g, rtol=1e-12)
+    run.end_step()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_scale_of_fp16_leaves_no_trace_in_the_numbers(tmp_path):
+    half, single = (program(None, dtype=dtype, last_step=3) for dtype in (torch.float16, None))
+    assert half.scaler.get_scale() == 1024 and half.bad_steps == 0
+    assert half.values == pytest.approx(single.values, rel=0.02)
+
+
+# --------------------------------------------------------------------------------- log and streams
+
+
+def test_a_line_averages_the_steps_since_the_last_one(whole, tmp_path):
+    program(tmp_path / "each", log_every=1)
+    each, some = log_of(tmp_path / "each"), log_of(whole)
+    assert [line["step"] for line in each] == list(range(1, LAST + 1))
+    assert [line["step"] for line in some] == [1, 4, 8, LAST]
+    for line, (first, last) in zip(some, ((0, 1), (1, 4), (4, 8), (8, 9))):
+        for name in ("loss", "largest", "grad_norm"):
+            mean = sum(one[name] for one in each[first:last]) / (last - first)
+            assert line[name] == pytest.approx(mean, rel=1e-12)
+        assert line["rate"] == last / 2 and line["epoch"] == round(last / 3, 4)
+    speeds = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
+    assert all(line["images_per_second"] > 0 and line["memory_gb"] > 0.01 for line in speeds)
+    assert all(0 < line["data_seconds"] < 1 for line in speeds)
+
+
+def test_a_seed_a_position_and_a_rank_have_random_numbers_of_their_own(whole):
+    seeds = {seed_of(*parts) for parts in itertools.product((0, 1), range(50), range(3))}
+    assert len(seeds) == 300 and all(0 <= seed < 2**63 for seed in seeds)
+    generator = torch.Generator().manual_seed(seed_of(0, LAST - 1, 0))
+    assert last_of(whole)["notes"]["noise"] == torch.rand(2, generator=generator).tolist()
+
+
+def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    run = program(None)
+    assert run.end() == 0 and run.steps == LAST and not list(tmp_path.iterdir())
+    assert capfd.readouterr() == ("", "")
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+def held_by(folder, spoil=(), **options):
+    """The step that last.pth holds when each step begins."""
+    held = []
+
+    def look(run):
+        last = run.folder / "last.pth"
+        held.append(torch.load(last, weights_only=True)["step"] if last.exists() else None)
+        return NAN if run.position in spoil else 1
+
+    program(folder, look, **options)
+    return held, sorted(file.name for file in folder.glob("*.pth"))
+
+
+@pytest.mark.parametrize(
+    "options, spoil, held, names",
+    [
+        (dict(save_minutes=9), (), [None] * 9, []),
+        (dict(save_minutes=0), (), [None, 1, 2, 3, 4, 5, 6, 7, 8], []),
+        # After a bad step the checkpoint before it may be the better one
+        (dict(save_minutes=0), (3, 4), [None, 1, 2, 3, 3, 3, 4, 5, 6, 7, 8], []),
+        (dict(keep_every=1), (), [None] * 3 + [3] * 3 + [6] * 3, [1, 2, 3]),
+        (dict(keep_every=2), (), [None] * 6 + [6] * 3, [2]),
+    ],
+)
+def test_what_is_written_when(options, spoil, held, names, tmp_path):
+    kept = [f"epoch_{epoch:04d}.pth" for epoch in names]
+    assert held_by(tmp_path, spoil, **options) == (held, [*kept, "last.pth"])
+    for epoch, name in zip(names, kept):
+        assert torch.load(tmp_path / name, weights_only=True)["position"] == 3 * epoch
+    assert last_of(tmp_path)["step"] == LAST
+
+
+@pytest.fixture
+def small_disk():
+    """Files can be made to end at so many bytes: what the system then says is said of a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_is_full_costs_a_line_and_at_the_end_the_run(tmp_path, small_disk):
+    def full(run):
+        if run.position == 4:
+            small_disk(100)
+        if run.position == 6:
+            small_disk(resource.RLIM_INFINITY)
+        return 1
+
+    text = io.StringIO()
+    with contextlib.redirect_stderr(text), contextlib.redirect_stdout(text):
+        assert program(tmp_path / "run", full, save_minutes=0).end() == 0
+    err = text.getvalue()
+    for step in (5, 6):
+        line = f"last.pth after step {step}: File too large; what stood there before is intact, and"
+        assert f"could not write {tmp_path}/run/{line} the run goes on" in err
+    assert last_of(tmp_path / "run")["step"] == LAST
+
+    with pytest.raises(Stopped, match="could not write .*last.pth after step 5: File too large"):
+        with contextlib.redirect_stderr(text):
+            program(tmp_path / "end", full, last_step=5, log_every=99)
+
+
+def test_a_file_is_old_or_new_at_any_moment_and_a_failed_write_leaves_nothing(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_bytes(b"old")
+
+    def half(file):
+        file.write(b"ne")
+        file.flush()
+        assert path.read_bytes() == b"old"
+        raise OSError(errno.ENOSPC, "no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        files.write_atomically(path, half)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    files.write_json(path, dict(miou=0.5))
+    assert path.read_bytes() == b'{\n "miou": 0.5\n}\n'
+    os.mkfifo(pipe := tmp_path / "pipe")  # --json /dev/stdout, or >(jq .)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    files.write_lines(pipe, ["a", "b"])
+    assert pipe.is_fifo() and os.read(reader, 99) == b"a\nb\n"
+    os.close(reader)
+
+
+def test_a_second_run_in_a_folder_is_refused_with_host_and_process(tmp_path):
+    code = "import sys, pathlib; from engine.guards import Lock; Lock(pathlib.Path(sys.argv[1]))"
+
+    def second():
+        command = [sys.executable, "-c", code, str(tmp_path)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+    lock = Lock(tmp_path)
+    line = f"--output-dir {tmp_path} is in use by process {os.getpid()} on {socket.gethostname()}"
+    assert second().stderr.splitlines()[-1].startswith(f"ValueError: {line}: wait for that run")
+    lock.release()
+    assert second().returncode == 0
+
+
+# ----------------------------------------------------------------------------------------- readers
+
+
+def test_readers_change_no_bit_and_the_end_waits_for_none_of_them(whole, tmp_path):
+    slow = multiprocessing.Value("b", 0)
+
+    def view(image, rng):
+        time.sleep(60 * slow.value)
+        return noisy(image, rng)
+
+    def last(run):
+        slow.value = run.position == LAST - 1
+        return 1
+
+    began = time.monotonic()
+    run = program(tmp_path / "run", last, view=view, workers=2)
+    assert time.monotonic() - began < 4 and run.end() == 0
+    assert not any(process.is_alive() for process in run.reader.processes if not process.join(9))
+    assert not difference(last_of(tmp_path / "run"), last_of(whole))
+
+
+def test_images_that_are_gone_stop_a_run_with_a_line_and_a_checkpoint(whole, tmp_path):
+    class Gone:
+        away = False
+
+        def __len__(self):
+            return len(IMAGES)
+
+        def __getitem__(self, i):
+            if self.away:
+                raise BadImage(f"{i}.png", "no such file or directory")
+            return IMAGES[i]
+
+    images = Gone()
+
+    def go(run):
+        images.away = run.position == 4
+        return 1
+
+    reason = r"^14 images in a row could not be read; \d+.png: no such file or directory; "
+    with pytest.raises(Stopped, match=reason + f"{tmp_path}/run/last.pth holds step 5"):
+        program(tmp_path / "run", go, images=images).end()
+    with pytest.raises(Stopped, match=r"no such file or directory; no step was taken"):
+        program(tmp_path / "other", images=images).end()
+    images.away = False
+    program(tmp_path / "run", images=images)
+    assert not difference(last_of(tmp_path / "run"), last_of(whole))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("position", [0, 4])
+def test_a_reader_that_dies_stops_a_run_with_a_line_and_a_checkpoint(position, whole, tmp_path):
+    def kill(run):
+        if run.position == position:
+            random.Random(position).choice(sorted(run.reader.processes, key=str)).kill()
+        return 1
+
+    with pytest.raises(Stopped, match=r"a process that reads images died .* --workers 0 reads"):
+        program(tmp_path / "run", kill, workers=2).end()
+    assert position < last_of(tmp_path / "run")["step"] <= LAST
+    program(tmp_path / "run", workers=2)
+    assert not difference(last_of(tmp_path / "run"), last_of(whole))
+    assert log_of(tmp_path / "run") == log_of(whole)
