@@ -114,7 +114,7 @@ def start(c: Config, strict: bool) -> int:
         names=("loss", "group_loss", "slot_loss"),
     )
     run.notes["images"] = digest
-    if c.subset and len(held_out) and place.is_main:
+    if c.subset and hasattr(images, "paths") and place.is_main:
         files.write_lines(run.folder / "subset.txt", images.paths)
     with run:
         run.print(f"device   {processes.describe(place)}", f"data     {about}")
@@ -195,7 +195,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     images, held_out, about = images_of(c, "dataset" in given)
     print(about)
     bad = [
-        batches.check_images(part, processes.workers_of(c.workers)) for part in (images, held_out)
+        batches.check_images(part, processes.workers_of(c.workers))
+        for part in (images, held_out)
+        if len(part)
     ]
     return 1 if sum(bad) > batches.BAD_SHARE * (len(images) + len(held_out)) else 0
 
