@@ -90,7 +90,7 @@ def draw_coco_stuff(root):
             root / f"val2017/{name}.jpg",
             f"stuffthingmaps_trainval2017/val2017/{name}.png",
         )
-        ids = (255,) * (91 if name == "600" else 90) + (number,)  # 3/4 of 360 rows are stuff
+        ids = (255,) * {"400": 80, "600": 91}.get(name, 90) + (number,)  # 3/4 of 360 rows: stuff
         pair(image, root / label, ids, y, 370)
 
 
@@ -163,7 +163,7 @@ def test_the_tables_of_ids_are_those_of_their_protocols():
     fine = np.array(FINE_TO_COARSE)
     assert len(fine) == 256 and np.bincount(fine[:182], minlength=27).tolist() == sizes
     assert fine[255] == IGNORE and (fine[182:255] == WRONG).all()
-    known = {0: "person", 16: "animal", 45: "kitchen", 181: "solid"}
+    known = {71: "electronic", 0: "person", 16: "animal", 45: "kitchen", 181: "solid"}
     assert {number: COARSE_NAMES[fine[number]] for number in known} == known
     assert (fine[:91] < FIRST_STUFF).all() and (fine[91:182] >= FIRST_STUFF).all()
     evaluated = [7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33]

@@ -35,9 +35,11 @@ def test_a_backbone_comes_from_a_whole_checkpoint_or_from_a_file_of_its_own(tmp_
         assert config["arch"] == "tiny" and not backbone.training
         for name, tensor in backbone.state_dict().items():
             assert tensor.equal(network.backbone.state_dict()[name])
-    student, _ = open_network(whole, "student", "cpu")
     saved = torch.load(whole, weights_only=True)["model"]
+    student, _ = open_network(whole, "student", "cpu")
     assert student.prototypes.weight.equal(saved["student.prototypes.weight"])
+    name, weight = next(iter(open_backbone(whole, "student", "cpu")[0].state_dict().items()))
+    assert weight.equal(saved[f"student.backbone.{name}"])
 
 
 def test_a_backbone_of_torchvision_is_taken_with_its_classifier(tmp_path):
