@@ -92,7 +92,7 @@ class Photograph:
                 raise ValueError("empty file")
             self.file = Image.open(path)
             if self.file.format not in ("JPEG", "MPO"):  # which can be decoded at a smaller scale
-                self.file.load()  # in a PNG the orientation may stand behind the pixels
+                self.file.load()  # before getexif: it loads a PNG, and hides that it is broken
         # A photograph with broken metadata is still a photograph
         with contextlib.suppress(Exception):
             orientation = self.file.getexif().get(ExifTags.Base.Orientation, 1)

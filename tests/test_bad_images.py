@@ -17,14 +17,13 @@ from engine.batches import Samples, Skipped, check_images
 from engine.images import BadImage, ImageFiles, Photographs
 
 GRADIENT = np.linspace(0, 255, 12 * 16).reshape(12, 16).astype(np.uint8)
-NOISE = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
 FRAMES = [Image.new("RGB", (16, 12), color) for color in ("red", "lime", "blue")]
-BITS = Image.fromarray(GRADIENT).convert("1", dither=Image.Dither.NONE)
-PALETTE = Image.fromarray(NOISE).quantize(256)
+GRAY = Image.fromarray(GRADIENT)
+BITS = GRAY.convert("1", dither=Image.Dither.NONE)
+RANDOM = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8))
 UNIT = (GRADIENT / np.float32(255) - 1).astype(np.float32)
-HOLES, FILLED = UNIT.copy(), GRADIENT.copy()
-HOLES[3, 5], FILLED[3, 5] = np.nan, 255  # a number that is none counts as 0, the largest of these
-WHITE, MANY = (255, 255, 255), dict(save_all=True, append_images=FRAMES[1:])
+UNIT[-1, -1] = np.nan  # what is no number counts as 0, the largest of these
+WHITE, MANY = Image.new("RGB", (16, 12), "white"), dict(save_all=True, append_images=FRAMES[1:])
 
 
 def plain(color, mode="RGB"):
@@ -34,31 +33,29 @@ def plain(color, mode="RGB"):
 @pytest.mark.parametrize(
     "name, image, expected, options",
     [
-        ("gray.png", Image.fromarray(GRADIENT), GRADIENT, {}),
-        ("bits.png", BITS, np.where(GRADIENT > 127, 255, 0), {}),
-        ("palette.png", PALETTE, PALETTE.convert("RGB"), {}),
-        ("print.jpg", plain((0, 255, 255, 0), "CMYK"), (255, 0, 0), dict(quality=95)),
-        ("deep.png", Image.fromarray(GRADIENT.astype(np.uint16) * 257), GRADIENT, {}),
-        ("deeper.tif", Image.fromarray(GRADIENT.astype(np.int32) * 1000), GRADIENT, {}),
-        ("float.tif", Image.fromarray(UNIT), GRADIENT, {}),
-        ("holes.tif", Image.fromarray(HOLES), FILLED, {}),
+        ("gray.png", GRAY, GRAY, {}),
+        ("bits.png", BITS, GRAY.point(lambda value: 255 * (value > 127)), {}),
+        ("palette.png", RANDOM.quantize(256), RANDOM.quantize(256), {}),
+        ("print.jpg", plain((0, 255, 255, 0), "CMYK"), FRAMES[0], dict(quality=95)),
+        ("deep.png", Image.fromarray(GRADIENT.astype(np.uint16) * 257), GRAY, {}),
+        ("deeper.tif", Image.fromarray(GRADIENT.astype(np.int32) * 1000), GRAY, {}),
+        ("float.tif", Image.fromarray(UNIT), GRAY, {}),
         ("clear.png", plain((0, 100, 200, 0), "RGBA"), WHITE, {}),
-        ("haze.webp", plain((0, 100, 200, 51), "RGBA"), (204, 224, 244), dict(lossless=True)),
+        ("haze.png", plain((0, 100, 200, 51), "RGBA"), plain((204, 224, 244)), {}),
         ("gray and clear.png", plain((10, 0), "LA"), WHITE, {}),
         ("key.png", plain((9, 9, 9)), WHITE, dict(transparency=(9, 9, 9))),
         ("palette.gif", plain(1, "P"), WHITE, dict(transparency=1)),
-        ("moves.gif", FRAMES[0], (255, 0, 0), MANY),
-        ("moves.png", FRAMES[0], (255, 0, 0), MANY),
-        ("moves.webp", FRAMES[0], (255, 0, 0), dict(lossless=True, **MANY)),
-        ("metadata.png", Image.fromarray(NOISE), NOISE, dict(exif=b"Exif\0\0XX\0*\0\0\0\x08")),
+        ("moves.gif", FRAMES[0], FRAMES[0], MANY),
+        ("moves.png", FRAMES[0], FRAMES[0], MANY),
+        ("moves.webp", FRAMES[0], FRAMES[0], dict(lossless=True, **MANY)),
+        ("metadata.png", RANDOM, RANDOM, dict(exif=b"Exif\0\0XX\0*\0\0\0\x08")),
     ],
 )
 def test_odd_files_are_images_with_these_pixels(tmp_path, name, image, expected, options):
     image.save(tmp_path / name, **options)
     pixels = ImageFiles(tmp_path, [name])[0].permute(1, 2, 0).numpy().astype(int)
-    expected = np.asarray(expected, dtype=int)
-    expected = expected[..., None] if expected.ndim == 2 else expected
-    tolerance = {"print.jpg": 3, "haze.webp": 1}.get(name, 0)
+    expected = np.asarray(expected.convert("RGB"), dtype=int)
+    tolerance = 3 if name == "print.jpg" else 0
     assert pixels.shape == (12, 16, 3) and np.abs(pixels - expected).max() <= tolerance
 
 
@@ -74,15 +71,15 @@ def png_that_claims(*size):
     return content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
 
 
-LARGE = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
-JPEG = encoded(Image.fromarray(LARGE), "JPEG")
+JPEG, PNG = encoded(RANDOM.resize((300, 200)), "JPEG"), encoded(RANDOM, "PNG")
 
 
 @pytest.mark.parametrize(
     "make, reason",
     [
-        (lambda p: p.write_bytes(JPEG[:9000]), "truncated"),
+        (lambda p: p.write_bytes(JPEG[:3000]), "truncated"),
         (lambda p: p.write_bytes(JPEG[:40]), "truncated"),
+        (lambda p: p.write_bytes(PNG[:100] + b"x" * 9 + PNG[109:]), "broken data stream"),
         (lambda p: p.touch(), "^empty file$"),
         (lambda p: p.write_text("<html>404</html>"), "^not an image that Pillow knows$"),
         (lambda p: p.write_bytes(png_that_claims(40_000, 40_000)), "exceeds limit .* bomb"),
@@ -121,7 +118,7 @@ def folder_with_bad(folder, bad, count=9):
     for number in range(count):
         content = encoded(plain((number * 20,) * 3), "PNG")
         # Some are found out when they are opened, others when they are decoded
-        content = JPEG[: 9000 * (number % 2)] if number in bad else content
+        content = JPEG[: 3000 * (number % 2)] if number in bad else content
         (folder / f"{number}.png").write_bytes(content)
     return Photographs(folder, [f"{number}.png" for number in range(count)])
 
@@ -141,8 +138,6 @@ def test_the_next_readable_neighbor_stands_in_with_the_random_numbers_of_the_sam
 def test_each_bad_file_is_written_once_and_more_than_one_percent_end_the_run(tmp_path):
     file = tmp_path / "skipped.txt"
     one, other = Skipped(file, 400), Skipped(file, 400)
-    one.record([])
-    assert not file.exists()
     one.record([("ä.jpg", "empty file"), ("c.jpg", "truncated"), ("ä.jpg", "empty file")])
     other.record([("c.jpg", "truncated"), ("new\nline.jpg", "truncated")])
     one.record([("new\nline.jpg", "truncated"), (os.fsdecode(b"caf\xe9.jpg"), "truncated")])

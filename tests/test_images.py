@@ -107,7 +107,7 @@ def touched(count, end):
     "prepare, asked, words",
     [
         (lambda root: None, "", r"no images in .*expected .*/\.\.\./\*.jpg; found in .*: nothing"),
-        (touched(9, "txt"), "", "found in .*: 0.txt, 1.txt, .* and 3 more"),
+        (touched(9, "txt"), "", "found in .*: 0.txt, .*, 5.txt and 3 more"),
         (touched(1, "txt"), "x/y", r"no such folder: .*x/y; .*\*.jpg; found in .*: 0.txt$"),
         (lambda root: (root / "a.jpg").write_text("x"), "", "none of 1 files .* a.jpg: not an im"),
         (touched(40, "jpg"), "", "none of 16 files tried .*: empty file"),
@@ -175,11 +175,11 @@ def test_a_run_learns_from_a_subset_of_what_is_not_held_out_a_tenth_at_most(tmp_
 
 
 def test_label_maps_beside_photographs_are_named(tmp_path):
-    labels = [f"labels/{i}.png" for i in range(8)]
+    labels = [f"labels/{i}.PNG" for i in range(8)]
     for others in ([], [f"b/{i}.png" for i in range(8)], [f"b/{i}.jpg" for i in range(4)]):
         assert images.look_like_labels(labels + others) == ""
     assert images.look_like_labels([f"{i}.{end}" for i in range(8) for end in ("jpg", "png")]) == ""
-    tree(tmp_path, *labels, *(f"Images/{i}.jpg" for i in range(5)))
+    tree(tmp_path, *labels, *(f"Images/{i}.JPG" for i in range(5)))
     assert open_images(tmp_path).about.endswith(
         "\nwarning  5 files of labels/ have the names of images in Images/ and may be label maps: "
         "give the folder Images as --data-dir"

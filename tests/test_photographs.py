@@ -24,6 +24,10 @@ def saved(folder, orientation=1, format="JPEG", mode="RGB"):
     exif[0x0112] = orientation
     more = dict(save_all=True, append_images=[image]) if format == "MPO" else {}
     image.convert(mode).save(folder / "a.jpg", format, quality=97, exif=exif, **more)
+    if format == "PNG":  # which may note its orientation behind the pixels
+        content = (folder / "a.jpg").read_bytes()
+        note = content[content.index(b"eXIf") - 4 : content.index(b"IDAT") - 4]
+        (folder / "a.jpg").write_bytes(content.replace(note, b"")[:-12] + note + content[-12:])
     return ImageFiles(folder, ["a.jpg"])[0], Photographs(folder, ["a.jpg"])
 
 
@@ -53,8 +57,7 @@ def test_views_of_a_reduced_photograph_agree_with_each_other_and_the_whole(tmp_p
         other = draw_crop(*photograph.shape[1:], rng, other=one)
         photograph.pixels.assert_called_once_with(min(one[2:] + other[2:]) / SIZE)
         expected = crops(whole, random.Random(seed))
-        assert flipped.equal(expected.flipped)
-        assert (boxes - expected.boxes).abs().max() < 1 / SIZE
+        assert flipped.equal(expected.flipped) and (boxes - expected.boxes).abs().max() < 1 / SIZE
         assert (views.float() - expected.views).abs().max() < 9
         seen = []
         for view, (x1, y1, x2, y2) in zip(views, boxes.tolist()):
