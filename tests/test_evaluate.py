@@ -54,13 +54,11 @@ def refusal(*argv, capsys):
     return err
 
 
-def bsds_tree(root, *values):
-    """BSDS with one image per value, whose segments are 0 and the value."""
-    for number, value in enumerate(values):
-        pixels = np.full((40, 44), value)
-        pixels[:20] = value if value == IGNORE else 0
-        for kind in ("images", "segments"):
-            write(root / kind / "val" / f"{number}.png", pixels)
+def bsds_tree(root, *ids):
+    """BSDS with an image in each of two parts, which is cut into columns of these ids."""
+    pixels = np.tile(np.repeat(ids, 40), (40, 1))
+    for kind in ("images/train", "images/val", "segments/train", "segments/val"):
+        write(root / kind / "0.png", pixels)
     return ["--dataset", "bsds", "--data-dir", root, "--size", 32]
 
 
@@ -105,7 +103,7 @@ def test_toy_scenes_need_no_folder_come_as_drawn_and_are_noted_after_photographs
 
 
 def test_segments_without_classes_have_an_adjusted_rand_index(trained, tmp_path, capsys):
-    where = bsds_tree(tmp_path / "b", 9)
+    where = bsds_tree(tmp_path / "b", 0, 9)
     _, result, text, _ = run("segmentation", trained, *where, capsys=capsys)
     assert "adjusted Rand" in text and result["sizes"]["32"]["adjusted_rand_index"] < 0.5
     where = bsds_tree(tmp_path / "c", IGNORE)
@@ -159,9 +157,7 @@ def test_a_probe_is_never_tested_on_an_image_that_it_has_learned_from(trained, f
     options = ["probe", trained, "--data-dir", folder, "--size", 32]
     args = evaluate.commands().parse([str(word) for word in options])
     learned, tested = (part.files() for part in evaluate.open_parts(args))
-    assert not learned & tested and len(learned | tested) == 7 and len(tested) == 2
-    status, result, _, _ = run(*options, capsys=capsys)
-    assert status == 0 and (result["labeled_images"], result["images"]) == (5, 2)
+    assert not learned & tested and (len(learned), len(tested)) == (5, 2)
     assert "learns on the split train" in refusal(*options, "--split", "train", capsys=capsys)
     for kind in ("images", "labels"):
         (folder / kind / "test").mkdir()
@@ -176,9 +172,7 @@ def test_a_probe_needs_classes_and_the_same_ones_in_both_parts(trained, folder, 
             write(folder / kind / part / "0.png", np.full((34, 40), number))
     line = refusal("probe", trained, "--data-dir", folder, capsys=capsys)
     assert "the split train has 7 classes and the one to test on 3" in line
-    where = bsds_tree(tmp_path / "b", 9)
-    for kind in ("images", "segments"):
-        write(tmp_path / "b" / kind / "train" / "a.png", np.zeros((40, 44)))
+    where = bsds_tree(tmp_path / "b", 0, 9)
     assert "have no names" in refusal("probe", trained, *where, capsys=capsys)
 
 
@@ -187,14 +181,12 @@ def test_a_probe_needs_classes_and_the_same_ones_in_both_parts(trained, folder, 
 # FOLDER and CHECKPOINT stand for the fixtures, BACKBONE for the backbone.pth beside the checkpoint
 WRONG = [
     ("segmentation none.pth", "no checkpoint"),
-    ("slots BACKBONE", "backbone only"),
     ("segmentation BACKBONE", "measure its features with evaluate.py probe"),
     ("probe BACKBONE --network student", "no student"),
     ("segmentation CHECKPOINT --data-dir FOLDER/no", "no folder"),
     ("segmentation CHECKPOINT --dataset voc", "--data-dir is missing"),
     ("probe CHECKPOINT --dataset mars", "choose one of toy, folder, coco_stuff"),
     ("segmentation CHECKPOINT --data-dir FOLDER --size 64 31", "at least 32"),
-    ("slots CHECKPOINT --size 2", "at least 32"),
     ("segmentation CHECKPOINT --limit many", "expected a whole number"),
     ("segmentation CHECKPOINT --limmit 3", "did you mean --limit?"),
     ("slots CHECKPOINT --data-dir FOLDER/empty", "no such folder"),
