@@ -135,7 +135,10 @@ class CocoObjects(CocoDetection):
         objects = (
             a for a in self.coco.imgToAnns[id] if not a["iscrowd"] and min(a["bbox"][2:]) > 0
         )
-        return [dict(a, category_id=self.labels[a["category_id"]]) for a in objects]
+        return [
+            dict(a, category_id=self.labels[a["category_id"]], bbox=[*map(float, a["bbox"])])
+            for a in objects
+        ]
 
     def with_objects(self) -> list[int]:
         """The ids of the images in which there is something to learn from."""

@@ -23,7 +23,7 @@ from downstream.settings import Segmentation
 from engine.processes import Place
 from engine.ranks import sum_over_ranks
 from measures import metrics
-from measures.datasets import Labeled, open_labeled
+from measures.datasets import UNSEEN, Labeled, open_labeled
 from measures.metrics import IGNORE
 from photometric import IMAGENET_MEAN, normalize
 
@@ -44,7 +44,8 @@ def prepare(c: Segmentation, backbone: nn.Module) -> tuple[nn.Module, Labeled, L
     have a score for every class of both.
     """
     parts = [c.train_list if c.dataset == "voc" else "train", "val"][: 1 + (c.test_on == "val")]
-    more = [dict(count=TOY_SCENES), {}] if c.dataset == "toy" else [{}, {}]
+    drawn = dict(count=c.labeled or TOY_SCENES, seed=UNSEEN + c.seed)
+    more = [drawn if c.dataset == "toy" else {}, {}]
     opened = [open_labeled(c.dataset, c.data_dir, p, **m) for p, m in zip(parts, more)]
     classes = {len(each.class_names) for each in opened}
     if len(classes) > 1:
