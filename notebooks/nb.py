@@ -1,13 +1,8 @@
 """What the notebooks share: figures with captions, checks that can fail, exercises.
 
-Slide: none. Paper: none. Differs: ours [U].
-
 A notebook begins with `sys.path[:0] = [".", "notebooks"]; import nb`, which works from its own
-folder and from the root of the repository. Importing this file puts the root on the path, takes one
-thread, and sets the size of figures. Nothing of the method stands here.
+folder and from the root of the repository. Nothing of the method stands here.
 """
-
-from __future__ import annotations
 
 import inspect
 import io
@@ -20,23 +15,18 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT))
 
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from IPython.display import Image, Markdown, display  # noqa: E402
-from matplotlib.patches import Patch  # noqa: E402
 from PIL import Image as Pillow  # noqa: E402
-from torch import Tensor  # noqa: E402
 
-from measures.palette import prototype_colors  # noqa: E402
+from measures.figures import prototype_colors  # noqa: E402
 
 torch.set_num_threads(1)
-plt.rcParams.update({"figure.dpi": 80, "savefig.dpi": 80, "font.size": 10,
-                     "figure.constrained_layout.use": True})  # fmt: skip
-MARKERS = "os^D"  # of lines, so that color is not the only difference
+plt.rcParams.update({"figure.dpi": 80, "savefig.dpi": 80, "figure.constrained_layout.use": True})
 
 
 def check(name: str, condition: Any, message: str = "") -> None:
@@ -48,83 +38,57 @@ def check(name: str, condition: Any, message: str = "") -> None:
 
 
 def exercise(name: str, attempt: Callable[[], Any], expected: Any, tolerance: float = 1e-5) -> None:
-    """Print todo, pass, or the largest difference; never raise, so that Run All goes on.
-
-    attempt: a function without arguments; it returns None (or raises NotImplementedError) as long
-    as the exercise is not done. expected: a tensor, an array or a number.
-    """
+    """Print todo (for None), pass, or what is wrong; never raise, so that Run All goes on."""
     try:
         found = attempt()
+        if found is None:
+            raise NotImplementedError
+        difference = (torch.as_tensor(found) - torch.as_tensor(expected)).double().abs().max()
+        result = "pass" if difference <= tolerance else f"largest difference {difference:.3g}"
     except NotImplementedError:
-        found = None
+        result = "todo"
     except Exception as error:  # whatever a reader's first attempt raises
-        print(f"exercise {name}: not yet, {type(error).__name__}: {error}")
-        return
-    if found is None:
-        print(f"exercise {name}: todo")
-        return
-    found, wanted = (torch.as_tensor(x).detach().double() for x in (found, expected))
-    if found.shape != wanted.shape:
-        print(f"exercise {name}: shape {tuple(found.shape)}, expected {tuple(wanted.shape)}")
-        return
-    difference = float((found - wanted).abs().max())
-    verdict = "pass" if difference <= tolerance else f"largest difference {difference:.3g}"
-    print(f"exercise {name}: {verdict}")
+        result = f"not yet, {type(error).__name__}: {error}"
+    print(f"exercise {name}: {result}")
 
 
 def source(*things: Any) -> None:
     """Show the code of functions, classes or methods as it stands in the modules."""
     for thing in map(inspect.unwrap, things):
-        file = Path(inspect.getsourcefile(thing)).resolve()
-        place = file.relative_to(ROOT) if file.is_relative_to(ROOT) else file.name
+        file = Path(inspect.getsourcefile(thing)).resolve().relative_to(ROOT)
         code = textwrap.dedent(inspect.getsource(thing)).rstrip()
-        display(Markdown(f"`{place}`:\n```python\n{code}\n```"))
-
-
-def caption(text: str) -> None:
-    """A line of Markdown below a figure: what is drawn, and what to look at."""
-    display(Markdown(f"*{text}*"))
-
-
-def finish(text: str) -> None:
-    """Show the current figure, and the caption below it.
-
-    At most 256 colors: an image of textures then takes a third of the bytes in the notebook.
-    """
-    drawn, small = io.BytesIO(), io.BytesIO()
-    plt.savefig(drawn, format="png", bbox_inches="tight")
-    plt.close()
-    Pillow.open(drawn).convert("RGB").quantize(256, dither=Pillow.Dither.NONE).save(
-        small, format="png", optimize=True
-    )
-    display(Image(small.getvalue(), format="png"))
-    caption(text)
+        display(Markdown(f"`{file}`:\n```python\n{code}\n```"))
 
 
 def dial(draw: Callable[..., None], **knobs: tuple[Any, Sequence[Any]]) -> None:
-    """Show draw(**starts); where a person runs the notebook in Jupyter, sliders show the other
-    values.
-
-    draw: draws one figure with its caption. knobs: name=(start, values). Jupyter's server names the
-    notebook in JPY_SESSION_NAME; without it nobody could move a slider, and none is shown.
-    """
+    """Show draw at the starts; in Jupyter, sliders show the rest. knobs: name=(start, values)."""
     if "JPY_SESSION_NAME" not in os.environ:
-        draw(**{name: start for name, (start, _) in knobs.items()})
-        return
-    import ipywidgets  # comes with jupyter
+        return draw(**{name: start for name, (start, _) in knobs.items()})
+    from ipywidgets import SelectionSlider, interact  # comes with jupyter
 
-    ipywidgets.interact(draw, **{
-        name: ipywidgets.SelectionSlider(options=list(values), value=start, continuous_update=False)
-        for name, (start, values) in knobs.items()
-    })  # fmt: skip
+    interact(draw, **{n: SelectionSlider(options=v, value=s) for n, (s, v) in knobs.items()})
+
+
+def finish(text: str, marks: dict[str, float] | None = None) -> None:
+    """Show the current figure, and below it what is drawn and what to look at.
+
+    marks: name -> height of a dashed line. At most 256 colors take a third of the bytes.
+    """
+    for name, value in (marks or {}).items():
+        plt.axhline(value, color="gray", ls="--", lw=1)
+        plt.text(1, value, name, ha="right", va="bottom", transform=plt.gca().get_yaxis_transform())
+    drawn, small = io.BytesIO(), io.BytesIO()
+    plt.savefig(drawn, format="png", bbox_inches="tight")
+    plt.close()
+    picture = Pillow.open(drawn).convert("RGB").quantize(256, dither=Pillow.Dither.NONE)
+    picture.save(small, format="png", optimize=True)
+    display(Image(small.getvalue(), format="png"), Markdown(f"*{text}*"))
 
 
 def as_image(image: Any) -> np.ndarray:
     """(3 y x), (y x 3) or (y x), tensor or array -> (y x 3) or (y x) array."""
-    array = image.detach().cpu().numpy() if isinstance(image, Tensor) else np.asarray(image)
-    if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] != 3:
-        array = np.moveaxis(array, 0, -1)
-    return array
+    array = np.asarray(image)
+    return np.moveaxis(array, 0, -1) if len(array) == 3 and array.ndim == 3 else array
 
 
 def grid(
@@ -132,98 +96,63 @@ def grid(
     size: float = 1.35, cmap: str = "viridis", limits: tuple[float, float] | None = None,
     legend: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """Rows of images with a caption: a film strip, attention maps, scenes above their truth.
-
-    rows: images of any size, (3 y x), (y x 3) or (y x); None leaves a gap. titles: one per column;
-    labels: one per row; limits: of the color scale of (y x) maps, the same for all; None: 0 to the
-    largest value of each map. legend: names of colors (3) uint8, below the images.
-    """
-    columns = max(map(len, rows))
-    figure, axes = plt.subplots(len(rows), columns, squeeze=False,
-                           figsize=(size * columns + 0.5, size * len(rows) + 0.3))  # fmt: skip
-    for axis in axes.flat:
+    """Rows of images. limits: of (y x) maps, else each has its own; legend: of colors, uint8."""
+    columns, (low, high) = max(map(len, rows)), limits or (0, None)
+    shape = size * columns + 0.5, size * len(rows) + 0.3
+    figure, axes = plt.subplots(len(rows), columns, squeeze=False, figsize=shape)
+    for axis, image in zip(axes.flat, itertools.chain(*rows)):
+        axis.imshow(as_image(image), cmap, vmin=low, vmax=high, interpolation="nearest")
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
-    for i, row in enumerate(rows):
-        for j, image in enumerate(row):
-            if image is not None:
-                array = as_image(image)
-                low, high = limits or (0, None)
-                axes[i, j].imshow(array, cmap=cmap, vmin=low, vmax=high, interpolation="nearest")
     for axis, title in zip(axes[0], titles):
         axis.set_title(title, fontsize=9)
     for axis, label in zip(axes[:, 0], labels):
         axis.set_ylabel(label, fontsize=9)
     if legend:
-        patches = [Patch(color=np.asarray(color) / 255, label=n) for n, color in legend.items()]
-        figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=9,
-                      frameon=False, handlelength=1, columnspacing=1)  # fmt: skip
+        patches = [plt.Rectangle((0, 0), 1, 1, color=np.asarray(c) / 255) for c in legend.values()]
+        where = dict(loc="outside lower center", ncols=len(patches), columnspacing=1)
+        figure.legend(patches, list(legend), frameon=False, fontsize=9, handlelength=1, **where)
     finish(text)
 
 
 def heat(
-    matrix: Any, text: str, rows: Sequence[Any] = (), columns: Sequence[Any] = (), xlabel: str = "",
-    ylabel: str = "", cmap: str = "viridis", limits: tuple[float, float] | None = None,
-    numbers: str = "", size: tuple[float, float] = (5.5, 4.0),
+    matrix: Any, text: str, rows: Sequence = (), columns: Sequence = (), xlabel: str = "",
+    ylabel: str = "", limits: tuple | None = None, size: tuple[float, float] = (5.5, 4.0),
 ) -> None:  # fmt: skip
-    """A matrix as colors, with its scale beside it and a caption.
-
-    rows, columns: names of the ticks; numbers: a format such as ".2f" writes every value in its
-    cell; limits: of the color scale.
-    """
-    array = as_image(matrix).astype(float)
+    """A matrix as colors, a small one with its numbers. rows, columns: names of the ticks."""
+    array, paper = np.asarray(matrix, dtype=float), dict(facecolor="w", alpha=0.6, lw=0, pad=1)
     low, high = limits or (array.min(), array.max())
     figure, axis = plt.subplots(figsize=size)
-    drawn = axis.imshow(array, cmap=cmap, vmin=low, vmax=high, aspect="auto",
-                        interpolation="nearest")  # fmt: skip
-    figure.colorbar(drawn)
-    if len(rows):
-        axis.set_yticks(range(len(rows)), [str(name) for name in rows])
-    if len(columns):
-        axis.set_xticks(range(len(columns)), [str(name) for name in columns])
-    axis.set(xlabel=xlabel, ylabel=ylabel)
-    for i, j in np.ndindex(*array.shape if numbers else (0, 0)):
-        dark = np.dot(drawn.cmap(drawn.norm(array[i, j]))[:3], (0.3, 0.6, 0.1)) < 0.5
-        axis.text(j, i, format(array[i, j], numbers), ha="center", va="center", fontsize=9,
-                  color="white" if dark else "black")  # fmt: skip
+    figure.colorbar(axis.imshow(array, "coolwarm" if low < 0 else "viridis", vmin=low, vmax=high))
+    axis.set(xlabel=xlabel, ylabel=ylabel, aspect="auto")
+    axis.set_yticks(range(len(rows)), map(str, rows))
+    axis.set_xticks(range(len(columns)), map(str, columns))
+    for (i, j), value in np.ndenumerate(array) if array.size < 50 else ():
+        axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=9, bbox=paper)
     finish(text)
 
 
-def curves(
-    lines: dict[str, Sequence[float]], text: str, xlabel: str = "step", ylabel: str = "",
-    marks: dict[str, float] | None = None, size: tuple[float, float] = (6.0, 3.2),
-) -> None:  # fmt: skip
-    """Several lines over their index, each with its own marker; dashed gray marks at heights that
-    mean something.
-    """
-    _, axis = plt.subplots(figsize=size)
-    colors = prototype_colors(len(lines) + 1) / 255
-    for color, marker, (name, values) in zip(colors, itertools.cycle(MARKERS), lines.items()):
-        axis.plot(values, color=color, label=name, marker=marker, ms=4, markevery=len(values) // 8)
-    for name, height in (marks or {}).items():
-        axis.axhline(height, color="gray", ls="--", lw=1)
-        axis.annotate(name, (1, height), xycoords=("axes fraction", "data"), ha="right",
-                      va="bottom", fontsize=9, color="gray")  # fmt: skip
-    axis.set(xlabel=xlabel, ylabel=ylabel)
+def curves(lines: dict[str, Sequence[float]], text: str, ylabel: str = "", **more: Any) -> None:
+    """Several lines over the steps, each with its own marker. more: of `finish`."""
+    _, axis = plt.subplots(figsize=(6.0, 3.2))
+    for (name, values), marker in zip(lines.items(), "os^D"):
+        axis.plot(values, marker=marker, label=name, ms=4, markevery=len(values) // 8)
+    axis.set(xlabel="step", ylabel=ylabel)
     axis.legend(fontsize=9)
-    finish(text)
+    finish(text, **more)
 
 
-def bars(values: dict[str, float], text: str, ylabel: str = "",
-         mark: tuple[str, float] | None = None, size: tuple = (5.5, 2.8)) -> None:  # fmt: skip
-    """Named numbers as bars, each with its value; mark: a name and a height, such as chance."""
+def bars(
+    values: dict[str, float], text: str, ylabel: str = "", size: tuple = (5.5, 2.8), **more: Any
+) -> None:
+    """Named numbers as bars, each with its value. more: of `finish`."""
     _, axis = plt.subplots(figsize=size)
-    drawn = axis.bar(list(values), list(values.values()), color=prototype_colors(5)[4] / 255)
-    axis.bar_label(drawn, fmt="%.2f", fontsize=9)
-    if mark:
-        axis.axhline(mark[1], color="gray", ls="--", lw=1)
-        axis.annotate(mark[0], (1, mark[1]), xycoords=("axes fraction", "data"), ha="right",
-                      va="bottom", fontsize=9, color="gray")  # fmt: skip
+    axis.bar_label(axis.bar(list(values), list(values.values())), fmt="%.2f", fontsize=9)
     axis.set_ylabel(ylabel)
     axis.margins(y=0.15)
-    finish(text)
+    finish(text, **more)
 
 
 def paint(numbers: Any, count: int) -> np.ndarray:
-    """Numbers of groups (... y x) in 0..count-1 -> colors (... y x 3) uint8, as in all figures."""
-    return prototype_colors(count)[as_image(numbers)]
+    """Numbers of groups (... y x) in 0..count-1 -> their colors (... y x 3) in 0..1."""
+    return prototype_colors(count)[np.asarray(numbers)]
