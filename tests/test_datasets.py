@@ -1,9 +1,6 @@
 """measures/datasets.py: data sets whose every pixel has a label, each in its owner's layout."""
 
 import hashlib
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,9 +95,6 @@ DRAW = dict(voc=draw_voc, cityscapes=draw_cityscapes, ade20k=draw_ade20k, bsds=d
             folder=draw_folder, coco_stuff=draw_coco_stuff)  # fmt: skip
 
 
-# ------------------------------------------------------------------------- the rows of the table
-
-
 @pytest.mark.parametrize("dataset, split, names, classes, ids", [
     ("voc", None, ["2011_03.jpg"], 21, {3, 255}),
     ("voc", "train", ["2007_01.jpg"], 21, {1, 255}),
@@ -173,11 +167,6 @@ def test_the_tables_of_ids_are_those_of_their_protocols():
     assert LABELED["voc"].classes[15] == "person" and LABELED["ade20k"].ids[0] == IGNORE
 
 
-def test_the_table_is_read_without_torch():
-    code = "import sys, measures.layouts; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
-
-
 def test_the_published_list_is_recognized_and_another_one_can_be_given(tmp_path, monkeypatch):
     assert datasets.PUBLISHED_LIST.startswith("7c629734c88f1a74bba6")
     draw_coco_stuff(tmp_path)
@@ -192,9 +181,6 @@ def test_the_published_list_is_recognized_and_another_one_can_be_given(tmp_path,
     ids.write_bytes(b"\xff\xd8\xff\xe0")
     with pytest.raises(ValueError, match="is not a text file: one name per line"):
         open_labeled("coco_stuff", tmp_path, list_file=ids)
-
-
-# ------------------------------------------------------------------------- bad label maps
 
 
 @pytest.mark.parametrize("spoil, message", [
@@ -221,9 +207,6 @@ def test_an_id_that_is_no_class_is_refused_with_its_file(tmp_path, dataset, numb
     write(file, rows(number, y=found[0][1].shape[0], x=found[0][1].shape[1]))
     with pytest.raises(ValueError, match=f"{file} has id {number}, which is none of its"):
         found[0]
-
-
-# ------------------------------------------------------------------------- any other folder
 
 
 @pytest.mark.parametrize("contents, names", [

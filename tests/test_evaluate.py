@@ -62,9 +62,6 @@ def bsds_tree(root, *ids):
     return ["--dataset", "bsds", "--data-dir", root, "--size", 32]
 
 
-# ------------------------------------------------------------------------------- segmentation
-
-
 def test_any_labeled_folder_is_measured_whatever_the_batch_and_the_workers(trained, folder, capsys):
     results = []
     for reading in (["--batch-size", 1], ["--batch-size", 3, "--workers", 1]):
@@ -119,9 +116,6 @@ def test_a_wrong_id_is_a_note_where_ids_are_counted_and_refused_elsewhere(traine
     assert "has id 200" in refusal(*where, "--num-classes", 3, "--workers", 1, capsys=capsys)
 
 
-# -------------------------------------------------------------------------------------- slots
-
-
 def test_slots_come_as_text_as_json_and_as_a_figure_beside_the_checkpoint(
     trained, tmp_path, capsys
 ):
@@ -132,9 +126,6 @@ def test_slots_come_as_text_as_json_and_as_a_figure_beside_the_checkpoint(
         assert len(result["active"]) == K and result["files"] == [str(file)]
         assert f"{sum(result['active']) / 6:.2f} slots are occupied" in text
         assert "most often" in text and Image.open(file).width > 800
-
-
-# ------------------------------------------------------------------------------------- probes
 
 
 def test_a_backbone_is_probed_as_the_whole_network_is_beside_a_random_one(
@@ -176,8 +167,6 @@ def test_a_probe_needs_classes_and_the_same_ones_in_both_parts(trained, folder, 
     assert "have no names" in refusal("probe", trained, *where, capsys=capsys)
 
 
-# -------------------------------------------------------------------------------- wrong input
-
 # FOLDER and CHECKPOINT stand for the fixtures, BACKBONE for the backbone.pth beside the checkpoint
 WRONG = [
     ("segmentation none.pth", "no checkpoint"),
@@ -213,9 +202,6 @@ def test_the_help_comes_and_a_misspelled_option_is_answered_before_torch_is_load
         command = [sys.executable, "-c", script, *options]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == status and words in " ".join((done.stdout + done.stderr).split())
-
-
-# -------------------------------------------------------------------------- real photographs
 
 
 @pytest.mark.parametrize("variable, options, key", [

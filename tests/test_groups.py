@@ -43,9 +43,6 @@ def test_segments_and_occupied_slots_come_from_the_same_similarities():
     assert owned.shape == (2, 7) and found.equal(groups.winner(similarity, (32, 40)))
 
 
-# ------------------------------------------------------------------------- groups by color
-
-
 def test_kmeans_finds_separate_blobs_and_depends_on_the_seed_alone():
     blobs = torch.tensor([[0.0, 9, 5], [9, 0, 5], [9, 9, 5]]).repeat(50, 1)
     rows = (blobs + 0.1 * torch.randn(blobs.shape)).numpy()
@@ -68,9 +65,6 @@ def test_pixels_are_sampled_from_every_image_whatever_the_batch():
     pixels = sample_pixels(images.split(3), per_image=8)
     assert pixels[:, 0].bincount().tolist() == [8, 8, 8, 8]
     assert pixels.equal(sample_pixels(images.split(1), per_image=8))
-
-
-# ------------------------------------------------------------------------- beside the baselines
 
 
 def test_a_network_that_understands_scores_one_and_a_blind_one_the_largest_class():
