@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"written  {args.output}, under {args.format}'s names")
     print(f"proved   features {(*features.shape,)} of a random image are identical")
     if args.format == "detectron2":
-        print(f"needs    {'; '.join(exported.DETECTRON2_SETTINGS)}")
+        print(f"needs    {exported.DETECTRON2_SETTINGS}")
     return 0
 
 

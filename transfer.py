@@ -73,12 +73,11 @@ def test(c: Shared, run: Run, unseen: Sequence[Any]) -> None:
     copy_from_main(run.model.buffers())  # without SyncBN every rank has its own
     run.model.eval()
     with run.autocast():
-        scores = TASKS[c.task].scores(run.model, unseen, run.place, c.workers)
+        found = TASKS[c.task].scores(run.model, unseen, run.place, c.workers)
     run.model.train()
-    name = TASKS[c.task].SCORE
-    score, best = scores[name] or 0.0, run.notes.get("best", -1.0)
+    name, result = TASKS[c.task].SCORE, dict(step=run.steps, **found)
+    score, best = result[name] or 0.0, run.notes.get("best", -1.0)
     run.notes.update(tested=run.steps, best=max(score, best))
-    result = dict(step=run.steps, **scores)
     if run.log_file:
         line = {key: value for key, value in result.items() if not isinstance(value, dict)}
         run.log_file.write(line, f"{name} {score:.4f}")
@@ -126,8 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(c.seed)  # the same heads on every rank
     backbone, c, about = open_pretrained(c, given)
     model, seen, unseen = TASKS[c.task].prepare(c, backbone)
-    for _ in share(unseen, place, c.workers) if c.dataset != "toy" else ():
-        pass  # what cannot be tested is known before the first step
+    sum(1 for _ in share(unseen, place, c.workers))  # what cannot be tested is known at once
     model = processes.synchronized(model, place).train()
     optimizer = torch.optim.SGD(groups_of(model, c), c.base_lr, settings.MOMENTUM)
     run = Run(
@@ -139,8 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     with run:
         run.print(f"device   {processes.describe(place)}", f"backbone {about}")
-        run.print(f"data     {len(seen)} images to learn from, {len(unseen)} to test")
-        run.print(f"steps    {c.total_steps} of {c.batch_size} images, base_lr {c.base_lr:g}")
+        run.print(f"data     {len(seen)} images to learn from, {len(unseen)} to test; "
+                  f"{c.total_steps} steps of {c.batch_size}, base_lr {c.base_lr:g}")  # fmt: skip
         train(c, run, unseen)
     status = run.end()
     if run.finished and place.is_main:

@@ -26,8 +26,8 @@ NEAREST = InterpolationMode.NEAREST_EXACT  # the pixel under the center, as Pill
 def open_pretrained(c: Shared, given: set[str]) -> tuple[nn.Module, Shared, str]:
     """The backbone to fine-tune, the settings for its architecture, and a line about it.
 
-    given: names of the options on the command line. Nothing is ever loaded in part: a wrong key
-    would leave some of the backbone random, and the score would not say so. Raises ValueError.
+    given: names of the options on the command line. Nothing is ever loaded in part: the score would
+    not tell that some of the backbone is random. Raises ValueError.
     """
     if c.backbone == "random":
         backbone, arch, source = build_backbone(c.arch), c.arch, "random weights, none loaded"
@@ -37,10 +37,10 @@ def open_pretrained(c: Shared, given: set[str]) -> tuple[nn.Module, Shared, str]
         source = f"all {count} tensors from {c.backbone} ({c.network})"
     if "arch" in given and c.arch != arch:
         raise ValueError(f"--arch {c.arch}, but {c.backbone} holds a {arch}: leave --arch out")
-    more = {}  # only a ResNet can be given another stride
-    if not hasattr(backbone, "layer4") and hasattr(c, "output_stride"):
-        more = dict(output_stride=c.output_stride if "output_stride" in given else 0)
-    return backbone, dataclasses.replace(c, arch=arch, **more), f"{arch}, {source}"
+    more = dict(arch=arch)
+    if not hasattr(backbone, "layer4") and "output_stride" not in given and c.task != "detection":
+        more["output_stride"] = 0  # only a ResNet can be given another one
+    return backbone, dataclasses.replace(c, **more), f"{arch}, {source}"
 
 
 def dilate(backbone: nn.Module, output_stride: int) -> None:
@@ -51,10 +51,8 @@ def dilate(backbone: nn.Module, output_stride: int) -> None:
     weight changes. Raises ValueError for other backbones.
     """
     if not hasattr(backbone, "layer4"):
-        raise ValueError(
-            "only a ResNet can be given another output stride: set --output-stride 0 for this "
-            f"backbone, whose own is {backbone.stride}"
-        )
+        raise ValueError(f"only a ResNet has another stride than {backbone.stride}: set "
+                         "--output-stride 0")  # fmt: skip
     stages, dilation = (backbone.layer3, backbone.layer4), 1
     for stage in stages[{8: 0, 16: 1, 32: 2}[output_stride] :]:
         for index, block in enumerate(stage):
@@ -70,14 +68,10 @@ def groups_of(model: nn.Module, c: Shared) -> list[dict[str, Any]]:
     """All parameters, for the optimizer: with decay, and in detection norms without it [O]."""
     norms = (m for m in model.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm)))
     free = {p for m in norms for p in m.parameters()} if c.task == "detection" else set()
-    decayed = [p for p in model.parameters() if p not in free]
     return [
-        dict(params=decayed, weight_decay=c.weight_decay),
-        dict(params=[p for p in model.parameters() if p in free], weight_decay=0.0),
+        dict(params=[p for p in model.parameters() if (p in free) == is_free], weight_decay=decay)
+        for is_free, decay in ((False, c.weight_decay), (True, 0.0))
     ]
-
-
-# ------------------------------------------------------------------------------- labeled images
 
 
 class Usable(Dataset):

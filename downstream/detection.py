@@ -46,20 +46,14 @@ WIDTH = 256  # of the pyramid and of the heads
 def prepare(c: Detection, backbone: nn.Module) -> tuple[nn.Module, Sequence, Sequence]:
     """The model, what it learns from, and what it is tested on. Raises ValueError."""
     seen = CocoObjects(c.data_dir, "train")
-    seen.ids = some_of(seen.with_objects(), c)
+    seen.ids = some_of([id for id in seen.ids if seen._load_target(id)], c)
     unseen = seen if c.test_on == "train" else CocoObjects(c.data_dir, "val")
     labeled = wrap_dataset_for_transforms_v2(seen, ("boxes", "labels", "masks"))
     return Detector(backbone, len(seen.labels), c), labeled, unseen
 
 
-# ------------------------------------------------------------------------------------ the network
-
-
 class Detector(nn.Module):
-    """Mask R-CNN on C2 .. C5 of a ResNet; training images come at their size.
-
-    classes: without the background. Raises ValueError for a backbone without stages.
-    """
+    """Mask R-CNN on C2 .. C5 of a ResNet. classes: without the background."""
 
     losses = ("loss", *LOSSES.values())
 
@@ -99,9 +93,6 @@ class Detector(nn.Module):
         return {**found, "masks": found["masks"][:, 0] > 0.5}
 
 
-# ------------------------------------------------------------------------------------ the objects
-
-
 class CocoObjects(CocoDetection):
     """Pairs of an image (3 y x) uint8 and the annotations of its objects, with category_id 1..t.
 
@@ -132,17 +123,11 @@ class CocoObjects(CocoDetection):
         return image
 
     def _load_target(self, id: int) -> list[dict[str, Any]]:
-        objects = (
-            a for a in self.coco.imgToAnns[id] if not a["iscrowd"] and min(a["bbox"][2:]) > 0
-        )
         return [
             dict(a, category_id=self.labels[a["category_id"]], bbox=[*map(float, a["bbox"])])
-            for a in objects
+            for a in self.coco.imgToAnns[id]
+            if not a["iscrowd"] and min(a["bbox"][2:]) > 0
         ]
-
-    def with_objects(self) -> list[int]:
-        """The ids of the images in which there is something to learn from."""
-        return [id for id in self.ids if self._load_target(id)]
 
 
 def indexed(contents: dict[str, Any]) -> COCO:
@@ -179,16 +164,12 @@ def view(
 
 def collate(samples: Sequence[tuple[Tensor, dict[str, Tensor]]]) -> tuple[list, list]:
     """A batch of images of unlike sizes: lists instead of tensors."""
-    images, targets = zip(*samples)
-    return list(images), list(targets)
-
-
-# ------------------------------------------------------------------------------------- the scores
+    return tuple(map(list, zip(*samples)))
 
 
 def scores(model: Detector, data: CocoObjects, place: Place, workers: int = 0) -> dict[str, Any]:
-    """COCO's AP over all images of all ranks: box_ap, box_ap50 ... mask_ap_large in [0, 1], 0
-    without any detection, None where nothing is to be found.
+    """COCO's AP over all images of all ranks: box_ap, box_ap50 ... mask_ap_large in [0, 1], None
+    where nothing is to be found.
     """
     own: list[dict[str, Any]] = []
     for index, (image, _) in share(data, place, workers):
@@ -212,10 +193,7 @@ def scores(model: Detector, data: CocoObjects, place: Place, workers: int = 0) -
 def as_results(
     found: dict[str, Tensor], image_id: int, categories: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Detections in one image as COCO's results: box x y width height px, mask as run lengths.
-
-    categories: category_id of label 1, 2 ...
-    """
+    """Detections in one image as COCO's results. categories: category_id of label 1, 2 ..."""
     first, last = found["boxes"].float().cpu().split(2, dim=1)  # over x1 y1 x2 y2
     boxes = torch.cat([first, last - first], dim=1).tolist()
     masks = found["masks"].cpu().numpy().astype(np.uint8)

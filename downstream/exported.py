@@ -18,12 +18,9 @@ from torch import Tensor, nn
 from engine import checkpoints, files
 
 DETECTRON2_SETTINGS = (  # what a configuration must say for such a file
-    'INPUT.FORMAT "RGB"',
-    "MODEL.PIXEL_MEAN [123.675, 116.28, 103.53]",
-    "MODEL.PIXEL_STD [58.395, 57.12, 57.375]",
-    "MODEL.RESNETS.STRIDE_IN_1X1 False",
-    'MODEL.RESNETS.NORM "SyncBN"',
-    "MODEL.BACKBONE.FREEZE_AT 0",
+    'INPUT.FORMAT "RGB"; MODEL.PIXEL_MEAN [123.675, 116.28, 103.53]; '
+    "MODEL.PIXEL_STD [58.395, 57.12, 57.375]; MODEL.RESNETS.STRIDE_IN_1X1 False; "
+    'MODEL.RESNETS.NORM "SyncBN"; MODEL.BACKBONE.FREEZE_AT 0'
 )
 DETECTRON2_NAMES = (  # torchvision -> detectron2, one rule after the other
     (r"^conv1\.", "stem.conv1."),
@@ -43,9 +40,7 @@ def name_of(name: str, form: str) -> str:
 
 
 def write(state: Mapping[str, Tensor], form: str, file: Path) -> None:
-    """The state as the target's checkpointer reads it; *.pkl: arrays, as detectron2's own tools
-    write them. Raises OSError.
-    """
+    """The state for the target's checkpointer; *.pkl: arrays, as detectron2 writes them."""
     named = {name_of(name, form): value for name, value in state.items()}
     if form == "torchvision":
         return checkpoints.save(file, named)
@@ -57,10 +52,7 @@ def write(state: Mapping[str, Tensor], form: str, file: Path) -> None:
 
 
 def read(arch: str, form: str, file: Path) -> nn.Module:
-    """torchvision's own network with what our file holds: images (1 3 y x) -> C5, flat.
-
-    Raises KeyError, RuntimeError where it does not fit.
-    """
+    """torchvision's own network with what our file holds: images (1 3 y x) -> C5, flat."""
     contents = pickle.loads(file.read_bytes()) if file.suffix == ".pkl" else torch.load(file)
     named = contents["model"] if form == "detectron2" else contents
     network = getattr(torchvision.models, arch)(weights=None)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import default_collate as collate
+from torch.utils.data import default_collate as collate  # noqa: F401, as detection.collate
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms.v2 import functional as pixels
@@ -27,7 +27,6 @@ from measures.datasets import UNSEEN, Labeled, open_labeled
 from measures.metrics import IGNORE
 from photometric import IMAGENET_MEAN, normalize
 
-__all__ = ["SCORE", "collate", "prepare", "scores", "view"]
 SCORE = "miou"  # decides which weights are the best
 TOY_SCENES = 768  # to learn from
 TRIES = 10  # crops until one is varied enough [P: mmsegmentation]
@@ -40,8 +39,7 @@ DISTORTIONS = (((-32, 32), 0), ((0.5, 1.5), 1), ((0.5, 1.5), 1), ((-0.1, 0.1), 0
 def prepare(c: Segmentation, backbone: nn.Module) -> tuple[nn.Module, Labeled, Labeled]:
     """The model, what it learns from, and what it is tested on. Raises ValueError.
 
-    Without classes.txt each part of a folder counts the ids of its own labels, and the network must
-    have a score for every class of both.
+    Without classes.txt each part of a folder counts its own ids; the network has those of both.
     """
     parts = [c.train_list if c.dataset == "voc" else "train", "val"][: 1 + (c.test_on == "val")]
     drawn = dict(count=c.labeled or TOY_SCENES, seed=UNSEEN + c.seed)
@@ -53,9 +51,6 @@ def prepare(c: Segmentation, backbone: nn.Module) -> tuple[nn.Module, Labeled, L
         opened = [open_labeled(c.dataset, c.data_dir, part, **more) for part in parts]
     seen = opened[0].subset(some_of(range(len(opened[0])), c))
     return Segmenter(backbone, max(classes), c), seen, opened[1] if len(opened) > 1 else seen
-
-
-# ------------------------------------------------------------------------------------ the network
 
 
 class FCNHead(nn.Module):
@@ -94,10 +89,7 @@ def conv_norm_relu(inside: int, outside: int, dilation: int = 1) -> nn.Sequentia
 
 
 class Segmenter(nn.Module):
-    """A backbone with an FCN head, and an auxiliary head on C4 where c.aux_weight > 0.
-
-    Nothing is frozen. Raises ValueError for what a backbone has not.
-    """
+    """A backbone with an FCN head, and one on C4 where c.aux_weight > 0. Nothing is frozen."""
 
     def __init__(self, backbone: nn.Module, classes: int, c: Segmentation):
         super().__init__()
@@ -148,10 +140,8 @@ def enlarged(scores: Tensor, size: torch.Size) -> Tensor:
 
 
 def pixel_loss(scores: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of scores (b t h w) enlarged to labels (b y x), mean over all pixels.
-
-    A pixel without a label counts as zero [P: mmsegmentation], so that the mean has one meaning on
-    every rank, and a crop without any label is no division by zero.
+    """Cross-entropy of scores (b t h w) enlarged to labels (b y x), mean over all pixels, of which
+    those without a label count as zero [P: mmsegmentation].
     """
     scores = enlarged(scores, labels.shape[-2:])
     return F.cross_entropy(scores, labels, ignore_index=IGNORE, reduction="sum") / labels.numel()
@@ -176,9 +166,6 @@ def places(length: int, window: int, stride: int) -> list[int]:
     """Where squares begin along a side, px: every `stride`, the last one flush with the end."""
     last = max(length - window, 0)
     return [min(place, last) for place in range(0, last + stride, stride)]
-
-
-# -------------------------------------------------------------------------------------- the crops
 
 
 def view(pair: tuple[Tensor, Tensor], rng: random.Random, c: Segmentation) -> tuple[Tensor, Tensor]:
@@ -237,14 +224,9 @@ def saturated(x: Tensor, factor: float) -> Tensor:
     return value - (value - x) * limit.clamp(max=factor)
 
 
-# ------------------------------------------------------------------------------------- the scores
-
-
 def scores(model: Segmenter, data: Labeled, place: Place, workers: int = 0) -> dict[str, Any]:
-    """One confusion matrix over all images of all ranks, then the mean over classes that occur.
-
-    Returns miou and accuracy in [0, 1], and the IoU of each class by name, None for one without a
-    labeled pixel.
+    """miou and accuracy in [0, 1] over all pixels of all ranks, and the IoU of each class by name,
+    None for one without a labeled pixel.
     """
     t = len(data.class_names)
     counts = torch.zeros(t, t, dtype=torch.long)

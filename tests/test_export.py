@@ -89,73 +89,39 @@ def test_resnet50_goes_into_torchvisions_networks(tmp_path):
     assert torch.equal(body.eval()(image)["3"], ours(image))
 
 
-class Conv(nn.Conv2d):
-    """As detectron2 names things: a convolution that holds its norm."""
-
-    def __init__(self, inside, outside, kernel, stride=1):
-        super().__init__(inside, outside, kernel, stride, kernel // 2, bias=False)
-        self.norm = nn.BatchNorm2d(outside)
-
-    def forward(self, x):
-        return self.norm(super().forward(x))
-
-
-class Block(nn.Module):
-    """Kernels 3, 3, or a bottleneck 1, 3, 1; the stride is the 3x3's: STRIDE_IN_1X1 False."""
-
-    def __init__(self, widths, kernels, stride):
-        super().__init__()
-        self.count = len(kernels)
-        for i, kernel in enumerate(kernels):
-            step = stride if i == kernels.index(3) else 1
-            self.add_module(f"conv{i + 1}", Conv(widths[i], widths[i + 1], kernel, step))
-        if widths[0] != widths[-1] or stride > 1:
-            self.shortcut = Conv(widths[0], widths[-1], 1, stride)
-
-    def forward(self, x):
-        y = x
-        for i in range(1, self.count + 1):
-            y = getattr(self, f"conv{i}")(y)
-            y = F.relu(y) if i < self.count else y
-        return F.relu(y + (self.shortcut(x) if hasattr(self, "shortcut") else x))
-
-
-def detectron2_resnet(arch):
-    """detectron2's modeling/backbone/resnet.py up to res5, written from its documentation."""
+def names_of_detectron2(arch):
+    """torchvision's layer -> detectron2's, as its modeling/backbone/resnet.py names them."""
     kind, counts = RESNETS[arch]
-    stem = nn.Module()
-    stem.conv1, inside, stages = Conv(3, 64, 7, 2), 64, []
+    names = {"conv1": "stem.conv1", "bn1": "stem.conv1.norm"}
     for stage, count in enumerate(counts):
-        width, blocks = 64 * 2**stage, []
-        for i in range(count):
-            out, deep = width * kind.expansion, kind.expansion == 4
-            widths = (inside, width, width, out) if deep else (inside, width, out)
-            blocks.append(Block(widths, (1, 3, 1) if deep else (3, 3), 1 + (stage > 0 and i == 0)))
-            inside = out
-        stages.append((f"res{stage + 2}", nn.Sequential(*blocks)))
-    network = nn.Module()
-    network.stem = stem
-    for name, stage in stages:
-        network.add_module(name, stage)
-    return network.eval()
+        for block in range(count):
+            here, there = f"layer{stage + 1}.{block}.", f"res{stage + 2}.{block}."
+            for i in "123" if kind.expansion == 4 else "12":
+                names |= {
+                    f"{here}conv{i}": f"{there}conv{i}",
+                    f"{here}bn{i}": f"{there}conv{i}.norm",
+                }
+            shortcut = {"0": "shortcut", "1": "shortcut.norm"}
+            names |= {f"{here}downsample.{k}": f"{there}{v}" for k, v in shortcut.items()}
+    return names
 
 
-@pytest.mark.parametrize("arch, suffix", [("resnet50", "pkl"), ("resnet18", "pth")])
-def test_detectron2_gets_its_own_names_and_the_same_features(arch, suffix, tmp_path, capsys):
-    ours, file = trained(arch, 1), tmp_path / f"out.{suffix}"
-    torch.save(ours.state_dict(), tmp_path / "backbone.pth")
+@pytest.mark.parametrize(
+    "arch, suffix, count", [("resnet50", "pkl", 318), ("resnet18", "pth", 120)]
+)
+def test_detectron2_gets_every_tensor_under_its_own_name(arch, suffix, count, tmp_path, capsys):
+    state, file = trained(arch, 1).state_dict(), tmp_path / f"out.{suffix}"
+    torch.save(state, tmp_path / "backbone.pth")
     assert run(tmp_path / "backbone.pth", "--format", "detectron2", "--output", file) == 0
     said = capsys.readouterr().out
     assert 'INPUT.FORMAT "RGB"' in said and "are identical" in said
     contents = pickle.loads(file.read_bytes()) if suffix == "pkl" else torch.load(file)
     assert contents["matching_heuristics"] is True and contents["__author__"] == "SlotCon"
-    network = detectron2_resnet(arch)
-    network.load_state_dict({k: torch.as_tensor(v) for k, v in contents["model"].items()})
-    image = torch.rand(1, 3, 65, 70)
-    x = F.max_pool2d(F.relu(network.stem.conv1(image)), 3, 2, 1)
-    for name in ("res2", "res3", "res4", "res5"):
-        x = getattr(network, name)(x)
-    assert torch.equal(x, ours(image))
+    names = names_of_detectron2(arch)
+    assert len(contents["model"]) == len(state)
+    for name, value in state.items():
+        layer, _, part = name.rpartition(".")
+        assert torch.equal(torch.as_tensor(contents["model"][f"{names[layer]}.{part}"]), value)
 
 
 def test_a_file_that_gives_other_features_or_that_cannot_be_read_is_removed(

@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import shutil
 import socket
-import subprocess
 import sys
 
 import pytest
@@ -20,9 +19,8 @@ from backbone import build_backbone
 from downstream import segmentation, settings
 from engine import checkpoints
 from engine.program import run_program
-from engine.run import Run
 from measures import metrics
-from staged import ROOT, At, Signals, difference, last_of, log_of, staged
+from staged import At, Signals, difference, last_of, log_of, staged
 
 SMALL = (
     "segmentation --dataset toy --labeled 10 --test-on train --batch-size 4 --base-steps 3 "
@@ -118,13 +116,6 @@ def test_a_run_that_dies_while_it_is_tested_is_tested_again(whole, tmp_path, mon
     assert (tmp_path / "run" / "result.json").read_text() == result
 
 
-def test_a_finished_run_started_again_changes_nothing(whole, tmp_path, capsys):
-    shutil.copytree(whole, tmp_path / "run")
-    assert run(tmp_path / "run") == 0
-    assert_same_run(tmp_path / "run", whole)
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["step"] == 12
-
-
 def test_a_finished_run_continued_in_another_folder_is_tested_there(whole, tmp_path, capsys):
     other = tmp_path / "other"
     assert run(other, "--resume", str(whole / "last.pth")) == 0
@@ -158,22 +149,6 @@ def test_fewer_steps_are_the_beginning_of_more(whole, tmp_path):
     assert run(tmp_path / "run") == 0
     a, b = last_of(tmp_path / "run"), last_of(whole)
     assert not difference(a["model"], b["model"]) and not difference(a["optimizer"], b["optimizer"])
-
-
-def test_a_step_with_bad_numbers_changes_nothing_and_is_made_up_for(tmp_path, monkeypatch):
-    states, agree = [], Run.agree
-
-    def spoiled(run, values):
-        return agree(run, values * (float("nan") if len(states) == 3 else 1))
-
-    def noted(run):
-        states.append({k: v.clone() for k, v in run.model.state_dict().items()})
-
-    monkeypatch.setattr(Run, "agree", spoiled)
-    assert run(tmp_path / "run", accident=noted) == 0
-    last = last_of(tmp_path / "run")
-    assert (last["step"], last["position"], last["bad_steps"], len(states)) == (12, 13, 1, 13)
-    assert not difference(states[2], states[3]) and difference(states[3], states[4])
 
 
 FOLDER = (
@@ -289,7 +264,7 @@ def test_a_backbone_that_is_not_whole_or_another_is_refused(tmp_path, capsys):
     ([*SMALL, "--frame", "0", "64"], "--frame 0 64: the larger number comes first"),
     ([*SMALL, "--window", "16", "32"], "--window 16 32: the larger number comes first"),
     ([*SMALL, "--aux-weight", "0.4"], "set --aux-weight 0"),
-    ([*SMALL, "--output-stride", "16"], "set --output-stride 0 for this backbone"),
+    ([*SMALL, "--output-stride", "16"], "set --output-stride 0"),
     ([*SMALL, "--arch", "huge"], "unknown architecture 'huge'"),
     ([*SMALL, "--backbone", "/no/such.pth"], "there is no checkpoint /no/such.pth"),
 ])  # fmt: skip
@@ -310,14 +285,14 @@ def test_a_run_is_continued_by_its_own_options_and_task_only(whole, tmp_path, ca
     assert "task: pretraining then, segmentation now" in capsys.readouterr().err
 
 
-def test_the_help_names_every_option_and_every_data_set_and_loads_no_torch():
+def test_the_help_names_every_option_and_every_data_set(capsys):
     for task, presets in settings.PRESETS.items():
-        command = [sys.executable, "-X", "importtime", ROOT / "transfer.py", task, "--help"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        said = " ".join(done.stdout.split())
+        with pytest.raises(SystemExit):
+            settings.parse([task, "--help"], "")
+        said = " ".join(capsys.readouterr().out.split())
         for name in next(iter(presets.values())).__dataclass_fields__:
             assert "--" + name.replace("_", "-") in said
-        assert all(name in said for name in presets) and " torch\n" not in done.stderr
+        assert all(name in said for name in presets)
     assert "toy 0.05" in said and "ade20k 0.0005" in said
 
 

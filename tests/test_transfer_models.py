@@ -15,7 +15,7 @@ from torch import nn
 from backbone import build_backbone
 from downstream.backbones import dilate, fitting, groups_of
 from downstream.detection import Detector
-from downstream.segmentation import FCNHead, Segmenter, pixel_loss, places, slide
+from downstream.segmentation import Segmenter, pixel_loss, places, slide
 from downstream.settings import PRESETS
 from measures.metrics import IGNORE
 
@@ -81,7 +81,7 @@ def test_a_dilated_backbone_is_torchvisions_own(stride, replaced):
 
 
 @pytest.mark.parametrize("build, complaint", [
-    (lambda tiny: Segmenter(tiny, 3, FCN["voc"]), "--output-stride 0 for .* whose own is 4"),
+    (lambda tiny: Segmenter(tiny, 3, FCN["voc"]), "only a ResNet has another stride than 4"),
     (lambda tiny: Segmenter(tiny, 3, replace(SMALL, aux_weight=0.4)), "set --aux-weight 0"),
     (lambda tiny: Detector(tiny, 3, COCO), "a ResNet's four stages"),
 ])  # fmt: skip
@@ -121,13 +121,6 @@ def test_the_loss_is_a_mean_over_all_pixels_of_which_those_without_a_label_are_z
     assert pixel_loss(scores, torch.full((2, 6, 8), IGNORE)) == 0
 
 
-def test_a_head_adds_its_input_only_where_it_is_asked_to():
-    plain, joined = (FCNHead(4, 3, 6, 2, 2, concat=concat) for concat in (False, True))
-    assert len(shapes(plain)) == 3 and shapes(joined)[2] == (10, 6, 3, 1)
-    features = torch.randn(2, 4, 7, 9)
-    assert plain(features).shape == joined(features).shape == (2, 3, 7, 9)
-
-
 # ------------------------------------------------------------------------------- reading an image
 
 
@@ -151,8 +144,11 @@ def test_scores_of_overlapping_squares_are_averaged():
     for y in range(7):
         for x in range(9):
             corners = [(top, left) for top in (0, 3) for left in (0, 3, 5)]
-            means = [images[..., top : top + 4, left : left + 4].mean().item()
-                     for top, left in corners if top <= y < top + 4 and left <= x < left + 4]  # fmt: skip
+            means = [
+                images[..., top : top + 4, left : left + 4].mean().item()
+                for top, left in corners
+                if top <= y < top + 4 and left <= x < left + 4
+            ]
             assert found[0, 0, y, x].item() == pytest.approx(sum(means) / len(means), abs=1e-6)
     assert torch.equal(found[0, 0], -found[0, 1])
 
