@@ -220,6 +220,9 @@ def test_the_center_square_of_a_panorama_is_that_of_its_middle():
     image = random_image(2, 6000)
     assert torch.equal(center_square(image, 28), center_square(image[:, :, 2996:3004], 28))
     assert center_square(random_image(6000, 1), 28).shape == (3, 28, 28)
+    # Resized as a whole, this one would need terabytes.
+    longest = torch.zeros(3, 1, 1, dtype=torch.uint8).expand(-1, -1, 10**9)
+    assert center_square(longest, 28).shape == (3, 28, 28)
 
 
 # ---------------------------------------------------------------------------------------- two crops

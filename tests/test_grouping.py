@@ -182,7 +182,7 @@ def test_an_empty_box_gives_finite_values_and_is_no_overlap():
     boxes = torch.stack([BOXES, torch.zeros(B, 4)], dim=1)
     found = inverse_augmentation(random(B, K, H, W), boxes[:, 1], FLIPPED)
     assert found.shape == (B, K, H, W) and found.isfinite().all()
-    boxes[1] = 0
+    boxes[1] = torch.tensor([0.2, 0.5, 0.7, 0.5])
     assert overlapping(boxes).tolist() == [True, False, True]
 
 
