@@ -64,6 +64,6 @@ def build(name: str, settings: Any, **more: Any) -> System:
     file, kind = SYSTEMS[name].split(".")
     system = getattr(importlib.import_module(f"comparisons.{file}"), kind)
     known = chosen_for(system, settings)
-    if system.around:
-        known = {**chosen_for(system.around, settings), **known}
+    if system.wraps:
+        known = {**chosen_for(system.wraps, settings), **known}
     return system(**{**known, **more})

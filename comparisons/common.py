@@ -33,7 +33,7 @@ class System(nn.Module):
     extra = ""  # input of its training only: "", "depth", "grid", "color" or "truth"
     per_image = False  # its groups have no names: group 3 of one image is not group 3 of another
     rate = 1.0  # its learning rate, as a share of the preset's
-    around: type[nn.Module] | None = None  # a class that its further arguments are for
+    wraps: type[nn.Module] | None = None  # a class that gets its other arguments
 
     def forward(
         self, views: Tensor, boxes: Tensor, flipped: Tensor, extra: Tensor

@@ -21,7 +21,7 @@ class WholeMethod(System):
     momentum_center: of the center; settings: of `slotcon.SlotCon`.
     """
 
-    around = SlotCon
+    wraps = SlotCon
 
     def __init__(self, momentum_center: float = 0.9, **settings: Any):
         super().__init__()
