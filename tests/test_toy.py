@@ -27,7 +27,7 @@ def scenes(count, *, seed=0, preset="scene", **dials):
     return [toy.scene(seed, index, preset, **dials) for index in range(count)]
 
 
-# ------------------------------------------------------------------------ the same on every machine
+# ----------------------------------------------------------------------- the same on every machine
 
 
 @each_preset
@@ -93,7 +93,7 @@ def test_a_scene_has_two_kinds_of_stuff_and_every_class_and_part_occurs():
     assert max(kinds) == 2 and np.mean(kinds) > 1.9  # now and then things cover one of them
 
 
-# ---------------------------------------------------------------------------------------- the truth
+# --------------------------------------------------------------------------------------- the truth
 
 
 @each_preset
