@@ -145,7 +145,7 @@ def test_a_backbone_of_ours_is_small_and_does_not_show_where_the_border_is(arch,
 
 @pytest.mark.parametrize("period", [6, 8, 12])  # px
 def test_the_tiny_backbone_hardly_says_where_in_its_period_a_texture_lies(period):
-    """Without its mean over 3x3 cells, a crest and a trough differ nearly as much as two channels."""
+    """Without its mean over 3x3 cells, crest and trough differ nearly as much as two channels."""
     layers = list(build_backbone("tiny").double().eval())
     mean, norm = layers[9:11]
     assert isinstance(mean, nn.AvgPool2d)

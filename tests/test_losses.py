@@ -162,7 +162,7 @@ def test_without_a_common_slot_there_are_no_queries():
     assert pairs.num_queries == 0 and pairs.queries.numel() == 0 and pairs.keys.numel() == B * K
 
 
-# -------------------------------------------------------------------------- slot contrast, regression
+# ---------------------------------------------------------------------- slot contrast, regression
 
 
 def slot_inputs(count=None):
