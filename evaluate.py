@@ -11,8 +11,6 @@ Paper: section 4, table 5.
 Read next: visualize.py.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
@@ -46,9 +44,6 @@ def commands() -> options.Commands:
             options.add_output(parser, "slots.png beside the checkpoint")
         else:
             add_labeled(parser)
-        if name == "probe":
-            text = "learn from N random labeled images only; 0: all (default: 0)"
-            parser.add_argument("--labeled", type=options.whole, default=0, metavar="N", help=text)
     return known
 
 
@@ -87,10 +82,9 @@ def measure_segmentation(args: argparse.Namespace) -> dict:
     read = partial(streams.labeled_batches, batch_size=args.batch_size, workers=args.workers)
     some = torch.linspace(0, len(labeled) - 1, min(256, len(labeled))).long().tolist()
     batches = read(labeled.subset(some), sizes[0], title="k-means")
-    colors = (images for _, (images, _) in batches)
-    by_color = groups.rgb_kmeans(groups.sample_pixels(colors), k)
-    result.update(images=len(labeled), num_prototypes=k, notice=labeled.notice, sizes={})
-    result["classes"] = len(labeled.class_names)
+    by_color = groups.rgb_kmeans(groups.sample_pixels(images for _, (images, _) in batches), k)
+    result |= dict(images=len(labeled), classes=len(labeled.class_names), num_prototypes=k)
+    result |= dict(notice=labeled.notice, sizes={})
     for size in sizes:
         batches = read(labeled, size, title=f"{size} px")
         report = groups.compare(network, untrained, by_color, batches, labeled.class_names)
@@ -121,7 +115,10 @@ def measure_probe(args: argparse.Namespace) -> dict:
     """Linear and nearest-neighbor probes on frozen features, beside a random backbone."""
     backbone, config = networks.open_backbone(args.checkpoint, args.network, args.device)
     result = source(args, config)
-    learned, tested = open_parts(args)
+    if args.split == "train":
+        raise ValueError("a probe learns on the split train: test on another --split, or none")
+    learned, tested = open_labeled(args, "train"), open_labeled(args, args.split or "val")
+    probes.check_parts(learned, tested)
     size = args.size or (toy.Dials().size if result["dataset"] == "toy" else 320)
     result.update(labeled_images=len(learned), images=len(tested), size=size)
     random = networks.untrained_backbone(config["arch"], args.device)
@@ -145,15 +142,6 @@ def open_labeled(args: argparse.Namespace, split: str | None = None) -> datasets
     dataset, split = dataset_of(args), split or args.split
     labeled = datasets.open_labeled(dataset, args.data_dir, split, **own.get(dataset, {}))
     return labeled.subset(streams.spaced(len(labeled), args.limit)) if args.limit else labeled
-
-
-def open_parts(args: argparse.Namespace) -> tuple[datasets.Labeled, datasets.Labeled]:
-    """The images that a probe learns from, and those that it is tested on."""
-    if args.split == "train":
-        raise ValueError("a probe learns on the split train: test on another --split, or none")
-    learned, tested = open_labeled(args, "train"), open_labeled(args, args.split or "val")
-    probes.check_parts(learned, tested)
-    return probes.pick_at_random(learned, args.labeled), tested
 
 
 def dataset_of(args: argparse.Namespace) -> str:

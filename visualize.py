@@ -11,8 +11,6 @@ Paper: section 4, figures 3 and 4.
 Read next: the notebooks.
 """
 
-from __future__ import annotations
-
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -61,7 +59,8 @@ if __name__ == "__main__":  # a misspelled option is answered before torch is lo
 
 from measures import curves, figures, retrieval
 from measures.networks import open_network
-from measures.streams import center_view, default_size, open_files, open_images, read_views
+from engine.images import ImageFiles
+from measures.streams import center_view, default_size, open_images, read_views
 
 
 def show_prototypes(args: Namespace) -> dict:
@@ -81,12 +80,13 @@ def show_groups(args: Namespace) -> dict:
     """Groups, soft assignments and features of the named images, or of the first ones."""
     name = args.data_dir.absolute().name if args.data_dir else "toy_scenes"
     if args.images:
-        more = f"_and_{len(args.images) - 1}_more" if len(args.images) > 1 else ""
-        name = args.images[0].stem + more
+        others = len(args.images) - 1
+        name = args.images[0].stem + f"_and_{others}_more" * bool(others)
     file = output_file(args.output, args.checkpoint.with_name(f"groups_{name}.png"))
     network, config = open_network(args.checkpoint, args.network, args.device)
     dataset = "folder" if args.images or args.data_dir else "toy"
-    images = open_files(args.images) or open_images(dataset, args.data_dir, args.count)
+    named = ImageFiles(".", [str(file.absolute()) for file in args.images])
+    images = named or open_images(dataset, args.data_dir, args.count)
     views = read_views(images, center_view(args.size or default_size(dataset, config)))
     files = figures.draw_parts(file, network, views, config.get("temp_teacher", 0.07), args.slots)
     return dict(files=printed(files), images=len(views))

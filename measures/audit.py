@@ -1,9 +1,4 @@
-"""How far shortcuts get on toy scenes: the class of a pixel guessed from color, place or texture.
-
-A scene teaches grouping only if simpler clues do not solve it. `shortcuts` measures four of them.
-"""
-
-from __future__ import annotations
+"""How far shortcuts get on toy scenes: classes guessed from color, place or texture."""
 
 from typing import Any
 
@@ -19,9 +14,7 @@ from toy import CLASS_NAMES, Stream, scene
 def shortcuts(
     seed: int = 0, count: int = 128, preset: str = "scene", **dials: Any
 ) -> dict[str, float]:
-    """Balanced accuracy in [0, 1] (chance: 1/8) of every shortcut on scenes of this seed, and the
-    mIoU of k-means on color. count: scenes to learn from, and as many to test on.
-    """
+    """Balanced accuracy of every shortcut and the mIoU of k-means; count: scenes to learn from."""
     drawn = [scene(seed, index, preset, **dials) for index in range(2 * count)]
     images, labels = np.stack([s.image for s in drawn]), np.stack([s.semantic for s in drawn])
     red, green, blue = np.moveaxis(images, -1, 0).astype(np.int64) // 32
@@ -35,15 +28,12 @@ def shortcuts(
 
 
 def balanced_accuracy(guesses: np.ndarray, labels: np.ndarray) -> float:
-    """The mean over classes of the share of their pixels that is guessed. Same shapes, ids."""
+    """The mean over classes of the share of their pixels that is guessed."""
     return float(np.mean([np.mean(guesses[labels == t] == t) for t in np.unique(labels)]))
 
 
 def lookup_accuracy(cells: np.ndarray, labels: np.ndarray) -> float:
-    """Balanced accuracy of a table that holds the likeliest class of each cell, for equal classes.
-
-    cells, labels (b y x) int; made from the first half of the scenes, tested on the second.
-    """
+    """Balanced accuracy of the likeliest class of each cell: (b y x) int, both; half to learn."""
     half = len(cells) // 2
     counts = np.zeros((cells.max() + 1, len(CLASS_NAMES)))
     np.add.at(counts, (cells[:half], labels[:half]), 1.0)
@@ -51,14 +41,9 @@ def lookup_accuracy(cells: np.ndarray, labels: np.ndarray) -> float:
     return balanced_accuracy(likeliest[cells[half:]], labels[half:])
 
 
-def random_convolution_accuracy(
-    images: np.ndarray, labels: np.ndarray, seed: int = 0, width: int = 128
-) -> float:
-    """Balanced accuracy of ridge regression on `width` rectified random 9x9 convolutions.
-
-    images (b y x 3) uint8, labels (b y x). Learns on the first half, tests on the second.
-    """
-    stream = Stream(seed)
+def random_convolution_accuracy(images: np.ndarray, labels: np.ndarray, seed: int) -> float:
+    """Balanced accuracy of ridge regression on rectified random 9x9 convolutions."""
+    stream, width = Stream(seed), 128
     filters = stream.field(9 * 9 * 3, width) - 0.5
     y, x = (stream.field(2, 400) * (labels.shape[1] - 8)).astype(np.int64)  # 400 pixels of each
     patches = np.lib.stride_tricks.sliding_window_view(images / 255.0, (9, 9), axis=(1, 2))[:, y, x]

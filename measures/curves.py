@@ -1,7 +1,6 @@
 """Curves of training runs from their logs, beside what a network would log that learned nothing."""
 
-from __future__ import annotations
-
+import contextlib
 import json
 import math
 import textwrap
@@ -14,9 +13,6 @@ from matplotlib.figure import Figure  # draws into files, without a window
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 DESCRIBED = ("preset", "arch", "num_prototypes", "image_size")  # of one run
 ALIKE = ("output_dir", "resume")  # options that say nothing about a run
-
-TITLE = """Over optimizer steps. Dashed: a network that learned nothing. Gray: how a good run looks.
-Never judge by the loss: a collapsed run can have the lowest."""
 PANELS = {  # key of the log -> title, and the shape of the curve in a good run
     "group_loss": ("Group loss", "leaves 2 ln k early"),
     "slot_loss": ("Slot loss", "well below chance; it may rise while groups split"),
@@ -42,52 +38,35 @@ class Run(NamedTuple):
 
 
 def read_run(folder: Path) -> Run:
-    """The log and the configuration of a run; folder: its output directory, or its log.jsonl.
-
-    A line that was cut off when the run died is left out; a step that was repeated after resuming
-    counts once. Raises ValueError with one line.
-    """
+    """The run of an output directory, or of a log.jsonl. Raises ValueError with one line."""
     file = folder if folder.suffix == ".jsonl" else folder / "log.jsonl"
     if not file.is_file():
         raise ValueError(f"no {file}: give the output directory of a run")
     records = {}
     for line in file.read_text(errors="replace").splitlines():
-        try:
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a torn line is left out
             record = json.loads(line)
-            records[record["step"]] = record
-        except (ValueError, KeyError, TypeError):
-            continue
+            records[record["step"]] = record  # one repeated after resuming counts once
     if not records:
         raise ValueError(f"{file} has no line with a step yet: wait until the run has written one")
-    config = read_config(file.with_name("config.json"))
+    settings = file.with_name("config.json")
+    try:
+        config = dict(json.loads(settings.read_text())) if settings.is_file() else {}
+    except (ValueError, TypeError) as error:  # not JSON, not even text, or no object
+        raise ValueError(f"{settings} is damaged ({error}): move it away to draw curves") from None
     return Run(file.absolute().parent.name, [records[step] for step in sorted(records)], config)
 
 
-def read_config(file: Path) -> dict[str, Any]:
-    """The options of a run, {} without a file. Raises ValueError where it holds no options."""
-    try:
-        config = json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError as error:  # not JSON, or not even text
-        raise ValueError(f"{file} is damaged ({error}): move it away to draw curves") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} holds a {type(config).__name__}, not the options of a run")
-    return config
-
-
 def chance_lines(records: Sequence[dict], config: Mapping[str, Any]) -> dict[str, list[float]]:
-    """What a network that learned nothing would log: key -> a value per record. {} without k.
-
-    group_loss: uniform assignments in two directions, 2 ln k. slot_loss: all occupied slots of the
-    batch are equally likely, in two directions with the factor 2 temp_slot.
-    """
+    """What a network that learned nothing would log: key -> a value per record. {} without k."""
     k = config.get("num_prototypes")
     if not k:
         return {}
-    levels = dict(group_loss=2 * math.log(k), prototypes_used=k, entropy_mean=math.log(k))
-    levels["agreement"] = 1 / k
+    ln_k = math.log(k)
+    levels = dict(group_loss=2 * ln_k, prototypes_used=k, entropy_mean=ln_k, agreement=1 / k)
     chance = {key: [level] * len(records) for key, level in levels.items()}
-    if config.get("slot_loss", "ctr") == "ctr":
-        images = config["batch_size"] / config.get("accumulate", 1)  # contrasted with each other
+    if config.get("slot_loss", "ctr") == "ctr":  # all occupied slots of a forward, equally likely
+        images = config["batch_size"] / config.get("accumulate", 1)
         keys = (max(record["occupied_per_image"] * images, 1) for record in records)
         chance["slot_loss"] = [4 * config.get("temp_slot", 0.2) * math.log(m) for m in keys]
     return chance

@@ -1,12 +1,6 @@
-"""Images with a label for every pixel: the data sets of `layouts.LABELED`, opened.
-
-Labels are for measuring and fine-tuning only: train.py uses nothing from this file.
-"""
-
-from __future__ import annotations
+"""Images with a label for every pixel: the data sets of `layouts.LABELED`, opened."""
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,15 +25,11 @@ PUBLISHED_LIST = "7c629734c88f1a74bba6311e01d4d9fe976df84f07cb4fc86452ce5116e516
 
 @dataclass(frozen=True)
 class Labeled:
-    """A sequence of (image (3 y x) uint8, label (y x) int64 with IGNORE where there is none).
-
-    class_names: of the ids 0..t-1; empty if the labels are segments without classes, where an id
-    means something else in every image.
-    """
+    """A sequence of (image (3 y x) uint8, label (y x) int64 with IGNORE where there is none)."""
 
     images: ImageFiles | toy.ToyImages
     label_of: Callable[[int], Tensor]  # index -> (y x) classes
-    class_names: tuple[str, ...]
+    class_names: tuple[str, ...]  # of the ids 0..t-1; (): segments without classes
     notice: str = ""  # what the reader of the numbers should know
     indices: tuple[int, ...] | None = None  # the images of a subset
 
@@ -60,49 +50,41 @@ class Labeled:
 
     @property
     def places(self) -> Sequence[int]:
-        """The images of this sequence, as indices of `images`."""
+        """The images, as indices of `images`."""
         return range(len(self.images)) if self.indices is None else self.indices
 
-    def subset(self, indices: Sequence[int]) -> Labeled:
-        """The images at these places of the sequence."""
+    def subset(self, indices: Sequence[int]) -> "Labeled":
+        """The images at these places."""
         return replace(self, indices=tuple(self.places[index] for index in indices))
 
     def files(self) -> set[Path]:
         """The image files; of toy scenes, which are drawn, none."""
-        files = self.images if isinstance(self.images, ImageFiles) else None
-        return {Path(files.root, files.name(place)) for place in self.places if files}
+        if not isinstance(self.images, ImageFiles):
+            return set()
+        return {Path(self.images.root, self.images.name(place)) for place in self.places}
 
 
 def open_labeled(
     dataset: str, data_dir: str | Path | None = None, split: str | None = None, **options: Any
 ) -> Labeled:
-    """The labeled images of one split of a data set.
-
-    split: None for val, of a folder for all images; options: of `draw_toy` or `open_files`. Raises
-    ValueError with one line.
-    """
-    if dataset not in LABELED:
-        raise ValueError(f"no labeled data set {dataset!r}: choose one of {', '.join(LABELED)}")
+    """One split; None: val, or all of a folder. Raises ValueError with one line."""
     if dataset == "toy":
         return draw_toy(split, **options)
     if not data_dir:
-        tree = LABELED[dataset].tree
-        raise ValueError(f"--data-dir is missing: the folder of {dataset}, which holds {tree}")
+        raise ValueError(f"--data-dir is missing: the folder of {dataset}: {LABELED[dataset].tree}")
     return open_files(dataset, Path(data_dir), split, **options)
 
 
-def draw_toy(
-    split: str | None, count: int = 256, seed: int = UNSEEN, preset: str = "scene", **dials: Any
-) -> Labeled:
+def draw_toy(split: str | None, count: int = 256, seed: int = UNSEEN, **dials: Any) -> Labeled:
     """Toy scenes with their 8 classes; the split train has the next seed."""
-    scenes = toy.ToyImages(seed + (split == "train"), count, preset, **dials)
+    scenes = toy.ToyImages(seed + (split == "train"), count, **dials)
     return Labeled(scenes, scenes.semantic.__getitem__, toy.CLASS_NAMES)
 
 
 def open_files(
     dataset: str, root: Path, split: str | None, list_file: Path | None = None, num_classes: int = 0
 ) -> Labeled:
-    """list_file: names of the images to take; num_classes: of a folder, 0: unknown."""
+    """list_file: names of the images to take; num_classes: of a folder, 0: count them."""
     layout = LABELED[dataset]
     root = next((root / top for top in layout.tops if (root / top).is_dir()), root)
     part = folder_part(root, split) if layout.classes is None else split or "val"
@@ -115,7 +97,7 @@ def open_files(
         names = class_names(root / "classes.txt")
         if not names and not num_classes:
             num_classes, notice = count_classes(files)
-        names = tuple(names or [f"class {number}" for number in range(num_classes)])
+        names = names or tuple(f"class {number}" for number in range(num_classes))
     label_of = partial(read_label, files, layout.ids, len(names))
     found = Labeled(ImageFiles(images, paths), label_of, names, notice)
     if part == "." and split:  # no folders of splits: every fifth image is for val
@@ -123,13 +105,10 @@ def open_files(
     return found
 
 
-# --------------------------------------------------------------------------- the files of a split
-
-
 def paired(
     dataset: str, root: Path, images: Path, split: str, list_file: Path | None
 ) -> list[tuple[str, Path]]:
-    """Of every image the path below the folder `images`, and the label file; in order."""
+    """The path of every image below the folder `images`, and its label file; in order."""
     layout = LABELED[dataset]
     if layout.listed and not list_file:
         list_file = root / layout.listed.format(split=split)
@@ -143,35 +122,25 @@ def paired(
         paths = [path for path in find_images(images)[1].tolist() if path.endswith(layout.suffix)]
     if not paths:
         raise wrong_tree(dataset, root, f"no {images}/*{layout.suffix}")
-    names = (path.removesuffix(layout.suffix or os.path.splitext(path)[1]) for path in paths)
+    names = (path.removesuffix(layout.suffix or Path(path).suffix) for path in paths)
     labels, folder = layout.other_labels.get(split, layout.labels), layout.splits.get(split, split)
     files = [root / labels.format(split=folder, name=name) for name in names]
-    require(dataset, root, "image", [images / path for path in paths])
-    require(dataset, root, "label", files)
+    for kind, needed in (("images", [images / path for path in paths]), ("labels", files)):
+        missing = [file for file in needed if not file.is_file()]
+        if missing:
+            reason = f"{len(missing)} of {len(needed)} {kind} are missing, first {missing[0]}"
+            raise wrong_tree(dataset, root, reason)
     pairs = list(zip(paths, files))
     return pairs if list_file or not layout.curated else curated(pairs)
 
 
-def require(dataset: str, root: Path, kind: str, files: Sequence[Path]) -> None:
-    """Raises ValueError, with their number and the first, where some files are not there."""
-    folders = {file.parent for file in files}  # one look into each folder, not one per file
-    there = {each: set(os.listdir(each)) if each.is_dir() else set() for each in folders}
-    missing = [file for file in files if file.name not in there[file.parent]]
-    if missing:
-        count = f"{len(missing)} of {len(files)} {kind}s are missing"
-        raise wrong_tree(dataset, root, f"{count}, first {missing[0]}")
-
-
 def wrong_tree(dataset: str, root: Path, reason: str, tree: str = "") -> ValueError:
-    """The complaint about a folder: what is wrong, expected and found. tree: what is expected, for
-    a data set that is no row of `LABELED`.
-    """
+    """What is wrong with a folder, what it should hold (tree: if not in `LABELED`), and does."""
     top = next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
-    names = sorted(entry.name + "/" * entry.is_dir() for entry in os.scandir(top))
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    found = f"found in {top}: {', '.join(names[:8]) or 'nothing'}{more}"
-    tree = tree or LABELED[dataset].tree
-    return ValueError(f"{reason}; --dataset {dataset} expects in --data-dir: {tree}; {found}")
+    names = sorted(entry.name + "/" * entry.is_dir() for entry in top.iterdir())
+    found = ", ".join(names[:8]) + ", ..." * (len(names) > 8) or "nothing"
+    expected = f"--dataset {dataset} expects in --data-dir: {tree or LABELED[dataset].tree}"
+    return ValueError(f"{reason}; {expected}; found in {top}: {found}")
 
 
 def lines_of(file: Path) -> list[str]:
@@ -182,14 +151,8 @@ def lines_of(file: Path) -> list[str]:
         raise ValueError(f"{file} is not a text file: one name per line is expected") from None
 
 
-# ------------------------------------------------------------------------------------- label maps
-
-
 def read_label(files: Sequence[Path], ids: Sequence[int], num_classes: int, index: int) -> Tensor:
-    """One label map as classes, (y x) int64 with IGNORE: the guard of every label file.
-
-    ids: id in the file -> class, (): they are classes; num_classes: 0 for segments without names.
-    """
+    """One label map (y x) int64 of classes or IGNORE; num_classes 0: any id. Raises ValueError."""
     numbers = read_ids(files[index])
     table = np.array([*ids, WRONG])
     classes = table[np.clip(numbers, -1, len(ids))] if ids else numbers
@@ -201,7 +164,7 @@ def read_label(files: Sequence[Path], ids: Sequence[int], num_classes: int, inde
 
 
 def read_ids(file: Path) -> np.ndarray:
-    """The ids in a label file, (y x) int64. Raises ValueError: unreadable, or colors, not ids."""
+    """The ids in a label file, (y x) int64. Raises ValueError: unreadable, or colors."""
     try:
         with Image.open(file) as image:
             mode, ids = image.mode, np.asarray(image)
@@ -230,49 +193,36 @@ def curated(pairs: Sequence[tuple[str, Path]]) -> list[tuple[str, Path]]:
 def curated_notice(paths: Sequence[str], split: str) -> str:
     """Whether these are the images of the published list."""
     names = "".join(f"{Path(path).stem}\n" for path in paths)
-    published = hashlib.sha256(names.encode()).hexdigest() == PUBLISHED_LIST
-    if published or not split.startswith("val"):
+    if hashlib.sha256(names.encode()).hexdigest() == PUBLISHED_LIST or split == "train":
         return "curated images"
     return "curated images, NOT the published list of 2,175: the numbers compare with no paper"
 
 
-# ------------------------------------------------------------------------------- any other folder
-
-
 def folder_part(root: Path, split: str | None) -> str:
-    """The folder of a split within images/ and labels/; ".": there are none. Of train and val the
-    one that is missing is refused: a part of all images would share some with the other.
-    """
+    """The folder of a split within images/ and labels/; ".": there is none. Raises ValueError."""
     if not split or (root / "images" / split).is_dir():
         return split or "."
     other = dict(train="val", val="train").get(split)
-    if not other:
-        raise ValueError(f"no folder {root}/images/{split}, and without it a split is train or val")
-    if (root / "images" / other).is_dir():
-        advice = "add it, or put all images into images/"
-        raise ValueError(f"{root} has images/{other} but no images/{split}: {advice}")
+    # Where only one of train and val is there, a part of all images would share some with it.
+    if not other or (root / "images" / other).is_dir():
+        there = f"images/{other} is there" if other else "a split is train or val"
+        raise ValueError(f"{there}, but {root} has no images/{split}: add it, or use images/ alone")
     return "."
 
 
-def class_names(file: Path) -> list[str]:
-    """A name per line, line 1 is id 0; blank lines at the end are none. [] without the file.
-
-    Raises ValueError for a blank line before a name, and for a name that stands there twice: tables
-    and JSON hold classes by name, and would lose one.
-    """
+def class_names(file: Path) -> tuple[str, ...]:
+    """A name per line, none twice; line 1 is id 0. () without the file. Raises ValueError."""
     text = "\n".join(map(str.strip, lines_of(file))).rstrip() if file.is_file() else ""
-    names = text.split("\n") if text else []
+    names = tuple(text.split("\n")) if text else ()
     for number, name in enumerate(names):
         if not name or name in names[:number]:
-            wrong = f"{file}: line {number + 1} is {name!r}, which is blank or stands there twice"
-            raise ValueError(f"{wrong}: id {number} needs a name that no other has")
+            wrong = f"line {number + 1} is {name!r}, which is blank or stands there twice"
+            raise ValueError(f"{file}: {wrong}")
     return names
 
 
 def count_classes(files: Sequence[Path]) -> tuple[int, str]:
-    """The largest id in the label files + 1, and one line about the widest gap between the ids: a
-    wrong pixel shows as the id after it. Raises ValueError where no pixel has a class.
-    """
+    """The largest id + 1, and one line where ids below it occur nowhere. Raises ValueError."""
     first: dict[int, Path] = {}  # id -> the first file that has it
     for file in tqdm(files, "classes", unit="label", disable=None, leave=False):
         for number in np.unique(read_ids(file)).tolist():
@@ -280,12 +230,7 @@ def count_classes(files: Sequence[Path]) -> tuple[int, str]:
     ids = sorted(first.keys() - {IGNORE})
     if not ids:
         raise unlabeled(f"the {len(files)} label files")
-    count = ids[-1] + 1
-    if count == len(ids):
-        return count, ""
-    _, before, after = max((b - a, a, b) for a, b in zip([-1, *ids], ids))
-    return count, (
-        f"{count} classes counted from the ids, but ids {before + 1} to {after - 1} occur in no "
-        f"label, and {after} first in {first[after]}: if that is a mistake, correct the file; "
-        f"--num-classes {before + 1 or count} sets their number"
-    )
+    count, largest = ids[-1] + 1, f"{ids[-1]} first in {first[ids[-1]]}"
+    notice = f"{count} classes counted from the ids, but only {len(ids)} ids occur, {largest}"
+    advice = "if that is a mistake, correct the file, or set --num-classes"
+    return count, "" if count == len(ids) else f"{notice}: {advice}"

@@ -1,11 +1,8 @@
-"""The groups of a network and how well they agree with labels, beside an untrained network and
-k-means on colors; measures/metrics.py defines the numbers.
-"""
+"""Groups of a network against labels, beside an untrained network and k-means on colors."""
 
-from __future__ import annotations
-
+import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -20,7 +17,6 @@ from torch.nn import Module
 from measures import metrics
 from measures.layouts import IGNORE, unlabeled
 from measures.streams import Batches
-from measures.tables import number, table
 from photometric import normalize
 from slots import occupied
 
@@ -29,16 +25,12 @@ Names = Sequence[str]  # of the classes; none for segments without classes
 
 
 def winner(maps: Tensor, size: tuple[int, int], chunk: int = 64) -> Tensor:
-    """Which map is the largest at each pixel: (b k h w) -> (b y x) int64, the lower one at a tie.
-
-    size: (y, x). The maps are enlarged, not the decisions (bilinear, pixel centers aligned) [P];
-    `chunk` of them at a time, because 2,048 maps of 320 px take 0.8 GB per image.
-    """
+    """(b k h w) -> the map that is largest at each pixel (b y x), the lower one at a tie."""
+    # The maps are enlarged, not the decisions [P]. 2,048 maps of 320 px take 0.8 GB per image.
     best = maps.new_full((len(maps), *size), -torch.inf)
     largest = torch.zeros_like(best, dtype=torch.long)
     for first in range(0, maps.shape[1], chunk):
-        some = maps[:, first : first + chunk]
-        enlarged = F.interpolate(some, size, mode="bilinear", align_corners=False)
+        enlarged = F.interpolate(maps[:, first : first + chunk], size, mode="bilinear")
         score, index = enlarged.max(dim=1)  # over k
         largest = torch.where(score > best, index + first, largest)
         best = torch.maximum(score, best)
@@ -47,28 +39,22 @@ def winner(maps: Tensor, size: tuple[int, int], chunk: int = 64) -> Tensor:
 
 @torch.no_grad()
 def segment(network: Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """images (b 3 y x) uint8 -> segments (b y x) int64 in 0..k-1, and which prototypes are occupied
-    (b k) bool, on the feature grid as in training. Both on the CPU.
-    """
+    """images (b 3 y x) uint8 -> segments (b y x), and the occupied prototypes (b k); on the CPU."""
     _, similarity = network(normalize(images.to(network.prototypes.weight.device)))
     return winner(similarity, images.shape[-2:]).cpu(), occupied(similarity).cpu()
-
-
-# --------------------------------------------------------------------------- groups by color
 
 
 def kmeans(rows: np.ndarray, k: int, seed: int | np.random.Generator = 0) -> np.ndarray:
     """k-means, 20 rounds: rows (n d) -> centers (k d), a function of the seed."""
     # k-means++ takes k * k * n steps, which is minutes from k = 256 on.
     start, rng = "++" if k <= 64 else "points", np.random.default_rng(seed)
-    with warnings.catch_warnings():
-        # An empty cluster keeps its center and gets no pixel, which does no harm.
+    with warnings.catch_warnings():  # an empty cluster keeps its center, which does no harm
         warnings.filterwarnings("ignore", "One of the clusters is empty")
         return kmeans2(rows.astype(np.float64), k, minit=start, rng=rng, iter=20)[0]
 
 
 def rgb_kmeans(pixels: Tensor, num_groups: int, seed: int = 0) -> Segmenter:
-    """Fit k-means to pixels (n 3) uint8; the result takes images to the nearest of k colors."""
+    """k-means on pixels (n 3) uint8: images go to the nearest of the colors found."""
     k = min(num_groups, len(pixels.unique(dim=0)))  # no more centers than colors
     tree = KDTree(kmeans(pixels.numpy(), k, seed))
 
@@ -83,17 +69,14 @@ def rgb_kmeans(pixels: Tensor, num_groups: int, seed: int = 0) -> Segmenter:
 
 
 def sample_pixels(batches: Iterable[Tensor], per_image: int = 256, seed: int = 0) -> Tensor:
-    """batches of images (b 3 y x) -> colors (n 3) of `per_image` random pixels of each."""
+    """batches of images (b 3 y x) -> colors (n 3) of random pixels of each."""
     draw = partial(torch.randint, generator=torch.Generator().manual_seed(seed))
     images = (image for batch in batches for image in rearrange(batch, "b c y x -> b (y x) c"))
     return torch.cat([image[draw(len(image), (per_image,))] for image in images])
 
 
-# --------------------------------------------------------------------------- beside the baselines
-
-
 class Tally:
-    """The counts of one way of grouping on a data set: their size depends on k and t alone."""
+    """The counts of one way of grouping on a data set."""
 
     def __init__(self, num_groups: int, class_names: Names):
         self.class_names = class_names
@@ -116,7 +99,7 @@ class Tally:
                 self.rand_index += metrics.adjusted_rand_index(counts)
 
     def report(self) -> dict:
-        """All numbers under their names. Raises ValueError where no pixel has a label."""
+        """All numbers. Raises ValueError where no pixel has a label."""
         if not self.labeled_images:
             raise unlabeled(f"the {self.images} labels")
         usage = dict(
@@ -142,10 +125,7 @@ class Tally:
 def compare(
     network: Module, untrained: Module, by_color: Segmenter, batches: Batches, names: Names
 ) -> dict:
-    """The numbers of the network, and under `untrained` and `rgb_kmeans` those of the baselines.
-
-    batches are read once for all three. Raises ValueError where nothing is labeled.
-    """
+    """The numbers of the network, and under `untrained` and `rgb_kmeans` those of the baselines."""
     methods = dict(trained=partial(segment, network), untrained=partial(segment, untrained))
     methods["rgb_kmeans"] = by_color
     tallies = {name: Tally(network.prototypes.num_embeddings, names) for name in methods}
@@ -159,10 +139,26 @@ def compare(
 def compare_in_memory(
     network: Module, untrained: Module, images: Tensor, labels: Tensor, names: Names
 ) -> dict:
-    """`compare` on images (b 3 y x) uint8 and labels (b y x) in memory."""
+    """`compare` of images (b 3 y x) uint8 with labels (b y x)."""
     by_color = rgb_kmeans(sample_pixels([images[:256]]), network.prototypes.num_embeddings)
     batches = [(torch.empty(0), pair) for pair in zip(images.split(64), labels.split(64))]
     return compare(network.eval(), untrained.eval(), by_color, batches, names)
+
+
+def table(rows: Mapping[str, Sequence[str]], columns: Sequence[str]) -> str:
+    """Cells as text, right below their headings. rows: name -> one cell per column."""
+    first = max(map(len, rows)) + 2
+    widths = [2 + max(map(len, column)) for column in zip(columns, *rows.values())]
+    lines = []
+    for name, cells in {"": columns, **rows}.items():
+        texts = [f"{cell:>{width}}" for cell, width in zip(cells, widths)]
+        lines.append(f"{name:<{first}}" + "".join(texts))
+    return "\n".join(lines)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A cell; "-" for a number that is not there: None or nan."""
+    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
 # key -> heading; a table shows those that its report has
@@ -179,18 +175,15 @@ which favors a large k. occupied: prototypes per image. used: in any image."""
 
 def format_table(report: dict) -> str:
     """A report of `compare` as text: one row per method."""
-    keys = [key for key in COLUMNS if key in report]
-    rows = {}
+    keys, rows = [key for key in COLUMNS if key in report], {}
     for row, name in ROWS.items():
-        numbers, digits = report.get(row, report), dict(prototypes_used=0)
-        rows[name] = [number(numbers[key], digits.get(key, 3)) for key in keys]
+        numbers = report.get(row, report)
+        rows[name] = [number(numbers[key], 0 if key == "prototypes_used" else 3) for key in keys]
     text = table(rows, [COLUMNS[key] for key in keys])
     return f"{text}\n{EXPLANATION}" if "miou" in keys else text
 
 
 def format_classes(report: dict) -> str:
-    """The IoU of every class as text, one per line; the number of absent ones on the last line."""
-    found = report.get("iou", {})
-    lines = [f"  {name:<18}{value:.3f}" for name, value in found.items() if value is not None]
-    absent = [f"  without a pixel: {len(found) - len(lines)} classes"]
-    return "\n".join(lines + absent * (len(found) > len(lines)))
+    """The IoU of every class that occurs as text, one per line, and how many do not."""
+    lines = [f"  {name:<18}{x:.3f}" for name, x in report["iou"].items() if x is not None]
+    return "\n".join([*lines, f"  without a pixel: {len(report['iou']) - len(lines)} classes"])

@@ -1,7 +1,5 @@
 """The labeled data sets, one row each: a new data set is a new row. No torch is imported here."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -12,9 +10,7 @@ WRONG = -1  # an id that no label file may have
 
 
 class Layout(NamedTuple):
-    """Where images and label maps of a data set lie, and which classes the labels have. {split}: a
-    folder; {name}: the path of an image below `images`, without its suffix.
-    """
+    """Where images and labels lie. {split}: a folder; {name}: of an image below `images`."""
 
     tree: str  # what --data-dir holds, in words
     images: str  # folder of the images
@@ -30,7 +26,7 @@ class Layout(NamedTuple):
 
 
 def unlabeled(what: str) -> ValueError:
-    """The complaint where no pixel has a class. what: the labels, in words."""
+    """The error where no pixel has a class; what: the labels, in words."""
     return ValueError(f"nothing is labeled: all pixels of {what} are {IGNORE} (no class)")
 
 
@@ -70,7 +66,7 @@ CITYSCAPES = {  # name -> id in *_labelIds.png; other ids are not evaluated
     "person": 24, "rider": 25, "car": 26, "truck": 27, "bus": 28, "train": 31, "motorcycle": 32,
     "bicycle": 33,
 }  # fmt: skip
-_CITYSCAPES_CLASS = {number: t for t, number in enumerate(CITYSCAPES.values())}
+_EVALUATED = tuple(CITYSCAPES.values())
 
 # fmt: off
 LABELED = {
@@ -96,7 +92,7 @@ LABELED = {
         "leftImg8bit/{train,val}/CITY/*_leftImg8bit.png + "
         "gtFine/{train,val}/CITY/*_gtFine_labelIds.png",
         "leftImg8bit/{split}", "gtFine/{split}/{name}_gtFine_labelIds.png", tuple(CITYSCAPES),
-        tuple(_CITYSCAPES_CLASS.get(number, IGNORE) for number in range(256)),
+        tuple(_EVALUATED.index(i) if i in _EVALUATED else IGNORE for i in range(256)),
         suffix="_leftImg8bit.png"),
     "ade20k": Layout(
         "images/{training,validation}/*.jpg + annotations/{training,validation}/*.png, in it or "

@@ -1,19 +1,10 @@
-"""Is it learning? The numbers of a step, the law of the first images, and three warnings.
+"""The numbers of a step, three warnings, and the law of the first images [U]: from a uniform
+assignment, a prototype p can start only where the views correlate enough,
 
-The law [U]: near a uniform assignment both softmaxes of the group loss are linear. C is the
-covariance of the features within a view, S the covariance between two views of the same places. A
-prototype p moves along
+    rho = p'Sp / p'Cp > temp_teacher / temp_student,
 
-    S p / temp_teacher - C p / temp_student,
-
-so a direction p grows only where the correlation between the views is large enough:
-
-    rho = p'Sp / p'Cp > temp_teacher / temp_student.
-
-If no direction grows, the group loss goes back to 2 ln k, a uniform assignment, and stays there.
+C: covariance of the features within a view; S: between two views of the same places.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
@@ -38,8 +29,7 @@ MARGIN = 0.8  # of rho: a teacher temperature that leaves room for the images to
 
 # The warnings. All [U], between the failed and the healthy runs of tests/recorded
 UNIFORM = 0.985  # of 2 ln k
-FEW = 1 / 8  # of the most prototypes that were in use
-A_FEW = 3  # prototypes are few whatever k is
+FEW, A_FEW = 1 / 8, 3  # of the most prototypes that were in use; few whatever k is
 ALONE = 1.5  # prototypes per image
 LASTING = dict(uniform=0.1, few=0.2, alone=0.1)  # of all steps: a shorter time is a phase
 SHORTEST, LONGEST = 40, 2000  # steps: limits of that time
@@ -55,10 +45,7 @@ WARNINGS = dict(
 
 @torch.no_grad()
 def statistics(report: Report, center: Tensor, temp_teacher: float) -> dict[str, float]:
-    """Numbers over the images of all ranks, for the log. Waits for the device.
-
-    report: of this rank's forward; center (k); temp_teacher: of the teacher's assignment.
-    """
+    """Numbers over the images of all ranks, for the log; center (k). Waits for the device."""
     world_size = rank_and_world_size()[1]
     teacher_occupied = torch.stack([view.occupied for view in report.teacher])
     v, b, _ = teacher_occupied.shape
@@ -83,34 +70,23 @@ def statistics(report: Report, center: Tensor, temp_teacher: float) -> dict[str,
 
 def brief(record: Mapping[str, Any]) -> str:
     """A line of the log for the screen."""
-    form = (
-        "loss {loss:.3f} (group {group_loss:.3f}, slot {slot_loss:.3f})  occupied "
-        "{occupied_per_image:.1f}  in use {prototypes_used}  agreement {agreement:.2f}  "
-        "{images_per_second:.0f} images/s"
+    losses = "loss {loss:.3f} (group {group_loss:.3f}, slot {slot_loss:.3f})"
+    groups = (
+        "occupied {occupied_per_image:.1f}  in use {prototypes_used}  agreement {agreement:.2f}"
     )
-    return form.format(**record)
+    return f"{losses}  {groups}  {{images_per_second:.0f}} images/s".format(**record)
 
 
 def moments(first: Tensor, second: Tensor) -> Tensor:
-    """first, second (n c): features of the same n places in view 1 and in view 2 -> (2 c+1 c+1).
-
-    The sum of x1 x1' + x2 x2' and the sum of x1 x2' + x2 x1', where every x begins with a 1, which
-    counts and sums. Moments add over batches and ranks.
-    """
+    """Two views (n c) -> x1 x1' + x2 x2', x1 x2' + x2 x1' (2 c+1 c+1); each x begins with a 1."""
     with torch.autocast(first.device.type, enabled=False):
         first, second = (F.pad(full_precision(x), (1, 0), value=1.0) for x in (first, second))
         between = first.T @ second
         return torch.stack([first.T @ first + second.T @ second, between + between.T])
 
 
-def covariances(m: Tensor) -> Tensor:
-    """Moments (2 c+1 c+1) -> C within a view and S between the views (2 c c)."""
-    m = m / m[0, 0, 0]
-    return m[:, 1:, 1:] - torch.outer(m[0, 0, 1:], m[0, 0, 1:])
-
-
 def principal_axes(within: Tensor) -> Tensor:
-    """C (c c) -> its DIRECTIONS strongest directions (c i), scaled to variance 1 but for RIDGE."""
+    """C (c c) -> its strongest directions (c i), scaled to variance 1 but for RIDGE."""
     variance, axes = torch.linalg.eigh(within)  # ascending
     variance, axes = variance[-DIRECTIONS:].clamp(min=0), axes[:, -DIRECTIONS:]
     return axes * (variance + RIDGE * variance.mean() + 1e-30).rsqrt()
@@ -125,25 +101,19 @@ def best_correlation(pair: Tensor, test: Tensor) -> float:
 
 
 def correlation_of(one: Tensor, other: Tensor) -> float:
-    """rho in [-1, 1] from the moments of two halves of the images: the mean of two estimates.
-
-    In the images in which it was found, the best of 64 directions is too good: some correlate by
-    chance. In the other half, a direction found in few images is not yet the best one.
-    """
+    """rho in [-1, 1] from the moments of two halves of the images: the mean of two estimates."""
     one, other = one.detach().cpu().double(), other.detach().cpu().double()
-    pairs = [covariances(m) for m in (one + other, one, other)]
+    means = [m / m[0, 0, 0] for m in (one + other, one, other)]
+    pairs = [m[:, 1:, 1:] - torch.outer(m[0, 0, 1:], m[0, 0, 1:]) for m in means]  # C and S
     axes = principal_axes(pairs[0][0])  # once, since a ResNet-50 has 2048 features
     together, one, other = (axes.T @ pair @ axes for pair in pairs)
     below = best_correlation(one, other) + best_correlation(other, one)
+    # Where the best direction was found it is too good, and in the other half too bad.
     return (best_correlation(together, together) + below / 2) / 2
 
 
 def view_correlation(first: Tensor, second: Tensor) -> float:
-    """The strongest correlation of any linear feature between two views of the same places.
-
-    first, second (b n c): n places of b images, in view 1 and in view 2 -> rho in [-1, 1]. Raises
-    ValueError for fewer than two images.
-    """
+    """rho in [-1, 1] of two views (b n c) of the same n places. Raises ValueError for one image."""
     if len(first) < 2:
         raise ValueError(f"rho needs two images or more, found {len(first)}")
     rows = ((rearrange(x[i::2], "b n c -> (b n) c") for x in (first, second)) for i in (0, 1))
@@ -159,9 +129,7 @@ class ViewCorrelation:
 
     @torch.no_grad()
     def add(self, maps: Iterable[Tensor], boxes: Tensor, flipped: Tensor) -> None:
-        """maps: features (b c h w) of view 1 and of view 2; boxes (b v 4), flipped (b v) as in
-        `SlotCon.forward`. Images whose crops do not overlap count as seen and add nothing.
-        """
+        """maps: features (b c h w) of both views; boxes (b v 4), flipped (b v) as in `SlotCon`."""
         valid = overlapping(boxes)
         geometry = zip(maps, boxes.unbind(1), flipped.unbind(1))  # over v
         aligned = [inverse_augmentation(*of_view) for of_view in geometry]
@@ -174,7 +142,7 @@ class ViewCorrelation:
         self.seen += len(valid) * world_size
 
     def value(self) -> float:
-        """rho over the images of all ranks; all ranks call it. NaN where no crops overlapped."""
+        """rho over the images of all ranks, which all call it. NaN where no crops overlapped."""
         one, other = map(sum_over_ranks, self.halves)
         return correlation_of(one, other) if min(one[0, 0, 0], other[0, 0, 0]) > 2 else math.nan
 
@@ -185,7 +153,7 @@ def can_start(rho: float, temp_student: float, temp_teacher: float) -> bool:
 
 
 def law_line(rho: float, temp_student: float, temp_teacher: float) -> str:
-    """What the law predicts, in one line for the person who started the run."""
+    """What the law predicts, in one line."""
     if math.isnan(rho):
         return "the crops of the first images do not overlap: raise --min-area"
     ratio = temp_teacher / temp_student
@@ -200,21 +168,8 @@ def law_line(rho: float, temp_student: float, temp_teacher: float) -> str:
     return f"{measured}, below {threshold}: the groups cannot start on these images; {advice}"
 
 
-def signs_of(record: Mapping[str, float], k: int, most: float) -> dict[str, bool]:
-    """Which signs of failing a line of the log shows; most: prototypes in use at most so far."""
-    return dict(
-        uniform=record["group_loss"] >= UNIFORM * 2 * math.log(k),
-        few=most > A_FEW and record["prototypes_used"] <= max(FEW * most, A_FEW),
-        alone=record["occupied_per_image"] < ALONE,
-    )
-
-
 class Watch:
-    """Lines to print about a run: the law once, each warning once. No bit of a run depends on it.
-
-    c: settings with num_prototypes, temp_student and temp_teacher; warmup_steps, total_steps: of
-    the run; notes: kept with its checkpoint, so that a resumed run repeats nothing.
-    """
+    """Lines about a run, each once. notes: kept with the checkpoint, so that none is repeated."""
 
     def __init__(self, c: Any, warmup_steps: int, total_steps: int, notes: dict[str, Any]):
         self.c, self.warmup_steps, self.total_steps = c, warmup_steps, total_steps
@@ -222,12 +177,10 @@ class Watch:
         self.notes = notes.setdefault("watch", dict(most=0, without={}, warned=[]))
 
     def step(self, report: Report, boxes: Tensor, flipped: Tensor) -> list[str]:
-        """What the law predicts, once it has seen enough images. All ranks call it after each step.
-
-        boxes (b v 4), flipped (b v): of the whole batch, whose last part the report describes.
-        """
+        """What the law predicts, after enough images. boxes (b v 4), flipped (b v). All ranks."""
         if self.correlation is None:
             return []
+        # The report describes the last part of the batch.
         b, maps = len(report.valid), [view.features for view in report.teacher]
         self.correlation.add(maps, boxes[-b:], flipped[-b:])
         if self.correlation.seen < LAW_IMAGES:
@@ -239,7 +192,12 @@ class Watch:
         """The first sign that has lasted, if it is new. Call it with each line of the log."""
         without, warned, step = self.notes["without"], self.notes["warned"], record["step"]
         self.notes["most"] = most = max(self.notes["most"], record["prototypes_used"])
-        for name, shown in signs_of(record, self.c.num_prototypes, most).items():
+        signs = dict(
+            uniform=record["group_loss"] >= UNIFORM * 2 * math.log(self.c.num_prototypes),
+            few=most > A_FEW and record["prototypes_used"] <= max(FEW * most, A_FEW),
+            alone=record["occupied_per_image"] < ALONE,
+        )
+        for name, shown in signs.items():
             earlier = without.get(name, step)
             without[name] = earlier if shown and step > self.warmup_steps else step
         for name, last in without.items():

@@ -1,12 +1,4 @@
-"""How well groups found without labels agree with labeled classes: functions of a table of counts.
-
-The confusion matrix (k t) counts the pixels of prototype k in class t; those of two halves of a
-data set add up. A prototype has no class: `match` or `majority` assigns one, and every score takes
-that assignment as an argument. This is the published protocol of PiCIE [P]; the Rand index and the
-normalized mutual information are ours [U].
-"""
-
-from __future__ import annotations
+"""How well groups agree with classes, from counts of pixels (k t): the protocol of PiCIE [P]."""
 
 import math
 from collections.abc import Sequence
@@ -23,11 +15,7 @@ UNMATCHED = -1
 def confusion_matrix(
     predicted: Tensor, target: Tensor, num_predicted: int, num_classes: int
 ) -> Tensor:
-    """Count the pixels of every (prototype, class) pair.
-
-    predicted (any shape) int in [0, k); target (same shape) int in [0, t), or IGNORE: a pixel that
-    is not counted. Returns counts (k t) int64 on the CPU. Raises ValueError for ids out of range.
-    """
+    """Pixels of every pair of ids, (k t) int64 on the CPU, without IGNORE. Raises ValueError."""
     labeled = target != IGNORE
     predicted, target = predicted[labeled].long(), target[labeled].long()  # uint8 would overflow
     for ids, count in ((predicted, num_predicted), (target, num_classes)):
@@ -39,11 +27,7 @@ def confusion_matrix(
 
 
 def match(confusion: Tensor) -> Tensor:
-    """One-to-one: the assignment of classes to prototypes with the most correct pixels (Hungarian).
-
-    confusion (k t). Returns the class of every prototype (k), `UNMATCHED` for those left over when
-    k > t. When k < t, some classes get no prototype and cannot be found.
-    """
+    """One-to-one: the class of every prototype (k), or `UNMATCHED`, for the most correct pixels."""
     rows, columns = linear_sum_assignment(confusion.numpy(), maximize=True)
     classes = torch.full((len(confusion),), UNMATCHED)
     classes[torch.from_numpy(rows)] = torch.from_numpy(columns)
@@ -51,11 +35,7 @@ def match(confusion: Tensor) -> Tensor:
 
 
 def majority(confusion: Tensor) -> Tensor:
-    """Many-to-one: each prototype gets the class that most of its pixels have.
-
-    confusion (k t). Returns (k), `UNMATCHED` for prototypes without a pixel. The score rises with k
-    whatever was learned: never compare it with `match`, nor between different k.
-    """
+    """Many-to-one: the class of most pixels of each prototype (k). Scores rise with k."""
     return torch.where(confusion.sum(1) > 0, confusion.argmax(1), UNMATCHED)  # both over t
 
 
@@ -64,9 +44,8 @@ def iou(confusion: Tensor, classes: Tensor) -> Tensor:
 
     IoU_t = tp / (tp + fp + fn)
 
-    confusion (k t); classes (k) from `match` or `majority`. Returns (t) float64 in [0, 1]; nan for
-    a class without a labeled pixel. Pixels of unmatched prototypes are missed (fn) but claimed for
-    no class (fp) [P].
+    confusion (k t); classes (k) of the prototypes -> (t) float64 in [0, 1]; nan for a class without
+    a labeled pixel. Pixels of unmatched prototypes count as fn, not as fp [P].
     """
     by_class = _rows_by_class(confusion, classes)
     hit, claimed = by_class.diagonal(), by_class.sum(1)  # over t
@@ -76,12 +55,12 @@ def iou(confusion: Tensor, classes: Tensor) -> Tensor:
 
 
 def miou(confusion: Tensor, classes: Tensor) -> float:
-    """Mean of `iou` over the classes that occur; 0 without any labeled pixel. Same arguments."""
+    """Mean of `iou` over the classes that occur; 0 without a labeled pixel."""
     return float(iou(confusion, classes).nanmean().nan_to_num())
 
 
 def pixel_accuracy(confusion: Tensor, classes: Tensor) -> float:
-    """Correct pixels / labeled pixels, in [0, 1]. Same arguments as `iou`."""
+    """Correct pixels / labeled pixels, in [0, 1]; 0 without a labeled pixel."""
     correct = _rows_by_class(confusion, classes).diagonal().sum()
     return float((correct / confusion.sum()).nan_to_num())
 
@@ -93,18 +72,19 @@ def by_class(class_names: Sequence[str], values: Tensor) -> dict[str, float | No
 
 
 def known_scores(confusion: Tensor, class_names: Sequence[str]) -> dict:
-    """miou, accuracy and iou by name of a classifier with names: nothing is matched. (t t)."""
+    """Scores of a classifier that knows the classes by name: nothing is matched. (t t)."""
     own = torch.arange(len(class_names))
-    each, accuracy = by_class(class_names, iou(confusion, own)), pixel_accuracy(confusion, own)
-    return dict(miou=miou(confusion, own), accuracy=accuracy, iou=each)
+    return dict(
+        miou=miou(confusion, own),
+        accuracy=pixel_accuracy(confusion, own),
+        iou=by_class(class_names, iou(confusion, own)),
+    )
 
 
 def nmi(confusion: Tensor) -> float:
     """Normalized mutual information of prototypes and classes, in [0, 1]:
 
     NMI = 2 I(k, t) / (H(k) + H(t)),  I(k, t) = H(k) + H(t) - H(k t)
-
-    confusion (k t). It is 0 if the two are independent, 1 if each determines the other.
     """
     joint = confusion.double() / max(int(confusion.sum()), 1)
     tables = joint, joint.sum(1), joint.sum(0)  # over t; over k
@@ -117,11 +97,7 @@ def nmi(confusion: Tensor) -> float:
 
 
 def adjusted_rand_index(confusion: Tensor) -> float:
-    """Agreement of two partitions about which pairs of pixels belong together (adjusted Rand).
-
-    confusion (k t). Returns at most 1: 0 by chance, 1 if the partitions are equal. The ids have no
-    meaning, so it also serves segments without classes (Hubert and Arabie, 1985).
-    """
+    """Agreement on the pairs of pixels that belong together: 0 by chance, at most 1; no names."""
     counts = confusion.double()
     sums = counts, counts.sum(1), counts.sum(0), counts.sum()  # over t; over k
     together, in_groups, in_classes, all_pairs = ((n * (n - 1) / 2).sum() for n in sums)
@@ -132,7 +108,7 @@ def adjusted_rand_index(confusion: Tensor) -> float:
 
 
 def _rows_by_class(confusion: Tensor, classes: Tensor) -> Tensor:
-    """Rows of prototypes (k t) summed into rows of the classes that they were given (t t)."""
+    """Rows of prototypes (k t) added up in the rows of their classes (t t)."""
     matched = classes != UNMATCHED
     by_class = torch.zeros(confusion.shape[1], confusion.shape[1], dtype=confusion.dtype)
     return by_class.index_add(0, classes[matched], confusion[matched])

@@ -1,10 +1,4 @@
-"""How well frozen features tell classes apart: a linear and a nearest-neighbor classifier per cell.
-
-Both classifiers learn from cells of the feature map [U]. The label of a cell is the mixture of the
-classes that it covers. Memory does not grow with the number of images.
-"""
-
-from __future__ import annotations
+"""How well frozen features tell classes apart: a linear and a neighbor classifier per cell [U]."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -15,49 +9,36 @@ from torch import Tensor, nn
 
 from measures import metrics
 from measures.datasets import Labeled
-from measures.groups import winner
+from measures.groups import number, table, winner
 from measures.layouts import IGNORE, unlabeled
 from measures.streams import Batches
-from measures.tables import number, table
 from photometric import normalize
 
 NEIGHBORS, NEIGHBOR_TEMPERATURE = 20, 0.07  # as in DINO's nearest-neighbor classifier
-ROWS = {"trained": "trained", "random_backbone": "random backbone"}
+ROWS = (("trained", "trained"), ("random_backbone", "random backbone"))  # key, name
 
 Classifier = Callable[[Tensor], Tensor]  # maps (b c h w) -> class scores (b t h w)
 
 
 def check_parts(learned: Labeled, tested: Labeled) -> None:
     """Raises ValueError unless the parts have the same named classes and no image in common."""
-    counts = [len(part.class_names) for part in (learned, tested)]
-    if not counts[1]:
+    one, other = (len(part.class_names) for part in (learned, tested))
+    if not other:
         raise ValueError("a probe learns classes, and these segments have no names")
     if learned.class_names != tested.class_names:
-        found = f"the split train has {counts[0]} classes and the one to test on {counts[1]}"
-        raise ValueError(f"{found}: give their number by --num-classes or classes.txt")
-    shared = learned.files() & tested.files()
-    if shared:  # VOC's trainval; images/test of a folder without train, which learns from all
-        found = f"{len(shared)} images to test on are among those to learn from"
-        raise ValueError(f"{found}: test on another --split, or leave it out")
-
-
-def pick_at_random(labeled: Labeled, count: int, seed: int = 0) -> Labeled:
-    """`count` random images in their old order; 0: all."""
-    if not count:
-        return labeled
-    order = torch.randperm(len(labeled), generator=torch.Generator().manual_seed(seed))
-    return labeled.subset(order[:count].sort().values.tolist())
+        raise ValueError(
+            f"{one} classes to learn, {other} to test: give --num-classes or classes.txt"
+        )
+    # VOC's trainval; images/test of a folder without train, which learns from all
+    if learned.files() & tested.files():
+        raise ValueError("images to test on are among those to learn from: use another --split")
 
 
 @torch.no_grad()
 def collect_cells(
     backbone: nn.Module, batches: Batches, num_images: int, num_classes: int, most: int = 2**15
 ) -> tuple[Tensor, Tensor]:
-    """Cells of the frozen map with what they show: features (n c), shares of the classes (n t).
-
-    Shares sum to 1. Each of num_images gives the same number of random cells, `most` in all; cells
-    without a labeled pixel are dropped. Raises ValueError if none is left.
-    """
+    """Random labeled cells, as many of each image: features (n c), shares of the classes (n t)."""
     device, generator = next(backbone.parameters()).device, torch.Generator().manual_seed(0)
     features, shares = [], []
     for _, (images, label) in batches:
@@ -79,13 +60,11 @@ def collect_cells(
 
 
 def linear_probe(features: Tensor, shares: Tensor, decay: float = 1e-4) -> Classifier:
-    """Logistic regression from standardized features: a 1x1 convolution. The problem is convex, so
-    there is no learning rate to choose. features (n c), shares (n t).
-    """
+    """Logistic regression from standardized features (n c) to shares (n t); decay: of weights."""
     mean, std = features.mean(0), features.std(0, correction=0).clamp(min=1e-6)  # over n
     inputs = (features - mean) / std
-    weight = torch.zeros(inputs.shape[1], shares.shape[1], device=inputs.device, requires_grad=True)
-    bias = torch.zeros(shares.shape[1], device=inputs.device, requires_grad=True)
+    weight = inputs.new_zeros(inputs.shape[1], shares.shape[1]).requires_grad_()
+    bias = inputs.new_zeros(shares.shape[1]).requires_grad_()
     solver = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
@@ -123,9 +102,7 @@ def neighbor_probe(features: Tensor, shares: Tensor) -> Classifier:
 def probe(
     backbone: nn.Module, to_learn: Batches, num_images: int, to_test: Batches, names: Sequence[str]
 ) -> dict:
-    """`metrics.known_scores` of both probes, under the keys linear and neighbors; names: of the
-    classes. Class scores are enlarged to the label. Raises ValueError where nothing is labeled.
-    """
+    """`metrics.known_scores` of both probes; names: of the classes. Raises ValueError: no label."""
     t, device = len(names), next(backbone.parameters()).device
     cells = [each.to(device) for each in collect_cells(backbone, to_learn, num_images, t)]
     classifiers = dict(linear=linear_probe(*cells), neighbors=neighbor_probe(*cells))
@@ -143,9 +120,6 @@ def probe(
 
 def format_probes(result: Mapping[str, dict]) -> str:
     """The rows trained and random_backbone of a result as a table."""
-    kinds = ("linear", "neighbors")
-    rows = {
-        name: [number(result[row][kind][key]) for kind in kinds for key in ("miou", "accuracy")]
-        for row, name in ROWS.items()
-    }
-    return table(rows, [f"{kind} {key}" for kind in kinds for key in ("mIoU", "accuracy")])
+    columns = [(kind, key) for kind in ("linear", "neighbors") for key in ("miou", "accuracy")]
+    rows = {name: [number(result[row][kind][key]) for kind, key in columns] for row, name in ROWS}
+    return table(rows, [f"{kind} {key}".replace("miou", "mIoU") for kind, key in columns])

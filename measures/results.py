@@ -1,9 +1,6 @@
 """What a run shows at its end: numbers, a table and figures of images it was not trained on."""
 
-from __future__ import annotations
-
 import shlex
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,25 +9,21 @@ import torch
 
 import toy
 from engine.files import write_json
-from engine.images import BadImage, ImageFiles
+from engine.images import ImageFiles
 from grouping import GroupingNetwork
 from measures import retrieval, slot_statistics
 from measures.datasets import UNSEEN
 from measures.figures import draw_groups, draw_parts, draw_prototypes
 from measures.groups import compare_in_memory, format_table, segment
 from measures.networks import untrained_network
-from measures.streams import center_view, read_views, stream
+from measures.streams import center_view, stream
 
 SHOWN = 8  # images in groups.png
 SIZE, BATCH = 224, 16  # of photographs: px; at a time
 
 
 def toy_result(teacher: GroupingNetwork, c: Any, folder: Path, seconds: float) -> dict:
-    """Measure the teacher, write result.json and groups.png into the folder, and print the table.
-
-    c: settings with held_out (unseen scenes), arch, dim_hidden and seed; seconds: that the run took
-    so far. Returns the report. The teacher is in evaluation mode afterwards.
-    """
+    """Write result.json and groups.png of unseen scenes, print and return the report."""
     start = time.perf_counter()
     (k, dim_out), device = teacher.prototypes.weight.shape, teacher.prototypes.weight.device
     scenes = toy.ToyImages(UNSEEN, c.held_out)
@@ -50,27 +43,23 @@ def toy_result(teacher: GroupingNetwork, c: Any, folder: Path, seconds: float) -
 def photos_result(
     teacher: GroupingNetwork, images: ImageFiles, temperature: float, folder: Path, seconds: float
 ) -> dict:
-    """Write result.json, groups.png and prototypes.png into the folder, and print the numbers.
-
-    images: kept out of training; temperature: of the soft assignment; seconds: as in `toy_result`.
-    Returns the report, empty where none of the images can be read.
-    """
+    """`toy_result` for photographs kept out of training; {}: none is readable."""
     start = time.perf_counter()
     teacher.eval()
-    images, view, run = readable(images), center_view(SIZE), shlex.quote(str(folder))
-    if not len(images):
-        command = f"python visualize.py groups {run} A.jpg"
-        print(
-            f"\nfigures  none: no photograph that was kept out can be read; for others: {command}"
-        )
+    view, run = center_view(SIZE), shlex.quote(str(folder))
+    batches = list(stream(images, view, BATCH))  # without those that cannot be read
+    good = [images.name(i) for indices, _ in batches for i in indices.tolist()]
+    images = ImageFiles(images.root, good)
+    if not good:
+        reason = "no photograph that was kept out can be read"
+        print(f"\nfigures  none: {reason}; for others: python visualize.py groups {run} A.jpg")
         return {}
-    counts = slot_statistics.slot_counts(teacher, stream(images, view, BATCH))
-    report = slot_statistics.slot_report(*counts)
+    report = slot_statistics.slot_report(*slot_statistics.slot_counts(teacher, batches))
     found = retrieval.retrieve(teacher, images, view, 5, BATCH, workers=0)
     chosen = retrieval.choose_prototypes(found.active, ["used"], 12)
     files = draw_prototypes(folder / "prototypes.png", teacher, images, view, found, chosen)
-    some = ImageFiles(images.root, images.paths[:SHOWN])
-    files += draw_parts(folder / "groups.png", teacher, read_views(some, view), temperature)
+    views = torch.cat([views for _, views in batches])[:SHOWN]
+    files += draw_parts(folder / "groups.png", teacher, views, temperature)
     report["seconds"] = round(seconds + time.perf_counter() - start, 1)
     write_json(folder / "result.json", report)
     print(f"\n{len(images)} photographs kept out of training, {report['seconds']:.0f} s in all")
@@ -79,15 +68,3 @@ def photos_result(
     command = f"python evaluate.py segmentation {run} --dataset folder --data-dir F --size {SIZE}"
     print(f"labels   with images/ and labels/ in a folder F, measure them: {command}")
     return report
-
-
-def readable(images: ImageFiles) -> ImageFiles:
-    """The images that can be read; the others are named on stderr."""
-    good = []
-    for i in range(len(images)):
-        try:
-            images[i]
-            good.append(images.name(i))
-        except BadImage as bad:
-            print(f"left out {bad.name}: {bad.reason}", file=sys.stderr)
-    return ImageFiles(images.root, good)

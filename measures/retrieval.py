@@ -1,7 +1,5 @@
 """The best segments of every prototype in a data set, where the prototype is occupied."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,26 +11,11 @@ from measures.streams import stream
 from photometric import normalize
 
 
-def segment_scores(similarity: Tensor) -> Tensor:
-    """The mean similarity of each prototype over the pixels that it owns.
-
-    similarity (b k h w) -> (b k) in [-1, 1]; -inf where a prototype owns no pixel, so that it
-    retrieves nothing there.
-    """
-    score, owner = similarity.max(dim=1)  # over k
-    score, owner = rearrange(score, "b h w -> b (h w)"), rearrange(owner, "b h w -> b (h w)")
-    empty = similarity.new_zeros(similarity.shape[:2])
-    total = empty.scatter_add(1, owner, score)
-    pixels = empty.scatter_add(1, owner, torch.ones_like(score))
-    return torch.where(pixels > 0, total / pixels, -torch.inf)
-
-
 class Retrieval:
-    """The `top` images with the best segment of each prototype, and how many images it occurs in.
+    """The images with the best segment of each prototype; at a tie, the earlier image.
 
     scores (k top), best first, -inf where fewer images were found; images (k top) int64, -1 there;
-    active (k) int64: images in which it is occupied. Its size depends on k and top alone. At a tie
-    the earlier image wins.
+    active (k) int64: images in which the prototype is occupied.
     """
 
     def __init__(self, num_prototypes: int, top: int = 5):
@@ -42,15 +25,16 @@ class Retrieval:
 
     def add(self, indices: Tensor, similarity: Tensor) -> None:
         """indices (b) int64 of the images, ascending over all calls; similarity (b k h w)."""
-        found = rearrange(segment_scores(similarity), "b k -> k b").float().cpu()
+        score, owner = rearrange(similarity, "b k h w -> b k (h w)").max(dim=1)  # over k
+        # A segment's score is the mean similarity of its pixels; without a pixel, -inf.
+        found = similarity.new_full(similarity.shape[:2], -torch.inf)
+        found = found.scatter_reduce(1, owner, score, "mean", include_self=False).T.float().cpu()
         self.active += found.isfinite().sum(dim=1)  # over b
+        scores = torch.cat([self.scores, found], dim=1)
+        images = torch.cat([self.images, indices.expand_as(found)], dim=1)
         # Stable, with the older ones in front: at a tie the earlier image stays, and at -inf the -1
-        scores, order = torch.cat([self.scores, found], dim=1).sort(
-            dim=1, descending=True, stable=True
-        )
-        candidates = torch.cat([self.images, indices.expand_as(found)], dim=1)
-        top = self.scores.shape[1]
-        self.scores, self.images = scores[:, :top], candidates.gather(1, order)[:, :top]
+        order = scores.argsort(dim=1, descending=True, stable=True)[:, : self.scores.shape[1]]
+        self.scores, self.images = scores.gather(1, order), images.gather(1, order)
 
 
 @torch.no_grad()
@@ -67,11 +51,7 @@ def retrieve(
 
 
 def choose_prototypes(active: Tensor, show: Sequence[str], count: int) -> list[int]:
-    """Which prototypes to draw. active (k): in how many images each is occupied.
-
-    show: ["used"], the `count` most active; ["extremes"], the five most and the five least active;
-    ["all"], every one in use; or numbers. Raises ValueError for others, and where none is in use.
-    """
+    """The prototypes to draw: used, extremes, all, or numbers. Raises ValueError."""
     order = [int(k) for k in active.argsort(descending=True, stable=True) if active[k] > 0]
     if not order:
         raise ValueError("no prototype is occupied in any image")

@@ -1,7 +1,5 @@
 """How many slots are occupied in an image, and how often each slot is occupied ("active")."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,20 +7,17 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure  # draws into files, without a window
 from torch import Tensor
+from torch.nn import Module
 
-from grouping import GroupingNetwork
 from photometric import normalize
 from slots import occupied
 
+Pair = tuple[Tensor, Tensor]
+
 
 @torch.no_grad()
-def slot_counts(
-    network: GroupingNetwork, batches: Iterable[tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor]:
-    """Images in which each slot is occupied (k), and images with 0 .. k occupied slots (k + 1).
-
-    batches of (indices (b), images (b 3 y x) uint8).
-    """
+def slot_counts(network: Module, batches: Iterable[Pair]) -> Pair:
+    """Images in which each slot is occupied (k), and images with 0 .. k occupied slots (k + 1)."""
     k = network.prototypes.num_embeddings
     active, images_with = torch.zeros(k, dtype=torch.long), torch.zeros(k + 1, dtype=torch.long)
     for _, images in batches:
@@ -47,10 +42,9 @@ def slot_report(active: Tensor, images_with: Tensor) -> dict:
 
 def format_slots(report: dict) -> str:
     """The report as text."""
-    lines = [
-        f"{report['occupied_per_image']:.2f} slots are occupied per image, over {report['images']} "
-        f"images; {report['prototypes_used']} of {report['num_prototypes']} prototypes are in use"
-    ]
+    mean = "{occupied_per_image:.2f} slots are occupied per image, over {images} images"
+    used = "{prototypes_used} of {num_prototypes} prototypes are in use"
+    lines = [f"{mean}; {used}".format(**report)]
     for title, key in (("most often", "top"), ("least often, of those in use", "bottom")):
         numbers = (f"prototype {each['prototype']} ({each['images']})" for each in report[key])
         lines.append(f"{title}: {', '.join(numbers)}")
@@ -61,9 +55,9 @@ def draw_slots(file: Path, report: dict) -> None:
     """Two panels: how many slots an image has, and how often each slot is occupied."""
     figure = Figure((10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    images_with, mean = np.trim_zeros(report["images_with"], "b"), report["occupied_per_image"]
+    images_with = np.trim_zeros(report["images_with"], "b")
     left.bar(range(len(images_with)), images_with)
-    left.set(title=f"Occupied slots of an image, {mean:.1f} on average", ylabel="images")
+    left.set(title="Occupied slots of an image", ylabel="images")
     right.bar(range(len(report["active"])), sorted(report["active"], reverse=True), width=1.0)
     right.set(title="How often each slot is occupied", xlabel="slots", ylabel="images")
     figure.savefig(file, dpi=120)

@@ -1,16 +1,15 @@
-"""Images one batch after another: opened, cut to squares, and read in order by worker processes."""
-
-from __future__ import annotations
+"""Images in order, one batch after another: opened, cut to squares, read by worker processes."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import center_crop, resize
 from tqdm import tqdm
@@ -23,11 +22,12 @@ from measures.datasets import UNSEEN, Labeled
 Batches = Iterable[tuple[Tensor, tuple[Tensor, Tensor]]]  # labeled: indices, (images, label)
 
 
-class Views(Dataset):
+@dataclass
+class Views:
     """Item i: (i, view(images[i]) or an exception), which a worker would print with its trace."""
 
-    def __init__(self, images: Sequence, view: Callable):
-        self.images, self.view = images, view
+    images: Sequence
+    view: Callable
 
     def __len__(self) -> int:
         return len(self.images)
@@ -44,35 +44,28 @@ class Views(Dataset):
 def stream(
     images: Sequence, view: Callable, batch_size: int, workers: int = 0, title: str = ""
 ) -> Iterator[tuple[Tensor, Any]]:
-    """Batches of view(images[i]) in order: indices (b) int64 and the views, collated.
-
-    workers: processes that read, 0: none; title: of the progress bar. An image that cannot be read
-    is left out and named on stderr; any other problem ends the stream with ValueError.
-    """
+    """Batches of indices (b) and views; an unreadable image is left out. Raises ValueError."""
     loader = DataLoader(Views(images, view), batch_size, num_workers=workers, collate_fn=list)
-    with tqdm(total=len(images), desc=title, unit="image", disable=None, leave=False) as bar:
-        for items in loader:
-            good = [item for item in items if not isinstance(item[1], Exception)]
-            for problem in (item for _, item in items if isinstance(item, Exception)):
-                if isinstance(problem, ValueError):
-                    raise problem
+    for items in tqdm(loader, title, unit="batch", disable=None, leave=False):
+        for _, problem in items:
+            if isinstance(problem, ValueError):
+                raise problem
+            if isinstance(problem, LookupError):
                 tqdm.write(str(problem), file=sys.stderr)
-            bar.update(len(items))
-            if good:
-                yield default_collate(good)
+        good = [item for item in items if not isinstance(item[1], LookupError)]
+        if good:
+            yield default_collate(good)
 
 
 def labeled_batches(
     labeled: Labeled, size: int, batch_size: int, workers: int = 0, title: str = ""
 ) -> Batches:
-    """`stream` of (image (b 3 size size) uint8, label (b size size)), the protocol's squares."""
+    """`stream` of images (b 3 size size) uint8 with labels (b size size), both `square`."""
     return stream(labeled, partial(square, size=size), batch_size, workers, title)
 
 
 def square(pair: tuple[Tensor, Tensor], size: int) -> tuple[Tensor, Tensor]:
-    """Image (3 y x) and label (y x) -> (3 size size) bilinear and (size size) nearest: the short
-    side to `size`, then the center [P].
-    """
+    """Image (3 y x) and label (y x): the short side to `size`, then the center [P]."""
     image = resize(pair[0], [size], InterpolationMode.BILINEAR, antialias=True)
     # PIL's nearest, which the protocol used, is torchvision's "exact": the pixel under the center.
     label = resize(pair[1][None], [size], InterpolationMode.NEAREST_EXACT)
@@ -80,16 +73,13 @@ def square(pair: tuple[Tensor, Tensor], size: int) -> tuple[Tensor, Tensor]:
 
 
 def spaced(count: int, limit: int) -> list[int]:
-    """`limit` of `count` indices, evenly spaced (0: all): neighbors are often of one kind."""
+    """`limit` of `count` indices, evenly spaced; 0: all."""
     limit = min(limit, count) or count
     return [i * count // limit for i in range(limit)]
 
 
 def open_images(dataset: str, data_dir: Path | None, limit: int = 0) -> ImageFiles | toy.ToyImages:
-    """Images without labels: of a folder (of its val2017 if it has that), or unseen toy scenes.
-
-    limit: 0 for all, which for toy scenes is 256. Raises ValueError where there are none.
-    """
+    """Images of a folder or its val2017, or unseen toy scenes; limit 0: all. Raises ValueError."""
     if dataset == "toy":
         return toy.ToyImages(UNSEEN, limit or 256)
     if not data_dir:
@@ -99,13 +89,8 @@ def open_images(dataset: str, data_dir: Path | None, limit: int = 0) -> ImageFil
     return ImageFiles(root, paths[spaced(len(paths), limit)])
 
 
-def open_files(files: Sequence[Path]) -> ImageFiles:
-    """These image files."""
-    return ImageFiles(".", [str(file.absolute()) for file in files])
-
-
 def read_views(images: Sequence[Tensor], view: Callable[[Tensor], Tensor]) -> Tensor:
-    """All images as views (b 3 y x) uint8 in memory. Raises ValueError with one line."""
+    """All views (b 3 y x) uint8. Raises ValueError with one line."""
     try:
         return torch.stack([view(images[index]) for index in range(len(images))])
     except BadImage as bad:
@@ -113,13 +98,13 @@ def read_views(images: Sequence[Tensor], view: Callable[[Tensor], Tensor]) -> Te
 
 
 def default_size(dataset: str, config: Mapping[str, Any]) -> int:
-    """The side of the views, px: toy scenes as they are drawn, photographs as in training."""
+    """The side of views, px: toy scenes as they are drawn, photographs as in training."""
     return toy.Dials().size if dataset == "toy" else config.get("image_size", 224)
 
 
 def center_view(size: int) -> Callable[[Tensor], Tensor]:
     """A function: image (3 y x) -> `data.center_square`; a square of `size` stays as it is."""
-    return partial(_center_view, size=size)
+    return partial(_center_view, size=size)  # a worker process can receive it
 
 
 def _center_view(image: Tensor, size: int) -> Tensor:

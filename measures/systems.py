@@ -1,11 +1,6 @@
-"""The same measures for every system that compare.py runs, whatever kind of groups it makes [U].
-
-Groups with names, the same in all scenes, are matched with the classes. For groups without names
-(the slots of one image) and for features without groups, k-means on the features of the backbone
-stands in, and the result says so. The Rand index needs no names.
+"""The same measures for every system of compare.py: where its groups have no names, or there are
+none, k-means on the features of the backbone is matched with the classes instead [U].
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,8 +12,7 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from measures import metrics, probes
-from measures.groups import kmeans, winner
-from measures.tables import number, table
+from measures.groups import kmeans, number, table, winner
 from photometric import normalize
 
 SAMPLE = 8192  # [U] cells of the features that k-means is fitted to
@@ -38,18 +32,13 @@ class Truth(NamedTuple):
 
 @torch.no_grad()
 def judge(
-    backbone: nn.Module,
-    maps: Callable[[Tensor], Tensor | None],
-    per_image: bool,
-    truth: Truth,
-    labeled: Truth,
-    k: int,
-    num_classes: int,
-) -> tuple[dict[str, Any], Tensor]:
-    """Every measure of one system on the CPU, and its groups (n y x) for the image.
+    backbone: nn.Module, maps: Callable[[Tensor], Tensor | None], per_image: bool,
+    truth: Truth, labeled: Truth, k: int, num_classes: int,
+) -> tuple[dict[str, Any], Tensor]:  # fmt: skip
+    """Every measure of one system, and its groups (n y x); both on the CPU.
 
     maps: of the system, from normalized images (b 3 y x), or None; per_image: the groups have no
-    names; labeled: scenes that the probe learns from; k: of the k-means that stands in.
+    names; labeled: scenes that the probe learns from; k: of the k-means.
     """
     size, semantic = truth.seen.shape[-2:], truth.semantic.long()
     device = next(backbone.parameters()).device
@@ -58,33 +47,28 @@ def judge(
     own = [maps(some) for some in images]
     clusters = winner(cluster_maps(features, k), size) if per_image or own[0] is None else None
     groups = clusters if own[0] is None else torch.cat([winner(m.cpu(), size) for m in own])
+    named = groups if clusters is None else clusters
+    counts = metrics.confusion_matrix(named, semantic, int(named.max()) + 1, num_classes)
     found = dict(
         named_by=OWN if clusters is None else CLUSTERS,
         grouped_by=CLUSTERS if own[0] is None else OWN,
-        **agreement(groups if clusters is None else clusters, semantic, num_classes),
+        miou=metrics.miou(counts, metrics.match(counts)),
+        nmi=metrics.nmi(counts),
         probe_miou=probe(backbone, labeled, features, semantic, num_classes),
         ari_instances=rand_index(groups, truth.regions),
         ari_objects=rand_index(groups, truth.regions, truth.instance > 0),
         ari_classes=rand_index(groups, semantic),
-        groups_used=groups_in_use(groups, per_image),
+        groups_used=max(len(some.unique()) for some in (groups if per_image else [groups])),
         groups_per_scene=sum(len(each.unique()) for each in groups) / len(groups),
     )
     return found, groups
 
 
-def agreement(groups: Tensor, semantic: Tensor, num_classes: int) -> dict[str, float]:
-    """One-to-one mIoU and NMI of groups (n y x) with names against the classes (n y x)."""
-    counts = metrics.confusion_matrix(groups, semantic, int(groups.max()) + 1, num_classes)
-    return dict(miou=metrics.miou(counts, metrics.match(counts)), nmi=metrics.nmi(counts))
-
-
 def rand_index(groups: Tensor, truth: Tensor, counted: Tensor | None = None) -> float:
-    """The adjusted Rand index of each scene, averaged. groups, truth (n y x); counted (n y x) bool:
-    only these pixels. A scene without such a pixel is left out.
-    """
+    """The mean adjusted Rand index of scenes (n y x); counted (n y x) bool: only these pixels."""
     values, counted = [], torch.ones_like(truth).bool() if counted is None else counted
-    for some, other, which in zip(groups, truth.long(), counted):
-        one, other = some[which], other[which]
+    for one, other, which in zip(groups, truth.long(), counted):
+        one, other = one[which], other[which]
         if one.numel():
             counts = metrics.confusion_matrix(one, other, int(one.max()) + 1, int(other.max()) + 1)
             values.append(metrics.adjusted_rand_index(counts))
@@ -92,7 +76,7 @@ def rand_index(groups: Tensor, truth: Tensor, counted: Tensor | None = None) -> 
 
 
 def cluster_maps(features: Tensor, k: int, seed: int = 0) -> Tensor:
-    """k-means on the directions of features (n c h w) -> minus the squared distances (n k h w)."""
+    """k-means on the directions of features (n c h w) -> closeness to each center (n k h w)."""
     directions = F.normalize(features.float(), dim=1)  # over c
     rows = rearrange(directions, "n c h w -> (n h w) c")
     rng = np.random.default_rng(seed)
@@ -114,22 +98,18 @@ def probe(
     return metrics.miou(counts, torch.arange(num_classes))
 
 
-def groups_in_use(groups: Tensor, per_image: bool) -> int:
-    """How many of groups (n y x) own a pixel: in all scenes, or in the scene that has the most."""
-    return max(len(some.unique()) for some in (groups if per_image else [groups]))
-
-
 def collapsed(found: Mapping[str, Any], untrained: Mapping[str, Any]) -> bool:
-    """Fewer than four groups in use, or no more agreement with the classes than before training."""
+    """Few groups in use, or no more agreement with the classes than before training."""
     return found["groups_used"] < FEWEST_GROUPS or found["nmi"] <= untrained["nmi"]
 
 
 def brief(label: str, record: Mapping[str, Any]) -> str:
-    """One line about one row and seed, for the eye."""
-    scores = f"mIoU {record['miou']:.3f}  NMI {record['nmi']:.3f}  probe {record['probe_miou']:.3f}"
-    spent = f"{record['steps']} steps in {record['seconds']:.0f} s"
+    """One line about one row and seed."""
+    form = (
+        "mIoU {miou:.3f}  NMI {nmi:.3f}  probe {probe_miou:.3f}  {steps} steps in {seconds:.0f} s"
+    )
     gone = "  collapsed" if record["collapsed"] else ""
-    return f"seed {record['seed']}  {label:<28} {scores}  {spent}{gone}"
+    return f"seed {record['seed']}  {label:<28} {form.format(**record)}{gone}"
 
 
 # key of a row -> heading
@@ -147,16 +127,14 @@ def format_table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """label -> the records of its seeds: medians, and how many of the seeds have collapsed."""
     cells = {}
     for label, records in rows.items():
-        gone = sum(record.get("collapsed", False) for record in records)
-        cells[label] = [median(records, key) for key in COLUMNS]
-        cells[label].append(f"{gone} of {len(records)}" if gone else "no")
+        gone = sum(record["collapsed"] for record in records)
+        cells[label] = [*(median(records, key) for key in COLUMNS), f"{gone} of {len(records)}"]
     return f"{table(cells, [*COLUMNS.values(), 'collapsed'])}\n{EXPLANATION}"
 
 
 def median(records: Sequence[Mapping[str, Any]], key: str) -> str:
     """One cell: the median over the seeds, and the star."""
-    values = [record[key] for record in records if key in record]
     how = records[0]["named_by" if key in ("miou", "nmi") else "grouped_by"]
     star = "*" if key.startswith(("miou", "nmi", "ari")) and how == CLUSTERS else " "
     digits = 0 if key in ("groups_used", "steps", "seconds") else 3
-    return number(float(np.median(values)) if values else None, digits) + star
+    return number(float(np.median([record[key] for record in records])), digits) + star

@@ -30,19 +30,12 @@ def test_a_torn_line_is_left_out_and_a_repeated_step_counts_once(tmp_path):
     assert [r["step"] for r in records] == [10, 15, 20, 30] and records[3]["loss"] == 4
 
 
-@pytest.mark.parametrize(
-    "contents, message",
-    [
-        (b'{"preset": "toy", "num_pro', "is damaged (Unterminated string"),
-        (b'["toy", 16]', "holds a list, not the options of a run"),
-    ],
-)
-def test_a_configuration_that_is_cut_or_no_object_is_one_line(tmp_path, contents, message):
+@pytest.mark.parametrize("contents", [b'{"preset": "toy", "num_pro', b'["toy", 16]', b"\xff"])
+def test_a_configuration_that_is_cut_or_no_object_is_one_line(tmp_path, contents):
     run = write_run(tmp_path / "run", [json.dumps(record(10))])
     (run / "config.json").write_bytes(contents)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=r"config\.json is damaged") as caught:
         curves.read_run(run)
-    assert str(caught.value).startswith(f"{run / 'config.json'} {message}")
     assert "\n" not in str(caught.value)
 
 
@@ -66,19 +59,6 @@ def test_a_run_is_drawn_with_its_chance_lines_and_a_gap_for_what_its_log_lacks()
     assert np.isnan(panels_of([a_run()])[1]["group_loss"][1][0].get_ydata()).all()
     (text,) = figure.legends[0].get_texts()
     assert text.get_text() == "run: preset toy, arch tiny, num-prototypes 16"
-
-
-def test_every_run_has_one_look_in_all_panels_and_its_own_numbers():
-    runs = [a_run(str(i), [record(s, group_loss=i) for s in (1, 2)], **CONFIG) for i in range(9)]
-    figure, panels = panels_of(runs)
-    looks = {
-        tuple((line.get_color(), line.get_linestyle()) for line in drawn)
-        for drawn, _ in panels.values()
-    }
-    assert len(looks) == 1 and len(set(looks.pop())) == 9 and len(panels) == 12
-    assert [line.get_ydata()[0] for line in panels["group_loss"][0]] == list(range(9))
-    texts = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert texts == [f"{i}: no option differs" for i in range(9)]
 
 
 def test_the_legend_names_the_options_that_differ_and_no_others():

@@ -131,11 +131,11 @@ def test_slots_come_as_text_as_json_and_as_a_figure_beside_the_checkpoint(
 def test_a_backbone_is_probed_as_the_whole_network_is_beside_a_random_one(
     trained, tmp_path, capsys
 ):
-    few = ["--toy-scenes", 6, "--labeled", 3]
+    few = ["--toy-scenes", 6]
     results = []
     for file in (trained, tmp_path / "backbone.pth"):
         status, result, text, _ = run("probe", file, *few, capsys=capsys)
-        assert status == 0 and result["labeled_images"] == 3 and result["images"] == 6
+        assert status == 0 and result["labeled_images"] == result["images"] == 6
         assert "random backbone" in text and result["trained"] != result["random_backbone"]
         results.append([result["trained"], result["random_backbone"]])
     assert results[0] == results[1]
@@ -146,15 +146,14 @@ def test_a_backbone_is_probed_as_the_whole_network_is_beside_a_random_one(
 
 def test_a_probe_is_never_tested_on_an_image_that_it_has_learned_from(trained, folder, capsys):
     options = ["probe", trained, "--data-dir", folder, "--size", 32]
-    args = evaluate.commands().parse([str(word) for word in options])
-    learned, tested = (part.files() for part in evaluate.open_parts(args))
-    assert not learned & tested and (len(learned), len(tested)) == (5, 2)
+    status, result, _, _ = run(*options, capsys=capsys)
+    assert status == 0 and (result["labeled_images"], result["images"]) == (5, 2)
     assert "learns on the split train" in refusal(*options, "--split", "train", capsys=capsys)
     for kind in ("images", "labels"):
         (folder / kind / "test").mkdir()
         (folder / kind / "0.png").rename(folder / kind / "test" / "0.png")
     line = refusal(*options, "--split", "test", capsys=capsys)
-    assert "1 images to test on are among those to learn from" in line
+    assert "images to test on are among those to learn from" in line
 
 
 def test_a_probe_needs_classes_and_the_same_ones_in_both_parts(trained, folder, tmp_path, capsys):
@@ -162,7 +161,7 @@ def test_a_probe_needs_classes_and_the_same_ones_in_both_parts(trained, folder, 
         for kind in ("images", "labels"):
             write(folder / kind / part / "0.png", np.full((34, 40), number))
     line = refusal("probe", trained, "--data-dir", folder, capsys=capsys)
-    assert "the split train has 7 classes and the one to test on 3" in line
+    assert "7 classes to learn, 3 to test" in line
     where = bsds_tree(tmp_path / "b", 0, 9)
     assert "have no names" in refusal("probe", trained, *where, capsys=capsys)
 

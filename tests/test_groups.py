@@ -8,9 +8,8 @@ import torch.nn.functional as F
 
 from grouping import GroupingNetwork
 from measures import groups
-from measures.groups import Tally, compare_in_memory, rgb_kmeans, sample_pixels
+from measures.groups import Tally, compare_in_memory, number, rgb_kmeans, sample_pixels, table
 from measures.layouts import IGNORE
-from measures.tables import number, table
 from photometric import normalize
 from trained import NAMES, ByColor, K, colored
 
@@ -22,15 +21,6 @@ def test_the_winner_is_the_largest_enlarged_map_whatever_the_chunk(chunk):
     assert groups.winner(maps, (22, 31), chunk).equal(enlarged.argmax(1))
     ties = torch.zeros(1, 7, 2, 2)
     assert groups.winner(ties, (3, 3), chunk).eq(0).all()  # the lower one, across chunks too
-
-
-def test_maps_are_enlarged_before_the_decision_and_not_after():
-    # 1 at the left, 0 at the right; the two maps cross right of the middle
-    maps = torch.tensor([[[[0.0, 1.0]], [[0.9, 0.0]]]])
-    found = groups.winner(maps, (1, 200))[0, 0]
-    assert found[:97].eq(1).all() and found[99:].eq(0).all() and len(found[97:99].unique()) <= 2
-    nearest = F.interpolate(maps.argmax(1, keepdim=True).float(), (1, 200))[0, 0, 0]
-    assert not found.equal(nearest.long())
 
 
 def test_segments_and_occupied_slots_come_from_the_same_similarities():

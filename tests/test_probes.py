@@ -79,18 +79,3 @@ def test_probes_refuse_to_learn_from_or_to_be_tested_on_nothing():
         probes.probe(pooled(1), empty, 5, known, NAMES)
     with pytest.raises(ValueError, match="nothing is labeled: all pixels of the labels to test on"):
         probes.probe(pooled(1), known, 5, empty, NAMES)
-
-
-class Listed(list):
-    """As much of a labeled data set as `pick_at_random` needs."""
-
-    def subset(self, indices):
-        return Listed(self[index] for index in indices)
-
-
-def test_random_images_keep_their_order_and_are_the_same_each_time():
-    whole = Listed(range(40))
-    some = probes.pick_at_random(whole, 7)
-    assert len(set(some)) == 7 and some == sorted(some) and some != list(range(7))
-    assert some == probes.pick_at_random(whole, 7) != probes.pick_at_random(whole, 7, seed=1)
-    assert probes.pick_at_random(whole, 0) is whole and len(probes.pick_at_random(whole, 99)) == 40

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from engine.images import ImageFiles
 from measures import streams
 
 
@@ -60,10 +61,10 @@ def test_images_come_from_a_folder_from_its_val2017_or_are_drawn(tmp_path):
     assert streams.open_images("toy", None, 5)[4].shape == (3, 64, 64)
     with pytest.raises(ValueError, match="--data-dir is missing"):
         streams.open_images("folder", None)
-    named = streams.open_files([tmp_path / "a.png"])
-    assert streams.read_views(named, streams.center_view(32)).shape == (1, 3, 32, 32)
+    named = streams.read_views(ImageFiles(tmp_path, ["a.png"]), streams.center_view(32))
+    assert named.shape == (1, 3, 32, 32)
     with pytest.raises(ValueError, match=r"cannot read .*none"):
-        streams.read_views(streams.open_files([tmp_path / "none.png"]), identity)
+        streams.read_views(ImageFiles(tmp_path, ["none.png"]), identity)
 
 
 def test_a_square_of_the_right_size_is_left_alone_and_others_are_cut_from_the_center():
