@@ -91,47 +91,37 @@ def start(c: Config, strict: bool) -> int:
         torch.set_num_threads(c.threads)
     place = processes.start(c.device, c.amp)
     images, held_out, about = images_of(c, strict)
+    names = getattr(images, "paths", [])  # toy scenes have none
     schedule = schedule_for(num_images=len(images), **chosen_for(schedule_for, c))
-    last_step = min(schedule.total_steps, c.max_steps or schedule.total_steps)
     torch.manual_seed(c.seed)  # the same weights on every rank
     model = processes.synchronized(SlotCon(**chosen_for(SlotCon, c)).train(), place)
     started = checkpoints.start_from(model, c.init) if c.init else "random weights"
-    optimizer = make_optimizer(c.optimizer, model.parameters(), schedule.peak, c.weight_decay)
-    digest = digest_of(getattr(images, "paths", []))  # toy scenes have no paths
-    if c.compile:
-        for network in (model.student, model.teacher):
-            network.backbone.compile()
-            network.projector.compile()
+    for network in (model.student, model.teacher) if c.compile else ():
+        network.backbone.compile()
+        network.projector.compile()
+    last_step = min(schedule.total_steps, c.max_steps or schedule.total_steps)
     run = Run(
         Options(last_step=last_step, **chosen_for(Options, c)),
         place,
         model,
-        optimizer,
+        make_optimizer(c.optimizer, model.parameters(), schedule.peak, c.weight_decay),
         images,
         view=TwoCrops(**chosen_for(TwoCrops, c)),
         settings=dataclasses.asdict(c),
-        changed=lambda saved: differences(c, len(images), digest, saved),
+        changed=lambda saved: differences(c, len(images), digest_of(names), saved),
         names=("loss", "group_loss", "slot_loss"),
     )
-    run.notes["images"] = digest
-    if c.subset and hasattr(images, "paths") and place.is_main:
-        files.write_lines(run.folder / "subset.txt", images.paths)
+    run.notes["images"] = digest_of(names)
+    if c.subset and len(names) and place.is_main:
+        files.write_lines(run.folder / "subset.txt", names)
     with run:
         run.print(f"device   {processes.describe(place)}", f"data     {about}")
-        run.print(*describe(c, schedule, place, model))
+        run.print(*describe(c, schedule, place, model), f"disk     {run.space()}")
         run.print(f"start    {f'after step {run.steps}' if run.steps else started}")
-        run.print(f"disk     {run.space()}")
         train(c, run, model, schedule)
     status = run.end()
-    if run.steps < last_step or not place.is_main:
-        pass
-    elif last_step < schedule.total_steps:
-        print(
-            f"paused   at step {last_step} of {schedule.total_steps}; the same command without "
-            "--max-steps goes on"
-        )
-    else:
-        finish(c, run, model, held_out)
+    if run.finished and place.is_main:
+        finish(c, run, model, schedule, held_out)
     processes.finish()
     return status
 
@@ -173,8 +163,15 @@ def describe(c: Config, schedule: Schedule, place: Place, model: SlotCon) -> lis
     return lines
 
 
-def finish(c: Config, run: Run, model: SlotCon, held_out: Sequence[Any]) -> None:
+def finish(
+    c: Config, run: Run, model: SlotCon, schedule: Schedule, held_out: Sequence[Any]
+) -> None:
     """What a run leaves: the teacher's backbone for others, and a look at what was found."""
+    if left := schedule.total_steps - run.steps:
+        hours = left * c.batch_size / run.images_per_second / 3600
+        print(f"paused   {left} steps are left, about {hours:.2g} hours: the same command without "
+              "--max-steps goes on")  # fmt: skip
+        return
     file = run.folder / "backbone.pth"
     try:
         checkpoints.save(file, model.teacher.backbone.state_dict())
@@ -194,12 +191,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return start(c, "dataset" in given)
     images, held_out, about = images_of(c, "dataset" in given)
     print(about)
-    bad = [
-        batches.check_images(part, processes.workers_of(c.workers))
-        for part in (images, held_out)
-        if len(part)
-    ]
-    return 1 if sum(bad) > batches.BAD_SHARE * (len(images) + len(held_out)) else 0
+    parts, workers = [p for p in (images, held_out) if len(p)], processes.workers_of(c.workers)
+    bad = sum(batches.check_images(part, workers) for part in parts)
+    return 1 if bad > batches.BAD_SHARE * sum(map(len, parts)) else 0
 
 
 if __name__ == "__main__":

@@ -89,6 +89,7 @@ class Run:
         self.notes: dict[str, Any] = {}  # what a program wants to know again when it is resumed
         self.ended = ""  # then "done", "signal", "trouble" or "diverged"
         self.began = self.written = self.timed_at = time.perf_counter()
+        self.images_per_second = math.inf  # of the last line of the log
         self.moving = False  # while some weights have moved and others have not
         self.under_way = False  # a step whose forward may have moved the buffers
         self.buffers = list(model.buffers())
@@ -215,8 +216,9 @@ class Run:
         now, steps = time.perf_counter(), self.steps - self.logged
         timed = max(self.steps - self.timed, 1)
         line = {name: total / steps for name, total in zip(self.names, self.sums)}
+        self.images_per_second = timed * self.options.batch_size / (now - self.timed_at)
         line.update(
-            images_per_second=timed * self.options.batch_size / (now - self.timed_at),
+            images_per_second=self.images_per_second,
             data_seconds=self.reader.waited_since() / timed,
             memory_gb=processes.peak_memory_gb(self.place.device),
             skipped_steps=self.bad_steps,
