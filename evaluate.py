@@ -34,15 +34,12 @@ def commands() -> options.Commands:
         parser = known.add(name, text)
         options.add_checkpoint(parser)
         options.add_images(parser, "folder of the data set; not needed for toy scenes")
-        text = "default: folder with --data-dir, otherwise toy"
         names = ("folder", "toy") if name == "slots" else tuple(LABELED)
-        parser.add_argument("--dataset", choices=names, help=text)
+        parser.add_argument("--dataset", choices=names, help="default: folder, or toy scenes")
         several = dict(nargs="+") if name == "segmentation" else {}
         text = f"side of the images, px (default: {size}; toy scenes as drawn)"
         parser.add_argument("--size", type=options.side, metavar="N", help=text, **several)
-        if name == "slots":
-            options.add_output(parser, "slots.png beside the checkpoint")
-        else:
+        if name != "slots":
             add_labeled(parser)
     return known
 
@@ -57,8 +54,7 @@ def add_labeled(parser: argparse.ArgumentParser) -> None:
     add("--num-classes", type=options.positive, default=0, metavar="N", help=text)
     text = "toy: how many (default: 256)"
     add("--toy-scenes", type=options.positive, default=256, metavar="N", help=text)
-    text = "toy: which kind (default: scene)"
-    add("--toy-preset", choices=tuple(toy.SCENE_PRESETS), default="scene", help=text)
+    add("--toy-preset", choices=tuple(toy.SCENE_PRESETS), default="scene", help="toy: which kind")
 
 
 if __name__ == "__main__":  # a misspelled option is answered before torch is loaded
@@ -83,14 +79,15 @@ def measure_segmentation(args: argparse.Namespace) -> dict:
     some = torch.linspace(0, len(labeled) - 1, min(256, len(labeled))).long().tolist()
     batches = read(labeled.subset(some), sizes[0], title="k-means")
     by_color = groups.rgb_kmeans(groups.sample_pixels(images for _, (images, _) in batches), k)
-    result |= dict(images=len(labeled), classes=len(labeled.class_names), num_prototypes=k)
-    result |= dict(notice=labeled.notice, sizes={})
+    names = labeled.class_names
+    result |= dict(images=len(labeled), num_prototypes=k, notice=labeled.notice, sizes={})
+    result["classes"] = len(names)
     for size in sizes:
         batches = read(labeled, size, title=f"{size} px")
-        report = groups.compare(network, untrained, by_color, batches, labeled.class_names)
+        report = groups.compare(network, untrained, by_color, batches, names)
         print(f"\n{len(labeled)} images of {size} px, {result['dataset']}, k = {k}")
         print(groups.format_table(report))
-        if labeled.class_names:
+        if names:
             print(groups.format_classes(report))
         result["sizes"][size] = report
     return result
@@ -98,17 +95,15 @@ def measure_segmentation(args: argparse.Namespace) -> dict:
 
 def measure_slots(args: argparse.Namespace) -> dict:
     """How many slots are occupied in an image, and how often each."""
-    file = options.output_file(args.output, args.checkpoint.with_name("slots.png"))
     network, config = networks.open_network(args.checkpoint, args.network, args.device)
     result = source(args, config)
     images = streams.open_images(result["dataset"], args.data_dir, args.limit)
     view = streams.center_view(args.size or streams.default_size(result["dataset"], config))
     batches = streams.stream(images, view, args.batch_size, args.workers, "slots")
     report = slot_statistics.slot_report(*slot_statistics.slot_counts(network, batches))
-    slot_statistics.draw_slots(file, report)
     print(slot_statistics.format_slots(report))
-    print(f"figure: {file}; visualize.py prototypes --show extremes draws their best segments")
-    return dict(result, **report, files=[str(file)])
+    print("visualize.py prototypes --show extremes draws their best segments")
+    return {**result, **report}
 
 
 def measure_probe(args: argparse.Namespace) -> dict:
@@ -134,12 +129,9 @@ def measure_probe(args: argparse.Namespace) -> dict:
 
 def open_labeled(args: argparse.Namespace, split: str | None = None) -> datasets.Labeled:
     """The labeled images that the options ask for."""
-    own = dict(
-        toy=dict(count=args.toy_scenes, preset=args.toy_preset),
-        coco_stuff=dict(list_file=args.list),
-        folder=dict(num_classes=args.num_classes),
-    )
     dataset, split = dataset_of(args), split or args.split
+    own = dict(toy=dict(count=args.toy_scenes, preset=args.toy_preset))
+    own |= dict(coco_stuff=dict(list_file=args.list), folder=dict(num_classes=args.num_classes))
     labeled = datasets.open_labeled(dataset, args.data_dir, split, **own.get(dataset, {}))
     return labeled.subset(streams.spaced(len(labeled), args.limit)) if args.limit else labeled
 
@@ -153,8 +145,7 @@ def source(args: argparse.Namespace, config: Mapping[str, Any]) -> dict:
     """What is measured, for the JSON, and a note where the network has learned from photographs."""
     dataset, learned = dataset_of(args), config.get("dataset", "toy")
     if dataset == "toy" and learned != "toy":
-        advice = "--data-dir FOLDER measures on images of yours"
-        print(f"note: trained on {learned}, measured on toy scenes; {advice}")
+        print(f"note: trained on {learned}, measured on toy scenes; --data-dir: images of yours")
     data_dir, checkpoint = args.data_dir and str(args.data_dir), str(args.checkpoint)
     return dict(checkpoint=checkpoint, network=args.network, dataset=dataset, data_dir=data_dir)
 

@@ -5,19 +5,15 @@
     python visualize.py training runs/toy              curves, and how good ones look (figure 4)
     python visualize.py training runs/a runs/b         the same curves of several runs
 
-Slides: "Understanding the semantic grouping ability: nearest neighbor visualization"; "Statistics
-about the slots".
+Slide: "Understanding the semantic grouping ability: nearest neighbor visualization".
 Paper: section 4, figures 3 and 4.
 Read next: the notebooks.
 """
 
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
-from pathlib import Path
 
 from engine import options
-from engine.options import output_file, positive, side
 from engine.program import run_early, run_program
 
 
@@ -25,31 +21,26 @@ def commands() -> options.Commands:
     """The subcommands with their options."""
     known = options.Commands("visualize.py", __doc__)
     size = "side, px (default: as in training; toy scenes as they are drawn)"
-
     parser = known.add("prototypes", "the best segments of each prototype, as in figure 3")
     options.add_checkpoint(parser)
     options.add_images(parser, "folder of images, nested or flat (COCO: val2017); else toy scenes")
-    text = "used, extremes (five most, five least), all in use, or numbers (default: used)"
-    parser.add_argument("--show", nargs="+", default=["used"], help=text)
-    parser.add_argument("--count", type=positive, default=12, help="of the used (default: 12)")
-    parser.add_argument("--top", type=positive, default=5, help="segments of each (default: 5)")
-    parser.add_argument("--size", type=side, help=size)
+    add = parser.add_argument
+    add("--show", nargs="+", default=["used"], help="used (the default), extremes, all, or numbers")
+    add("--count", type=options.positive, default=12, help="of the used (default: 12)")
+    add("--top", type=options.positive, default=5, help="segments of each (default: 5)")
+    add("--size", type=options.side, help=size)
     options.add_output(parser, "prototypes.png beside the checkpoint")
-
-    text = "for some images: groups, soft assignments, PCA of the features"
-    parser = known.add("groups", text, paths="images")
+    parser = known.add("groups", "of images: groups, soft assignments, PCA", paths="images")
     options.add_checkpoint(parser)
-    text = "image files (default: the first of --data-dir, else toy scenes)"
-    parser.add_argument("images", nargs="*", type=options.path, help=text)
-    parser.add_argument("--data-dir", type=options.folder, help="folder of images, nested or flat")
-    parser.add_argument("--count", type=positive, default=6, help="if none is named (default: 6)")
-    parser.add_argument("--slots", type=positive, default=4, help="soft assignments (default: 4)")
-    parser.add_argument("--size", type=side, help=size)
+    add = parser.add_argument
+    add("images", nargs="*", type=options.path, help="files (default: of --data-dir, or scenes)")
+    add("--data-dir", type=options.folder, help="folder of images, nested or flat")
+    add("--count", type=options.positive, default=6, help="if none is named (default: 6)")
+    add("--slots", type=options.positive, default=4, help="soft assignments (default: 4)")
+    add("--size", type=options.side, help=size)
     options.add_output(parser, "groups_NAME.png beside the checkpoint")
-
     parser = known.add("training", "the curves of one run or several, beside chance", paths="runs")
-    text = "output directory of a run, or its log.jsonl"
-    parser.add_argument("runs", nargs="+", type=options.path, metavar="RUN", help=text)
+    parser.add_argument("runs", nargs="+", type=options.path, metavar="RUN", help="their folders")
     options.add_output(parser, "training.png in the folder of the first run")
     return known
 
@@ -57,19 +48,17 @@ def commands() -> options.Commands:
 if __name__ == "__main__":  # a misspelled option is answered before torch is loaded
     run_early("visualize.py", commands().parse)
 
-from measures import curves, figures, retrieval
-from measures.networks import open_network
 from engine.images import ImageFiles
-from measures.streams import center_view, default_size, open_images, read_views
+from measures import curves, figures, networks, retrieval, streams
 
 
 def show_prototypes(args: Namespace) -> dict:
     """The best segments of each prototype."""
-    file = output_file(args.output, args.checkpoint.with_name("prototypes.png"))
-    network, config = open_network(args.checkpoint, args.network, args.device)
+    file = options.output_file(args.output, args.checkpoint.with_name("prototypes.png"))
+    network, config = networks.open_network(args.checkpoint, args.network, args.device)
     dataset = "folder" if args.data_dir else "toy"
-    images = open_images(dataset, args.data_dir, args.limit)
-    view = center_view(args.size or default_size(dataset, config))
+    images = streams.open_images(dataset, args.data_dir, args.limit)
+    view = streams.center_view(args.size or streams.default_size(dataset, config))
     found = retrieval.retrieve(network, images, view, args.top, args.batch_size, args.workers)
     chosen = retrieval.choose_prototypes(found.active, args.show, args.count)
     files = figures.draw_prototypes(file, network, images, view, found, chosen)
@@ -80,14 +69,14 @@ def show_groups(args: Namespace) -> dict:
     """Groups, soft assignments and features of the named images, or of the first ones."""
     name = args.data_dir.absolute().name if args.data_dir else "toy_scenes"
     if args.images:
-        others = len(args.images) - 1
-        name = args.images[0].stem + f"_and_{others}_more" * bool(others)
-    file = output_file(args.output, args.checkpoint.with_name(f"groups_{name}.png"))
-    network, config = open_network(args.checkpoint, args.network, args.device)
+        name = args.images[0].stem + f"_and_{len(args.images) - 1}_more" * (len(args.images) > 1)
+    file = options.output_file(args.output, args.checkpoint.with_name(f"groups_{name}.png"))
+    network, config = networks.open_network(args.checkpoint, args.network, args.device)
     dataset = "folder" if args.images or args.data_dir else "toy"
     named = ImageFiles(".", [str(file.absolute()) for file in args.images])
-    images = named or open_images(dataset, args.data_dir, args.count)
-    views = read_views(images, center_view(args.size or default_size(dataset, config)))
+    images = named or streams.open_images(dataset, args.data_dir, args.count)
+    view = streams.center_view(args.size or streams.default_size(dataset, config))
+    views = streams.read_views(images, view)
     files = figures.draw_parts(file, network, views, config.get("temp_teacher", 0.07), args.slots)
     return dict(files=printed(files), images=len(views))
 
@@ -97,19 +86,19 @@ def show_training(args: Namespace) -> dict:
     runs = [curves.read_run(run) for run in args.runs]
     first = args.runs[0] if args.runs[0].is_dir() else args.runs[0].parent
     others = "".join(f"_{run.name}" for run in runs[1:4])
-    file = output_file(args.output, first / f"training{'_with' if others else ''}{others}.png")
+    name = f"training_with{others}" if others else "training"
+    file = options.output_file(args.output, first / f"{name}.png")
     curves.draw_runs(runs).savefig(file, dpi=110)
-    steps = [run.records[-1]["step"] for run in runs]
-    return dict(files=printed([file]), records=[len(run.records) for run in runs], last_steps=steps)
+    return dict(files=printed([file]), last_steps=[run.records[-1]["step"] for run in runs])
 
 
-def printed(files: list[Path]) -> list[str]:
+def printed(files: list) -> list[str]:
     """Where the figures are."""
     print("\n".join(f"figure: {file}" for file in files))
     return list(map(str, files))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Returns the exit status."""
     functions = dict(prototypes=show_prototypes, groups=show_groups, training=show_training)
     return run_program("visualize.py", lambda words: commands().run(words, functions), argv)

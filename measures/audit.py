@@ -11,11 +11,9 @@ from measures.groups import rgb_kmeans
 from toy import CLASS_NAMES, Stream, scene
 
 
-def shortcuts(
-    seed: int = 0, count: int = 128, preset: str = "scene", **dials: Any
-) -> dict[str, float]:
+def shortcuts(seed: int = 0, count: int = 128, **dials: Any) -> dict[str, float]:
     """Balanced accuracy of every shortcut and the mIoU of k-means; count: scenes to learn from."""
-    drawn = [scene(seed, index, preset, **dials) for index in range(2 * count)]
+    drawn = [scene(seed, index, **dials) for index in range(2 * count)]
     images, labels = np.stack([s.image for s in drawn]), np.stack([s.semantic for s in drawn])
     red, green, blue = np.moveaxis(images, -1, 0).astype(np.int64) // 32
     rows, columns = np.indices(labels.shape[1:]) * 16 // labels.shape[1]

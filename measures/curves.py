@@ -10,9 +10,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure  # draws into files, without a window
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 DESCRIBED = ("preset", "arch", "num_prototypes", "image_size")  # of one run
-ALIKE = ("output_dir", "resume")  # options that say nothing about a run
 PANELS = {  # key of the log -> title, and the shape of the curve in a good run
     "group_loss": ("Group loss", "leaves 2 ln k early"),
     "slot_loss": ("Slot loss", "well below chance; it may rise while groups split"),
@@ -76,7 +74,7 @@ def legend_of(runs: Sequence[Run]) -> list[str]:
     """One line per run: its name and what is not the same in all runs; of one run, what it is."""
     names = DESCRIBED
     if len(runs) > 1:
-        names = dict.fromkeys(name for run in runs for name in run.config if name not in ALIKE)
+        names = dict.fromkeys(name for run in runs for name in run.config if name != "output_dir")
         names = [name for name in names if len({str(run.config.get(name)) for run in runs}) > 1]
     lines = []
     for name, _, config in runs:
@@ -94,7 +92,7 @@ def draw_runs(runs: Sequence[Run]) -> Figure:
     for axis, (key, (title, good)) in zip(figure.subplots(3, 4).flat, PANELS.items()):
         handles = []
         for number, (_, records, config) in enumerate(runs):
-            color, style = COLORS[number % 7], ("-", "-.", ":")[number // 7 % 3]
+            color, style = f"C{number % 10}", ("-", "-.", ":")[number // 10 % 3]
             steps = [record["step"] for record in records]
             values = [record.get(key, math.nan) for record in records]
             handles += axis.plot(steps, values, style, color=color)

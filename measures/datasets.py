@@ -193,7 +193,7 @@ def curated(pairs: Sequence[tuple[str, Path]]) -> list[tuple[str, Path]]:
 def curated_notice(paths: Sequence[str], split: str) -> str:
     """Whether these are the images of the published list."""
     names = "".join(f"{Path(path).stem}\n" for path in paths)
-    if hashlib.sha256(names.encode()).hexdigest() == PUBLISHED_LIST or split == "train":
+    if hashlib.sha256(names.encode()).hexdigest() == PUBLISHED_LIST or "train" in split:
         return "curated images"
     return "curated images, NOT the published list of 2,175: the numbers compare with no paper"
 
@@ -214,10 +214,9 @@ def class_names(file: Path) -> tuple[str, ...]:
     """A name per line, none twice; line 1 is id 0. () without the file. Raises ValueError."""
     text = "\n".join(map(str.strip, lines_of(file))).rstrip() if file.is_file() else ""
     names = tuple(text.split("\n")) if text else ()
-    for number, name in enumerate(names):
-        if not name or name in names[:number]:
-            wrong = f"line {number + 1} is {name!r}, which is blank or stands there twice"
-            raise ValueError(f"{file}: {wrong}")
+    wrong = [i for i, name in enumerate(names) if not name or name in names[:i]]
+    if wrong:
+        raise ValueError(f"{file}: line {wrong[0] + 1} is blank, or its name stands there twice")
     return names
 
 
@@ -230,7 +229,7 @@ def count_classes(files: Sequence[Path]) -> tuple[int, str]:
     ids = sorted(first.keys() - {IGNORE})
     if not ids:
         raise unlabeled(f"the {len(files)} label files")
-    count, largest = ids[-1] + 1, f"{ids[-1]} first in {first[ids[-1]]}"
-    notice = f"{count} classes counted from the ids, but only {len(ids)} ids occur, {largest}"
+    largest, count = ids[-1], ids[-1] + 1
+    notice = f"{count} classes counted, but only {len(ids)} ids occur, {largest} first in"
     advice = "if that is a mistake, correct the file, or set --num-classes"
-    return count, "" if count == len(ids) else f"{notice}: {advice}"
+    return count, "" if count == len(ids) else f"{notice} {first[largest]}: {advice}"

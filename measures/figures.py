@@ -148,8 +148,7 @@ def draw_groups(
         score = "" if report["iou"][name] is None else f", IoU {report['iou'][name]:.2f}"
         entries.append(Patch(facecolor=of_class[t], label=f"{name}: {owner}{score}"))
     text = "A class has the color of the prototype that is matched with it. Gray: no prototype."
-    options = dict(ncols=4, fontsize=8.5, frameon=False, title=text)
-    figure.legend(handles=entries, loc="outside lower center", **options)
+    figure.legend(handles=entries, loc="outside lower center", ncols=4, frameon=False, title=text)
     figure.savefig(file, dpi=130)
 
 
@@ -197,8 +196,7 @@ def draw_parts(
     k, size, files = network.prototypes.num_embeddings, images.shape[-2:], []
     colors, device = prototype_colors(k), network.prototypes.weight.device
     title = (
-        "Colors mean prototypes, the same in every row. Slot: how much each place belongs to its "
-        "prototype.\nFeatures: the first three principal components of the embeddings."
+        "Colors mean prototypes. Slot: how much a place belongs to its prototype. Features: PCA."
     )
     for page, some in pages(images, file):
         embeddings, similarity = (each.cpu() for each in network(normalize(some.to(device))))

@@ -1,6 +1,5 @@
 """Groups of a network against labels, beside an untrained network and k-means on colors."""
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -102,10 +101,8 @@ class Tally:
         """All numbers. Raises ValueError where no pixel has a label."""
         if not self.labeled_images:
             raise unlabeled(f"the {self.images} labels")
-        usage = dict(
-            occupied_per_image=int(self.active.sum()) / self.images,
-            prototypes_used=int((self.active > 0).sum()),
-        )
+        used, mean = int((self.active > 0).sum()), int(self.active.sum()) / self.images
+        usage = dict(occupied_per_image=mean, prototypes_used=used)
         if not self.class_names:
             return dict(adjusted_rand_index=self.rand_index / self.labeled_images, **usage)
         one, many = metrics.match(self.confusion), metrics.majority(self.confusion)
@@ -156,11 +153,6 @@ def table(rows: Mapping[str, Sequence[str]], columns: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """A cell; "-" for a number that is not there: None or nan."""
-    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
-
-
 # key -> heading; a table shows those that its report has
 COLUMNS = {
     "adjusted_rand_index": "adjusted Rand", "nmi": "NMI", "miou": "mIoU", "accuracy": "accuracy",
@@ -178,7 +170,7 @@ def format_table(report: dict) -> str:
     keys, rows = [key for key in COLUMNS if key in report], {}
     for row, name in ROWS.items():
         numbers = report.get(row, report)
-        rows[name] = [number(numbers[key], 0 if key == "prototypes_used" else 3) for key in keys]
+        rows[name] = [f"{numbers[key]:.{0 if key == 'prototypes_used' else 3}f}" for key in keys]
     text = table(rows, [COLUMNS[key] for key in keys])
     return f"{text}\n{EXPLANATION}" if "miou" in keys else text
 

@@ -16,8 +16,7 @@ Opened = tuple[nn.Module, dict[str, Any]]
 
 def open_network(path: str | Path, which: str = "teacher", device: Any = "cpu") -> Opened:
     """A `GroupingNetwork` for evaluation, and its configuration. Raises ValueError, one line."""
-    found = checkpoints.read(path)
-    arch = arch_of(found, which)
+    found, arch = read(path, which)
     if not found.holds_network:
         advice = "give last.pth of the same run, or measure its features with evaluate.py probe"
         raise ValueError(f"{path} is a backbone only ({arch}), without groups and slots: {advice}")
@@ -32,20 +31,20 @@ def open_network(path: str | Path, which: str = "teacher", device: Any = "cpu") 
 
 def open_backbone(path: str | Path, which: str = "teacher", device: Any = "cpu") -> Opened:
     """A backbone for evaluation, and its configuration with arch. Raises ValueError, one line."""
-    found = checkpoints.read(path)
-    arch = arch_of(found, which)
+    found, arch = read(path, which)
     backbone = untrained_backbone(arch, device)
     checkpoints.load_strictly(backbone, found.backbone(which), path)
     return backbone, {**found.config, "arch": arch}
 
 
-def arch_of(found: checkpoints.Checkpoint, which: str) -> str:
-    """The configured architecture, otherwise the one with these tensors. Raises ValueError."""
+def read(path: str | Path, which: str) -> tuple[checkpoints.Checkpoint, str]:
+    """A checkpoint and its architecture: named, or known by its tensors. Raises ValueError."""
+    found = checkpoints.read(path)
     state, named = found.backbone(which), found.config.get("arch")
     try:
-        return named if named in ARCHITECTURES else architecture_of(state)
+        return found, named if named in ARCHITECTURES else architecture_of(state)
     except ValueError as error:
-        raise ValueError(f"{found.path} holds no known backbone: {error}") from None
+        raise ValueError(f"{path} holds no known backbone: {error}") from None
 
 
 def untrained_network(

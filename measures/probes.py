@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from measures import metrics
 from measures.datasets import Labeled
-from measures.groups import number, table, winner
+from measures.groups import table, winner
 from measures.layouts import IGNORE, unlabeled
 from measures.streams import Batches
 from photometric import normalize
@@ -26,9 +26,7 @@ def check_parts(learned: Labeled, tested: Labeled) -> None:
     if not other:
         raise ValueError("a probe learns classes, and these segments have no names")
     if learned.class_names != tested.class_names:
-        raise ValueError(
-            f"{one} classes to learn, {other} to test: give --num-classes or classes.txt"
-        )
+        raise ValueError(f"{one} classes to learn and {other} to test: give --num-classes")
     # VOC's trainval; images/test of a folder without train, which learns from all
     if learned.files() & tested.files():
         raise ValueError("images to test on are among those to learn from: use another --split")
@@ -121,5 +119,5 @@ def probe(
 def format_probes(result: Mapping[str, dict]) -> str:
     """The rows trained and random_backbone of a result as a table."""
     columns = [(kind, key) for kind in ("linear", "neighbors") for key in ("miou", "accuracy")]
-    rows = {name: [number(result[row][kind][key]) for kind, key in columns] for row, name in ROWS}
+    rows = {name: [f"{result[row][kind][key]:.3f}" for kind, key in columns] for row, name in ROWS}
     return table(rows, [f"{kind} {key}".replace("miou", "mIoU") for kind, key in columns])

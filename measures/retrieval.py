@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.nn import Module
 
-from grouping import GroupingNetwork
 from measures.streams import stream
 from photometric import normalize
 
@@ -39,9 +39,8 @@ class Retrieval:
 
 @torch.no_grad()
 def retrieve(
-    network: GroupingNetwork, images: Sequence[Tensor], view: Callable[[Tensor], Tensor], top: int,
-    batch_size: int, workers: int,
-) -> Retrieval:  # fmt: skip
+    network: Module, images: Sequence, view: Callable, top: int, batch_size: int, workers: int
+) -> Retrieval:
     """The best segments of every prototype among the images; view: image (3 y x) -> square."""
     device = network.prototypes.weight.device
     found = Retrieval(network.prototypes.num_embeddings, top)

@@ -1,11 +1,8 @@
 """How many slots are occupied in an image, and how often each slot is occupied ("active")."""
 
 from collections.abc import Iterable
-from pathlib import Path
 
-import numpy as np
 import torch
-from matplotlib.figure import Figure  # draws into files, without a window
 from torch import Tensor
 from torch.nn import Module
 
@@ -49,15 +46,3 @@ def format_slots(report: dict) -> str:
         numbers = (f"prototype {each['prototype']} ({each['images']})" for each in report[key])
         lines.append(f"{title}: {', '.join(numbers)}")
     return "\n".join(lines)
-
-
-def draw_slots(file: Path, report: dict) -> None:
-    """Two panels: how many slots an image has, and how often each slot is occupied."""
-    figure = Figure((10, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    images_with = np.trim_zeros(report["images_with"], "b")
-    left.bar(range(len(images_with)), images_with)
-    left.set(title="Occupied slots of an image", ylabel="images")
-    right.bar(range(len(report["active"])), sorted(report["active"], reverse=True), width=1.0)
-    right.set(title="How often each slot is occupied", xlabel="slots", ylabel="images")
-    figure.savefig(file, dpi=120)

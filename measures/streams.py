@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,30 +21,25 @@ from measures.datasets import UNSEEN, Labeled
 Batches = Iterable[tuple[Tensor, tuple[Tensor, Tensor]]]  # labeled: indices, (images, label)
 
 
-@dataclass
-class Views:
-    """Item i: (i, view(images[i]) or an exception), which a worker would print with its trace."""
-
-    images: Sequence
-    view: Callable
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[int, Any]:
+def read(images: Sequence, view: Callable, indices: Sequence[int]) -> list[tuple[int, Any]]:
+    """Pairs of i and view(images[i]), or an exception: a worker would print it with its trace."""
+    items = []
+    for i in indices:
         try:
-            return index, self.view(self.images[index])
+            items.append((i, view(images[i])))
         except BadImage as bad:
-            return index, LookupError(f"left out {bad.name}: {bad.reason}")
+            items.append((i, LookupError(f"left out {bad.name}: {bad.reason}")))
         except ValueError as error:
-            return index, error
+            items.append((i, error))
+    return items
 
 
 def stream(
     images: Sequence, view: Callable, batch_size: int, workers: int = 0, title: str = ""
 ) -> Iterator[tuple[Tensor, Any]]:
     """Batches of indices (b) and views; an unreadable image is left out. Raises ValueError."""
-    loader = DataLoader(Views(images, view), batch_size, num_workers=workers, collate_fn=list)
+    collate = partial(read, images, view)
+    loader = DataLoader(range(len(images)), batch_size, num_workers=workers, collate_fn=collate)
     for items in tqdm(loader, title, unit="batch", disable=None, leave=False):
         for _, problem in items:
             if isinstance(problem, ValueError):

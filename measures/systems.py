@@ -12,7 +12,7 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from measures import metrics, probes
-from measures.groups import kmeans, number, table, winner
+from measures.groups import kmeans, table, winner
 from photometric import normalize
 
 SAMPLE = 8192  # [U] cells of the features that k-means is fitted to
@@ -59,7 +59,6 @@ def judge(
         ari_objects=rand_index(groups, truth.regions, truth.instance > 0),
         ari_classes=rand_index(groups, semantic),
         groups_used=max(len(some.unique()) for some in (groups if per_image else [groups])),
-        groups_per_scene=sum(len(each.unique()) for each in groups) / len(groups),
     )
     return found, groups
 
@@ -105,9 +104,7 @@ def collapsed(found: Mapping[str, Any], untrained: Mapping[str, Any]) -> bool:
 
 def brief(label: str, record: Mapping[str, Any]) -> str:
     """One line about one row and seed."""
-    form = (
-        "mIoU {miou:.3f}  NMI {nmi:.3f}  probe {probe_miou:.3f}  {steps} steps in {seconds:.0f} s"
-    )
+    form = "mIoU {miou:.3f}  NMI {nmi:.3f}  probe {probe_miou:.3f}  {steps} steps, {seconds:.0f} s"
     gone = "  collapsed" if record["collapsed"] else ""
     return f"seed {record['seed']}  {label:<28} {form.format(**record)}{gone}"
 
@@ -137,4 +134,4 @@ def median(records: Sequence[Mapping[str, Any]], key: str) -> str:
     how = records[0]["named_by" if key in ("miou", "nmi") else "grouped_by"]
     star = "*" if key.startswith(("miou", "nmi", "ari")) and how == CLUSTERS else " "
     digits = 0 if key in ("groups_used", "steps", "seconds") else 3
-    return number(float(np.median([record[key] for record in records])), digits) + star
+    return f"{np.median([record[key] for record in records]):.{digits}f}{star}"

@@ -215,7 +215,7 @@ def test_a_folder_names_its_classes_in_a_file(tmp_path, contents, names):
 def test_a_class_without_a_name_of_its_own_is_refused_with_its_line(tmp_path, text, line):
     draw_folder(tmp_path)
     (tmp_path / "classes.txt").write_text(text)
-    with pytest.raises(ValueError, match=rf"classes\.txt: line {line} is .* blank or .* twice"):
+    with pytest.raises(ValueError, match=rf"classes\.txt: line {line} is blank, or .* twice"):
         open_labeled("folder", tmp_path)
 
 

@@ -116,16 +116,11 @@ def test_a_wrong_id_is_a_note_where_ids_are_counted_and_refused_elsewhere(traine
     assert "has id 200" in refusal(*where, "--num-classes", 3, "--workers", 1, capsys=capsys)
 
 
-def test_slots_come_as_text_as_json_and_as_a_figure_beside_the_checkpoint(
-    trained, tmp_path, capsys
-):
-    new = tmp_path / "new" / "p.png"
-    for options, file in (([], tmp_path / "slots.png"), (["--output", new], new)):
-        status, result, text, _ = run("slots", trained, "--limit", 6, *options, capsys=capsys)
-        assert status == 0 and result["images"] == sum(result["images_with"]) == 6
-        assert len(result["active"]) == K and result["files"] == [str(file)]
-        assert f"{sum(result['active']) / 6:.2f} slots are occupied" in text
-        assert "most often" in text and Image.open(file).width > 800
+def test_slots_come_as_text_and_as_json(trained, capsys):
+    status, result, text, _ = run("slots", trained, "--limit", 6, capsys=capsys)
+    assert status == 0 and result["images"] == sum(result["images_with"]) == 6
+    assert len(result["active"]) == K and "most often" in text
+    assert f"{sum(result['active']) / 6:.2f} slots are occupied" in text
 
 
 def test_a_backbone_is_probed_as_the_whole_network_is_beside_a_random_one(
@@ -161,7 +156,7 @@ def test_a_probe_needs_classes_and_the_same_ones_in_both_parts(trained, folder, 
         for kind in ("images", "labels"):
             write(folder / kind / part / "0.png", np.full((34, 40), number))
     line = refusal("probe", trained, "--data-dir", folder, capsys=capsys)
-    assert "7 classes to learn, 3 to test" in line
+    assert "7 classes to learn and 3 to test" in line
     where = bsds_tree(tmp_path / "b", 0, 9)
     assert "have no names" in refusal("probe", trained, *where, capsys=capsys)
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from grouping import GroupingNetwork
 from measures import groups
-from measures.groups import Tally, compare_in_memory, number, rgb_kmeans, sample_pixels, table
+from measures.groups import Tally, compare_in_memory, rgb_kmeans, sample_pixels, table
 from measures.layouts import IGNORE
 from photometric import normalize
 from trained import NAMES, ByColor, K, colored
@@ -111,7 +111,6 @@ def test_a_table_has_its_cells_right_below_their_headings():
     text = table({"a name": ["1", "0.250"], "b": ["-", "10.000"]}, ["a long heading", "x"])
     assert {len(line) for line in text.splitlines()} == {8 + 16 + 8}
     assert text.splitlines()[2] == "b" + " " * 22 + "-  10.000"
-    assert [number(value) for value in (0.25, None, float("nan"))] == ["0.250", "-", "-"]
     report = dict(iou={"a": 0.5, **{f"class {t}": None for t in range(9)}})
     assert groups.format_classes(report).splitlines() == [
         f"  {'a':<18}0.500", "  without a pixel: 9 classes"]  # fmt: skip
