@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import sys
 
@@ -94,21 +95,16 @@ def test_a_run_that_was_stopped_and_continued_is_the_whole_run_bit_for_bit(
     assert run(tmp_path / "run", accident=At(steps - 1, Signals("SIGTERM"))) == 0
     assert f"stopped by SIGTERM after step {steps} of 12" in capsys.readouterr().out
     assert last_of(tmp_path / "run")["step"] == steps
+    assert (tmp_path / "run" / "result.json").exists() == (steps > 6)  # a signal does not wait
     assert run(tmp_path / "run") == 0
     assert f"last.pth after step {steps}\n" in capsys.readouterr().out
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_a_run_that_dies_while_it_is_tested_is_tested_again(whole, tmp_path, monkeypatch):
-    class Dies(Exception):
-        pass
-
-    def dying(*_):
-        raise Dies
-
-    with monkeypatch.context() as patched, pytest.raises(Dies):
-        patched.setattr(segmentation, "scores", dying)
-        run(tmp_path / "run", "--test-every", "0")
+def test_a_run_that_is_killed_while_it_is_tested_is_tested_again(whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(segmentation, "scores", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        assert play(tmp_path / "run", "--test-every", "0")[0] == [-signal.SIGKILL]
     assert last_of(tmp_path / "run")["step"] == 12
     assert run(tmp_path / "run", "--test-every", "0") == 0
     assert not difference(last_of(tmp_path / "run")["model"], last_of(whole)["model"])
@@ -116,21 +112,18 @@ def test_a_run_that_dies_while_it_is_tested_is_tested_again(whole, tmp_path, mon
     assert (tmp_path / "run" / "result.json").read_text() == result
 
 
-def test_a_finished_run_continued_in_another_folder_is_tested_there(whole, tmp_path, capsys):
-    other = tmp_path / "other"
+@pytest.mark.parametrize("contents", [None, "{", "[]", '{"step": 6}'])
+def test_a_result_that_is_missing_damaged_or_older_than_the_run_is_made_again(
+    contents, whole, tmp_path, capsys
+):
+    """None: the run is continued in another folder."""
+    other, result = tmp_path / "other", (whole / "result.json").read_text()
+    if contents:
+        shutil.copytree(whole, other)
+        (other / "result.json").write_text(contents)
     assert run(other, "--resume", str(whole / "last.pth")) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["step"] == 12
-    assert (other / "result.json").read_text() == (whole / "result.json").read_text()
-    tests = [line["miou"] for line in log_of(whole) if "miou" in line]
-    assert (other / "best.pth").exists() == (max(tests) == tests[-1])
-
-
-@pytest.mark.parametrize("contents", ["{", "[]", '{"step": 6}'])
-def test_a_result_that_is_damaged_or_older_than_the_run_is_made_again(whole, contents, tmp_path):
-    shutil.copytree(whole, tmp_path / "run")
-    (tmp_path / "run" / "result.json").write_text(contents)
-    assert run(tmp_path / "run") == 0
-    assert (tmp_path / "run" / "result.json").read_text() == (whole / "result.json").read_text()
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == json.loads(result)
+    assert (other / "result.json").read_text() == result
 
 
 def test_a_result_that_cannot_be_written_ends_the_run_with_what_to_do(whole, tmp_path, capsys):
@@ -192,19 +185,6 @@ def test_an_image_to_test_that_cannot_be_used_is_named_before_the_first_step(
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("transfer.py: the images to test cannot be used: cannot read")
     assert "2.png" in line and not (tmp_path / "run").exists()
-
-
-def test_a_label_that_is_lost_during_a_run_ends_its_test_with_one_line(tmp_path, capsys):
-    root = draw_folder(tmp_path / "data")
-    lost, small = root / "labels" / "val" / "2.png", folder_run(root)
-    kept = lost.read_bytes()
-    accident = At(1, lambda _: lost.unlink())
-    assert run(tmp_path / "run", small=small, accident=accident) == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert line.endswith(f"the images to test cannot be used: cannot read the label {lost}")
-    lost.write_bytes(kept)
-    assert run(tmp_path / "run", small=small) == 0
-    assert "last.pth after step 2\n" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------- the backbone

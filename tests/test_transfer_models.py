@@ -230,12 +230,6 @@ def test_norms_stand_where_they_should_become_synchronized_and_are_not_decayed(d
     assert not groups_of(segmenter("voc", 21), FCN["voc"])[1]["params"]
 
 
-def test_nothing_is_frozen(detector):
-    for network in (detector, segmenter("voc", 21), segmenter("ade20k", 150)):
-        assert all(p.requires_grad for p in network.parameters())
-        assert not [m for m in network.modules() if "Frozen" in type(m).__name__]
-
-
 def test_every_weight_of_a_detector_learns_from_one_object():
     c = replace(COCO, smallest_anchor=8, regions=8)
     detector = with_open_norms(Detector(build_backbone("resnet18"), 3, c))
