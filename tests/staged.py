@@ -9,7 +9,6 @@ import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
-import re
 import resource
 import signal
 import socket
@@ -27,7 +26,7 @@ from engine.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 120  # seconds: for a busy machine; a healthy run takes a few
-STEPS_PER_EPOCH, STEPS = 3, 18  # of a small run
+STEPS = 18  # of a small run, in epochs of 3
 TIMES = ("images_per_second", "data_seconds", "memory_gb")
 SMALL = (
     "--preset coco-r50 --dataset folder --arch tiny --image-size 32 --num-prototypes 5 "
@@ -46,32 +45,18 @@ def draw_photographs(folder, count=14):
     return folder
 
 
-def spoil(photographs, *names):
-    for name in names:
-        (photographs / name).write_bytes(b"no image")
-
-
 def command_line(folder, *arguments, photographs):
     """What stands behind `python train.py` for a run of 18 steps that writes to `folder`."""
     where = ["--data-dir", str(photographs), "--output-dir", str(folder)]
     return [*SMALL, *where, *map(str, arguments)]
 
 
-# -------------------------------------------------------------------------------- in this process
-
-
-def train_here(folder, *arguments, photographs, accident=None, status=0):
-    """A whole run; returns what it printed. accident(run) is called before every forward."""
-    argv, text = command_line(folder, *arguments, photographs=photographs), io.StringIO()
-    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text), staged(accident):
-        found = run_program("train.py", train.main, argv)
-    assert found == status, text.getvalue()
-    return text.getvalue()
+# ------------------------------------------------------------------------------------------- runs
 
 
 @contextlib.contextmanager
 def staged(accident):
-    """Runs meet the accident before every forward."""
+    """Runs call accident(run) before every forward."""
     plain = Run.remember
 
     def remember(run):
@@ -86,38 +71,13 @@ def staged(accident):
         Run.remember = plain
 
 
-# ------------------------------------------------------------------------------ in many processes
-
-
-class Played:
-    """One process of a run."""
-
-    def __init__(self, process, output):
-        self.process, self.file = process, output
-
-    def wait(self):
-        """The exit status; minus the signal's number if one has ended it."""
-        self.process.join(PATIENCE)
-        if self.process.is_alive():
-            self.process.kill()
-            raise AssertionError(f"the process does not end; it printed:\n{self.output}")
-        return self.process.exitcode
-
-    def wait_for(self, pattern):
-        """Until the process has printed this."""
-        deadline = time.monotonic() + PATIENCE
-        while not re.search(pattern, self.output):
-            assert time.monotonic() < deadline and self.process.is_alive(), self.output
-            time.sleep(0.02)
-
-    @property
-    def output(self):
-        return self.file.read_text()
-
-    @property
-    def complaints(self):
-        """The lines that a person would read as the reason."""
-        return [line for line in self.output.splitlines() if line.startswith("train.py: ")]
+def train_here(folder, *arguments, photographs, accident=None, status=0):
+    """A whole run in this process; returns what it printed."""
+    argv, text = command_line(folder, *arguments, photographs=photographs), io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text), staged(accident):
+        found = run_program("train.py", train.main, argv)
+    assert found == status, text.getvalue()
+    return text.getvalue()
 
 
 def fork_server():
@@ -131,38 +91,35 @@ def fork_server():
     return server
 
 
-def start(
-    folder, *arguments, photographs, processes=1, accident=None, output=None, elsewhere=False
-):
-    """Starts a small run that writes to `folder`; output: a file for what it prints; elsewhere: the
-    last process has another folder.
+def join(processes):
+    """The exit statuses, minus the number of a signal; all processes must end."""
+    for process in processes:
+        process.join(PATIENCE)
+        if process.is_alive():
+            process.kill()
+    return [process.exitcode for process in processes]
+
+
+def play(folder, *arguments, photographs, processes=1, accident=None, elsewhere=False):
+    """A whole run in processes -> their exit statuses, and what each printed. elsewhere: the last
+    one has another folder.
     """
-    server = fork_server()
     argv = command_line(folder, *arguments, photographs=photographs)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    played = []
-    for rank in range(processes):
-        sizes = dict(WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes)
-        meeting = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, GLOO_SOCKET_IFNAME="lo")
-        place = dict(RANK=rank, LOCAL_RANK=rank, **sizes, **meeting) if processes > 1 else {}
-        file = output or folder.with_name(f"{folder.name}.{rank}.txt")
-        file.touch()
+    meeting = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, GLOO_SOCKET_IFNAME="lo")
+    group = dict(WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes, **meeting)
+    files = [folder.with_name(f"{folder.name}.{rank}.txt") for rank in range(processes)]
+    started = []
+    for rank, file in enumerate(files):
+        place = dict(RANK=rank, LOCAL_RANK=rank, **group) if processes > 1 else {}
         if elsewhere and rank:
             argv = [*argv, "--output-dir", f"{folder}-elsewhere"]
-        process = server.Process(target=_play, args=(argv, place, accident, file))
+        process = fork_server().Process(target=_play, args=(argv, place, accident, file))
         process.start()
-        played.append(Played(process, file))
-    return played
-
-
-def play(folder, *arguments, **options):
-    """A whole run; returns its processes when all have ended."""
-    played = start(folder, *arguments, **options)
-    for one in played:
-        one.wait()
-    return played
+        started.append(process)
+    return join(started), [file.read_text() for file in files]
 
 
 def _play(argv, place, accident, output):
@@ -252,28 +209,20 @@ class Signals:
 
 
 class BadNumbers:
-    """At some positions: NaN in the views, infinity in a gradient or NaN in the loss."""
+    """From one position up to another: "nan" in the views, or "inf" in a gradient."""
 
-    def __init__(self, positions, where="views", rank=None):
-        self.positions, self.where, self.rank = positions, where, rank
+    def __init__(self, first, last, where="nan"):
+        self.first, self.last, self.where = first, last, where
 
     def __call__(self, run):
-        if self.rank not in (None, run.place.rank) or hasattr(run, "spoiled"):
-            return
-        run.spoiled = True
-        now = lambda: run.position in self.positions
-        nan, inf = float("nan"), float("inf")
-        if self.where == "views":
-            run.model.register_forward_pre_hook(
-                lambda _, given: (given[0] * nan, *given[1:]) if now() else given
-            )
-        elif self.where == "loss":
-            run.model.register_forward_hook(
-                lambda _, given, made: (made[0] * nan, made[1]) if now() else made
-            )
+        def bad():
+            return float(self.where) if self.first <= run.position < self.last else 1.0
+
+        weight = run.model.student.prototypes.weight
+        if self.where == "nan":
+            run.model.register_forward_pre_hook(lambda _, x: (x[0] * bad(), *x[1:]))
         else:
-            weight = run.model.student.prototypes.weight
-            weight.register_hook(lambda gradient: gradient * inf if now() else gradient)
+            weight.register_hook(lambda gradient: gradient * bad())
 
 
 class Unmoved:
@@ -293,25 +242,16 @@ class Unmoved:
 
 def die_in_the_next_save(run):
     """kill -9 once the file is written and before it has its name."""
-
-    def die(_file):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    os.fsync = die
+    os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)
 
 
 def kill_a_reader(run):
     next(iter(run.reader.processes)).kill()
 
 
-class FullDisk:
-    """Files may not grow beyond so many bytes: the system refuses, as a full disk does."""
-
-    def __init__(self, size=100_000):
-        self.size = size
-
-    def __call__(self, run):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.RLIM_INFINITY))
+def fill_the_disk(run):
+    """Files may not grow beyond a few bytes: the system refuses, as a full disk does."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 
 
 def close_output(run):
@@ -320,7 +260,6 @@ def close_output(run):
     os.close(reader)
     os.dup2(writer, 1)
     os.dup2(writer, 2)
-    os.close(writer)
 
 
 def raise_a_mistake(run):

@@ -6,14 +6,12 @@ every line of the log averages the steps since the last one; files are written w
 """
 
 import contextlib
-import errno
 import io
 import itertools
 import json
 import math
 import multiprocessing
 import os
-import random
 import resource
 import shutil
 import signal
@@ -29,12 +27,11 @@ from torch import nn
 
 from engine import files
 from engine.batches import RunSampler, Samples, Skipped, moved
-from engine.guards import Lock, StopSignals
 from engine.images import BadImage
 from engine.processes import Place
 from engine.program import Stopped
 from engine.run import Options, Run, seed_of
-from staged import ROOT, TIMES, difference
+from staged import ROOT, At, Signals, difference, kill_a_reader, last_of, log_of, state_of
 
 CPU = torch.device("cpu")
 NAN, INF = float("nan"), float("inf")
@@ -57,28 +54,21 @@ def noisy(image, rng):
     return image + rng.random()
 
 
-def program(folder, accident=lambda run: 1, images=IMAGES, view=noisy, dtype=None, **options):
-    """A whole run. accident(run) -> what the loss of this step is multiplied by."""
+def program(folder, accident=lambda run: None, view=noisy, dtype=None, **options):
+    """A whole run. accident(run) may return what the loss of this step is multiplied by."""
     usual = dict(batch_size=4, last_step=LAST, workers=0, log_every=4)
+    options = Options(str(folder) if folder else "", **{**usual, **options})
     torch.manual_seed(0)
-    model = Model()
+    model, place = Model(), Place(CPU, dtype=dtype)
     optimizer = torch.optim.AdamW(model.parameters())
-    run = Run(
-        Options(str(folder) if folder else "", **{**usual, **options}),
-        Place(CPU, dtype=dtype),
-        model,
-        optimizer,
-        images,
-        view,
-        settings=dict(size=5),
-        names=("loss", "largest"),
-    )
+    given = IMAGES, view, dict(size=5)
+    run = Run(options, place, model, optimizer, *given, names=("loss", "largest"))
     if dtype:  # whose scale is too large at first
         run.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     with run:
         for batch in run.batches():
             run.remember()
-            factor = accident(run)
+            factor = accident(run) or 1
             for (part,) in run.parts(batch):
                 with run.autocast():
                     loss = run.network(part) * factor
@@ -94,24 +84,9 @@ def program(folder, accident=lambda run: 1, images=IMAGES, view=noisy, dtype=Non
     return run
 
 
-def log_of(folder):
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
-
-
-def last_of(folder):
-    saved = torch.load(folder / "last.pth", weights_only=True)
-    del saved["seconds"]
-    return saved
-
-
-def moves(run):
-    """What a step moves."""
-    return dict(model=run.model.state_dict(), optimizer=run.optimizer.state_dict()["state"])
-
-
-def copied(tensors):
-    return moved(tensors, torch.clone)
+def same(folder, other):
+    """Whether two runs left the same bits: last.pth and the log, without the clock."""
+    return not difference(state_of(folder), state_of(other))
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +133,7 @@ def test_an_image_that_cannot_be_read_is_replaced_by_its_readable_neighbor():
     assert replaced == 5 and failures == [("3.png", "empty file"), ("4.png", "empty file")]
     assert samples[9][0][1] != luck == samples[3][0][1]  # 9: the same image one epoch later
     images.bad = range(6)
-    with pytest.raises(ValueError, match="^6 images in a row could not be read; 0.png: empty file"):
+    with pytest.raises(ValueError, match="^6 images in a row could not be read"):
         samples[1]
 
 
@@ -204,13 +179,8 @@ def test_a_batch_that_cannot_be_made_is_refused_before_anything_is_written(tmp_p
 def test_a_run_that_a_signal_stops_and_that_goes_on_is_the_whole_run(
     position, name, whole, tmp_path, capfd
 ):
-    def asked(run):
-        if run.position == position:
-            os.kill(os.getpid(), getattr(signal, name))
-        return 1
-
     before = signal.getsignal(getattr(signal, name))
-    stopped = program(tmp_path / "run", asked)
+    stopped = program(tmp_path / "run", At(position, Signals(name)))
     assert signal.getsignal(getattr(signal, name)) is before
     assert stopped.end() == (130 if name == "SIGINT" else 0) and not stopped.finished
     out, err = capfd.readouterr()
@@ -220,8 +190,7 @@ def test_a_run_that_a_signal_stops_and_that_goes_on_is_the_whole_run(
 
     assert program(tmp_path / "run").end() == 0
     assert f"resumed  {tmp_path}/run/last.pth after step {position + 1}" in capfd.readouterr().out
-    assert not difference(last_of(tmp_path / "run"), last_of(whole))
-    assert not difference(log_of(tmp_path / "run"), log_of(whole))
+    assert same(tmp_path / "run", whole)
 
 
 def test_lines_of_work_that_was_lost_are_logged_once(whole, tmp_path):
@@ -232,16 +201,14 @@ def test_lines_of_work_that_was_lost_are_logged_once(whole, tmp_path):
             run.save()
         if run.position == 6:
             shutil.copytree(run.folder, tmp_path / "run")
-        return 1
 
     program(tmp_path / "first", killed)
     (tmp_path / "run" / ".last.pth.4194399.tmp").touch()
     log = tmp_path / "run" / "log.jsonl"
     assert log_of(tmp_path / "run")[-1]["step"] == 4 > last_of(tmp_path / "run")["step"]
-    log.write_text(log.read_text() + '{"step": 6, "los')
+    log.write_text(log.read_text() + '{"step": 6, "los\n{"step": 2}')
     program(tmp_path / "run")
-    assert not difference(last_of(tmp_path / "run"), last_of(whole))
-    assert log_of(tmp_path / "run") == log_of(whole)
+    assert same(tmp_path / "run", whole)
     names = sorted(file.name for file in (tmp_path / "run").iterdir())
     assert names == ["config.json", "last.pth", "log.jsonl", "run.lock"]
 
@@ -249,10 +216,9 @@ def test_lines_of_work_that_was_lost_are_logged_once(whole, tmp_path):
 def test_a_finished_run_that_is_started_again_changes_nothing(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     assert program(tmp_path / "run").finished
-    assert not difference(last_of(tmp_path / "run"), last_of(whole))
-    assert log_of(tmp_path / "run") == log_of(whole)
+    assert same(tmp_path / "run", whole)
     assert program(tmp_path / "run", resume="none").steps == LAST  # this one starts over
-    assert log_of(tmp_path / "run") == log_of(whole)
+    assert same(tmp_path / "run", whole)
 
 
 def test_a_mistake_in_a_step_keeps_its_trace_and_what_was_learned_before_it(whole, tmp_path):
@@ -260,13 +226,12 @@ def test_a_mistake_in_a_step_keeps_its_trace_and_what_was_learned_before_it(whol
         if run.position == 5:
             run.model(torch.ones(4, 3))  # the statistics move
             raise ArithmeticError("a mistake of ours")
-        return 1
 
     with pytest.raises(ArithmeticError):
         program(tmp_path / "run", mistaken)
     assert last_of(tmp_path / "run")["step"] == 5
     program(tmp_path / "run")
-    assert not difference(last_of(tmp_path / "run"), last_of(whole))
+    assert same(tmp_path / "run", whole)
 
 
 def test_a_mistake_in_the_middle_of_moving_the_weights_is_not_saved(tmp_path, monkeypatch):
@@ -280,19 +245,9 @@ def test_a_mistake_in_the_middle_of_moving_the_weights_is_not_saved(tmp_path, mo
     monkeypatch.setattr(torch.optim.AdamW, "step", broken)
     with pytest.raises(ArithmeticError):
         program(tmp_path / "run", save_minutes=0)
-    assert last_of(tmp_path / "run")["step"] == 3
-
-
-def test_a_second_ctrl_c_ends_a_run_at_once_and_other_signals_do_not(monkeypatch):
-    ended = []
-    monkeypatch.setattr(os, "_exit", ended.append)
-    with StopSignals() as signals:
-        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-            os.kill(os.getpid(), number)
-            time.sleep(0.01)
-            assert ended == []
-        os.kill(os.getpid(), signal.SIGINT)
-        assert ended == [130] and signals.received == "SIGINT"
+    program(tmp_path / "three", last_step=3)
+    found, expected = (last_of(tmp_path / name) for name in ("run", "three"))
+    assert found["step"] == 3 and not difference(found["model"], expected["model"])
 
 
 # ------------------------------------------------------------------------------------- bad numbers
@@ -304,8 +259,9 @@ def test_a_step_without_finite_numbers_leaves_no_trace_and_is_counted(factor, dt
     found = []
 
     def spoiled(run):
-        found.append((run.steps, copied(moves(run)), run.scaler.get_scale()))
-        return factor if run.position in (4, 5) else 1
+        moves = dict(model=run.model.state_dict(), optimizer=run.optimizer.state_dict()["state"])
+        found.append((run.steps, moved(moves, torch.clone), run.scaler.get_scale()))
+        return factor if run.position in (4, 5) else None
 
     run = program(tmp_path / "run", spoiled, dtype=dtype, log_every=1)
     steps, states, scales = zip(*found)
@@ -323,7 +279,6 @@ def test_a_gradient_without_finite_numbers_is_a_bad_step_too(tmp_path):
     def spoiled(run):
         if run.position == 0:
             run.model.layer.weight.register_hook(lambda g: g * NAN if run.position == 3 else g)
-        return 1
 
     run = program(tmp_path / "run", spoiled)
     assert run.bad_steps == 1 and all(p.isfinite().all() for p in run.model.parameters())
@@ -331,7 +286,7 @@ def test_a_gradient_without_finite_numbers_is_a_bad_step_too(tmp_path):
 
 def test_twenty_bad_steps_in_a_row_stop_a_run_and_nineteen_do_not(tmp_path):
     def spoiled(count):
-        return lambda run: NAN if 3 <= run.position % 30 < 3 + count else 1
+        return lambda run: NAN if 3 <= run.position % 30 < 3 + count else None
 
     assert program(tmp_path / "run", spoiled(19), last_step=25).end() == 0
     assert last_of(tmp_path / "run")["bad_steps"] == 38
@@ -344,9 +299,9 @@ def test_twenty_bad_steps_in_a_row_stop_a_run_and_nineteen_do_not(tmp_path):
 
 def test_a_run_that_is_paused_among_bad_steps_goes_on_counting_them(tmp_path):
     def spoiled(run):
-        if run.position in (12, 17):
-            os.kill(os.getpid(), signal.SIGTERM)
-        return NAN if run.position >= 3 else 1
+        for position in (12, 17):
+            At(position, Signals("SIGTERM"))(run)
+        return NAN if run.position >= 3 else None
 
     program(tmp_path / "run", spoiled)
     program(tmp_path / "run", spoiled)
@@ -374,7 +329,7 @@ def test_parts_have_the_gradient_the_norm_and_the_step_of_the_whole(parts):
     images, targets = torch.randn(6, 3).double(), torch.randn(6, 2).double()
     weights = list(model.layer.parameters())
     wanted = torch.autograd.grad(model(images, targets), weights)
-    before = copied([p.detach() for p in weights])
+    before = [p.detach().clone() for p in weights]
     optimizer = torch.optim.SGD(model.parameters())
     options = Options("", 6, 1, accumulate=parts, workers=0)
     run = Run(options, Place(CPU), model, optimizer, IMAGES, noisy, {})
@@ -436,33 +391,28 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch, capfd):
 # ------------------------------------------------------------------------------------------- files
 
 
-def held_by(folder, spoil=(), **options):
-    """The step that last.pth holds when each step begins."""
-    held = []
-
-    def look(run):
-        last = run.folder / "last.pth"
-        held.append(torch.load(last, weights_only=True)["step"] if last.exists() else None)
-        return NAN if run.position in spoil else 1
-
-    program(folder, look, **options)
-    return held, sorted(file.name for file in folder.glob("*.pth"))
-
-
 @pytest.mark.parametrize(
     "options, spoil, held, names",
     [
         (dict(save_minutes=9), (), [None] * 9, []),
         (dict(save_minutes=0), (), [None, 1, 2, 3, 4, 5, 6, 7, 8], []),
         # After a bad step the checkpoint before it may be the better one
-        (dict(save_minutes=0), (3, 4), [None, 1, 2, 3, 3, 3, 4, 5, 6, 7, 8], []),
+        (dict(save_minutes=0), (3, 4), [None, 1, 2, 3, 3, 3, 6, 7, 8, 9, 10], []),
         (dict(keep_every=1), (), [None] * 3 + [3] * 3 + [6] * 3, [1, 2, 3]),
         (dict(keep_every=2), (), [None] * 6 + [6] * 3, [2]),
     ],
 )
 def test_what_is_written_when(options, spoil, held, names, tmp_path):
+    found = []  # the position that last.pth holds when each step begins
+
+    def look(run):
+        whole = (run.folder / "last.pth").exists()
+        found.append(last_of(run.folder)["position"] if whole else None)
+        return NAN if run.position in spoil else None
+
+    program(tmp_path, look, **options)
     kept = [f"epoch_{epoch:04d}.pth" for epoch in names]
-    assert held_by(tmp_path, spoil, **options) == (held, [*kept, "last.pth"])
+    assert found == held and sorted(f.name for f in tmp_path.glob("*.pth")) == [*kept, "last.pth"]
     for epoch, name in zip(names, kept):
         assert torch.load(tmp_path / name, weights_only=True)["position"] == 3 * epoch
     assert last_of(tmp_path)["step"] == LAST
@@ -470,7 +420,7 @@ def test_what_is_written_when(options, spoil, held, names, tmp_path):
 
 @pytest.fixture
 def small_disk():
-    """Files can be made to end at so many bytes: what the system then says is said of a full disk."""
+    """Files end at so many bytes, and the system refuses as a full disk does."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -482,7 +432,6 @@ def test_a_disk_that_is_full_costs_a_line_and_at_the_end_the_run(tmp_path, small
             small_disk(100)
         if run.position == 6:
             small_disk(resource.RLIM_INFINITY)
-        return 1
 
     text = io.StringIO()
     with contextlib.redirect_stderr(text), contextlib.redirect_stdout(text):
@@ -493,9 +442,8 @@ def test_a_disk_that_is_full_costs_a_line_and_at_the_end_the_run(tmp_path, small
         assert f"could not write {tmp_path}/run/{line} the run goes on" in err
     assert last_of(tmp_path / "run")["step"] == LAST
 
-    with pytest.raises(Stopped, match="could not write .*last.pth after step 5: File too large"):
-        with contextlib.redirect_stderr(text):
-            program(tmp_path / "end", full, last_step=5, log_every=99)
+    with pytest.raises(Stopped, match="after step 5: File too large"):
+        program(tmp_path / "end", full, last_step=5, log_every=99)
 
 
 def test_a_file_is_old_or_new_at_any_moment_and_a_failed_write_leaves_nothing(tmp_path):
@@ -506,13 +454,14 @@ def test_a_file_is_old_or_new_at_any_moment_and_a_failed_write_leaves_nothing(tm
         file.write(b"ne")
         file.flush()
         assert path.read_bytes() == b"old"
-        raise OSError(errno.ENOSPC, "no space left")
+        raise OSError("no space left")
 
     with pytest.raises(OSError, match="no space left"):
         files.write_atomically(path, half)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
-    files.write_json(path, dict(miou=0.5))
-    assert path.read_bytes() == b'{\n "miou": 0.5\n}\n'
+    with path.open("rb") as reader:  # who reads meanwhile sees the old file to its end
+        files.write_json(path, dict(miou=0.5))
+        assert reader.read() == b"old" and path.read_bytes() == b'{\n "miou": 0.5\n}\n'
     os.mkfifo(pipe := tmp_path / "pipe")  # --json /dev/stdout, or >(jq .)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     files.write_lines(pipe, ["a", "b"])
@@ -522,16 +471,16 @@ def test_a_file_is_old_or_new_at_any_moment_and_a_failed_write_leaves_nothing(tm
 
 def test_a_second_run_in_a_folder_is_refused_with_host_and_process(tmp_path):
     code = "import sys, pathlib; from engine.guards import Lock; Lock(pathlib.Path(sys.argv[1]))"
+    command, found = [sys.executable, "-c", code, str(tmp_path)], []
 
-    def second():
-        command = [sys.executable, "-c", code, str(tmp_path)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    def second(run):
+        if run.position == 2:
+            found.append(subprocess.run(command, cwd=ROOT, capture_output=True, text=True))
 
-    lock = Lock(tmp_path)
-    line = f"--output-dir {tmp_path} is in use by process {os.getpid()} on {socket.gethostname()}"
-    assert second().stderr.splitlines()[-1].startswith(f"ValueError: {line}: wait for that run")
-    lock.release()
-    assert second().returncode == 0
+    program(tmp_path, second, last_step=4)
+    holder = f"process {os.getpid()} on {socket.gethostname()}"
+    assert f"--output-dir {tmp_path} is in use by {holder}: wait for that run" in found[0].stderr
+    assert subprocess.run(command, cwd=ROOT).returncode == 0  # the run has ended
 
 
 # ----------------------------------------------------------------------------------------- readers
@@ -546,54 +495,38 @@ def test_readers_change_no_bit_and_the_end_waits_for_none_of_them(whole, tmp_pat
 
     def last(run):
         slow.value = run.position == LAST - 1
-        return 1
 
     began = time.monotonic()
     run = program(tmp_path / "run", last, view=view, workers=2)
     assert time.monotonic() - began < 4 and run.end() == 0
     assert not any(process.is_alive() for process in run.reader.processes if not process.join(9))
-    assert not difference(last_of(tmp_path / "run"), last_of(whole))
+    assert same(tmp_path / "run", whole)
 
 
 def test_images_that_are_gone_stop_a_run_with_a_line_and_a_checkpoint(whole, tmp_path):
-    class Gone:
-        away = False
+    away = []
 
-        def __len__(self):
-            return len(IMAGES)
-
-        def __getitem__(self, i):
-            if self.away:
-                raise BadImage(f"{i}.png", "no such file or directory")
-            return IMAGES[i]
-
-    images = Gone()
+    def view(image, rng):
+        if away:
+            raise BadImage("a.png", "no such file or directory")
+        return noisy(image, rng)
 
     def go(run):
-        images.away = run.position == 4
-        return 1
+        away.extend([True] * (run.position == 4))
 
-    reason = r"^14 images in a row could not be read; \d+.png: no such file or directory; "
-    with pytest.raises(Stopped, match=reason + f"{tmp_path}/run/last.pth holds step 5"):
-        program(tmp_path / "run", go, images=images).end()
-    with pytest.raises(Stopped, match=r"no such file or directory; no step was taken"):
-        program(tmp_path / "other", images=images).end()
-    images.away = False
-    program(tmp_path / "run", images=images)
-    assert not difference(last_of(tmp_path / "run"), last_of(whole))
+    reason = "^14 images in a row could not be read; a.png: no such file or directory; "
+    with pytest.raises(Stopped, match=f"{reason}{tmp_path}/run/last.pth holds step 5"):
+        program(tmp_path / "run", go, view=view).end()
+    with pytest.raises(Stopped, match=f"{reason}no step was taken"):
+        program(tmp_path / "other", view=view).end()
+    program(tmp_path / "run")
+    assert same(tmp_path / "run", whole)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("position", [0, 4])
 def test_a_reader_that_dies_stops_a_run_with_a_line_and_a_checkpoint(position, whole, tmp_path):
-    def kill(run):
-        if run.position == position:
-            random.Random(position).choice(sorted(run.reader.processes, key=str)).kill()
-        return 1
-
     with pytest.raises(Stopped, match=r"a process that reads images died .* --workers 0 reads"):
-        program(tmp_path / "run", kill, workers=2).end()
+        program(tmp_path / "run", At(position, kill_a_reader), workers=2).end()
     assert position < last_of(tmp_path / "run")["step"] <= LAST
     program(tmp_path / "run", workers=2)
-    assert not difference(last_of(tmp_path / "run"), last_of(whole))
-    assert log_of(tmp_path / "run") == log_of(whole)
+    assert same(tmp_path / "run", whole)
