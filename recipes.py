@@ -11,6 +11,7 @@ Origins of a value: [P]aper, [O]fficial code, [U]s.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,13 +23,19 @@ from engine.options import option
 # ------------------------------------------------------------------------------------ configuration
 
 
+method, views, training, machine, files = (
+    functools.partial(option, group=name)
+    for name in ("method", "views", "optimizer", "machine", "files")
+)
+
+
 # fmt: off
 @dataclass(frozen=True)
 class Config:
     """Everything that can be set. Defaults: the published COCO recipe."""
 
     preset: str = option("coco-r50", "named recipe, which sets all other defaults", free=True)
-    data_dir: str = option("", "folder of images, flat or nested, or a text file of paths", free=True)
+    data_dir: str = option("", "folder of images, or a text file of paths", free=True)
     output_dir: str = option("", "where the run is written (default: runs/PRESET)", free=True)
     epochs: float = option(800, "length of the run and of all schedules [P]", low=0, high=1e6)
     steps: int = option(0, "the same in optimizer steps; 0: --epochs", low=0, high=10**9)
@@ -37,79 +44,80 @@ class Config:
     image_size: int = option(224, "side of a view, px [P]", low=32, high=4096)
     num_prototypes: int = option(256, "k; 256 for COCO, 2048 for ImageNet [P]", low=2, high=10**6)
     init: str = option("", "start from these weights: a checkpoint, or a backbone", free=True)
-    max_steps: int = option(0, "pause after this many steps in all; schedules do not change", low=0,
-        high=10**9, free=True)
+    max_steps: int = option(
+        0, "pause after this many steps in all; schedules do not change", low=0, high=10**9,
+        free=True)
     seed: int = option(0, "of weights, order, crops and colors", low=0, high=2**31)
 
-    dim_hidden: int = option(4096, "hidden width of projector and predictor [O]", "method", low=1,
-        high=65_536)
-    dim_out: int = option(256, "d, width of embeddings, prototypes, slots [O]", "method", low=1,
-        high=65_536)
-    group_weight: float = option(0.5, "lambda; the slot loss has 1 - lambda, at 1 it is skipped [P]",
-        "method", low=0, high=1)
-    temp_student: float = option(0.1, "temperature of the student's assignment [P]", "method",
-        low=1e-4, high=100)
-    temp_teacher: float = option(0.07, "of the teacher's, well below the student's [P]", "method",
-        low=1e-4, high=100)
-    temp_slot: float = option(0.2, "of the slot contrast [O]", "method", low=1e-4, high=100)
-    slot_loss: str = option("ctr", "contrast slots, or regress them (table 8b)", "method",
-        choices=("ctr", "reg"))
-    align: str = option("asgn", "undo crop and flip on assignments or projections (table 8c)",
-        "method", choices=("asgn", "proj"))
-    image_loss: bool = option(False, "add the image-level objective (table 8d)", "method")
-    momentum_center: float = option(0.9, "momentum of the center [O]", "method", low=0, high=1)
-    momentum_teacher: tuple[float, float] = option((0.99, 1.0),
-        "the teacher's at the first and the last step, along a cosine [P]", "method", low=0, high=1)
+    dim_hidden: int = method(
+        4096, "hidden width of projector and predictor [O]", low=1, high=65_536)
+    dim_out: int = method(256, "d, width of embeddings, prototypes, slots [O]", low=1, high=65_536)
+    group_weight: float = method(
+        0.5, "lambda; the slot loss has 1 - lambda, none at 1 [P]", low=0, high=1)
+    temp_student: float = method(
+        0.1, "temperature of the student's assignment [P]", low=1e-4, high=100)
+    temp_teacher: float = method(
+        0.07, "of the teacher's, well below the student's [P]", low=1e-4, high=100)
+    temp_slot: float = method(0.2, "of the slot contrast [O]", low=1e-4, high=100)
+    slot_loss: str = method(
+        "ctr", "contrast slots, or regress them (table 8b)", choices=("ctr", "reg"))
+    align: str = method(
+        "asgn", "undo crop and flip on assignments or projections (table 8c)",
+        choices=("asgn", "proj"))
+    image_loss: bool = method(False, "add the image-level objective (table 8d)")
+    momentum_center: float = method(0.9, "momentum of the center [O]", low=0, high=1)
+    momentum_teacher: tuple[float, float] = method(
+        (0.99, 1.0), "the teacher's at the first and the last step, along a cosine [P]",
+        low=0, high=1)
 
-    geometric: bool = option(True, "random crops and flips; off: the center square (table 8e)", "views")
-    min_area: float = option(0.08, "smallest crop, as a share of the image [O]", "views", low=0.001,
-        high=1)
-    jitter: tuple[float, float, float, float, float] = option((0.4, 0.4, 0.2, 0.1, 0.8),
-        "brightness, contrast, saturation, hue (turns), and how probable [O]", "views", low=0, high=1)
-    p_gray: float = option(0.2, "probability of gray [O]", "views", low=0, high=1)
-    p_blur: tuple[float, float] = option((1.0, 0.1), "of blur, in view 1 and 2 [O]", "views", low=0,
-        high=1)
-    solarize: tuple[float, float, float] = option((0.0, 0.2, 128.0),
-        "probability in view 1 and 2, and the level from which it inverts [O]", "views", low=0, high=256)
+    geometric: bool = views(True, "random crops and flips; off: the center (table 8e)")
+    min_area: float = views(0.08, "smallest crop, as a share of the image [O]", low=0.001, high=1)
+    jitter: tuple[float, float, float, float, float] = views(
+        (0.4, 0.4, 0.2, 0.1, 0.8), "brightness, contrast, saturation, hue (turns), probability [O]",
+        low=0, high=1)
+    p_gray: float = views(0.2, "probability of gray [O]", low=0, high=1)
+    p_blur: tuple[float, float] = views((1.0, 0.1), "of blur, in view 1 and 2 [O]", low=0, high=1)
+    solarize: tuple[float, float, float] = views(
+        (0.0, 0.2, 128.0), "probability in view 1 and 2, and the level from which it inverts [O]",
+        low=0, high=256)
 
-    optimizer: str = option("lars", "LARS [O], or AdamW for small runs", "optimizer",
-        choices=("lars", "adamw"))
-    base_lr: float = option(1.0, "learning rate per 256 images of a batch [O]", "optimizer", low=0,
-        high=100)
-    weight_decay: float = option(1e-5, "L2, not on biases and norms [O]", "optimizer", low=0, high=10)
-    warmup: float = option(5.0, "warm-up, in the unit of the length: epochs, or steps [O]", "optimizer",
-        low=0, high=10**9)
-    accumulate: int = option(1, "passes per step, for small memories; each pass sees less", "optimizer",
-        low=1, high=10_000)
+    optimizer: str = training(
+        "lars", "LARS [O], or AdamW for small runs", choices=("lars", "adamw"))
+    base_lr: float = training(1.0, "learning rate per 256 images of a batch [O]", low=0, high=100)
+    weight_decay: float = training(1e-5, "L2, not on biases and norms [O]", low=0, high=10)
+    warmup: float = training(
+        5.0, "warm-up, in the unit of the length: epochs, or steps [O]", low=0, high=10**9)
+    accumulate: int = training(
+        1, "passes per step, for small memories; each pass sees less", low=1, high=10_000)
 
-    device: str = option("auto", "auto: a CUDA GPU where there is one", "machine",
-        choices=("auto", "cpu", "cuda", "mps"), free=True)
-    amp: str = option("auto", "mixed precision; auto: on a GPU", "machine",
-        choices=("auto", "bf16", "fp16", "off"), free=True)
-    compile: bool = option(False, "torch.compile both networks: minutes at first", "machine", free=True)
-    threads: int = option(0, "of a CPU process; 0: torch's choice; changes last bits", "machine", low=0,
-        high=4096, free=True)
-    workers: int = option(-1, "processes per rank that read images; -1: one per core", "machine",
-        low=-1, high=512, free=True)
+    device: str = machine(
+        "auto", "auto: a CUDA GPU where there is one", choices=("auto", "cpu", "cuda", "mps"),
+        free=True)
+    amp: str = machine(
+        "auto", "mixed precision; auto: on a GPU", choices=("auto", "bf16", "fp16", "off"),
+        free=True)
+    compile: bool = machine(False, "torch.compile both networks: minutes at first", free=True)
+    threads: int = machine(
+        0, "of a CPU process; 0: torch's choice; changes last bits", low=0, high=4096, free=True)
+    workers: int = machine(
+        -1, "processes per rank that read images; -1: one per core", low=-1, high=512, free=True)
 
-    dataset: str = option("folder", "layout of --data-dir (docs/data.md)", "files",
-        choices=(*LAYOUTS, "toy"))
-    subset: int = option(0, "learn from N images, 0: all; toy: scenes that are drawn (table 1)", "files",
-        low=0, high=10**9)
-    long_tailed: bool = option(False, "the subset's classes follow a Pareto law (table 1)", "files")
-    held_out: int = option(0, "images kept out of training, for the result at the end", "files", low=0,
-        high=10**6)
-    check_data: bool = option(False, "only read every image once, report, and exit", "files", free=True)
-    resume: str = option("auto", "auto: from OUTPUT_DIR/last.pth; none; a path; or force: although "
-        "options changed", "files", free=True)
-    log_every: int = option(10, "steps between lines of log.jsonl", "files", low=1, high=10**6, free=True)
-    save_minutes: float = option(10.0, "minutes between two writings of last.pth", "files", low=0,
-        high=1e6, free=True)
-    keep_every: int = option(100, "keep epoch_N.pth at every such epoch, 0: none", "files", low=0,
-        high=10**6, free=True)
-    tensorboard: bool = option(False, "also log to TensorBoard, if it is installed", "files", free=True)
-# fmt: on
-
+    dataset: str = files("folder", "layout of --data-dir (docs/data.md)", choices=(*LAYOUTS, "toy"))
+    subset: int = files(
+        0, "learn from N images, 0: all; toy: scenes that are drawn (table 1)", low=0, high=10**9)
+    long_tailed: bool = files(False, "the subset's classes follow a Pareto law (table 1)")
+    held_out: int = files(
+        0, "images kept out of training, for the result at the end", low=0, high=10**6)
+    check_data: bool = files(False, "only read every image once, report, and exit", free=True)
+    resume: str = files(
+        "auto", "auto: from OUTPUT_DIR/last.pth; none; a path; or force: although options changed",
+        free=True)
+    log_every: int = files(10, "steps between lines of log.jsonl", low=1, high=10**6, free=True)
+    save_minutes: float = files(
+        10.0, "minutes between two writings of last.pth", low=0, high=1e6, free=True)
+    keep_every: int = files(
+        100, "keep epoch_N.pth at every such epoch, 0: none", low=0, high=10**6, free=True)
+    tensorboard: bool = files(False, "also log to TensorBoard, if it is installed", free=True)
 
 COCO = Config(dataset="coco")
 PRESETS = {
@@ -129,34 +137,12 @@ PRESETS = {
     #   blurred: contrast and detail are what untrained features see of a texture.
     # optimizer: many small steps of AdamW; LARS is made for large batches.
     "toy": dataclasses.replace(
-        COCO,
-        preset="toy",
-        dataset="toy",
-        subset=768,
-        held_out=256,
-        arch="tiny",
-        image_size=48,
-        num_prototypes=32,
-        dim_hidden=64,
-        dim_out=32,
-        temp_teacher=0.03,
-        momentum_center=0.8,
-        momentum_teacher=(0.99, 0.99),
-        min_area=0.2,
-        jitter=(0.2, 0.2, 0.3, 0.5, 1.0),
-        p_blur=(0.0, 0.0),
-        solarize=(0.5, 0.5, 0.0),
-        optimizer="adamw",
-        batch_size=16,
-        base_lr=0.16,
-        weight_decay=0.01,
-        epochs=36,
-        warmup=0.625,
-        threads=1,
-        workers=1,
-        log_every=20,
-        save_minutes=0.5,
-        keep_every=0,
+        COCO, preset="toy", dataset="toy", subset=768, held_out=256, arch="tiny", image_size=48,
+        num_prototypes=32, dim_hidden=64, dim_out=32, temp_teacher=0.03, momentum_center=0.8,
+        momentum_teacher=(0.99, 0.99), min_area=0.2, jitter=(0.2, 0.2, 0.3, 0.5, 1.0),
+        p_blur=(0.0, 0.0), solarize=(0.5, 0.5, 0.0), optimizer="adamw", batch_size=16,
+        base_lr=0.16, weight_decay=0.01, epochs=36, warmup=0.625, threads=1, workers=1,
+        log_every=20, save_minutes=0.5, keep_every=0,
     ),
     # For a folder of about 300 photographs or more and one small machine. All [U]; measured in
     # benchmarks/photos.md.
@@ -168,56 +154,27 @@ PRESETS = {
     #   color says what a thing is, and a network that must not use it learns less here.
     # steps: the length does not depend on the number of photographs.
     "photos": dataclasses.replace(
-        COCO,
-        preset="photos",
-        dataset="folder",
-        held_out=64,
-        arch="small",
-        image_size=64,
-        num_prototypes=24,
-        dim_hidden=256,
-        dim_out=64,
-        temp_teacher=0.03,
-        momentum_center=0.8,
-        momentum_teacher=(0.99, 0.99),
-        min_area=0.2,
-        jitter=(0.4, 0.4, 0.2, 0.05, 0.8),
-        p_gray=0.0,
-        p_blur=(0.2, 0.1),
-        solarize=(0.0, 0.0, 128.0),
-        optimizer="adamw",
-        batch_size=32,
-        base_lr=0.024,
-        weight_decay=0.01,
-        steps=3000,
-        warmup=80,
-        threads=1,
-        workers=1,
-        log_every=20,
-        save_minutes=2.0,
-        keep_every=0,
+        COCO, preset="photos", dataset="folder", held_out=64, arch="small", image_size=64,
+        num_prototypes=24, dim_hidden=256, dim_out=64, temp_teacher=0.03, momentum_center=0.8,
+        momentum_teacher=(0.99, 0.99), min_area=0.2, jitter=(0.4, 0.4, 0.2, 0.05, 0.8), p_gray=0.0,
+        p_blur=(0.2, 0.1), solarize=(0.0, 0.0, 128.0), optimizer="adamw", batch_size=32,
+        base_lr=0.024, weight_decay=0.01, steps=3000, warmup=80, threads=1, workers=1, log_every=20,
+        save_minutes=2.0, keep_every=0,
     ),
     "coco-r50": COCO,
     "cocoplus-r50": dataclasses.replace(COCO, preset="cocoplus-r50", dataset="cocoplus"),
     "imagenet-r50-100ep": dataclasses.replace(
-        COCO,
-        preset="imagenet-r50-100ep",
-        dataset="imagenet",
-        num_prototypes=2048,
-        epochs=100,
+        COCO, preset="imagenet-r50-100ep", dataset="imagenet", num_prototypes=2048, epochs=100,
         keep_every=20,
     ),
     "imagenet-r50-200ep": dataclasses.replace(
-        COCO,
-        preset="imagenet-r50-200ep",
-        dataset="imagenet",
-        num_prototypes=2048,
-        epochs=200,
+        COCO, preset="imagenet-r50-200ep", dataset="imagenet", num_prototypes=2048, epochs=200,
         keep_every=20,
     ),
     # length [U]: as COCO
     "bdd100k-r50": dataclasses.replace(COCO, preset="bdd100k-r50", dataset="bdd100k"),
 }
+# fmt: on
 
 
 def parse(argv: Sequence[str] | None, description: str = "") -> tuple[Config, set[str]]:
@@ -335,10 +292,3 @@ TABLES: dict[str, tuple[str, tuple[Row, ...]]] = {
         ),
     ),
 }
-
-
-def command(row: Row, data_dir: str = "COCO") -> str:
-    """The command that trains a row of a table on COCO, or on toy scenes where train.py cannot."""
-    if row.arguments:
-        return "python compare.py --table " + next(k for k, (_, r) in TABLES.items() if row in r)
-    return " ".join(["python train.py --preset coco-r50 --data-dir", data_dir, *row.options])
