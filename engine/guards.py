@@ -26,7 +26,7 @@ class StopSignals:
     `received`: the first one's name, or "".
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.received, self.before = "", {}
 
     def __enter__(self) -> StopSignals:

@@ -136,7 +136,7 @@ def workers_of(workers: int) -> int:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """The most memory this process ever held, GB (1e9 bytes): of the GPU, or else of the machine."""
+    """The most memory this process ever held, GB (1e9 bytes): of the GPU, else of the machine."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     try:

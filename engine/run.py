@@ -398,7 +398,8 @@ class Run:
                 f"{self.folder}/last.pth is written, and {again}",
                 flush=True,
             )
-        return 130 if self.signals.received == "SIGINT" else 0
+        interrupted = self.ended == "signal" and self.signals.received == "SIGINT"
+        return 130 if interrupted else 0
 
 
 @torch.no_grad()

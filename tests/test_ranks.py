@@ -1,8 +1,8 @@
 """Two processes with half a batch each are one process with the whole batch.
 
 Promised: loss, gradients, center, teacher and the numbers of the log do not depend on how a batch
-is split, whatever each half holds: unequal numbers of overlapping crops, no overlap, no query, in one
-process or in both; a step is good where it is good on all ranks; no process waits for another.
+is split, whatever each half holds: unequal numbers of overlapping crops, no overlap, no query, in
+one process or in both; a step is good where it is good on all ranks; nobody waits for another.
 Batch norms are in evaluation mode here, since only a GPU can synchronize them.
 """
 

@@ -39,7 +39,6 @@ from staged import (
     draw_photographs,
     last_of,
     log_of,
-    staged,
     state_of,
     train_here,
 )
@@ -93,9 +92,8 @@ def test_every_preset_parses_and_without_arguments_toy_scenes_are_learned():
     for name, preset in recipes.PRESETS.items():
         data = [] if name == "toy" else ["--data-dir", "x"]
         c, _ = recipes.parse(["--preset", name, *data])
-        assert c == dataclasses.replace(
-            preset, preset=name, data_dir="".join(data[1:]), output_dir=f"runs/{name}"
-        )
+        expected = dict(preset=name, data_dir="".join(data[1:]), output_dir=f"runs/{name}")
+        assert c == dataclasses.replace(preset, **expected)
     c, given = recipes.parse([])
     assert (c.preset, c.dataset, c.arch, given) == ("toy", "toy", "tiny", set())
 
@@ -146,8 +144,6 @@ def test_the_rows_of_the_tables_change_what_the_slide_says_and_run_on_toy_scenes
             c, _ = recipes.parse(["--preset", "coco-r50", "--data-dir", "COCO", *row.options])
             changed = {k: v for k, v in vars(c).items() if v != getattr(recipes.COCO, k)}
             found[name, row.label] = {k: v for k, v in changed.items() if not k.endswith("_dir")}
-            words = shlex.split(recipes.command(row))
-            assert row.arguments or recipes.parse(words[2:])[0] == c
             assert name == "collapse" or row.default == (not found[name, row.label])
     assert {key: found[key] for key in ROWS} == ROWS
 
@@ -303,7 +299,7 @@ def test_a_run_prints_what_it_will_do_and_writes_what_others_can_read(short):
         "device   cpu, 1 threads, 1 process, float32", "14 images", "tiny, 5 prototypes; 0.04 M",
         "batch    4 = 4 x 1 process(es); 3 steps per epoch, 18 in all", "free",
         "lr       0.0625 = 4 x 4 / 256, lars, warm-up 3 steps", "2 ln k = 3.219",
-        "start    random weights", "step 5/5", "paused   at step 5 of 18",
+        "start    random weights", "step 5/5", "paused   13 steps are left",
     ):  # fmt: skip
         assert words in text, words
     names = sorted(file.name for file in folder.iterdir())
@@ -455,12 +451,13 @@ def test_a_few_bad_images_are_replaced_and_named_and_more_than_one_percent_stop_
     assert held["step"] == held["position"] < 30  # and the batch with the second one is met again
 
 
-def test_another_layout_is_taken_as_it_is_and_doubts_are_said(photographs, tmp_path):
-    argv = command_line(tmp_path / "run", "--max-steps", "1", photographs=photographs)
+def test_another_layout_is_taken_as_it_is_and_doubts_are_said(photographs, tmp_path, capsys):
+    one = ("--accumulate", "4", "--max-steps", "1", "--min-area", "0.9", "--warmup", "6")
+    argv = command_line(tmp_path / "run", *one, photographs=photographs)
     del argv[argv.index("--dataset") : argv.index("--dataset") + 2]
     assert run_program("train.py", train.main, argv) == 0
-    one = ("--accumulate", "4", "--max-steps", "1", "--min-area", "0.9", "--warmup", "6")
-    text = train_here(tmp_path / "one", *one, photographs=photographs)
+    text = capsys.readouterr().out
+    assert "is not laid out as coco: taken as a plain folder of images" in text
     assert "warning  one image per pass" in text
     assert "warning  the warm-up is as long as the run: lower --warmup" in text
 
@@ -505,14 +502,6 @@ def test_what_goes_wrong_is_one_line_and_a_status(error, status, line, capfd):
     else:
         with pytest.raises(status):
             run_program("x.py", raising(error), [])
-
-
-def test_a_mistake_of_ours_in_a_step_keeps_its_trace(photographs, tmp_path):
-    def mistaken(run):
-        torch.ones(2) @ torch.ones(3)
-
-    with pytest.raises(RuntimeError), staged(mistaken):
-        train.main(command_line(tmp_path / "run", photographs=photographs))
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
