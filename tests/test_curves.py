@@ -62,9 +62,7 @@ def test_a_run_is_drawn_with_its_chance_lines_and_a_gap_for_what_its_log_lacks()
 
 
 def test_the_legend_names_the_options_that_differ_and_no_others():
-    runs = [
-        a_run("a", seed=0, batch_size=32, output_dir="x"),
-        a_run("b", seed=1, batch_size=32, output_dir="y", image_loss=True),
-    ]
+    runs = [a_run("a", seed=0, batch_size=32, output_dir="x")]
+    runs.append(a_run("b", seed=1, batch_size=32, output_dir="y", image_loss=True))
     assert curves.legend_of(runs) == ["a: seed 0", "b: seed 1, image-loss True"]
     assert curves.legend_of([*runs, a_run("c")])[2] == "c: no config.json"

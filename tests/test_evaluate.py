@@ -110,8 +110,8 @@ def test_segments_without_classes_have_an_adjusted_rand_index(trained, tmp_path,
 def test_a_wrong_id_is_a_note_where_ids_are_counted_and_refused_elsewhere(trained, folder, capsys):
     write(folder / "labels" / "3.png", np.full((37, 37), 200))
     where = ["segmentation", trained, "--data-dir", folder, "--size", 32]
-    status, result, text, _ = run(*where, capsys=capsys)
-    assert status == 0 and result["classes"] == 201 and "note: 201 classes counted" in text
+    _, result, text, _ = run(*where, capsys=capsys)
+    assert result["classes"] == 201 and "note: 201 classes counted" in text
     assert "197 classes" in text and len(text.splitlines()) < 20  # not 197 rows
     assert "has id 200" in refusal(*where, "--num-classes", 3, "--workers", 1, capsys=capsys)
 
@@ -170,11 +170,8 @@ WRONG = [
     ("segmentation CHECKPOINT --dataset voc", "--data-dir is missing"),
     ("probe CHECKPOINT --dataset mars", "choose one of toy, folder, coco_stuff"),
     ("segmentation CHECKPOINT --data-dir FOLDER --size 64 31", "at least 32"),
-    ("segmentation CHECKPOINT --limit many", "expected a whole number"),
-    ("segmentation CHECKPOINT --limmit 3", "did you mean --limit?"),
     ("slots CHECKPOINT --data-dir FOLDER/empty", "no such folder"),
     ("slots FOLDER/images/3.png", "is an image where the checkpoint"),
-    ("segmentation CHECKPOINT --list FOLDER/images/3.png", "is an image where a text file"),
     ("segmentation CHECKPOINT --data-dir FOLDER/images/3.png", "is an image where a folder"),
 ]
 
@@ -186,16 +183,19 @@ def test_wrong_input_ends_with_one_line_and_exit_code_2(command, message, traine
     assert message in refusal(*words.split(), capsys=capsys)
 
 
-def test_the_help_comes_and_a_misspelled_option_is_answered_before_torch_is_loaded():
-    script = "import sys; sys.modules['torch'] = None; import runpy; sys.argv[0] = 'evaluate.py'; "
-    script += "runpy.run_path('evaluate.py', run_name='__main__')"
-    for options, status, words in (
-        (["probe", "--help"], 0, "sizes come from it"),
-        (["probe", "x.pth", "--batchsize", "3"], 2, "did you mean --batch-size?"),
-    ):
-        command = [sys.executable, "-c", script, *options]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == status and words in " ".join((done.stdout + done.stderr).split())
+@pytest.mark.parametrize("words, status, answer", [
+    ("evaluate.py probe --help", 0, "sizes come from it"),
+    ("evaluate.py probe x.pth --batchsize 3", 2, "did you mean --batch-size?"),
+    ("visualize.py groups x.pth --slot 3", 2, "did you mean --slots?"),
+])  # fmt: skip
+def test_the_help_comes_and_a_misspelled_option_is_answered_before_torch_is_loaded(
+    words, status, answer
+):
+    script = "import runpy, sys; sys.modules['torch'] = None; sys.argv[:] = sys.argv[1:]; "
+    script += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", script, *words.split()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == status and answer in " ".join((done.stdout + done.stderr).split())
 
 
 @pytest.mark.parametrize("variable, options, key", [

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.colors import rgb_to_hsv
-from matplotlib.figure import Figure
 from PIL import Image
 
 from measures import figures
@@ -73,16 +72,6 @@ def test_each_column_shows_the_segments_of_its_prototype_in_red(tmp_path):
         assert np.sign(red.nonzero()[1].mean() - rest.nonzero()[1].mean()) == side
 
 
-def test_a_small_segment_has_an_arrow():
-    mask = torch.zeros(40, 50, dtype=torch.bool)
-    mask[10:12, 30:32] = True
-    for shown, arrows in ((mask, 1), (mask.cumsum(0) > 0, 0), (mask[:5, :5], 0)):
-        axis = Figure().subplots()
-        figures.draw_retrieved(axis, torch.zeros(3, *shown.shape, dtype=torch.uint8), shown)
-        assert len(axis.texts) == arrows
-        assert all(shown[int(text.xy[1]), int(text.xy[0])] for text in axis.texts)
-
-
 def test_groups_and_truth_have_the_colors_of_the_matched_prototypes(tmp_path):
     images, truth = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2, 8, 8).byte()
     groups = torch.full((2, 8, 8), 3)
@@ -115,6 +104,3 @@ def test_equal_features_get_equal_colors_and_unlike_ones_unlike_colors(d):
     assert colors.shape == (3, 4, 5, 3) and colors.min() >= 0 and colors.max() <= 1
     apart = (colors[which == 0].mean(0) - colors[which == 1].mean(0)).abs()
     assert apart.max() > 0.9 and colors[which == 0].std(0)[apart.argmax()] < 0.05
-    some = torch.randn(3, d, 4, 5, generator=generator)  # in another order, the same colors
-    one, two = (figures.principal_colors(each, (8, 10)) for each in (some, some.flip(0)))
-    assert torch.allclose(one, two.flip(0), atol=1e-4)

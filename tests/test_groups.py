@@ -33,15 +33,6 @@ def test_segments_and_occupied_slots_come_from_the_same_similarities():
     assert owned.shape == (2, 7) and found.equal(groups.winner(similarity, (32, 40)))
 
 
-def test_kmeans_finds_separate_blobs_and_depends_on_the_seed_alone():
-    blobs = torch.tensor([[0.0, 9, 5], [9, 0, 5], [9, 9, 5]]).repeat(50, 1)
-    rows = (blobs + 0.1 * torch.randn(blobs.shape)).numpy()
-    by_hand = sorted(rows[c::3].astype(float).mean(axis=0).tolist() for c in range(3))
-    assert sorted(groups.kmeans(rows, 3, seed=1).tolist()) == [pytest.approx(c) for c in by_hand]
-    centers = [groups.kmeans(rows, 9, seed) for seed in (1, 1, 2)]
-    assert (centers[0] == centers[1]).all() and (centers[0] != centers[2]).any()
-
-
 @pytest.mark.parametrize("num_groups", [9, 2000])
 def test_color_groups_survive_more_centers_than_colors_or_pixels(num_groups):
     images, label = colored()

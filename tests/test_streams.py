@@ -9,12 +9,6 @@ from engine.images import ImageFiles
 from measures import streams
 
 
-def test_a_limit_takes_images_from_everywhere():
-    """The first ten of a folder are often of one class."""
-    assert streams.spaced(10, 3) == [0, 3, 6] and streams.spaced(4, 3) == [0, 1, 2]
-    assert streams.spaced(3, 9) == streams.spaced(3, 0) == [0, 1, 2]
-
-
 def identity(item):  # of the module, since worker processes may pickle it
     return item
 
