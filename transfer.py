@@ -2,7 +2,6 @@
 
     python transfer.py segmentation --dataset toy --labeled 16 --backbone runs/toy/last.pth
     python transfer.py segmentation --dataset voc --data-dir VOCdevkit --backbone last.pth
-    python transfer.py detection --data-dir COCO --backbone last.pth
     torchrun --nproc-per-node=8 transfer.py detection --data-dir COCO --backbone last.pth
 
 Slides: tables 2, 3, 4 and 7.

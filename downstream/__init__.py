@@ -1,2 +1,1 @@
-"""What fine-tuning is made of: trunks, heads, labeled data, scores, schedules; `transfer.py`
-composes a run."""
+"""What fine-tuning is made of: settings, backbones, detection, segmentation, exported files."""

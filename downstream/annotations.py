@@ -1,6 +1,5 @@
-"""The guard of annotation files in COCO's form: what cannot be used is named before the first step.
-
-pycocotools checks nothing: it fails late, or reads memory that nobody has written.
+"""The guard of annotation files in COCO's form, for pycocotools checks nothing: it fails late, or
+reads memory that nobody has written.
 """
 
 from __future__ import annotations

@@ -24,10 +24,9 @@ NEAREST = InterpolationMode.NEAREST_EXACT  # the pixel under the center, as Pill
 
 
 def open_pretrained(c: Shared, given: set[str]) -> tuple[nn.Module, Shared, str]:
-    """The backbone to fine-tune, the settings for its architecture, and a line about it.
+    """The backbone to fine-tune, never loaded in part, the settings for it, and a line about it.
 
-    given: names of the options on the command line. Nothing is ever loaded in part: the score would
-    not tell that some of the backbone is random. Raises ValueError.
+    given: names of the options on the command line. Raises ValueError.
     """
     if c.backbone == "random":
         backbone, arch, source = build_backbone(c.arch), c.arch, "random weights, none loaded"
@@ -107,7 +106,7 @@ def fitting(size: Sequence[int], long: float, short: float) -> list[int]:
 def share(data: Sequence[Any], place: Place, workers: int) -> Iterator[tuple[int, Any]]:
     """This rank's items with their indices, read by worker processes, with a bar on a terminal.
 
-    Raises ValueError, one line, for one that cannot be used: a score without it is of other images.
+    Raises ValueError, one line, for one that cannot be used.
     """
     mine = range(place.rank, len(data), place.world_size)
     loader = DataLoader(

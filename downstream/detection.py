@@ -1,7 +1,6 @@
 """Table 2, COCO: Mask R-CNN from torchvision's parts, objects to learn from, average precision.
 
-As in the released settings [O], a batch norm follows every convolution of backbone, pyramid, box
-head and mask head, and nothing is frozen; torchvision's `maskrcnn_resnet50_fpn` does otherwise.
+Batch norms are in backbone, pyramid, box and mask head, and nothing is frozen [O].
 """
 
 from __future__ import annotations
@@ -96,8 +95,7 @@ class Detector(nn.Module):
 class CocoObjects(CocoDetection):
     """Pairs of an image (3 y x) uint8 and the annotations of its objects, with category_id 1..t.
 
-    part: train or val; ids: of the images, in order. Crowds are left out, as are boxes without an
-    area. Raises ValueError: a wrong tree, an annotation or an image that cannot be used.
+    ids: of the images, in order. Crowds are left out, and boxes without an area. Raises ValueError.
     """
 
     def __init__(self, data_dir: str, part: str):

@@ -1,7 +1,5 @@
-"""Files for other libraries: a ResNet under torchvision's names, or under detectron2's.
-
-detectron2 itself no longer installs on today's torch; the names are those of its
-modeling/backbone/resnet.py, where every convolution holds its norm.
+"""Files for other libraries: a ResNet under torchvision's names, or under detectron2's, which are
+those of its modeling/backbone/resnet.py, where every convolution holds its norm.
 """
 
 from __future__ import annotations

@@ -24,7 +24,6 @@ from engine.processes import Place
 from engine.ranks import sum_over_ranks
 from measures import metrics
 from measures.datasets import UNSEEN, Labeled, open_labeled
-from measures.metrics import IGNORE
 from photometric import IMAGENET_MEAN, normalize
 
 SCORE = "miou"  # decides which weights are the best
@@ -144,7 +143,10 @@ def pixel_loss(scores: Tensor, labels: Tensor) -> Tensor:
     those without a label count as zero [P: mmsegmentation].
     """
     scores = enlarged(scores, labels.shape[-2:])
-    return F.cross_entropy(scores, labels, ignore_index=IGNORE, reduction="sum") / labels.numel()
+    return (
+        F.cross_entropy(scores, labels, ignore_index=metrics.IGNORE, reduction="sum")
+        / labels.numel()
+    )
 
 
 def slide(network: Segmenter, images: Tensor, window: int, stride: int) -> Tensor:
@@ -190,12 +192,12 @@ def view(pair: tuple[Tensor, Tensor], rng: random.Random, c: Segmentation) -> tu
     if c.distort:
         image = distorted(image, rng)
     beside = [0, 0, c.crop - sides[1], c.crop - sides[0]]  # at the right and below
-    return pixels.pad(image, beside, GRAY), pixels.pad(marks, beside, IGNORE)[0]
+    return pixels.pad(image, beside, GRAY), pixels.pad(marks, beside, metrics.IGNORE)[0]
 
 
 def is_varied(label: Tensor) -> bool:
     """Whether at least two classes are there, and none has too many of the labeled pixels."""
-    counts = torch.bincount(label[label != IGNORE])
+    counts = torch.bincount(label[label != metrics.IGNORE])
     return bool((counts > 0).sum() > 1 and counts.max() < MOST * counts.sum())
 
 
