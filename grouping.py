@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange
+from einops import einsum, repeat
 from torch import Tensor, nn
-from torchvision.ops import roi_align
 
 from backbone import Projector, build_backbone
 
@@ -54,22 +53,32 @@ def overlapping(boxes: Tensor) -> Tensor:
 
 
 def inverse_augmentation(maps: Tensor, boxes: Tensor, flipped: Tensor) -> Tensor:
-    """Undo crop and flip, so that position (h, w) is the same place of the scene in both views.
+    """Undo crop and flip with one grid, so that cell (h, w) is the same place of the scene in both
+    views.
+
+    x_w = left + (right - left) (w + 1/2) / W, and y_h alike
 
     maps (b c h w): similarity or embeddings of one view; boxes (b 4), flipped (b) bool: of this
-    view, as in `data.Batch` -> (b c h w): the part inside the box, at the size of the map, not
-    mirrored; any values for an empty box. Raises ValueError where the three disagree on b.
+    view, as in `data.Batch` -> (b c h w): each map read bilinearly at the centers of the cells of
+    its box, from right to left where the view is mirrored; any values for an empty box. Raises
+    ValueError where the three disagree on b.
     """
     b, _, h, w = maps.shape
     if boxes.shape != (b, 4) or flipped.shape != (b,):
         raise ValueError(f"{b} maps, but boxes {tuple(boxes.shape)}, flags {tuple(flipped.shape)}")
-    maps = full_precision(maps)  # bfloat16 could not count the images beyond 256
+    maps = full_precision(maps)
     x1, y1, x2, y2 = boxes.to(maps.dtype).unbind(dim=1)
-    image = torch.arange(b, device=maps.device, dtype=maps.dtype)
-    regions = torch.stack([image, x1 * w, y1 * h, x2 * w, y2 * h], dim=1)
-    # aligned=True: pixel centers are half-integers. Otherwise maps move by half a pixel.
-    aligned = roi_align(maps, regions, (h, w), aligned=True)
-    return torch.where(rearrange(flipped, "b -> b 1 1 1"), aligned.flip(-1), aligned)  # over w
+    left, right = torch.where(flipped, x2, x1), torch.where(flipped, x1, x2)
+    x = repeat(cell_centers(left, right, w), "b w -> b h w", h=h)
+    y = repeat(cell_centers(y1, y2, h), "b h -> b h w", w=w)
+    grid = 2 * torch.stack([x, y], dim=-1) - 1  # as grid_sample counts: -1 .. 1
+    return F.grid_sample(maps, grid, padding_mode="border", align_corners=False)
+
+
+def cell_centers(start: Tensor, end: Tensor, count: int) -> Tensor:
+    """start, end (b) -> (b count): the centers of equal cells from start to end."""
+    steps = (torch.arange(count, dtype=start.dtype, device=start.device) + 0.5) / count
+    return torch.lerp(start[:, None], end[:, None], steps)
 
 
 class GroupingNetwork(nn.Module):
