@@ -93,6 +93,8 @@ def test_the_strongest_correlation_of_known_features_is_found():
     first, second = features(b=30, rhos=(0.6,))
     expected = torch.corrcoef(torch.stack([first.flatten(), second.flatten()]))[0, 1].item()
     assert view_correlation(first, second) == pytest.approx(expected, abs=0.02)
+    with pytest.raises(ValueError, match="two images or more, found 1"):
+        view_correlation(first[:1], second[:1])
 
 
 def test_maps_are_aligned_before_they_are_compared():

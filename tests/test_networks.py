@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torchvision.models import resnet18
 
 from engine import checkpoints
 from measures.networks import open_backbone, open_network, untrained_backbone, untrained_network
@@ -40,13 +39,6 @@ def test_a_backbone_comes_from_a_whole_checkpoint_or_from_a_file_of_its_own(tmp_
     assert student.prototypes.weight.equal(saved["student.prototypes.weight"])
     name, weight = next(iter(open_backbone(whole, "student", "cpu")[0].state_dict().items()))
     assert weight.equal(saved[f"student.backbone.{name}"])
-
-
-def test_a_backbone_of_torchvision_is_taken_with_its_classifier(tmp_path):
-    state = resnet18(weights=None).state_dict()
-    checkpoints.save(tmp_path / "resnet18.pth", state)
-    backbone, config = open_backbone(tmp_path / "resnet18.pth", "teacher", "cpu")
-    assert config == dict(arch="resnet18") and backbone.conv1.weight.equal(state["conv1.weight"])
 
 
 @pytest.mark.parametrize("call, file, which, words", [

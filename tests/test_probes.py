@@ -67,9 +67,8 @@ def test_both_probes_are_tested_on_images_they_have_not_learned_from():
         assert report[kind]["miou"] == report[kind]["accuracy"] == report[kind]["iou"]["red"] == 1
     turned = tested[0], (tested[1] + 1) % 3
     report = probes.probe(backbone, [(None, learned)], 5, [(None, turned)], NAMES)
-    assert (
-        report["linear"]["accuracy"] == report["neighbors"]["accuracy"] == 0
-    )  # nothing is matched
+    # Nothing is matched.
+    assert report["linear"]["accuracy"] == report["neighbors"]["accuracy"] == 0
 
 
 def test_probes_refuse_to_learn_from_or_to_be_tested_on_nothing():
