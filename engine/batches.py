@@ -6,7 +6,6 @@ What is drawn at random depends on (seed, epoch, index) alone, not on readers or
 from __future__ import annotations
 
 import collections
-import functools
 import itertools
 import math
 import multiprocessing
@@ -17,11 +16,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
@@ -154,16 +153,20 @@ class Reader:
     ):  # fmt: skip
         self.device, self.skipped, self.trouble, self.waited = place.device, skipped, "", 0.0
         self.batch: Any = None
-        self.copied: torch.cuda.Event | None = None
-        cuda = place.device.type == "cuda"
-        self.stream = torch.cuda.Stream(place.device) if cuda else None
-        others = set(multiprocessing.active_children())
-        self.batches = iter(make_loader(samples, sampler, workers_of(workers), cuda, collate))
+        others, workers = set(multiprocessing.active_children()), workers_of(workers)
+        more = (
+            dict(prefetch_factor=4, worker_init_fn=leave_signals_to_the_parent) if workers else {}
+        )
+        loader = DataLoader(
+            samples, batch_sampler=sampler, num_workers=workers, collate_fn=partial(join, collate),
+            pin_memory=place.device.type == "cuda", **more,
+        )  # fmt: skip
+        self.batches = iter(loader)
         self.processes = set(multiprocessing.active_children()) - others
         notice_dead_readers_later()
 
     def fetch(self) -> None:
-        """Have the next batch ready, on the device; on a GPU the copy runs beside the step."""
+        """Have the next batch ready, on the device."""
         began = time.perf_counter()
         try:
             batch, failures = next(self.batches)
@@ -173,22 +176,12 @@ class Reader:
             return
         finally:
             self.waited += time.perf_counter() - began
-        if self.stream is None:
-            self.batch = moved(batch, lambda tensor: tensor.to(self.device))
-            return
-        with torch.cuda.stream(self.stream):
-            self.batch = moved(batch, lambda tensor: tensor.to(self.device, non_blocking=True))
-            self.copied = self.stream.record_event()
+        # From pinned memory, so that no GPU waits for it
+        self.batch = moved(batch, lambda tensor: tensor.to(self.device, non_blocking=True))
 
     def take(self) -> Any:
-        """The batch that was fetched. What is launched from now on waits for its copy."""
+        """The batch that was fetched."""
         batch, self.batch = self.batch, None
-        if self.copied is not None:
-            current = torch.cuda.current_stream(self.device)
-            current.wait_event(self.copied)
-            moved(
-                batch, lambda tensor: tensor.record_stream(current)
-            )  # or its memory is given away
         return batch
 
     def waited_since(self) -> float:
@@ -203,17 +196,6 @@ class Reader:
         if self.processes:
             Reader.abandoned += (self.batches,)
         self.batches = self.batch = None
-
-
-def make_loader(
-    samples: Dataset, sampler: RunSampler, workers: int, cuda: bool, collate: Collate
-) -> DataLoader:
-    """Batches in the sampler's order, made by reading processes (0: made here)."""
-    more = dict(prefetch_factor=4, worker_init_fn=leave_signals_to_the_parent) if workers else {}
-    return DataLoader(
-        samples, batch_sampler=sampler, num_workers=workers, pin_memory=cuda,
-        collate_fn=functools.partial(join, collate), **more,
-    )  # fmt: skip
 
 
 def join(collate: Collate, samples: Sequence[tuple[Any, Failures]]) -> tuple[Any, Failures]:

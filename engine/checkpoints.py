@@ -211,7 +211,7 @@ def restore(
     anything moves, if the file is no training state or something changed.
     """
     saved = read(path).contents
-    if not TRAINING <= saved.keys() or saved["format"] > FORMAT:
+    if not saved.keys() >= TRAINING or saved["format"] > FORMAT:
         raise ValueError(
             f"{path} cannot be continued: it holds no training state of this program (found "
             f"{some_keys(saved)}), or one of a newer version; its network can be evaluated"

@@ -12,8 +12,11 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TextIO
+from typing import Any
 
+# Idle threads sleep: where they spin, two runs on one machine slow each other down many times.
+# The setting counts before torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # What the transports between processes say when one of them ended
 LOST = re.compile(r"gloo|nccl|TCPStore|connection (closed|reset|refused)", re.IGNORECASE)
 
@@ -40,18 +43,11 @@ def run_program(
     """Calls main(argv) and turns what it raises into one line on stderr; returns the status.
 
     ValueError and OSError: status 2; Stopped: 1; Ctrl-C: 130; memory that does not suffice: 2;
-    another process that is gone: 1. Output that nobody reads, or that a full disk refuses, stops
-    no program.
+    another process that is gone: 1.
     """
-    out, err = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = outcome(name, main, argv)
-        out.flush()
-    return status
-
-
-def outcome(name: str, main: Callable, argv: Sequence[str] | None) -> int:
-    """As `run_program`."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what a terminal cannot show is written as \\u043c
+            stream.reconfigure(errors="backslashreplace")
     try:
         return main(argv)
     except (ValueError, OSError) as error:
@@ -61,12 +57,11 @@ def outcome(name: str, main: Callable, argv: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         return fail(name, "interrupted", 130)
     except RuntimeError as error:
-        line = (str(error).splitlines() or [""])[0]
+        line = (str(error).splitlines() or [""])[0][:120]
         if "out of memory" in line or "can't allocate memory" in line:
-            advice = "take a smaller --batch-size, --image-size or network"
-            return fail(name, f"out of memory: {advice} ({line[:120]})", 2)
+            return fail(name, f"{line}: take a smaller --batch-size, --image-size or network", 2)
         if LOST.search(line) and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            return fail(name, f"another process is gone, and may say why ({line[:120]})", 1)
+            return fail(name, f"another process is gone, and may say why ({line})", 1)
         raise
 
 
@@ -76,39 +71,10 @@ def fail(name: str, reason: Exception | str, status: int) -> int:
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     rank = f"rank {os.environ.get('RANK')}: " if world_size > 1 else ""
-    print(f"{name}: {rank}{reason}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # nobody reads any more
+        print(f"{name}: {rank}{reason}", file=sys.stderr, flush=True)
     if world_size > 1:
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         os._exit(status)
     return status
-
-
-class Unbreakable:
-    """A stream that never raises: once a write fails, all that follows goes to the null device."""
-
-    def __init__(self, stream: TextIO):
-        self.stream = stream
-        if hasattr(stream, "reconfigure"):  # what a terminal cannot show is written as \\u043c
-            stream.reconfigure(errors="backslashreplace")
-
-    def write(self, text: str) -> int:
-        """Write, where it is possible; -> the length of the text."""
-        self.attempt(self.stream.write, text)
-        return len(text)
-
-    def flush(self) -> None:
-        """Flush, where it is possible."""
-        self.attempt(self.stream.flush)
-
-    def attempt(self, act: Callable, *given: str) -> None:
-        """Call a method of the stream. What is still in its buffer is given up with it."""
-        try:
-            act(*given)
-        except (OSError, ValueError):  # ValueError: the stream is closed
-            with contextlib.suppress(OSError, ValueError):
-                null = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(null, self.stream.fileno())
-                os.close(null)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
