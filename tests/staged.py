@@ -254,12 +254,10 @@ def fill_the_disk(run):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 
 
-def close_output(run):
-    """stdout and stderr become pipes whose reader has gone, as behind `| head -1`."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    os.dup2(writer, 1)
-    os.dup2(writer, 2)
+def interrupt_as_a_terminal_does(run):
+    """Ctrl-C reaches every process in front of it."""
+    for pid in (*(reader.pid for reader in run.reader.processes), os.getpid()):
+        os.kill(pid, signal.SIGINT)
 
 
 def raise_a_mistake(run):

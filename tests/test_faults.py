@@ -24,12 +24,12 @@ from staged import (
     Several,
     Signals,
     Unmoved,
-    close_output,
     command_line,
     die_in_the_next_save,
     difference,
     draw_photographs,
     fill_the_disk,
+    interrupt_as_a_terminal_does,
     kill_a_reader,
     last_of,
     log_of,
@@ -52,21 +52,23 @@ class Fault(NamedTuple):
     rank: int = -1  # of the process that it strikes: -1 is the last one
 
 
-SAVED = ("--save-minutes", "0")  # after every step
+SAVED, READER = ("--save-minutes", "0"), ("--workers", "1")  # saved after every step
 STOPPED = r"stopped by ({}|a signal to another process) after step 6 of 18; .* the same command"
 FAULTS = {
     **{
         name: Fault(Signals(name), (0, 0), 0, (6,), STOPPED.format(name))
         for name in ("SIGTERM", "SIGUSR1", "SIGHUP")
     },
-    "SIGINT": Fault(Signals("SIGINT"), (0, 130), 130, (6,), STOPPED.format("SIGINT")),
+    "SIGINT": Fault(
+        interrupt_as_a_terminal_does, (0, 130), 130, (6,), STOPPED.format("SIGINT"), READER
+    ),
     # Clusters repeat SIGTERM, and some send SIGINT before it
     "many": Fault(Signals("SIGINT", "SIGTERM", "SIGTERM", "SIGHUP"), (0, 130), 130, (6,), ""),
     "SIGINT again": Fault(Signals("SIGINT", "SIGINT"), (1, 130), 130, (5,), "", SAVED),
     "kill -9": Fault(Signals("SIGKILL"), (1, -9), -9, (5,), "", SAVED),
     "kill -9 in a save": Fault(die_in_the_next_save, (-9, 1), -9, (5,), "", SAVED, rank=0),
     "dead reader": Fault(
-        kill_a_reader, (1, 1), 1, (6, 7), "a process that reads images died", ("--workers", "1")
+        kill_a_reader, (1, 1), 1, (6, 7), "a process that reads images died", READER
     ),
     "full disk": Fault(
         fill_the_disk, (1, 0), 1, (5,), "after step 6: File too large.* goes on", SAVED, rank=0
@@ -74,7 +76,6 @@ FAULTS = {
     "full disk at the end": Fault(
         fill_the_disk, (1, 0), 1, (0,), "step 18: File too large.* same command again", rank=0
     ),
-    "closed output": Fault(close_output, (0, 0), 0, (STEPS,), "", rank=0),
     "mistake of ours": Fault(raise_a_mistake, (1, 1), 1, (5,), "ArithmeticError: a mistake"),
     "error of one": Fault(
         raise_what_a_person_can_change, (1, 2), 2, (5,), r"train.py: (rank 1: )?the answer to all"
