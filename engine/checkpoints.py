@@ -49,17 +49,8 @@ class Checkpoint:
         self.state = released_names(tensors_of(contents))
         self.holds_network = any(key.startswith("student.") for key in self.state)
 
-    @property
-    def kind(self) -> str:
-        """What the file is, in words."""
-        step = f" after step {self.contents['step']}" if "step" in self.contents else ""
-        return f"a SlotCon checkpoint{step}" if self.holds_network else "a backbone"
-
     def network(self, which: str = "teacher") -> dict[str, Tensor]:
-        """The student's or the teacher's backbone.*, projector.* and prototypes.weight.
-
-        Raises ValueError where the file holds no whole SlotCon.
-        """
+        """backbone.*, projector.* and prototypes.weight of teacher or student. Raises ValueError."""
         state = part(self.state, f"{which}.")
         if "prototypes.weight" not in state or "projector.mlp.0.weight" not in state:
             raise ValueError(
@@ -69,11 +60,7 @@ class Checkpoint:
         return state
 
     def backbone(self, which: str = "teacher") -> dict[str, Tensor]:
-        """The backbone alone, without fc.*: torchvision's names for a ResNet.
-
-        Raises ValueError where there is none, or where a file without both networks is asked for
-        its student.
-        """
+        """The backbone alone, without fc.*: torchvision's names for a ResNet. Raises ValueError."""
         if self.holds_network:
             return part(self.state, f"{which}.backbone.")
         if which != "teacher":
@@ -173,10 +160,9 @@ def load_strictly(module: torch.nn.Module, state: Mapping[str, Tensor], path: st
 
 
 def start_from(model: torch.nn.Module, path: str) -> str:
-    """Start a new SlotCon from a checkpoint or a backbone; returns what was used, in one line.
+    """Start a new SlotCon from a checkpoint or a backbone -> what was used, in one line.
 
-    A backbone goes into student and teacher; of a whole checkpoint all is used that has the same
-    name and shape. Raises ValueError where the backbone is not there as a whole.
+    A backbone goes into student and teacher. Raises ValueError where it is not there as a whole.
     """
     found, own = read(path), model.state_dict()
     given = found.state

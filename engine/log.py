@@ -40,11 +40,6 @@ class Log:
             total=last_step, initial=step, unit="step", ncols=79, leave=False, disable=not terminal
         )
 
-    def records(self) -> list[dict[str, Any]]:
-        """The lines of the log so far."""
-        lines = self.file.read_text().splitlines() if self.file.exists() else []
-        return [json.loads(line) for line in lines if line.strip()]
-
     def print(self, text: str) -> None:
         """Text on stdout, above the bar."""
         with tqdm.external_write_mode():

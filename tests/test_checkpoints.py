@@ -123,8 +123,7 @@ BACKBONES = {
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_a_whole_network_comes_in_under_our_names(kind, tmp_path):
     found = checkpoints.read(file_with(NETWORKS[kind], tmp_path))
-    assert found.holds_network and found.kind.startswith("a SlotCon checkpoint")
-    assert found.kind.endswith("after step 7") == (kind == "ours")
+    assert found.holds_network
     assert not difference(found.state, dict(OURS))
     for which, state in (("teacher", TEACHER), ("student", STUDENT)):
         assert not difference(found.network(which), dict(state))
@@ -137,7 +136,7 @@ def test_a_whole_network_comes_in_under_our_names(kind, tmp_path):
 def test_a_backbone_comes_in_under_torchvisions_names_without_its_head(kind, tmp_path):
     found = checkpoints.read(file_with(BACKBONES[kind], tmp_path))
     assert not difference(found.backbone(), dict(TINY))
-    assert (found.holds_network, found.kind) == (False, "a backbone")
+    assert not found.holds_network
     for refused in (found.network, lambda: found.backbone("student")):
         with pytest.raises(ValueError) as error:
             refused()
