@@ -50,8 +50,8 @@ MUTATIONS = {  # what is broken, and the check that must turn red
         "change('grouping', 'inverse_augmentation', lambda old, m, b, f: old(m, b, f & False))",
         "the same cell is the same place",
     ),
-    "05 aligned=False": (
-        "change('torchvision.ops', 'roi_align', lambda old, *x, aligned: old(*x, aligned=False))",
+    "05 corners aligned": (
+        "change('torch.nn.functional', 'grid_sample', lambda f, *x, **_: f(*x, align_corners=True))",
         "the same cell is the same place",
     ),
     "05 zero padding": (
