@@ -74,7 +74,8 @@ def brief(record: Mapping[str, Any]) -> str:
     groups = (
         "occupied {occupied_per_image:.1f}  in use {prototypes_used}  agreement {agreement:.2f}"
     )
-    return f"{losses}  {groups}  {{images_per_second:.0f}} images/s".format(**record)
+    speed = "{images_per_second:.0f} images/s  {memory_gb:.1f} GB"
+    return f"{losses}  {groups}  {speed}".format(**record)
 
 
 def moments(first: Tensor, second: Tensor) -> Tensor:
