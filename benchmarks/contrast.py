@@ -61,7 +61,7 @@ def naive(student: Tensor, teacher: Tensor, queries: Tensor, keys: Tensor, ranks
 
 
 def measure(way: str, a: argparse.Namespace) -> dict[str, float]:
-    """One loss and its gradient: value, bytes on the wire, peak memory above the inputs, seconds."""
+    """One loss and its gradient: value, bytes on the wire, peak memory, seconds."""
     wire: list[int] = []
     pretend(a.ranks, wire)
     torch.manual_seed(0)

@@ -110,8 +110,8 @@ def check(folder: Path, only: list[str]) -> int:
                 names = expected[name].keys() | found.keys()
                 other = sorted(key for key in names if expected[name].get(key) != found.get(key))
                 bad += bool(other)
-                verdict = f"{len(other)} tensors differ, first {other[0]}" if other else "same bits"
-                print(f"{name}, {way}: {verdict}", flush=True)
+                line = f"{len(other)} tensors differ, first {other[0]}" if other else "same bits"
+                print(f"{name}, {way}: {line}", flush=True)
     return bad
 
 

@@ -50,7 +50,7 @@ class Checkpoint:
         self.holds_network = any(key.startswith("student.") for key in self.state)
 
     def network(self, which: str = "teacher") -> dict[str, Tensor]:
-        """backbone.*, projector.* and prototypes.weight of teacher or student. Raises ValueError."""
+        """The backbone.*, projector.* and prototypes.weight of one network. Raises ValueError."""
         state = part(self.state, f"{which}.")
         if "prototypes.weight" not in state or "projector.mlp.0.weight" not in state:
             raise ValueError(
