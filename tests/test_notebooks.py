@@ -51,7 +51,7 @@ MUTATIONS = {  # what is broken, and the check that must turn red
         "the same cell is the same place",
     ),
     "05 corners aligned": (
-        "change('torch.nn.functional', 'grid_sample', lambda f, *x, **_: f(*x, align_corners=True))",
+        "change('torch.nn.functional', 'grid_sample', lambda f, *x, **_: f(*x,align_corners=True))",
         "the same cell is the same place",
     ),
     "05 zero padding": (
