@@ -4,8 +4,6 @@ Slide: "Image-level, pixel-level, and object-level contrastive learning" and all
 to "Together". The names are here without torch; a system's file is loaded when it is built.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -44,26 +42,21 @@ class Variant(NamedTuple):
     preset: str = "scene"  # of toy.py
 
 
+FLAT = Variant("slot_attention: flat", preset="flat")
 VARIANTS = {name: (Variant(name),) for name in SYSTEMS} | {
     "given_masks": tuple(Variant(f"given_masks: {kind}", {"masks": kind}) for kind in MASK_KINDS),
-    "slot_attention": (
-        Variant("slot_attention: scene"),
-        Variant("slot_attention: flat", {}, "flat"),
-    ),
+    "slot_attention": (Variant("slot_attention: scene"), FLAT),
 }
 
 
-def build(name: str, settings: Any, **more: Any) -> System:
-    """A system with random weights.
+def build(name: str, settings: Any, **more: Any) -> "System":
+    """A system with random weights. Raises ValueError for an unknown name.
 
-    settings: a dataclass with the configuration's names, from which a system takes what it knows;
-    more: arguments of this system alone. ValueError for an unknown name.
+    settings: the configuration, a dataclass; more: arguments of this system alone.
     """
     if name not in SYSTEMS:
         raise ValueError(f"no system {name!r}: choose of {', '.join(SYSTEMS)}")
     file, kind = SYSTEMS[name].split(".")
     system = getattr(importlib.import_module(f"comparisons.{file}"), kind)
-    known = chosen_for(system, settings)
-    if system.wraps:
-        known = {**chosen_for(system.wraps, settings), **known}
-    return system(**{**known, **more})
+    known = chosen_for(system.wraps, settings) if system.wraps else {}
+    return system(**{**known, **chosen_for(system, settings), **more})

@@ -1,7 +1,5 @@
 """A row of the comparison: from random weights to measures, with the step of train.py."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import statistics
@@ -87,13 +85,13 @@ def learn(system: System, scenes: Scenes, c: Any) -> dict[str, float]:
             seen, extra = batch.views[:, :, :3], batch.views[:, :, 3:].float() / 255
             views = normalize(seen) if flow else photometric(seen, run.generator())
             run.remember()
-            loss, outcome = run.network(views, batch.boxes, batch.flipped, extra)
+            loss, memo = run.network(views, batch.boxes, batch.flipped, extra)
             run.backward(loss)
-            if run.agree(outcome.loss[None]):
+            if run.agree(loss.detach()[None]):
                 run.step(schedule.learning_rate(run.steps))
                 momentum = teacher_momentum(run.steps + 1, steps, *c.momentum_teacher)
-                system.after_step(outcome.memo, momentum)
-                losses.append(float(outcome.loss))
+                system.after_step(memo, momentum)
+                losses.append(loss.item())
             else:
                 run.undo()
             run.end_step()

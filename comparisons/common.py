@@ -4,9 +4,7 @@ A system is built from values named as in the configuration. All systems share t
 views, the optimizer and the measures; a file of this folder shows the rest.
 """
 
-from __future__ import annotations
-
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,35 +16,29 @@ from grouping import GroupingNetwork, inverse_augmentation
 from slots import SlotPredictor
 from teacher import make_teacher, update_teacher
 
-
-class Outcome(NamedTuple):
-    """What a forward gives besides the loss that is differentiated."""
-
-    loss: Tensor  # scalar, no gradient
-    memo: Any = None  # what `after_step` needs of this step
+Step = tuple[Tensor, Any]  # this rank's loss, and what `after_step` needs of the step
 
 
 class System(nn.Module):
-    """The interface. A subclass overrides `forward` and `backbone`, and the others where needed."""
+    """The interface. A subclass overrides `forward` and `judged`, and the others where needed."""
 
     sees = "image"  # input of its backbone: "image", or "flow" painted as an image
     extra = ""  # input of its training only: "", "depth", "grid", "color" or "truth"
     per_image = False  # its groups have no names: group 3 of one image is not group 3 of another
     rate = 1.0  # its learning rate, as a share of the preset's
     wraps: type[nn.Module] | None = None  # a class that gets its other arguments
+    judged = ""  # the part whose backbone is measured: the teacher if there is one
 
-    def forward(
-        self, views: Tensor, boxes: Tensor, flipped: Tensor, extra: Tensor
-    ) -> tuple[Tensor, Outcome]:
+    def forward(self, views: Tensor, boxes: Tensor, flipped: Tensor, extra: Tensor) -> Step:
         """views (b v 3 y x) normalized; boxes (b v 4), flipped (b v) as SlotCon takes them; extra
-        (b v m y x) in 0..1, m = 0 for a system without -> this rank's loss, its outcome.
+        (b v m y x) in 0..1, m = 0 for a system without.
         """
         raise NotImplementedError
 
     @property
     def backbone(self) -> nn.Module:
-        """The trained backbone, images (b 3 y x) -> (b c h w): the teacher's if there is one."""
-        raise NotImplementedError
+        """The trained backbone, images (b 3 y x) -> (b c h w)."""
+        return self.get_submodule(f"{self.judged}.backbone")
 
     def after_step(self, memo: Any, momentum: float) -> None:
         """After the optimizer's step: teacher, center, labels follow. momentum: the teacher's."""
@@ -65,6 +57,7 @@ class StudentTeacher(System):
     arch, dim_hidden, dim_out (d): sizes of the networks; temp_slot: of the contrast.
     """
 
+    judged = "teacher"
     make_student: type[nn.Module]  # a subclass's, from the three sizes
 
     def __init__(self, arch: str, dim_hidden: int, dim_out: int, temp_slot: float = 0.2):
@@ -78,11 +71,6 @@ class StudentTeacher(System):
         """Of the student alone: rows (n d) -> (n d)."""
         return SlotPredictor(dim, dim, dim_hidden)
 
-    @property
-    def backbone(self) -> nn.Module:
-        """The teacher's."""
-        return self.teacher.backbone
-
     def after_step(self, memo: None, momentum: float) -> None:
         """The teacher follows."""
         update_teacher(self.teacher, self.student, momentum)
@@ -94,17 +82,14 @@ class Prototyped(System):
     arch, num_prototypes (k), dim_hidden, dim_out (d): sizes; temp_student: of the assignment.
     """
 
+    judged = "network"
+
     def __init__(
         self, arch: str, num_prototypes: int, dim_hidden: int, dim_out: int, temp_student: float
     ):
         super().__init__()
         self.network = GroupingNetwork(arch, num_prototypes, dim_hidden, dim_out)
         self.temp_student = temp_student
-
-    @property
-    def backbone(self) -> nn.Module:
-        """The network's."""
-        return self.network.backbone
 
     def maps(self, images: Tensor) -> Tensor:
         """images (b 3 y x) normalized -> similarity with the prototypes (b k h w)."""

@@ -2,15 +2,11 @@
 
 Slide: "Image-level, pixel-level, and object-level contrastive learning", the middle column.
 Papers: DenseCL (Wang et al., CVPR 2021), section 3.2; PixPro (Xie et al., CVPR 2021), section 3.1.
-Differs: one contrast that keeps what both share: one positive, all other places are negatives.
-Places correspond by geometry. DenseCL pairs the places whose backbone features are most alike,
-takes its negatives from a queue of pooled vectors of other images, and adds the image-level loss
-with weight 1/2. PixPro also goes by geometry: all places within 0.7 of a cell are positives; its
-final version (PixPro, not PixContrast) smooths one branch by feature similarity and has no
-negatives.
+Differs: one positive, by geometry; all other places are negatives. DenseCL pairs the places whose
+features are most alike, takes negatives from a queue of pooled vectors, and adds the image-level
+loss with weight 1/2. PixPro has all places within 0.7 of a cell as positives; its final version
+smooths one branch by feature similarity and has no negatives.
 """
-
-from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from backbone import Projector
-from comparisons.common import Outcome, PixelNetwork, StudentTeacher, align, each_view
+from comparisons.common import PixelNetwork, Step, StudentTeacher, align, each_view
 from engine.ranks import gather_rows, rank_and_world_size
 from grouping import overlapping
 from losses import contrast_in_parts, unit
@@ -55,14 +51,11 @@ class Dense(StudentTeacher):
         """Of every place: (b d h w) -> (b d h w)."""
         return Projector(dim, dim_hidden, dim)
 
-    def forward(
-        self, views: Tensor, boxes: Tensor, flipped: Tensor, extra: Tensor
-    ) -> tuple[Tensor, Outcome]:
+    def forward(self, views: Tensor, boxes: Tensor, flipped: Tensor, extra: Tensor) -> Step:
         """L = contrast(q1, k2) + contrast(q2, k1), both at the places that the views share."""
         queries = [self.predictor(embeddings) for embeddings in each_view(self.student, views)]
         q1, q2 = align(queries, boxes, flipped)
         with torch.no_grad():
             k1, k2 = align(each_view(self.teacher, views), boxes, flipped)
         valid, tau = overlapping(boxes), self.temp_slot
-        loss = place_contrast(q1, k2, valid, tau) + place_contrast(q2, k1, valid, tau)
-        return loss, Outcome(loss.detach())
+        return place_contrast(q1, k2, valid, tau) + place_contrast(q2, k1, valid, tau), None

@@ -7,8 +7,6 @@ depth is toy.py's order of drawing, dense, not the sparse points of a LiDAR. Onl
 depth: groups are found in images without it.
 """
 
-from __future__ import annotations
-
 from comparisons.slot_attention import Reconstruction
 
 

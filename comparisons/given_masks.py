@@ -10,14 +10,14 @@ clusters of the colors of each scene (its Felzenszwalb segments); `truth`, every
 kinds of stuff as they were drawn, the upper bound.
 """
 
-from __future__ import annotations
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor
 
-from comparisons.common import Outcome, PixelNetwork, StudentTeacher, each_view
+from comparisons.common import PixelNetwork, Step, StudentTeacher, each_view
 from comparisons.kmeans import cluster, nearest_center
 from comparisons.slot_attention import weighted_mean
 from losses import pair_slots, slot_contrast
@@ -32,9 +32,8 @@ def pool_in_masks(embeddings: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     one cell of the map (b k) bool.
     """
     cover = F.adaptive_avg_pool2d(masks, embeddings.shape[-2:])
-    slots = weighted_mean(
-        rearrange(cover, "b k h w -> b k (h w)"), rearrange(embeddings, "b d h w -> b (h w) d")
-    )
+    pixels = rearrange(embeddings, "b d h w -> b (h w) d")
+    slots = weighted_mean(rearrange(cover, "b k h w -> b k (h w)"), pixels)
     return slots, reduce(cover, "b k h w -> b k", "sum") >= 1
 
 
@@ -49,22 +48,16 @@ def color_clusters(image: Tensor) -> Tensor:
 
 
 class GivenMasks(StudentTeacher):
-    """Student, teacher and predictor of masks.
-
-    masks: their source, "grid", "color" or "truth"; the rest as in StudentTeacher.
-    """
+    """Student, teacher and predictor of masks. masks: "grid", "color" or "truth"."""
 
     make_student = PixelNetwork
+    wraps = StudentTeacher
 
-    def __init__(
-        self, arch: str, dim_hidden: int, dim_out: int, temp_slot: float = 0.2, masks: str = "truth"
-    ):
-        super().__init__(arch, dim_hidden, dim_out, temp_slot)
+    def __init__(self, masks: str = "truth", **settings: Any):
+        super().__init__(**settings)
         self.extra = masks
 
-    def forward(
-        self, views: Tensor, boxes: Tensor, flipped: Tensor, extra: Tensor
-    ) -> tuple[Tensor, Outcome]:
+    def forward(self, views: Tensor, boxes: Tensor, flipped: Tensor, extra: Tensor) -> Step:
         """L = contrast(s1, t2) + contrast(s2, t1); extra (b v k y x): masks, cut like the views."""
         masks = extra.unbind(1)  # over v
         (s1, seen1), (s2, seen2) = map(pool_in_masks, each_view(self.student, views), masks)
@@ -73,5 +66,4 @@ class GivenMasks(StudentTeacher):
         pairs12, pairs21 = pair_slots([seen1, seen2], [seen2, seen1])
         loss12 = slot_contrast(s1, t2, self.predictor, pairs12, self.temp_slot)
         loss21 = slot_contrast(s2, t1, self.predictor, pairs21, self.temp_slot)
-        loss = loss12 + loss21
-        return loss, Outcome(loss.detach())
+        return loss12 + loss21, None

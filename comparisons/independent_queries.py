@@ -7,8 +7,6 @@ Differs: one layer of cross-attention without self-attention; the queries are le
 name, but they are measured like the slots of slot_attention.py.
 """
 
-from __future__ import annotations
-
 from torch import nn
 
 from comparisons.slot_attention import NUM_SLOTS, IndependentQueries, Reconstruction

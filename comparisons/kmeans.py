@@ -8,15 +8,14 @@ clusters' centers (as in PiCIE), where DeepCluster starts a new linear layer eve
 are not balanced by sampling. An empty cluster takes half of the largest [P].
 """
 
-from __future__ import annotations
-
 from collections import deque
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from comparisons.common import Outcome, Prototyped, target_loss
+from comparisons.common import Prototyped, Step, target_loss
 from losses import unit
 from teacher import make_teacher, update_teacher
 
@@ -26,10 +25,7 @@ PIXELS = 8192  # [U] the most pixels that are clustered
 
 
 def cluster(rows: Tensor, k: int, generator: torch.Generator, rounds: int = 20) -> Tensor:
-    """k-means (Lloyd): rows (n d) -> centers (k d). It starts from k of the rows.
-
-    Raises ValueError for fewer rows than clusters.
-    """
+    """k-means (Lloyd) from k of the rows (n d) -> centers (k d). Raises ValueError if n < k."""
     if len(rows) < k:
         raise ValueError(f"{k} clusters of {len(rows)} rows")
     centers = rows[torch.randperm(len(rows), generator=generator)[:k]].clone()
@@ -37,8 +33,7 @@ def cluster(rows: Tensor, k: int, generator: torch.Generator, rounds: int = 20) 
         nearest = nearest_center(rows, centers)
         counts = torch.bincount(nearest, minlength=k)
         for empty in (counts == 0).nonzero()[:, 0].tolist():
-            largest = int(counts.argmax())
-            members = (nearest == largest).nonzero()[:, 0]
+            members = (nearest == counts.argmax()).nonzero()[:, 0]
             nearest[members[::2]] = empty  # over n: every other row of the largest cluster
             counts = torch.bincount(nearest, minlength=k)
         sums = torch.zeros_like(centers).index_add_(0, nearest, rows)
@@ -54,25 +49,17 @@ def nearest_center(rows: Tensor, centers: Tensor) -> Tensor:
 class Kmeans(Prototyped):
     """A network that learns, and the copy of it that labels. seed: of the clusters."""
 
-    def __init__(
-        self,
-        arch: str,
-        num_prototypes: int,
-        dim_hidden: int,
-        dim_out: int,
-        temp_student: float,
-        seed: int = 0,
-    ):
-        super().__init__(arch, num_prototypes, dim_hidden, dim_out, temp_student)
+    wraps = Prototyped
+
+    def __init__(self, seed: int = 0, **settings: Any):
+        super().__init__(**settings)
         self.network.prototypes.requires_grad_(False)  # they are the centers of the clusters
         self.labeler = make_teacher(self.network)
         self.steps = 0
         self.recent: deque[Tensor] = deque(maxlen=BATCHES)
         self.generator = torch.Generator().manual_seed(seed)
 
-    def forward(
-        self, views: Tensor, boxes: Tensor, flipped: Tensor, extra: Tensor
-    ) -> tuple[Tensor, Outcome]:
+    def forward(self, views: Tensor, boxes: Tensor, flipped: Tensor, extra: Tensor) -> Step:
         """L = mean_v CE(s_v, y_v), each view alone; y_v: the nearest center for the copy."""
         self.start(views)
         images = rearrange(views, "b v c y x -> (b v) c y x")
@@ -80,7 +67,7 @@ class Kmeans(Prototyped):
         labels = self.labeler(images)[1].argmax(1)  # over k; labels have no gradient
         valid = torch.ones(len(images), dtype=torch.bool, device=images.device)
         loss = target_loss(similarity, labels, self.temp_student, valid)
-        return loss, Outcome(loss.detach(), views)
+        return loss, views
 
     def start(self, views: Tensor) -> None:
         """Before the first step, cluster its views (b v 3 y x)."""
@@ -96,8 +83,7 @@ class Kmeans(Prototyped):
         pixels = torch.cat([self.labeler.embed(some)[1] for some in images])
         rows = unit(rearrange(pixels, "b d h w -> (b h w) d"))
         some = torch.randperm(len(rows), generator=self.generator)[:PIXELS].to(rows.device)
-        k = len(self.network.prototypes.weight)
-        centers = cluster(rows[some], k, self.generator)
+        centers = cluster(rows[some], len(self.network.prototypes.weight), self.generator)
         for network in (self.network, self.labeler):
             network.prototypes.weight.copy_(centers)
 

@@ -6,14 +6,12 @@ Differs: a convolutional backbone; our projector and predictor; the temperature 
 which is MoCo v3's too. It makes no groups: clusters of its backbone's features are measured.
 """
 
-from __future__ import annotations
-
 import torch
 from einops import reduce
 from torch import Tensor, nn
 
 from backbone import build_backbone
-from comparisons.common import Outcome, StudentTeacher, each_view
+from comparisons.common import Step, StudentTeacher, each_view
 from losses import image_contrast
 from slots import SlotPredictor
 
@@ -36,12 +34,9 @@ class Moco(StudentTeacher):
 
     make_student = ImageNetwork
 
-    def forward(
-        self, views: Tensor, boxes: Tensor, flipped: Tensor, extra: Tensor
-    ) -> tuple[Tensor, Outcome]:
+    def forward(self, views: Tensor, boxes: Tensor, flipped: Tensor, extra: Tensor) -> Step:
         """L = contrast(q1, k2) + contrast(q2, k1); contrast = 2 tau CE(<q_b, k_m> / tau, m = b)."""
         q1, q2 = (self.predictor(vectors) for vectors in each_view(self.student, views))
         with torch.no_grad():
             k1, k2 = each_view(self.teacher, views)
-        loss = image_contrast(q1, k2, self.temp_slot) + image_contrast(q2, k1, self.temp_slot)
-        return loss, Outcome(loss.detach())
+        return image_contrast(q1, k2, self.temp_slot) + image_contrast(q2, k1, self.temp_slot), None

@@ -8,8 +8,6 @@ never the image: a single image does not say how things will move. So its featur
 motion only, and the probe reads classes from them. Crops are cut from the flow, without jitter.
 """
 
-from __future__ import annotations
-
 import torch
 from einops import rearrange
 from torch import Tensor

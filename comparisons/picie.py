@@ -7,11 +7,9 @@ copy that kmeans.py describes, not from a pass over the whole data set. There is
 more clusters (the "+ H." of table 5).
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
-from comparisons.common import Outcome, align, each_view, target_loss
+from comparisons.common import Step, align, each_view, target_loss
 from comparisons.kmeans import Kmeans
 from grouping import overlapping
 
@@ -19,12 +17,8 @@ from grouping import overlapping
 class Picie(Kmeans):
     """kmeans.py with labels that cross from view to view. Arguments as there."""
 
-    def forward(
-        self, views: Tensor, boxes: Tensor, flipped: Tensor, extra: Tensor
-    ) -> tuple[Tensor, Outcome]:
-        """L = (CE(s1, y1) + CE(s2, y2) + CE(s1, y2) + CE(s2, y1)) / 4, within and across views, at
-        the places that both views show.
-        """
+    def forward(self, views: Tensor, boxes: Tensor, flipped: Tensor, extra: Tensor) -> Step:
+        """L = (CE(s1, y1) + CE(s2, y2) + CE(s1, y2) + CE(s2, y1)) / 4, where both views show."""
         self.start(views)
         maps = [similarity for _, similarity in each_view(self.network, views)]
         teaching = [similarity for _, similarity in each_view(self.labeler, views)]
@@ -33,4 +27,4 @@ class Picie(Kmeans):
         valid = overlapping(boxes)
         pairs = ((s1, y1), (s2, y2), (s1, y2), (s2, y1))
         loss = sum(target_loss(s, y, self.temp_student, valid) for s, y in pairs) / 4
-        return loss, Outcome(loss.detach(), views)
+        return loss, views

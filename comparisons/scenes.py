@@ -4,8 +4,6 @@ The extra input is stacked behind the image's three channels, so that both are c
 mirrored by the same `data.TwoCrops`. All of it are amounts, which may be interpolated.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -31,7 +29,9 @@ class Scenes(toy.ToyImages):
     ):
         super().__init__(seed, count, preset)
         self.colors = self.images
-        self.regions = torch.where(self.instance > 0, self.instance + 1, stuff_of(self.semantic))
+        stuff = self.semantic.masked_fill(self.instance > 0, toy.NUM_STUFF)
+        second = stuff != stuff.amin(dim=(1, 2), keepdim=True)  # over y x; of two kinds of stuff
+        self.regions = torch.where(self.instance > 0, self.instance + 1, second)
         seen = self.colors
         if sees == "flow":
             pairs = (toy.frame_pair(seed, index, preset, SPEED) for index in range(count))
@@ -39,9 +39,7 @@ class Scenes(toy.ToyImages):
         self.images = torch.cat([seen, self.channels(extra)], dim=1) if extra else seen
 
     def channels(self, kind: str) -> Tensor:
-        """Extra input (n m y x) uint8 in 0..255: depth, or MASKS masks, of which each pixel is in
-        one. ValueError for another kind.
-        """
+        """Extra input (n m y x) uint8: depth, or MASKS masks, 255 in one of them. ValueError."""
         n, y, x = self.semantic.shape
         if kind == "depth":
             return self.depth[:, None]
@@ -55,10 +53,3 @@ class Scenes(toy.ToyImages):
         else:
             raise ValueError(f"extra input is depth, grid, color or truth, found {kind!r}")
         return rearrange(255 * F.one_hot(numbers, MASKS).byte(), "n y x m -> n m y x")
-
-
-def stuff_of(semantic: Tensor) -> Tensor:
-    """semantic (n y x) -> 0 or 1 for the two kinds of stuff of each scene, whichever they are."""
-    stuff = semantic.masked_fill(semantic >= toy.NUM_STUFF, toy.NUM_STUFF)
-    lowest = stuff.amin(dim=(1, 2), keepdim=True)  # over y x
-    return (stuff != lowest).to(semantic.dtype)

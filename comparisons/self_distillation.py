@@ -8,14 +8,12 @@ the rows of a linear layer without gradient in the first epoch. Three of the fou
 collapse are numbers of the configuration (recipes.py, table "collapse"); the fourth is here.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from einops import rearrange
 from torch import Tensor
 
-from comparisons.common import Outcome, align, each_view, target_loss
+from comparisons.common import Step, align, each_view, target_loss
 from comparisons.whole_method import WholeMethod
 from grouping import assignment, overlapping
 from losses import mean_over_pixels
@@ -47,9 +45,7 @@ class SelfDistillation(WholeMethod):
         super().__init__(momentum_center, **{**settings, "group_weight": 1.0})
         self.stop_gradient = stop_gradient
 
-    def forward(
-        self, views: Tensor, boxes: Tensor, flipped: Tensor, extra: Tensor
-    ) -> tuple[Tensor, Outcome]:
+    def forward(self, views: Tensor, boxes: Tensor, flipped: Tensor, extra: Tensor) -> Step:
         """L = CE(s1, t2) + CE(s2, t1); without stop-gradient t is the student itself."""
         if self.stop_gradient:
             return super().forward(views, boxes, flipped, extra)
@@ -58,4 +54,4 @@ class SelfDistillation(WholeMethod):
         s1, s2 = align(maps, boxes, flipped)
         numbers = method.center, method.temp_student, method.temp_teacher, overlapping(boxes)
         loss = both_branches(s1, s2, *numbers) + both_branches(s2, s1, *numbers)
-        return loss, Outcome(loss.detach(), mean_over_pixels(maps))
+        return loss, mean_over_pixels(maps)

@@ -6,13 +6,11 @@ Differs: no queue, since a batch of pixels is large; no multi-crop; the prototyp
 from the first step on. It is the method without teacher and center: one network, two views.
 """
 
-from __future__ import annotations
-
 import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
-from comparisons.common import Outcome, Prototyped, align, each_view, target_loss
+from comparisons.common import Prototyped, Step, align, each_view, target_loss
 from engine.ranks import sum_over_ranks
 from grouping import overlapping
 
@@ -25,13 +23,11 @@ def sinkhorn(similarity: Tensor, temperature: float, iterations: int = 3) -> Ten
 
     similarity (b k h w) of this rank -> assignment (b k h w), summing to 1 over k; over all pixels
     of all ranks each prototype sums to nearly the same (Cuturi, 2013). Three iterations [P].
-    Raises ValueError for a temperature below 0.03 or fewer than one iteration.
+    Raises ValueError for a temperature at which float32 underflows.
     """
     if temperature < 0.03 or iterations < 1:
-        raise ValueError(
-            "Sinkhorn needs a temperature of at least 0.03, below which float32 "
-            f"underflows, and an iteration; found {temperature} and {iterations}"
-        )
+        found = f"found {temperature} and {iterations}"
+        raise ValueError(f"Sinkhorn needs a temperature of 0.03 or more, and an iteration; {found}")
     q = ((similarity - 1) / temperature).exp()  # exp(-2 / 0.03) is 1e-29; only ratios matter
     for _ in range(iterations):
         q = q / rearrange(sum_over_ranks(reduce(q, "b k h w -> k", "sum")), "k -> k 1 1")
@@ -42,13 +38,10 @@ def sinkhorn(similarity: Tensor, temperature: float, iterations: int = 3) -> Ten
 class Sinkhorn(Prototyped):
     """One network: each view predicts the other's balanced targets."""
 
-    def forward(
-        self, views: Tensor, boxes: Tensor, flipped: Tensor, extra: Tensor
-    ) -> tuple[Tensor, Outcome]:
+    def forward(self, views: Tensor, boxes: Tensor, flipped: Tensor, extra: Tensor) -> Step:
         """L = CE(s1, q2) + CE(s2, q1) with q = sinkhorn(s), which has no gradient."""
         maps = [similarity for _, similarity in each_view(self.network, views)]
         s1, s2 = align(maps, boxes, flipped)
         q1, q2 = (sinkhorn(aligned, TEMPERATURE) for aligned in (s1, s2))
         valid, tau = overlapping(boxes), self.temp_student
-        loss = target_loss(s1, q2, tau, valid) + target_loss(s2, q1, tau, valid)
-        return loss, Outcome(loss.detach())
+        return target_loss(s1, q2, tau, valid) + target_loss(s2, q1, tau, valid), None

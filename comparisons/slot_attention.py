@@ -10,15 +10,13 @@ image is painted as the backbone sees it, with jittered colors. Groups are the d
 in the paper; they have no names: mIoU and NMI are measured on clusters of the backbone's features.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 
 from backbone import build_backbone
-from comparisons.common import Outcome, System
+from comparisons.common import Step, System
 from slots import EPSILON
 
 NUM_SLOTS = 8  # [U] up to seven objects, and what is behind them
@@ -82,11 +80,7 @@ class IndependentQueries(nn.Module):
 
 
 def projections(dim: int) -> list[nn.Linear]:
-    """To queries, keys and values, with Glorot's initialization [O].
-
-    With torch's own the first logits are a third as large: attention is nearly uniform, and slots
-    take longer to part.
-    """
+    """To queries, keys and values, with Glorot's weights [O]: torch's own are a third as large."""
     layers = [nn.Linear(dim, dim, bias=False) for _ in range(3)]
     for layer in layers:
         nn.init.xavier_uniform_(layer.weight)
@@ -124,8 +118,9 @@ class PositionEmbedding(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         """maps (b c h w) -> (b c h w); distances run from 0 to 1 between the outermost cells."""
         h, w = maps.shape[-2:]
-        down = torch.linspace(0, 1, h, device=maps.device, dtype=maps.dtype)
-        right = torch.linspace(0, 1, w, device=maps.device, dtype=maps.dtype)
+        down, right = (
+            torch.linspace(0, 1, n, device=maps.device, dtype=maps.dtype) for n in (h, w)
+        )
         v, u = torch.meshgrid(down, right, indexing="ij")
         position = self.project(torch.stack([v, u, 1 - v, 1 - u], dim=-1))
         return maps + rearrange(position, "h w c -> c h w")
@@ -186,6 +181,7 @@ class Reconstruction(System):
 
     per_image = True
     rate = 0.1  # the paper's rate is 0.0004; at the preset's own the recurrent unit diverges
+    judged = "encoder"
     channels = 3  # of the painted image
 
     def __init__(self, arch: str, dim_hidden: int, dim_out: int):
@@ -198,28 +194,18 @@ class Reconstruction(System):
         """The module that turns pixels (b n d) into slots (b k d)."""
         return SlotAttention(dim, NUM_SLOTS)
 
-    def forward(
-        self, views: Tensor, boxes: Tensor, flipped: Tensor, extra: Tensor
-    ) -> tuple[Tensor, Outcome]:
-        """L = mean squared error of the painted first view, or of its extra input, at the size of
-        the map.
-        """
+    def forward(self, views: Tensor, boxes: Tensor, flipped: Tensor, extra: Tensor) -> Step:
+        """L = mean squared error of the painted first view, or extra input, at the map's size."""
         painted, _ = self.paint(views[:, 0])
         target = extra[:, 0] if self.extra else views[:, 0]
         target = F.adaptive_avg_pool2d(target, painted.shape[-2:])
-        loss = F.mse_loss(painted, target)
-        return loss, Outcome(loss.detach())
+        return F.mse_loss(painted, target), None
 
     def paint(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images (b 3 y x) -> painted (b channels h w), masks (b k h w) summing to 1 over k."""
         pixels = self.encoder(images)
         slots, _ = self.slots(rearrange(pixels, "b d h w -> b (h w) d"))
         return self.decoder(slots, pixels.shape[-2:])
-
-    @property
-    def backbone(self) -> nn.Module:
-        """The encoder's."""
-        return self.encoder.backbone
 
     def maps(self, images: Tensor) -> Tensor:
         """images (b 3 y x) normalized -> the decoder's masks (b k h w)."""

@@ -7,18 +7,16 @@ the other view, the Hungarian method on cosines, and SlotCon's contrast of the m
 all other slots of the batch as negatives. Groups are the attention of the teacher's last iteration.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from comparisons.common import Outcome, StudentTeacher, each_view
+from comparisons.common import Step, StudentTeacher, each_view
 from comparisons.slot_attention import NUM_SLOTS, PixelEncoder, SlotAttention
 from engine.ranks import gather_rows, rank_and_world_size
-from losses import contrast, unit
+from losses import contrast_in_parts, unit
 
 
 class SlotNetwork(nn.Module):
@@ -63,36 +61,30 @@ def matched_contrast(
     keys = gather_rows(own, [b * k] * world_size)
     first = torch.arange(b, device=matching.device)[:, None] * k + rank * b * k
     partners = rearrange(matching + first, "b k -> (b k)")
-    return 2 * temperature * contrast(rows, partners, keys, temperature) / (b * k)
+    total = contrast_in_parts(rows, partners, keys, temperature)
+    return 2 * temperature * total / (b * k)
 
 
 class SlotMatching(StudentTeacher):
     """Student, teacher and predictor of slots that have no names."""
 
     make_student = SlotNetwork
+    judged = "teacher.encoder"
     per_image = True
     rate = 0.1  # as slot_attention.py
 
-    def forward(
-        self, views: Tensor, boxes: Tensor, flipped: Tensor, extra: Tensor
-    ) -> tuple[Tensor, Outcome]:
+    def forward(self, views: Tensor, boxes: Tensor, flipped: Tensor, extra: Tensor) -> Step:
         """L = contrast(q1, t2) + contrast(q2, t1); s, not q = predictor(s), is matched with t."""
         (s1, _), (s2, _) = each_view(self.student, views)
         with torch.no_grad():
             (t1, _), (t2, _) = each_view(self.teacher, views)
-        loss = self.direction(s1, t2) + self.direction(s2, t1)
-        return loss, Outcome(loss.detach())
+        return self.direction(s1, t2) + self.direction(s2, t1), None
 
     def direction(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Slots (b k d) of the student's view and of the teacher's other view -> scalar."""
         rows = self.predictor(rearrange(student, "b k d -> (b k) d"))
         prediction = rearrange(rows, "(b k) d -> b k d", k=student.shape[1])
         return matched_contrast(prediction, teacher, match_slots(student, teacher), self.temp_slot)
-
-    @property
-    def backbone(self) -> nn.Module:
-        """The teacher's."""
-        return self.teacher.encoder.backbone
 
     def maps(self, images: Tensor) -> Tensor:
         """images (b 3 y x) normalized -> the teacher's last attention (b k h w)."""

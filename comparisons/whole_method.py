@@ -5,13 +5,11 @@ Paper: section 3.
 Differs: nothing known from the top-level slotcon.py, which it calls.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from comparisons.common import Outcome, System
+from comparisons.common import Step, System
 from slotcon import SlotCon
 
 
@@ -22,23 +20,17 @@ class WholeMethod(System):
     """
 
     wraps = SlotCon
+    judged = "method.teacher"
 
     def __init__(self, momentum_center: float = 0.9, **settings: Any):
         super().__init__()
         self.method = SlotCon(**settings)
         self.momentum_center = momentum_center
 
-    def forward(
-        self, views: Tensor, boxes: Tensor, flipped: Tensor, extra: Tensor
-    ) -> tuple[Tensor, Outcome]:
+    def forward(self, views: Tensor, boxes: Tensor, flipped: Tensor, extra: Tensor) -> Step:
         """L = lambda (consistency of both directions) + (1 - lambda) (contrast of both)."""
         loss, report = self.method(views, boxes, flipped)
-        return loss, Outcome(loss.detach(), report.center_mean)
-
-    @property
-    def backbone(self) -> nn.Module:
-        """The teacher's."""
-        return self.method.teacher.backbone
+        return loss, report.center_mean
 
     def after_step(self, memo: Tensor, momentum: float) -> None:
         """memo: the mean teacher similarity (k)."""
