@@ -48,10 +48,7 @@ class Entry(NamedTuple):
 
 
 def train_and_judge(entry: Entry, seed: int) -> tuple[dict[str, Any], Tensor]:
-    """The record of a row and seed, and its groups in unseen scenes (n y x).
-
-    Raises Stopped where it cannot be trained to the end.
-    """
+    """The record of a row and seed, and its groups in unseen scenes (n y x). Raises Stopped."""
     untrained, _ = judge(entry.build(seed), entry)
     system = entry.build(seed)
     c = dataclasses.replace(entry.c, seed=seed)
@@ -64,10 +61,9 @@ def train_and_judge(entry: Entry, seed: int) -> tuple[dict[str, Any], Tensor]:
 
 
 def learn(system: System, scenes: Scenes, c: Any) -> dict[str, float]:
-    """Train a system in place, on the CPU; nothing is written.
+    """Train a system in place, on the CPU; nothing is written. Raises Stopped.
 
-    c: values under the configuration's names. Returns steps, bad_steps, seconds, and loss, the mean
-    of the last tenth. Raises Stopped where the run cannot go on.
+    Returns steps, bad_steps, seconds, and loss, the mean of the last tenth.
     """
     place, began, losses = Place(torch.device("cpu")), time.perf_counter(), []
     system = synchronized(system.train(), place)

@@ -44,18 +44,12 @@ class System(nn.Module):
         """After the optimizer's step: teacher, center, labels follow. momentum: the teacher's."""
 
     def maps(self, images: Tensor) -> Tensor | None:
-        """images (b 3 y x) normalized -> one map per group (b k h w): the largest one owns a pixel.
-
-        None: it makes no groups, and clusters of its backbone's features are measured instead.
-        """
+        """images (b 3 y x) normalized -> one map per group (b k h w); None: it makes no groups."""
         return None
 
 
 class StudentTeacher(System):
-    """Student, predictor, and a teacher that follows the student; the teacher is judged.
-
-    arch, dim_hidden, dim_out (d): sizes of the networks; temp_slot: of the contrast.
-    """
+    """Student, predictor, and a teacher that follows the student; temp_slot: of the contrast."""
 
     judged = "teacher"
     make_student: type[nn.Module]  # a subclass's, from the three sizes
@@ -77,10 +71,7 @@ class StudentTeacher(System):
 
 
 class Prototyped(System):
-    """A system of one network with prototypes, whose groups have names.
-
-    arch, num_prototypes (k), dim_hidden, dim_out (d): sizes; temp_student: of the assignment.
-    """
+    """A system of one network with k prototypes, whose groups have names."""
 
     judged = "network"
 

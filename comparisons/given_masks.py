@@ -3,11 +3,10 @@
 Slide: "Image-level, pixel-level, and object-level contrastive learning", the right column; table
 2's column "Obj. Prior".
 Paper: DetCon (Henaff et al., ICCV 2021), section 3.
-Differs: the contrast is SlotCon's, so that only the source of the masks is compared. DetCon samples
-16 masks per image and leaves the other masks of the same image out of the negatives; here every
-mask takes part. The masks: `grid`, three by three squares (DetCon's "spatial heuristic"); `color`,
-clusters of the colors of each scene (its Felzenszwalb segments); `truth`, every object and both
-kinds of stuff as they were drawn, the upper bound.
+Differs: the contrast is SlotCon's; DetCon samples 16 masks per image and leaves the other masks of
+the same image out of the negatives. The masks: `grid`, three by three squares (DetCon's "spatial
+heuristic"); `color`, clusters of the colors of each scene (its Felzenszwalb segments); `truth`,
+every object and both kinds of stuff as they were drawn, the upper bound.
 """
 
 from typing import Any

@@ -2,10 +2,10 @@
 
 Slide: "Towards semantic prototypes: deep clustering" (pseudo-labeling: k-means).
 Paper: DeepCluster (Caron et al., ECCV 2018), section 3, on pixels instead of images.
-Differs: the labels of an epoch come from a copy of the network made when the epoch began, so no
-label is stored; the last batches are clustered, not the whole data set; the classifier is the
-clusters' centers (as in PiCIE), where DeepCluster starts a new linear layer every epoch; clusters
-are not balanced by sampling. An empty cluster takes half of the largest [P].
+Differs: the labels of an epoch come from a copy of the network made when it began; the last batches
+are clustered, not the whole data set; the classifier is the clusters' centers (as in PiCIE), where
+DeepCluster starts a new linear layer; no balanced sampling. An empty cluster takes half of the
+largest [P].
 """
 
 from collections import deque

@@ -16,12 +16,10 @@ from comparisons.motion import SPEED, flow_image
 
 
 class Scenes(toy.ToyImages):
-    """`count` scenes of a seed: a sequence of uint8 images for the reader, and the truth.
+    """`count` scenes of a seed: images (n 3+m y x) uint8 for the reader, and the truth.
 
-    sees: "image" or "flow"; extra: "", "depth", "grid", "color" or "truth"; preset: of toy.py.
-    images (n 3+m y x) uint8: input, then extra input; colors (n 3 y x) uint8: the image, whatever
-    the input is; semantic (n y x) classes; regions (n y x): every object, and both kinds of stuff,
-    numbered from 0; instance (n y x): 0 the stuff, then the objects.
+    sees, extra: as in `common.System`; colors (n 3 y x) uint8: the image, whatever the input is;
+    regions (n y x): every object, and both kinds of stuff, numbered from 0; more in `ToyImages`.
     """
 
     def __init__(

@@ -36,10 +36,7 @@ def both_branches(
 
 
 class SelfDistillation(WholeMethod):
-    """SlotCon without the slot loss. stop_gradient=False: the student labels, with gradient.
-
-    settings: of `slotcon.SlotCon`, except for the group weight, which is 1.
-    """
+    """SlotCon without the slot loss. stop_gradient=False: the student labels, with gradient."""
 
     def __init__(self, stop_gradient: bool = True, momentum_center: float = 0.9, **settings: Any):
         super().__init__(momentum_center, **{**settings, "group_weight": 1.0})

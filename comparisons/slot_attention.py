@@ -3,11 +3,10 @@
 Slides: "On object discovery: the Slot Attention mechanism"; "Slot Attention works well on toy data
 with reconstruction".
 Papers: Locatello et al., NeurIPS 2020, sections 2 and 3.1; Watters et al., 2019, for the decoder.
-Differs: nothing known in the attention. Our backbone instead of four 5x5 convolutions at full
-resolution; the decoder has three 3x3 convolutions, not four 5x5 that enlarge, and paints one view
-per image at the size of the backbone's map, so that a step is not ten times as long as others; the
-image is painted as the backbone sees it, with jittered colors. Groups are the decoder's masks, as
-in the paper; they have no names: mIoU and NMI are measured on clusters of the backbone's features.
+Differs: our backbone instead of four 5x5 convolutions at full resolution; the decoder has three 3x3
+convolutions, not four 5x5 that enlarge, and paints one view per image, with jittered colors, at the
+size of the backbone's map: a step takes a tenth of the time. Groups are the decoder's masks, as in
+the paper; without names, mIoU and NMI are measured on clusters of the backbone's features.
 """
 
 import torch
@@ -25,8 +24,8 @@ NUM_SLOTS = 8  # [U] up to seven objects, and what is behind them
 class SlotAttention(nn.Module):
     """Slots compete for the pixels of one image, in several rounds (Locatello et al., 2020).
 
-    dim: d of pixels and slots; num_slots: k; iterations: rounds of attention. Unlike prototypes,
-    slots start from noise in every image, so that slot 3 of two images has nothing in common.
+    dim: d of pixels and slots; num_slots: k. Unlike prototypes, slots start from noise in every
+    image, so that slot 3 of two images has nothing in common.
     """
 
     def __init__(self, dim: int, num_slots: int, iterations: int = 3, dim_hidden: int = 128):
@@ -62,10 +61,7 @@ class SlotAttention(nn.Module):
 
 
 class IndependentQueries(nn.Module):
-    """Queries of a Transformer decoder: none knows of the others, so pixels may stay unowned.
-
-    dim: d; num_slots: k learned queries. One layer of cross-attention, without self-attention.
-    """
+    """k queries of a Transformer decoder: none knows of the others, so pixels may stay unowned."""
 
     def __init__(self, dim: int, num_slots: int):
         super().__init__()
@@ -118,9 +114,7 @@ class PositionEmbedding(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         """maps (b c h w) -> (b c h w); distances run from 0 to 1 between the outermost cells."""
         h, w = maps.shape[-2:]
-        down, right = (
-            torch.linspace(0, 1, n, device=maps.device, dtype=maps.dtype) for n in (h, w)
-        )
+        down, right = (torch.linspace(0, 1, n, dtype=maps.dtype).to(maps) for n in (h, w))
         v, u = torch.meshgrid(down, right, indexing="ij")
         position = self.project(torch.stack([v, u, 1 - v, 1 - u], dim=-1))
         return maps + rearrange(position, "h w c -> c h w")

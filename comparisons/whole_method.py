@@ -14,10 +14,7 @@ from slotcon import SlotCon
 
 
 class WholeMethod(System):
-    """SlotCon, its center and its teacher.
-
-    momentum_center: of the center; settings: of `slotcon.SlotCon`.
-    """
+    """SlotCon, its center and its teacher. settings: of `slotcon.SlotCon`."""
 
     wraps = SlotCon
     judged = "method.teacher"

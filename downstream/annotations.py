@@ -1,8 +1,6 @@
-"""The guard of annotation files in COCO's form, for pycocotools checks nothing: it fails late, or
-reads memory that nobody has written.
+"""The guard of annotation files in COCO's form: pycocotools checks nothing, and fails late or reads
+memory that nobody has written.
 """
-
-from __future__ import annotations
 
 import json
 import math
@@ -11,33 +9,28 @@ from pathlib import Path
 from typing import Any
 
 FAR = 1e6  # px: pycocotools needs memory for every pixel of an outline, and all of it for nan
-RULES = {  # of a value v, with its image and the categories: what it must be, and whether it is
+RULES = {  # whether a value v can be used, by its image and the known categories
     "images": {
-        "file_name": ("a name", lambda v, *_: isinstance(v, str)),
-        "height": ("a number of px", lambda v, *_: 0 < v < FAR),
-        "width": ("a number of px", lambda v, *_: 0 < v < FAR),
+        "file_name": lambda v, *_: isinstance(v, str),
+        "height": lambda v, *_: 0 < v < FAR,
+        "width": lambda v, *_: 0 < v < FAR,
     },
     "annotations": {
-        "image_id": ("the id of one of its images", lambda v, image, known: image is not None),
-        "category_id": ("the id of one of its categories", lambda v, image, known: v in known),
-        "bbox": ("x y width height in px, the last two not negative",  # COCO has some that are 0
-                 lambda v, *_: are_px(v) and len(v) == 4 and min(v[2:]) >= 0),
-        "area": ("a number of px, 0 or more", lambda v, *_: 0 <= v < math.inf),
-        "segmentation": ("outlines of three corners or more, or runs that fill its image",
-                         lambda v, image, known: is_shape(v, image)),
+        "image_id": lambda v, image, known: image is not None,
+        "category_id": lambda v, image, known: v in known,
+        "bbox": lambda v, *_: are_px(v) and len(v) == 4 and min(v[2:]) >= 0,  # COCO has some of 0
+        "area": lambda v, *_: 0 <= v < math.inf,
+        "segmentation": lambda v, image, known: is_shape(v, image),
     },
-}  # fmt: skip
+}
 
 
 def read_annotations(file: Path) -> dict[str, Any]:
-    """The contents of a file in COCO's form; iscrowd may be missing.
-
-    Raises ValueError with one line for the first thing that cannot be used: its id and the file.
-    """
+    """The contents of a file in COCO's form. Raises ValueError for the first wrong thing."""
     try:
         contents = json.loads(file.read_bytes())
-        ids = {kind: Counter(each.get("id") for each in contents[kind])
-               for kind in ("categories", *RULES)}  # fmt: skip
+        kinds = ("categories", *RULES)
+        ids = {kind: Counter(each.get("id") for each in contents[kind]) for kind in kinds}
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} holds no annotations in COCO's form: {error!r:.100}") from None
     for kind, counts in ids.items():
@@ -47,15 +40,15 @@ def read_annotations(file: Path) -> dict[str, Any]:
     images = {image["id"]: image for image in contents["images"]}
     for kind, rules in RULES.items():
         for entry in contents[kind]:
-            for key, (expected, holds) in rules.items():
+            for key, holds in rules.items():
                 value = entry.get(key)
                 try:
                     fine = holds(value, images.get(entry.get("image_id")), ids["categories"])
                 except (TypeError, ValueError, LookupError):
                     fine = False
                 if not fine:
-                    wrong = f"{key} must be {expected}, found {value!r:.60}"
-                    raise ValueError(f"{kind[:-1]} {entry['id']} in {file}: {wrong}")
+                    about = f"{kind[:-1]} {entry['id']} in {file}"
+                    raise ValueError(f"{about}: {key} cannot be {value!r:.60}")
     return contents
 
 

@@ -1,9 +1,6 @@
 """What both tasks begin with: the pretrained backbone, made ready, and labeled images to read."""
 
-from __future__ import annotations
-
 import dataclasses
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -45,13 +42,11 @@ def open_pretrained(c: Shared, given: set[str]) -> tuple[nn.Module, Shared, str]
 def dilate(backbone: nn.Module, output_stride: int) -> None:
     """A ResNet of stride 32 becomes one of stride 16 or 8: its last stages keep the resolution.
 
-    Their 3x3 convolutions look `dilation` pixels further instead; the first block of a stage has
-    the dilation of the stage before, as in torchvision [P: mmsegmentation's contract_dilation]. No
-    weight changes. Raises ValueError for other backbones.
+    Their 3x3 convolutions look further instead; the first block of a stage has the dilation of the
+    stage before [P: mmsegmentation's contract_dilation]. Raises ValueError for other backbones.
     """
     if not hasattr(backbone, "layer4"):
-        raise ValueError(f"only a ResNet has another stride than {backbone.stride}: set "
-                         "--output-stride 0")  # fmt: skip
+        raise ValueError("only a ResNet can have another stride: set --output-stride 0")
     stages, dilation = (backbone.layer3, backbone.layer4), 1
     for stage in stages[{8: 0, 16: 1, 32: 2}[output_stride] :]:
         for index, block in enumerate(stage):
@@ -104,18 +99,13 @@ def fitting(size: Sequence[int], long: float, short: float) -> list[int]:
 
 
 def share(data: Sequence[Any], place: Place, workers: int) -> Iterator[tuple[int, Any]]:
-    """This rank's items with their indices, read by worker processes, with a bar on a terminal.
-
-    Raises ValueError, one line, for one that cannot be used.
-    """
+    """This rank's items with their indices. Raises ValueError for one that cannot be used."""
     mine = range(place.rank, len(data), place.world_size)
-    loader = DataLoader(
-        data, batch_size=None, sampler=mine, collate_fn=tuple, num_workers=workers_of(workers),
-        worker_init_fn=leave_signals_to_the_parent,
-    )  # fmt: skip
-    silent = not place.is_main or not sys.stderr.isatty()
+    how = dict(num_workers=workers_of(workers), worker_init_fn=leave_signals_to_the_parent)
+    loader = DataLoader(data, batch_size=None, sampler=mine, collate_fn=tuple, **how)
+    silent = None if place.is_main else True  # None: only on a terminal
     try:
-        for step, item in enumerate(tqdm(loader, "test", disable=silent, leave=False)):
-            yield mine[step], item
+        for item, index in zip(tqdm(loader, "test", disable=silent, leave=False), mine):
+            yield index, item
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"the images to test cannot be used: {why(error)}") from None

@@ -1,9 +1,4 @@
-"""Table 2, COCO: Mask R-CNN from torchvision's parts, objects to learn from, average precision.
-
-Batch norms are in backbone, pyramid, box and mask head, and nothing is frozen [O].
-"""
-
-from __future__ import annotations
+"""Table 2, COCO: Mask R-CNN with batch norms from torchvision's parts; average precision [O]."""
 
 import contextlib
 import random
@@ -40,6 +35,7 @@ LOSSES = {  # torchvision's name -> the name in the log
     "loss_objectness": "proposal_loss", "loss_rpn_box_reg": "proposal_box_loss",
 }  # fmt: skip
 WIDTH = 256  # of the pyramid and of the heads
+Target = dict[str, Tensor]  # boxes, labels, masks of the objects of an image
 
 
 def prepare(c: Detection, backbone: nn.Module) -> tuple[nn.Module, Sequence, Sequence]:
@@ -77,16 +73,14 @@ class Detector(nn.Module):
             _skip_resize=True,
         )  # fmt: skip
 
-    def forward(
-        self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, images: list[Tensor], targets: list[Target]) -> tuple[Tensor, Tensor]:
         """A batch of `view` -> the loss, and the numbers of `losses` (6) detached."""
-        parts = self.network([image.float() / 255 for image in images], list(targets))
+        parts = self.network([image.float() / 255 for image in images], targets)
         losses = torch.stack([parts[name].float() for name in LOSSES])
         return losses.sum(), torch.cat([losses.sum()[None], losses]).detach()
 
     @torch.inference_mode()
-    def predict(self, image: Tensor) -> dict[str, Tensor]:
+    def predict(self, image: Tensor) -> Target:
         """image (3 y x) uint8 -> boxes (n 4) px, labels, scores (n), masks (n y x) bool."""
         found = self.network([image.float() / 255])[0]
         return {**found, "masks": found["masks"][:, 0] > 0.5}
@@ -130,19 +124,14 @@ class CocoObjects(CocoDetection):
 
 def indexed(contents: dict[str, Any]) -> COCO:
     """pycocotools' tables of annotations. They are copied: its judge writes into them."""
-    coco = COCO()
-    coco.dataset = {
-        **contents,
-        "annotations": [{"iscrowd": 0, **a} for a in contents["annotations"]],
-    }
+    coco, annotations = COCO(), [{"iscrowd": 0, **a} for a in contents["annotations"]]
+    coco.dataset = dict(contents, annotations=annotations)
     with contextlib.redirect_stdout(None):  # it reports its progress to stdout
         coco.createIndex()
     return coco
 
 
-def view(
-    pair: tuple[Tensor, dict[str, Any]], rng: random.Random, c: Detection
-) -> tuple[Tensor, dict[str, Tensor]]:
+def view(pair: tuple[Tensor, Target], rng: random.Random, c: Detection) -> tuple[Tensor, Target]:
     """What a step sees: a whole image at another size, mirrored half of the time.
 
     image (3 y x) uint8; boxes (n 4) float32 x1 y1 x2 y2 px, those without an area inside the image
@@ -160,19 +149,17 @@ def view(
     return image, dict(boxes=boxes.as_subclass(Tensor), labels=labels, masks=masks[valid])
 
 
-def collate(samples: Sequence[tuple[Tensor, dict[str, Tensor]]]) -> tuple[list, list]:
+def collate(samples: Sequence[tuple[Tensor, Target]]) -> tuple[list, list]:
     """A batch of images of unlike sizes: lists instead of tensors."""
     return tuple(map(list, zip(*samples)))
 
 
 def scores(model: Detector, data: CocoObjects, place: Place, workers: int = 0) -> dict[str, Any]:
-    """COCO's AP over all images of all ranks: box_ap, box_ap50 ... mask_ap_large in [0, 1], None
-    where nothing is to be found.
-    """
+    """COCO's box_ap, box_ap50 ... mask_ap_large of all ranks in [0, 1]; None without an object."""
     own: list[dict[str, Any]] = []
     for index, (image, _) in share(data, place, workers):
         found = model.predict(image.to(place.device))
-        own += as_results(found, data.ids[index], sorted(data.labels))
+        own += as_results(found, data.ids[index], list(data.labels))
     results = [result for part in gather_objects(own) for result in part]
     numbers: dict[str, Any] = {}
     with contextlib.redirect_stdout(None):  # pycocotools prints its tables to stdout
@@ -188,9 +175,7 @@ def scores(model: Detector, data: CocoObjects, place: Place, workers: int = 0) -
     return dict(numbers, detections=len(results))
 
 
-def as_results(
-    found: dict[str, Tensor], image_id: int, categories: Sequence[int]
-) -> list[dict[str, Any]]:
+def as_results(found: Target, image_id: int, categories: Sequence[int]) -> list[dict[str, Any]]:
     """Detections in one image as COCO's results. categories: category_id of label 1, 2 ..."""
     first, last = found["boxes"].float().cpu().split(2, dim=1)  # over x1 y1 x2 y2
     boxes = torch.cat([first, last - first], dim=1).tolist()

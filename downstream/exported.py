@@ -1,8 +1,6 @@
-"""Files for other libraries: a ResNet under torchvision's names, or under detectron2's, which are
-those of its modeling/backbone/resnet.py, where every convolution holds its norm.
+"""Files for other libraries: a ResNet under the names of torchvision or of detectron2, whose
+modeling/backbone/resnet.py has every norm inside its convolution.
 """
-
-from __future__ import annotations
 
 import pickle
 import re
@@ -39,14 +37,14 @@ def name_of(name: str, form: str) -> str:
 
 def write(state: Mapping[str, Tensor], form: str, file: Path) -> None:
     """The state for the target's checkpointer; *.pkl: arrays, as detectron2 writes them."""
-    named = {name_of(name, form): value for name, value in state.items()}
-    if form == "torchvision":
-        return checkpoints.save(file, named)
-    contents = dict(model=named, __author__="SlotCon", matching_heuristics=True)
-    if file.suffix != ".pkl":
-        return checkpoints.save(file, contents)
-    contents["model"] = {name: value.numpy() for name, value in named.items()}
-    files.write_atomically(file, lambda out: pickle.dump(contents, out))
+    arrays = file.suffix == ".pkl"
+    named = {name_of(n, form): v.numpy() if arrays else v for n, v in state.items()}
+    more = dict(__author__="SlotCon", matching_heuristics=True)
+    contents = dict(model=named, **more) if form == "detectron2" else named
+    if arrays:
+        files.write_atomically(file, lambda out: pickle.dump(contents, out))
+    else:
+        checkpoints.save(file, contents)
 
 
 def read(arch: str, form: str, file: Path) -> nn.Module:

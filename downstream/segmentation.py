@@ -1,12 +1,6 @@
-"""Tables 2 and 4, Cityscapes, VOC, ADE20K: fully convolutional networks, crops, mean IoU.
-
-Sizes are those of the released settings [O], layers and loss mmsegmentation's [P].
-"""
-
-from __future__ import annotations
+"""Tables 2 and 4, Cityscapes, VOC, ADE20K: mmsegmentation's FCN and views [P], mean IoU."""
 
 import itertools
-import math
 import random
 from typing import Any
 
@@ -55,8 +49,7 @@ def prepare(c: Segmentation, backbone: nn.Module) -> tuple[nn.Module, Labeled, L
 class FCNHead(nn.Module):
     """3x3 convolutions, then a score per class: map (b c h w) -> scores (b t h w).
 
-    concat: one more convolution joins what they made with the map; dropout: of whole channels,
-    before the scores. Weights start as mmsegmentation's: Kaiming for 3x3, normal for scores.
+    concat: one more convolution joins what they made with the map.
     """
 
     def __init__(
@@ -81,7 +74,7 @@ class FCNHead(nn.Module):
 
 
 def conv_norm_relu(inside: int, outside: int, dilation: int = 1) -> nn.Sequential:
-    """A 3x3 convolution of equal resolution, its batch norm, ReLU."""
+    """A 3x3 convolution, its batch norm, ReLU; weights start as in mmsegmentation [P]."""
     block = Conv2dNormActivation(inside, outside, 3, dilation=dilation)
     nn.init.kaiming_normal_(block[0].weight, mode="fan_out", nonlinearity="relu")
     return block
@@ -143,31 +136,24 @@ def pixel_loss(scores: Tensor, labels: Tensor) -> Tensor:
     those without a label count as zero [P: mmsegmentation].
     """
     scores = enlarged(scores, labels.shape[-2:])
-    return (
-        F.cross_entropy(scores, labels, ignore_index=metrics.IGNORE, reduction="sum")
-        / labels.numel()
-    )
+    total = F.cross_entropy(scores, labels, ignore_index=metrics.IGNORE, reduction="sum")
+    return total / labels.numel()
 
 
 def slide(network: Segmenter, images: Tensor, window: int, stride: int) -> Tensor:
     """images (b 3 y x) -> scores (b t y x): the mean over all squares that cover a pixel.
 
-    Squares at the lower and right border are moved back into the image [P: mmsegmentation]; an
-    image that is smaller than a square is read at once in that direction.
+    Squares at the lower and right border are moved back into the image [P: mmsegmentation].
     """
     b, _, y, x = images.shape
     sums, counts = images.new_zeros((b, network.classes, y, x)), images.new_zeros((y, x))
-    for top, left in itertools.product(*(places(side, window, stride) for side in (y, x))):
+    corners = [range(0, max(side - window, 0) + stride, stride) for side in (y, x)]
+    for top, left in itertools.product(*corners):
+        top, left = min(top, max(y - window, 0)), min(left, max(x - window, 0))
         part = ..., slice(top, top + window), slice(left, left + window)
         sums[part] += network.scores(images[part])
         counts[part] += 1
     return sums / counts
-
-
-def places(length: int, window: int, stride: int) -> list[int]:
-    """Where squares begin along a side, px: every `stride`, the last one flush with the end."""
-    last = max(length - window, 0)
-    return [min(place, last) for place in range(0, last + stride, stride)]
 
 
 def view(pair: tuple[Tensor, Tensor], rng: random.Random, c: Segmentation) -> tuple[Tensor, Tensor]:
@@ -227,16 +213,11 @@ def saturated(x: Tensor, factor: float) -> Tensor:
 
 
 def scores(model: Segmenter, data: Labeled, place: Place, workers: int = 0) -> dict[str, Any]:
-    """miou and accuracy in [0, 1] over all pixels of all ranks, and the IoU of each class by name,
-    None for one without a labeled pixel.
-    """
+    """miou, accuracy, and iou of each class by name, over all pixels of all ranks, in [0, 1]."""
     t = len(data.class_names)
     counts = torch.zeros(t, t, dtype=torch.long)
     for _, (image, label) in share(data, place, workers):
         found = model.predict(image.to(place.device)).cpu()
         counts += metrics.confusion_matrix(found, label, t, t)
     counts = sum_over_ranks(counts.to(place.device)).cpu()
-    own = torch.arange(t)  # the network knows the classes by name
-    each = zip(data.class_names, metrics.iou(counts, own).tolist())
-    numbers = dict(miou=metrics.miou(counts, own), accuracy=metrics.pixel_accuracy(counts, own))
-    return dict(numbers, iou={name: None if math.isnan(value) else value for name, value in each})
+    return metrics.known_scores(counts, data.class_names)

@@ -1,9 +1,4 @@
-"""The settings of a fine-tuning, and the released ones of the slides' transfer tables.
-
-Origins of a value: [P] the protocol's own code (detectron2, mmsegmentation), [O]fficial, [U]s.
-"""
-
-from __future__ import annotations
+"""The settings of a fine-tuning, and the released ones [O] of the slides' transfer tables."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -38,10 +33,8 @@ class Shared:
     base_lr: float = option(0.01, "at batch 16, in proportion to it otherwise", "optimizer", low=0)
     base_steps: int = option(90_000, "at batch 16; as many images at any other", "optimizer", low=1)
     warmup_steps: int = option(0, "the rate rises, from a thousandth", "optimizer", low=0)
-    decay: str = option("steps", "the rate falls to a tenth twice, or as a polynomial", "optimizer",
-        choices=("steps", "poly"))
-    milestones: tuple[float, float] = option((0.7, 0.9), "where it falls, as shares of the run",
-        "optimizer", low=0, high=1)
+    decay: str = option("steps", "to a tenth, twice", "optimizer", choices=("steps", "poly"))
+    milestones: tuple[float, float] = option((0.7, 0.9), "shares of the run", "optimizer", 0, 1)
     weight_decay: float = option(1e-4, "L2; detection: not on batch norms [O]", "optimizer", low=0)
     accumulate: int = option(1, "passes per step; each pass sees less", "optimizer", low=1)
 
@@ -49,16 +42,12 @@ class Shared:
         choices=("auto", "cpu", "cuda", "mps"), free=True)
     amp: str = option("auto", "mixed precision; auto: on a GPU", "machine",
         choices=("auto", "bf16", "fp16", "off"), free=True)
-    threads: int = option(0, "of a CPU process; 0: torch's choice; changes last bits", "machine",
-        low=0, free=True)
-    workers: int = option(-1, "processes per rank that read images; -1: one per core", "machine",
-        low=-1, free=True)
+    threads: int = option(0, "of a CPU process; 0: torch's choice", "machine", low=0, free=True)
+    workers: int = option(-1, "readers per rank; -1: one per core", "machine", low=-1, free=True)
 
-    resume: str = option("auto", "auto: from OUTPUT_DIR/last.pth; none; a path; or force: although "
-        "options changed", "files", free=True)
+    resume: str = option("auto", "from OUTPUT_DIR; none; force; a path", "files", free=True)
     log_every: int = option(50, "steps between lines of log.jsonl", "files", low=1, free=True)
-    test_every: int = option(0, "steps between two tests; 0: only at the end; best.pth is the best",
-        "files", low=0, free=True)
+    test_every: int = option(0, "steps between tests; 0: at the end", "files", low=0, free=True)
     save_minutes: float = option(10.0, "between writings of last.pth", "files", low=0, free=True)
 
     @property
@@ -72,11 +61,10 @@ class Shared:
         return min(self.total_steps, self.max_steps or self.total_steps)
 
     def learning_rate(self, step: int) -> float:
-        """Of step t, 0 .. T - 1; peak = base_lr batch_size / 16.
+        """Of step t, 0 .. T - 1; peak = base_lr batch_size / 16; both rise first, from 1/1000.
 
         steps: peak 0.1^(number of milestones passed)
         poly: lowest + (peak - lowest) (1 - t / T)^power
-        Both times the warm-up's factor, 1/1000 + (1 - 1/1000) t / T_w for t < T_w.
         """
         peak, rise = self.base_lr * self.batch_size / BASE_BATCH, 1.0
         if step < self.warmup_steps:
@@ -92,12 +80,10 @@ class Detection(Shared):
     """Mask R-CNN. Defaults: the 1x schedule of table 2."""
 
     task = "detection"
-    shorts: tuple[int, int] = option((800, 640), "training: largest and smallest short side, px, "
-        "and every 32 px between [O]", "views", low=32)
+    shorts: tuple[int, int] = option((800, 640), "short side, px, in steps of 32", "views", low=32)
     longest: int = option(1333, "long side, px, at most [O]", "views", low=32)
     test_short: int = option(800, "test: short side, px [O]", "views", low=32)
-    smallest_anchor: int = option(32, "px of the first of five anchor sizes, each twice the one "
-        "before [O]", "method", low=2)
+    smallest_anchor: int = option(32, "px; four larger ones follow [O]", "method", low=2)
     regions: int = option(512, "proposals per image that the heads learn from [O]", "method", low=8)
 
 
@@ -107,16 +93,14 @@ class Segmentation(Shared):
 
     task = "segmentation"
     train_list: str = option("train_aug", "VOC: list in ImageSets/Segmentation to learn from [O]")
-    frame: tuple[int, int] = option((2049, 1025), "long and short side, px, of the frame that an "
-        "image is fitted into; 0 0: its own size [O]", "views", low=0)
-    scale: tuple[float, float] = option((0.5, 2.0), "training: times this, drawn evenly [O]",
-        "views", low=0.05)
+    frame: tuple[int, int] = option((2049, 1025), "long and short side, px, at most; "
+        "0 0: the image's own size [O]", "views", low=0)
+    scale: tuple[float, float] = option((0.5, 2.0), "training: times this [O]", "views", low=0.05)
     crop: int = option(769, "training: side of the square, px [O]", "views", low=16)
     distort: bool = option(False, "training: change brightness, contrast, saturation, hue", "views")
-    window: tuple[int, int] = option((0, 0), "test: side and step, px, of a square that slides "
-        "over the image; 0 0: the whole image at once [O]", "views", low=0, free=True)
-    output_stride: int = option(16, "px per cell of a ResNet's map, 0: as it is", "method",
-        choices=(0, 8, 16, 32))
+    window: tuple[int, int] = option((0, 0), "test: side and step, px, of a sliding square; 0 0: "
+        "the whole image at once [O]", "views", low=0, free=True)
+    output_stride: int = option(16, "of a ResNet; 0: as it is", "method", choices=(0, 8, 16, 32))
     head_width: int = option(256, "channels of the head [O]", "method", low=1)
     head_convs: int = option(2, "3x3 convolutions of the head [O]", "method", low=0)
     head_dilation: int = option(6, "their dilation [O]", "method", low=1)
@@ -179,8 +163,8 @@ def parse(argv: Sequence[str] | None, description: str) -> tuple[Shared, set[str
 
 def differences(c: Shared, num_images: int, saved: Mapping[str, Any]) -> list[str]:
     """What a checkpoint was made with and this run is not."""
-    then = saved["config"].get("task", "pretraining"), saved["num_images"]
-    if then[0] != c.task:
-        return [f"task: {then[0]} then, {c.task} now"]
-    images = [f"images: {then[1]} then, {num_images} now"]
-    return options.differences(c, saved["config"]) + images * (then[1] != num_images)
+    task, images = saved["config"].get("task", "pretraining"), saved["num_images"]
+    if task != c.task:
+        return [f"task: {task} then, {c.task} now"]
+    other = [f"images: {images} then, {num_images} now"] if images != num_images else []
+    return options.differences(c, saved["config"]) + other

@@ -114,13 +114,3 @@ def test_every_slot_paints_a_whole_image_and_a_softmax_over_slots_mixes_them():
         shares = shares / shares.sum(0)
         mixture = sum(share * each[:C] for share, each in zip(shares, painted))
         assert torch.allclose(masks[b], shares) and torch.allclose(image[b], mixture)
-
-
-def test_the_decoder_knows_no_order_of_slots_and_every_weight_gets_a_gradient():
-    module, slots = SpatialBroadcastDecoder(D, C).double(), random(B, K, D).requires_grad_()
-    order = [3, 0, 4, 1, 2]
-    image, masks = module(slots, (H, W))
-    again, permuted = module(slots[:, order], (H, W))
-    assert torch.allclose(image, again) and torch.allclose(masks[:, order], permuted)
-    image.square().sum().backward()
-    assert all(p.grad.abs().max() > 0 for p in module.parameters()) and slots.grad.abs().min() > 0

@@ -344,45 +344,37 @@ def coco_with(root, changes, part="train", number=0, kind="annotations", sides=N
     return file
 
 
-@pytest.mark.parametrize("changes, complaint", [
-    (dict(segmentation=None), "outlines of three corners or more, or runs that fill its image"),
-    (dict(segmentation=[]), "found []"),
-    (dict(segmentation=[[1, 2, 3]]), "found [[1, 2, 3]]"),
-    (dict(segmentation=[[1, 2, 3, 4]]), "found [[1, 2, 3, 4]]"),
-    (dict(segmentation=[1, 2, 3, 4, 5, 6]), "found [1, 2, 3, 4, 5, 6]"),
-    (dict(segmentation=[[1, 2, 3, 4, 5, float("nan")]]), "found [[1, 2, 3, 4, 5, nan]]"),
-    (dict(segmentation=[[1, 2, 3, 4, 5, 10**9]]), "found [[1, 2, 3, 4, 5, 1000000000]]"),
-    (dict(segmentation=dict(size=[24, 40])), "found {'size': [24, 40]}"),
-    (dict(segmentation=dict(size=[40, 24], counts=[960])), "found {'size': [40, 24]"),
-    (dict(segmentation=dict(size=[24, 40], counts=[900])), "'counts': [900]}"),
-    (dict(segmentation=dict(size=[24, 40], counts=[-40, 1000])), "'counts': [-40, 1000]}"),
-    (dict(segmentation=dict(size=[24, 40], counts="34")), "'counts': '34'}"),
-    (dict(category_id=7), "category_id must be the id of one of its categories, found 7"),
-    (dict(image_id=7), "image_id must be the id of one of its images, found 7"),
-    (dict(image_id=[5]), "image_id must be the id of one of its images, found [5]"),
-    (dict(bbox=None), "bbox must be x y width height in px, the last two not negative, found None"),
-    (dict(bbox=[4, 6, 10]), "found [4, 6, 10]"),
-    (dict(bbox=[4, 6, 10, -1]), "found [4, 6, 10, -1]"),
-    (dict(bbox=[4, 6, float("inf"), 1]), "found [4, 6, inf, 1]"),
-    (dict(area=None), "area must be a number of px, 0 or more, found None"),
-])  # fmt: skip
+BAD_ANNOTATIONS = {
+    "segmentation": [
+        None, [], [[1, 2, 3]], [[1, 2, 3, 4]], [1, 2, 3, 4, 5, 6], [[1, 2, 3, 4, 5, float("nan")]],
+        [[1, 2, 3, 4, 5, 10**9]], dict(size=[24, 40]), dict(size=[40, 24], counts=[960]),
+        dict(size=[24, 40], counts=[900]), dict(size=[24, 40], counts=[-40, 1000]),
+        dict(size=[24, 40], counts="34"),
+    ],
+    "category_id": [7], "image_id": [7, [5]], "area": [None],
+    "bbox": [None, [4, 6, 10], [4, 6, 10, -1], [4, 6, float("inf"), 1]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "key, value", [(k, v) for k in BAD_ANNOTATIONS for v in BAD_ANNOTATIONS[k]]
+)
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_an_annotation_that_cannot_be_used_is_refused_with_its_id_and_file(
-    changes, complaint, part, tmp_path
+    key, value, part, tmp_path
 ):
-    file = coco_with(tmp_path, changes, part)
+    file = coco_with(tmp_path, {key: value}, part)
     with pytest.raises(ValueError) as caught:
         detection.CocoObjects(str(tmp_path), part)
-    line = str(caught.value)
-    assert line.startswith(f"annotation 1 in {file}: ") and complaint in line and "\n" not in line
+    assert str(caught.value) == f"annotation 1 in {file}: {key} cannot be {value!r:.60}"
 
 
 @pytest.mark.parametrize("kind, changes, complaint", [
     ("annotations", dict(id=2), "2 of its annotations have the id 2"),
     ("annotations", dict(id=None), "1 of its annotations have the id None"),
     ("images", dict(id=5), "2 of its images have the id 5"),
-    ("images", dict(height=None), "image 6 in "),
-    ("images", dict(file_name=None), "file_name must be a name, found None"),
+    ("images", dict(height=None), "height cannot be None"),
+    ("images", dict(file_name=None), "file_name cannot be None"),
     ("categories", dict(id="dog"), "1 of its categories have the id dog"),
 ])  # fmt: skip
 def test_ids_that_are_missing_or_twice_and_images_without_a_size_are_named(

@@ -15,7 +15,7 @@ from torch import nn
 from backbone import build_backbone
 from downstream.backbones import dilate, fitting, groups_of
 from downstream.detection import Detector
-from downstream.segmentation import Segmenter, pixel_loss, places, slide
+from downstream.segmentation import Segmenter, pixel_loss, slide
 from downstream.settings import PRESETS
 from measures.metrics import IGNORE
 
@@ -81,7 +81,7 @@ def test_a_dilated_backbone_is_torchvisions_own(stride, replaced):
 
 
 @pytest.mark.parametrize("build, complaint", [
-    (lambda tiny: Segmenter(tiny, 3, FCN["voc"]), "only a ResNet has another stride than 4"),
+    (lambda tiny: Segmenter(tiny, 3, FCN["voc"]), "set --output-stride 0"),
     (lambda tiny: Segmenter(tiny, 3, replace(SMALL, aux_weight=0.4)), "set --aux-weight 0"),
     (lambda tiny: Detector(tiny, 3, COCO), "a ResNet's four stages"),
 ])  # fmt: skip
@@ -122,13 +122,6 @@ def test_the_loss_is_a_mean_over_all_pixels_of_which_those_without_a_label_are_z
 
 
 # ------------------------------------------------------------------------------- reading an image
-
-
-@pytest.mark.parametrize("length, expected", [
-    (2049, [0, 513, 1026, 1280]), (1025, [0, 256]), (769, [0]), (500, [0]), (1282, [0, 513]),
-])  # fmt: skip
-def test_squares_cover_a_side_and_end_flush_with_it(length, expected):
-    assert places(length, 769, 513) == expected
 
 
 def test_scores_of_overlapping_squares_are_averaged():
