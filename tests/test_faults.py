@@ -68,7 +68,7 @@ FAULTS = {
     "kill -9": Fault(Signals("SIGKILL"), (1, -9), -9, (5,), "", SAVED),
     "kill -9 in a save": Fault(die_in_the_next_save, (-9, 1), -9, (5,), "", SAVED, rank=0),
     "dead reader": Fault(
-        kill_a_reader, (1, 1), 1, (6, 7), "a process that reads images died", READER
+        kill_a_reader, (1, 1), 1, (6, 7, 8, 9, 10), "a process that reads images died", READER
     ),
     "full disk": Fault(
         fill_the_disk, (1, 0), 1, (5,), "after step 6: File too large.* goes on", SAVED, rank=0
@@ -167,20 +167,20 @@ def test_ctrl_c_under_torchrun_pauses_both_processes_and_the_same_command_goes_o
 ):
     """torchrun passes the terminal's SIGINT on to all of its processes."""
     folder, text = tmp_path / "run", tmp_path / "output.txt"
-    given = ("--log-every", "1", "--epochs", "20", "--workers", "1")
+    given = ("--log-every", "1", "--epochs", "40", "--workers", "1")
     program = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
     command = [sys.executable, *program, *command_line(folder, *given, photographs=photographs)]
     options = dict(cwd=ROOT, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     with text.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, **options)
         deadline = time.monotonic() + PATIENCE
-        while "step 3/60" not in text.read_text():
+        while "step 3/120" not in text.read_text():
             assert time.monotonic() < deadline and process.poll() is None, text.read_text()
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGINT)
         process.wait(PATIENCE)
-        stopped = re.search(r"stopped by SIGINT after step (\d+) of 60", text.read_text())
-        assert stopped and last_of(folder)["step"] == int(stopped[1]) < 60, text.read_text()
+        stopped = re.search(r"stopped by SIGINT after step (\d+) of 120", text.read_text())
+        assert stopped and last_of(folder)["step"] == int(stopped[1]) < 120, text.read_text()
         again = subprocess.run(command, stdout=file, stderr=file, timeout=PATIENCE, **options)
-    assert again.returncode == 0 and last_of(folder)["step"] == 60
-    assert [line["step"] for line in log_of(folder)] == list(range(1, 61))
+    assert again.returncode == 0 and last_of(folder)["step"] == 120
+    assert [line["step"] for line in log_of(folder)] == list(range(1, 121))

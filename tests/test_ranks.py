@@ -338,10 +338,3 @@ def test_cores_are_shared_among_the_processes_of_a_machine(alone):
     for local, workers in ((1, 8), (4, 3), (50, 1)):
         alone.setenv("LOCAL_WORLD_SIZE", str(local))
         assert processes.workers_of(-1) == workers
-
-
-def test_a_place_is_described_in_a_few_words():
-    assert processes.describe(Place(CPU)).endswith("threads, 1 process, float32")
-    mps = Place(torch.device("mps"), 1, 2, torch.float16)
-    assert processes.describe(mps) == "mps, 2 processes, fp16"
-    assert 0.05 < processes.peak_memory_gb(CPU) < 1000

@@ -489,7 +489,7 @@ def raising(error):
         (Stopped("the disk is full"), 1, "the disk is full"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried\n2"), 2, "take a smaller --batch-size"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "take a smaller --batch-size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "take a smaller"),
         (RuntimeError("gloo: connection closed by peer"), RuntimeError, ""),  # in one process
         (KeyError("x"), KeyError, ""),  # a mistake of ours keeps its trace
     ],
