@@ -1,29 +1,27 @@
-"""The two losses: the same place has the same assignment in both views, and a slot finds itself.
+"""The losses: the same place has the same assignment in both views, and a slot finds itself.
 
 Slides: "Towards semantic prototypes: deep clustering" (avoiding collapse), "Semantic grouping with
 pixel-level deep clustering" and "Group-level representation learning by contrasting slots".
 Paper: sections 3.1 to 3.3.
 Read next: teacher.py.
 
-A loss is the share of this rank: the mean of the shares over ranks is the loss of the whole batch,
-as the mean of the gradients, which DistributedDataParallel takes, is its gradient.
+Several processes (ranks) may hold a part of the batch each. Every loss is scaled so that its mean
+over ranks is the loss of the whole batch, as DistributedDataParallel takes the mean of gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange, reduce
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from engine.ranks import gather_rows, rank_and_world_size, sum_over_ranks
 from grouping import assignment, full_precision
-
-Predictor = Callable[[Tensor], Tensor]  # rows (n d) -> (n d), of the student only
 
 
 def group_consistency(
@@ -41,9 +39,9 @@ def group_consistency(
 
     student_aligned, teacher_aligned (b k h w): aligned similarity of two views; center (k); valid
     (b) bool: the crops overlap; the mean runs over these images of all ranks -> scalar, about ln k
-    at the start. Three things prevent collapse. Stop-gradient: the teacher is a target. Centering:
-    no prototype wins everywhere. Sharpening, temp_teacher < temp_student: no assignment is uniform.
-    Raises ValueError for shapes that do not fit.
+    at the start. Against collapse: stop-gradient, the teacher is a target; centering, no prototype
+    wins everywhere; sharpening, temp_teacher < temp_student, no assignment is uniform; and the
+    moving average of teacher.py. Raises ValueError for shapes that do not fit.
     """
     if student_aligned.shape != teacher_aligned.shape or center.shape != student_aligned.shape[1:2]:
         shapes = [tuple(x.shape) for x in (student_aligned, teacher_aligned, center)]
@@ -61,17 +59,17 @@ def group_consistency(
 def slot_contrast(
     student_slots: Tensor,
     teacher_slots: Tensor,
-    predictor: Predictor,
+    predictor: nn.Module,
     pairs: SlotPairs,
     temp_slot: float,
 ) -> Tensor:
     """Pull a slot to itself in the other view, push it away from all other slots; one direction.
 
-    loss = 2 temp_slot mean_n -log softmax_m(<query_n, key_m> / temp_slot)_positive(n)
+    loss = 2 t mean_n -log(exp(<query_n, key_positive(n)> / t) / sum_m exp(<query_n, key_m> / t))
 
-    student_slots, teacher_slots (b k d); pairs: of `pair_slots`; temp_slot: 0.2 [O] -> scalar.
-    Queries are predictions for occupied slots. Keys are the occupied slots of the teacher, of all
-    images of all ranks. Both have length 1. Fewer than two queries over all ranks: zero [U].
+    student_slots, teacher_slots (b k d), of different views; predictor: rows (n d) -> (n d); pairs:
+    of `pair_slots`, which defines queries, keys and positives; t = temp_slot: 0.2 [O] -> scalar.
+    Queries are predictions; all rows have length 1. Fewer than two queries on all ranks: zero [U].
     """
     if pairs.num_queries < 2:
         return connected_zero(student_slots, predictor)
@@ -82,7 +80,7 @@ def slot_contrast(
 
 
 def slot_regression(
-    student_slots: Tensor, teacher_slots: Tensor, predictor: Predictor, pairs: SlotPairs
+    student_slots: Tensor, teacher_slots: Tensor, predictor: nn.Module, pairs: SlotPairs
 ) -> Tensor:
     """Pull only (table 8b, "Reg."), weight 1 [U]; arguments as in `slot_contrast`.
 
@@ -100,23 +98,23 @@ def slot_regression(
 def image_contrast(prediction: Tensor, target: Tensor, temp_image: float = 0.2) -> Tensor:
     """The image-level objective of table 8d: an image finds its other view; one direction.
 
-    loss = 2 temp_image mean_b -log softmax_m(<query_b, key_m> / temp_image)_own(b)
+    loss = 2 t mean_b -log(exp(<query_b, key_b> / t) / sum_m exp(<query_b, key_m> / t))
 
     prediction (b d) of the student, target (b d) of the teacher, not normalized; keys are the
-    targets of all ranks; temperature 0.2 [U] -> scalar.
+    targets of all ranks; t = temp_image: 0.2 [U] -> scalar.
     """
     rank, world_size = rank_and_world_size()
     b = len(prediction)
     keys = gather_rows(unit(target.detach()), [b] * world_size)
     own = torch.arange(b, device=prediction.device) + rank * b
-    return 2 * temp_image * contrast(unit(prediction), own, keys, temp_image) / b
+    return 2 * temp_image * contrast_in_parts(unit(prediction), own, keys, temp_image) / b
 
 
 # ----------------------------------------------------------- helpers: center, pairs, cross-entropy
 
 
 @torch.no_grad()
-def mean_over_pixels(teacher_similarity: Sequence[Tensor]) -> Tensor:
+def mean_over_pixels(teacher_similarity: list[Tensor]) -> Tensor:
     """What the center follows: maps (b k h w) of whole views -> mean over all ranks (k)."""
     maps = [reduce(similarity, "b k h w -> k", "mean") for similarity in teacher_similarity]
     return sum_over_ranks(sum(maps) / len(maps)) / rank_and_world_size()[1]
@@ -129,45 +127,40 @@ def update_center(center: Tensor, mean: Tensor, momentum: float) -> None:
 
 
 class SlotPairs(NamedTuple):
-    """Which slots of one direction take part. Positions count through (b k) of this rank."""
+    """Which slots of one direction take part. Slot k of image b has number b * K + k."""
 
-    queries: Tensor  # (n) slots occupied in the student's view and in the teacher's other view
-    keys: Tensor  # slots of the teacher that are occupied in its view, on this rank
-    positives: Tensor  # (n) the key of the same image and prototype, among the m of all ranks
+    queries: Tensor  # (n) numbers of the slots that are occupied in both views, on this rank
+    keys: Tensor  # numbers of the slots that are occupied in the teacher's view, on this rank
+    positives: Tensor  # (n) the key of the same image and prototype: its row among all m keys
     keys_per_rank: list[int]  # their sum is m
     num_queries: int  # sum of n over all ranks
 
 
 @torch.no_grad()
-def pair_slots(
-    student_occupied: Sequence[Tensor], teacher_occupied: Sequence[Tensor]
-) -> list[SlotPairs]:
-    """Masks (b k) bool, one of each network per direction -> the pairs of every direction."""
+def pair_slots(student_occupied: list[Tensor], teacher_occupied: list[Tensor]) -> list[SlotPairs]:
+    """Masks (b k) bool: of the student's view, of the teacher's other view, for each direction.
+
+    A query's positive is the same slot in the teacher's other view. Its negatives are all other
+    occupied slots of the teacher's other views of all images of all ranks.
+    """
     rank, world_size = rank_and_world_size()
-    # For each direction: where queries are, where keys are.
     masks = [torch.stack([s & t, t]) for s, t in zip(student_occupied, teacher_occupied)]
-    masks = rearrange(masks, "i r b k -> i r (b k)")
-    # The one place of the forward where the host waits for the device: the predictor must know its
-    # number of rows. [rank][direction] -> [queries, keys]
-    counts = gather_rows(masks.sum(dim=-1)[None], [1] * world_size).tolist()  # over (b k)
+    masks = rearrange(masks, "direction role b k -> direction role (b k)")
+    occupied_first = masks.byte().argsort(descending=True, stable=True)  # over (b k)
+    # Only here the forward waits for the device: the predictor must know its number of rows.
+    counts = gather_rows(masks.sum(dim=-1)[None], [1] * world_size).tolist()
     pairs = []
-    for i, (query_mask, key_mask) in enumerate(masks):
-        n, m = counts[rank][i]
-        keys_per_rank = [counts[r][i][1] for r in range(world_size)]
-        queries, keys = positions(query_mask, n), positions(key_mask, m)
-        positives = key_mask.cumsum(0)[queries] - 1 + sum(keys_per_rank[:rank])
+    for i, (n, m) in enumerate(counts[rank]):
+        queries, keys = occupied_first[i, 0, :n], occupied_first[i, 1, :m]
+        keys_per_rank = [count[i][1] for count in counts]
+        positives = masks[i, 1].cumsum(0)[queries] - 1 + sum(keys_per_rank[:rank])
         num_queries = sum(count[i][0] for count in counts)
         pairs.append(SlotPairs(queries, keys, positives, keys_per_rank, num_queries))
     return pairs
 
 
-def positions(mask: Tensor, count: int) -> Tensor:
-    """The positions (count) of True, in order; without a second wait for the device."""
-    return mask.byte().argsort(descending=True, stable=True)[:count]
-
-
 def unit_rows(
-    student_slots: Tensor, teacher_slots: Tensor, predictor: Predictor, pairs: SlotPairs
+    student_slots: Tensor, teacher_slots: Tensor, predictor: nn.Module, pairs: SlotPairs
 ) -> tuple[Tensor, Tensor]:
     """Queries (n d): predictions; keys of this rank: slots of the teacher, without gradient."""
     queries = predictor(rearrange(student_slots, "b k d -> (b k) d")[pairs.queries])
@@ -176,7 +169,7 @@ def unit_rows(
 
 
 def share_of_mean(total: Tensor, count: Tensor | int) -> Tensor:
-    """total: a sum on this rank; count: of its terms on all ranks -> this rank's share."""
+    """total: a sum on this rank; count: of its terms on all ranks -> a loss, scaled as above."""
     return total * rank_and_world_size()[1] / count
 
 
@@ -185,29 +178,23 @@ def unit(rows: Tensor) -> Tensor:
     return F.normalize(full_precision(rows), dim=1)  # over d
 
 
-def contrast(queries: Tensor, positives: Tensor, keys: Tensor, temperature: float) -> Tensor:
-    """queries (n d), keys (m d), positives (n): rows of keys -> cross-entropy, summed over n."""
-    # In float32: m can be tens of thousands.
-    with torch.autocast(queries.device.type, enabled=False):
+def contrast_in_parts(
+    queries: Tensor, positives: Tensor, keys: Tensor, temperature: float, most_logits: int = 2**22
+) -> Tensor:
+    """queries (n d), keys (m d), positives (n): rows of keys -> cross-entropy, summed over n.
+
+    At most 16 MB of logits exist at once [U]; n m of them can be a gigabyte.
+    """
+    rows = max(most_logits // len(keys), 1)
+    if len(queries) > rows:
+        again = partial(checkpoint, contrast_in_parts, use_reentrant=False)  # in the backward
+        parts = zip(queries.split(rows), positives.split(rows))
+        return sum(again(*part, keys, temperature) for part in parts)
+    with torch.autocast(queries.device.type, enabled=False):  # m can be tens of thousands
         logits = einsum(queries, keys, "n d, m d -> n m") / temperature
         return F.cross_entropy(logits, positives, reduction="sum")
 
 
-def contrast_in_parts(
-    queries: Tensor, positives: Tensor, keys: Tensor, temperature: float, most_logits: int = 2**22
-) -> Tensor:
-    """`contrast` with at most 16 MB of logits at once [U]; n m of them can be a gigabyte."""
-    rows = max(most_logits // len(keys), 1)
-    if len(queries) <= rows:
-        return contrast(queries, positives, keys, temperature)
-    parts = zip(queries.split(rows), positives.split(rows))
-    # The logits of a part are computed again in the backward.
-    return sum(
-        checkpoint(contrast, *part, keys, temperature, use_reentrant=False) for part in parts
-    )
-
-
-def connected_zero(slots: Tensor, predictor: Predictor) -> Tensor:
-    """Zero with a gradient of zeros: without it a rank would keep the others waiting."""
-    parameters = predictor.parameters() if isinstance(predictor, torch.nn.Module) else ()
-    return 0 * (slots.sum() + sum(p.sum() for p in parameters))
+def connected_zero(slots: Tensor, predictor: nn.Module) -> Tensor:
+    """Zero, with a gradient of zeros: other ranks wait for a gradient from this one."""
+    return 0 * (slots.sum() + sum(p.sum() for p in predictor.parameters()))

@@ -25,7 +25,7 @@ class View(NamedTuple):
     features: Tensor  # (b c h w) the backbone's map
     embeddings: Tensor  # (b d h w) of the pixels, not normalized
     similarity: Tensor  # (b k h w) of pixels and prototypes, over the whole view
-    aligned: Tensor  # (b k h w) the same over the part that both views show, not mirrored
+    aligned: Tensor  # (b k h w) with crop and flip undone: of the part that both views show
     slots: Tensor | None  # (b k d); None where there is no slot loss
     occupied: Tensor  # (b k) bool: the prototype is the nearest one of some pixel
 
@@ -33,7 +33,7 @@ class View(NamedTuple):
 class Report(NamedTuple):
     """What a forward computes, without gradient; directions: (s1, t2), then (s2, t1)."""
 
-    losses: Tensor  # (3) total, group, slot: shares of this rank
+    losses: Tensor  # (3) total, group, slot, of this rank; their mean over ranks counts
     group_losses: Tensor  # (2) by direction
     slot_losses: Tensor  # (2) by direction; zeros where there is no slot loss
     pairs: list[losses.SlotPairs]  # by direction; empty where there is no slot loss
@@ -44,15 +44,15 @@ class Report(NamedTuple):
 
 
 class SlotCon(nn.Module):
-    """Student, teacher, predictor and center; called on two views it returns the loss.
+    """Student, teacher, predictor, center; called on two views it returns the loss and a report.
 
-    loss = group_weight (group12 + group21) + (1 - group_weight) (slot12 + slot21)
+    loss = group_weight (group12 + group21) + (1 - group_weight) (slot12 + slot21) + image term
 
     arch, num_prototypes (k), dim_hidden, dim_out (d): sizes of the networks. group_weight: lambda;
     at 1 there is no slot loss. temp_student, temp_teacher: of the assignments; temp_slot: of the
     contrast. slot_loss: "ctr" contrasts slots, "reg" regresses them (table 8b). align: "asgn"
     undoes the augmentation on similarity maps, "proj" on embeddings (table 8c). image_loss: adds
-    the objective of table 8d, weight 1 [U]. Raises ValueError for what does not exist.
+    the image term, of table 8d, weight 1 [U]. Raises ValueError for what does not exist.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class SlotCon(nn.Module):
 
     def forward(self, views: Tensor, boxes: Tensor, flipped: Tensor) -> tuple[Tensor, Report]:
         """views (b v 3 y x) normalized; boxes (b v 4) and flipped (b v) bool, of `data.Batch` ->
-        this rank's share of the loss, and a report.
+        this rank's loss, as losses.py scales it, and a report.
         """
         s1, s2 = self.describe(self.student, views, boxes, flipped)
         with torch.no_grad():
@@ -100,7 +100,7 @@ class SlotCon(nn.Module):
         group12 = losses.group_consistency(s1.aligned, t2.aligned, self.center, *temps, valid)
         group21 = losses.group_consistency(s2.aligned, t1.aligned, self.center, *temps, valid)
 
-        # A slot should find itself in the other view, among all slots of all images.
+        # A slot should find itself in the other view, among all occupied slots of all images.
         pairs, slot12, slot21 = [], torch.zeros_like(group12), torch.zeros_like(group12)
         if self.predictor is not None:
             pairs = losses.pair_slots([s1.occupied, s2.occupied], [t2.occupied, t1.occupied])
