@@ -168,9 +168,9 @@ def finish(
 ) -> None:
     """What a run leaves: the teacher's backbone for others, and a look at what was found."""
     if left := schedule.total_steps - run.steps:
-        hours = left * c.batch_size / run.images_per_second / 3600
-        print(f"paused   {left} steps are left, about {hours:.2g} hours: the same command without "
-              "--max-steps goes on")  # fmt: skip
+        minutes = left * c.batch_size / run.images_per_second / 60
+        print(f"paused   {left} steps are left, about {minutes // 60:.0f} h {minutes % 60:.0f} min: "
+              "the same command without --max-steps goes on")  # fmt: skip
         return
     file = run.folder / "backbone.pth"
     try:
