@@ -1,8 +1,4 @@
-"""compare.py: which rows, how they are trained, what is written.
-
-Promised: every row takes the same steps; a wrong option is answered before any work; each row's
-record is on disk as soon as it is done; SlotCon here is train.py, weight for weight.
-"""
+"""compare.py: which rows, how they are trained, what is written."""
 
 import dataclasses
 import itertools

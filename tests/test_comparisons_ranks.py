@@ -1,6 +1,4 @@
-"""The comparisons over two processes: Sinkhorn balances all pixels, and the contrasts know all
-keys.
-"""
+"""The comparisons over two processes: Sinkhorn balances all pixels, contrasts know all keys."""
 
 import multiprocessing
 
@@ -12,11 +10,8 @@ from comparisons import dense, slot_matching
 from comparisons.sinkhorn import sinkhorn
 
 B, K, D, H, W = 2, 6, 7, 4, 5  # images per process
-# Images that overlap: unequal numbers in both processes
-VALID = torch.tensor([True, True, False, True])
-MATCHING = torch.tensor(
-    [[0, 2, 1, 4, 3, 5], [5, 4, 3, 2, 1, 0], [0, 1, 2, 3, 4, 5], [1, 0, 3, 2, 5, 4]]
-)
+VALID = torch.tensor([True, True, False, True])  # images that overlap: unequal numbers per process
+MATCHING = torch.stack([torch.arange(K).roll(shift) for shift in range(2 * B)])
 
 
 def random(*shape, seed=0):

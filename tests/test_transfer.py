@@ -1,7 +1,4 @@
-"""transfer.py: whole fine-tunings of seconds, interrupted and resumed, refused and ended.
-
-Runs are in this process; those that are killed or are two have processes of their own.
-"""
+"""transfer.py: whole fine-tunings of seconds, interrupted and resumed, refused and ended."""
 
 import json
 import multiprocessing
@@ -13,7 +10,8 @@ import sys
 
 import pytest
 import torch
-from test_transfer_data import draw_ade20k, draw_cityscapes, draw_coco, draw_folder, draw_voc
+from test_datasets import draw_ade20k, draw_cityscapes, draw_voc
+from test_transfer_data import draw_coco, draw_folder
 
 import transfer
 from backbone import build_backbone
@@ -242,7 +240,6 @@ def test_a_backbone_that_is_not_whole_or_another_is_refused(tmp_path, capsys):
     (["detection", "--shorts", "640", "800"], "--shorts 640 800: the larger number comes first"),
     ([*SMALL, "--labeled", "3"], "and at most the 3 images that there are"),
     ([*SMALL, "--frame", "0", "64"], "--frame 0 64: the larger number comes first"),
-    ([*SMALL, "--window", "16", "32"], "--window 16 32: the larger number comes first"),
     ([*SMALL, "--aux-weight", "0.4"], "set --aux-weight 0"),
     ([*SMALL, "--output-stride", "16"], "set --output-stride 0"),
     ([*SMALL, "--arch", "huge"], "unknown architecture 'huge'"),
@@ -263,17 +260,6 @@ def test_a_run_is_continued_by_its_own_options_and_task_only(whole, tmp_path, ca
     checkpoints.save(tmp_path / "run" / "last.pth", pretraining)
     assert run(tmp_path / "run") == 2
     assert "task: pretraining then, segmentation now" in capsys.readouterr().err
-
-
-def test_the_help_names_every_option_and_every_data_set(capsys):
-    for task, presets in settings.PRESETS.items():
-        with pytest.raises(SystemExit):
-            settings.parse([task, "--help"], "")
-        said = " ".join(capsys.readouterr().out.split())
-        for name in next(iter(presets.values())).__dataclass_fields__:
-            assert "--" + name.replace("_", "-") in said
-        assert all(name in said for name in presets)
-    assert "toy 0.05" in said and "ade20k 0.0005" in said
 
 
 # ------------------------------------------------------------------------ processes of their own
@@ -364,13 +350,8 @@ DETECTION = (
 
 @pytest.mark.slow
 def test_a_detector_that_was_stopped_and_continued_is_the_whole_one_bit_for_bit(tmp_path):
-    small = [
-        *DETECTION,
-        "--data-dir",
-        str(draw_coco(tmp_path / "coco", more=3)),
-        "--test-every",
-        "3",
-    ]
+    data = str(draw_coco(tmp_path / "coco", more=3))
+    small = [*DETECTION, "--test-every", "3", "--data-dir", data]
     assert run(tmp_path / "whole", small=small) == 0
     assert run(tmp_path / "run", small=small, accident=At(4, Signals("SIGTERM"))) == 0
     assert run(tmp_path / "run", small=small) == 0
