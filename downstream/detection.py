@@ -16,6 +16,7 @@ from torchvision.datasets import CocoDetection, VisionDataset, wrap_dataset_for_
 from torchvision.models.detection import faster_rcnn, mask_rcnn, rpn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as F
 
 from downstream.annotations import read_annotations
@@ -134,8 +135,8 @@ def indexed(contents: dict[str, Any]) -> COCO:
 def view(pair: tuple[Tensor, Target], rng: random.Random, c: Detection) -> tuple[Tensor, Target]:
     """What a step sees: a whole image at another size, mirrored half of the time.
 
-    image (3 y x) uint8; boxes (n 4) float32 x1 y1 x2 y2 px, those without an area inside the image
-    are left out; labels (n) int64; masks (n y x) uint8.
+    image (3 y x) uint8; boxes (n 4) float32 x1 y1 x2 y2 px, only those with an area inside the
+    image; labels (n) int64; masks (n y x) uint8.
     """
     image, target = pair
     short = rng.choice(range(c.shorts[1], c.shorts[0] + 1, 32))
@@ -170,20 +171,16 @@ def scores(model: Detector, data: CocoObjects, place: Place, workers: int = 0) -
             judge.params.imgIds, judge.stats = data.ids, [0.0] * len(PRECISION)
             for act in (judge.evaluate, judge.accumulate, judge.summarize) if found else ():
                 act()
-            stats = (None if value < 0 else float(value) for value in judge.stats)
-            numbers |= {f"{name}_{key}": value for key, value in zip(PRECISION, stats)}
+            for key, value in zip(PRECISION, judge.stats):
+                numbers[f"{name}_{key}"] = None if value < 0 else float(value)
     return dict(numbers, detections=len(results))
 
 
 def as_results(found: Target, image_id: int, categories: Sequence[int]) -> list[dict[str, Any]]:
     """Detections in one image as COCO's results. categories: category_id of label 1, 2 ..."""
-    first, last = found["boxes"].float().cpu().split(2, dim=1)  # over x1 y1 x2 y2
-    boxes = torch.cat([first, last - first], dim=1).tolist()
-    masks = found["masks"].cpu().numpy().astype(np.uint8)
-    runs = [encoding.encode(np.asfortranarray(mask)) for mask in masks]
-    about = zip(boxes, found["labels"].tolist(), found["scores"].tolist(), runs)
-    return [
-        dict(image_id=image_id, category_id=categories[label - 1], bbox=box, score=score,
-             segmentation={**mask, "counts": mask["counts"].decode()})
-        for box, label, score, mask in about
-    ]  # fmt: skip
+    boxes = box_convert(found["boxes"].float().cpu(), "xyxy", "xywh").tolist()
+    masks = np.asfortranarray(found["masks"].permute(1, 2, 0).cpu().numpy().astype(np.uint8))
+    ids = [categories[label - 1] for label in found["labels"].tolist()]
+    about = zip(ids, boxes, found["scores"].tolist(), encoding.encode(masks))
+    names = "category_id", "bbox", "score", "segmentation"
+    return [dict(zip(names, each), image_id=image_id) for each in about]

@@ -38,9 +38,9 @@ def name_of(name: str, form: str) -> str:
 def write(state: Mapping[str, Tensor], form: str, file: Path) -> None:
     """The state for the target's checkpointer; *.pkl: arrays, as detectron2 writes them."""
     arrays = file.suffix == ".pkl"
-    named = {name_of(n, form): v.numpy() if arrays else v for n, v in state.items()}
-    more = dict(__author__="SlotCon", matching_heuristics=True)
-    contents = dict(model=named, **more) if form == "detectron2" else named
+    contents = {name_of(n, form): v.numpy() if arrays else v for n, v in state.items()}
+    if form == "detectron2":
+        contents = dict(model=contents, __author__="SlotCon", matching_heuristics=True)
     if arrays:
         files.write_atomically(file, lambda out: pickle.dump(contents, out))
     else:

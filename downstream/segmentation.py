@@ -170,7 +170,8 @@ def view(pair: tuple[Tensor, Tensor], rng: random.Random, c: Segmentation) -> tu
     for _ in range(TRIES):
         corner = [rng.randint(0, whole - side) for whole, side in zip(size, sides)]
         marks = pixels.crop(label, *corner, *sides)
-        if is_varied(marks):
+        counts = torch.bincount(marks[marks != metrics.IGNORE])
+        if len(counts) and counts.max() < MOST * counts.sum():  # so there are two classes
             break
     image = pixels.crop(image, *corner, *sides)
     if rng.random() < 0.5:
@@ -181,35 +182,23 @@ def view(pair: tuple[Tensor, Tensor], rng: random.Random, c: Segmentation) -> tu
     return pixels.pad(image, beside, GRAY), pixels.pad(marks, beside, metrics.IGNORE)[0]
 
 
-def is_varied(label: Tensor) -> bool:
-    """Whether at least two classes are there, and none has too many of the labeled pixels."""
-    counts = torch.bincount(label[label != metrics.IGNORE])
-    return bool((counts > 0).sum() > 1 and counts.max() < MOST * counts.sum())
-
-
 def distorted(image: Tensor, rng: random.Random) -> Tensor:
-    """Other colors, as mmsegmentation draws them [P]; torchvision's distortion is another one.
+    """Other colors, as mmsegmentation draws them [P]: image (3 y x) uint8 -> the same.
 
-    image (3 y x) uint8 -> the same. Contrast comes before or after saturation and hue, by chance.
+    Contrast comes before or after saturation and hue, by chance. With the saturation of HSV,
+    x -> V - (V - x) min(saturation, V / (V - min)), V: the largest color.
     """
     brighter, contrast, saturation, hue = (
         rng.uniform(*ends) if rng.random() < 0.5 else neutral for ends, neutral in DISTORTIONS
     )
     before, after = (contrast, 1) if rng.random() < 0.5 else (1, contrast)
     x = ((image.float() + brighter) / 255).clamp(0, 1)
-    x = saturated(pixels.adjust_brightness(x, before), saturation)  # a factor around black
+    x = pixels.adjust_brightness(x, before)  # a factor around black
+    value = x.amax(0)  # over color
+    limit = value / (value - x.amin(0)).clamp(min=1e-9)
+    x = value - (value - x) * limit.clamp(max=saturation)
     x = pixels.adjust_brightness(pixels.adjust_hue(x, hue), after)
     return (255 * x).round().to(torch.uint8)
-
-
-def saturated(x: Tensor, factor: float) -> Tensor:
-    """The saturation of HSV times a factor, at most 1; x (3 y x) in 0..1; V: its largest color.
-
-    x -> V - (V - x) min(factor, V / (V - min))
-    """
-    value, least = x.amax(0), x.amin(0)  # over color
-    limit = value / (value - least).clamp(min=1e-9)
-    return value - (value - x) * limit.clamp(max=factor)
 
 
 def scores(model: Segmenter, data: Labeled, place: Place, workers: int = 0) -> dict[str, Any]:
