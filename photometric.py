@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
-# What torchvision's weights, and everybody downstream, expect.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # what torchvision's weights and everybody downstream expect
 IMAGENET_STD = (0.229, 0.224, 0.225)
 LUMA = (0.2989, 0.587, 0.114)  # red, green, blue -> gray: ITU-R 601-2, rounded as torchvision does
 
 
 def normalize(images: Tensor) -> Tensor:
     """(value - mean) / std, per color: images (... 3 y x) uint8 0..255, or float 0..1 -> float."""
-    if not images.is_floating_point():
-        images = images.float() / 255
+    images = images if images.is_floating_point() else images / 255
     mean, std = (_constant(x, images.device) for x in (IMAGENET_MEAN, IMAGENET_STD))
     return (images - mean[:, None, None]) / std[:, None, None]
 
@@ -47,41 +46,32 @@ class Draw(NamedTuple):
     solarize: Tensor | None  # (b v) bool
 
 
+@dataclass(frozen=True)
 class Photometric:
     """Color jitter in random order, then gray, blur, solarize; each view has its own numbers.
 
     jitter: strengths of brightness, contrast and saturation, whose factors are U(1 - a, 1 + a) cut
-    at 0; of the hue, U(-a, a) turns, a <= 0.5; probability of the jitter. p_gray: probability.
-    p_blur: probability in view 1 and 2. solarize: probability in view 1 and 2, and the gray level
-    from which on values are inverted; 0 inverts all. blur_sigma: range, pixels of the view. The
-    defaults are [O]. Raises ValueError for numbers out of range.
+    at 0; of the hue, U(-a, a) turns, a <= 0.5; probability. solarize: probability in view 1 and 2,
+    gray level from which on values are inverted. Raises ValueError for numbers out of range.
     """
 
-    def __init__(
-        self,
-        jitter: tuple[float, float, float, float, float] = (0.4, 0.4, 0.2, 0.1, 0.8),
-        p_gray: float = 0.2,
-        p_blur: tuple[float, float] = (1.0, 0.1),
-        solarize: tuple[float, float, float] = (0.0, 0.2, 128),
-        blur_sigma: tuple[float, float] = (0.1, 2.0),
-    ):
-        sizes = len(jitter), len(p_blur), len(solarize), len(blur_sigma)
-        if sizes != (5, 2, 3, 2):
-            raise ValueError(
-                f"jitter, p_blur, solarize, blur_sigma have 5 2 3 2 numbers, not {sizes}"
-            )
-        probabilities = (jitter[4], p_gray, *p_blur, *solarize[:2])
+    jitter: tuple[float, float, float, float, float] = (0.4, 0.4, 0.2, 0.1, 0.8)  # defaults: [O]
+    p_gray: float = 0.2
+    p_blur: tuple[float, float] = (1.0, 0.1)  # in view 1 and in view 2
+    solarize: tuple[float, float, float] = (0.0, 0.2, 128)  # at level 0 all are inverted
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # range, px of the view; cut at 4 sigma [U]
+
+    def __post_init__(self) -> None:
+        jitter, low_high = self.jitter, self.blur_sigma
+        if [len(x) for x in (jitter, self.p_blur, self.solarize, low_high)] != [5, 2, 3, 2]:
+            raise ValueError(f"jitter, p_blur, solarize, blur_sigma have 5 2 3 2 numbers: {self}")
+        probabilities = (jitter[4], self.p_gray, *self.p_blur, *self.solarize[:2])
         if not all(0 <= p <= 1 for p in probabilities):
             raise ValueError(f"probabilities lie in 0..1, found {probabilities}")
         if min(jitter[:4]) < 0 or jitter[3] > 0.5:
             raise ValueError(f"strengths are >= 0 and that of the hue <= 0.5, found {jitter[:4]}")
-        if not 0 < blur_sigma[0] <= blur_sigma[1]:
-            raise ValueError(f"blur_sigma is a range of positive numbers, found {blur_sigma}")
-        self.strengths, self.hue, self.p_jitter = tuple(jitter[:3]), jitter[3], jitter[4]
-        self.p_gray, self.p_blur = p_gray, tuple(p_blur)
-        self.p_solarize, self.threshold = tuple(solarize[:2]), solarize[2] / 255
-        self.blur_sigma = blur_sigma
-        self.blur_radius = math.ceil(4 * blur_sigma[1])  # 6e-5 of the weight lies outside [U]
+        if not 0 < low_high[0] <= low_high[1]:
+            raise ValueError(f"blur_sigma is a range of positive numbers, found {low_high}")
 
     def __call__(self, views: Tensor, generator: torch.Generator) -> Tensor:
         """Draws and applies: views (b v 3 y x) uint8 -> (b v 3 y x) float32, normalized."""
@@ -89,52 +79,44 @@ class Photometric:
 
     def draw(self, b: int, generator: torch.Generator) -> Draw:
         """The parameters of b images, from one call of the generator and on its device."""
-        device = generator.device
-        # (b v 13), each in 0..1
-        drawn = torch.rand(b, 2, 13, generator=generator, device=device)
+        device, (*strengths, most_turns, p_jitter) = generator.device, self.jitter
+        drawn = torch.rand(b, 2, 13, generator=generator, device=device)  # (b v 13) in 0..1
         jitter, hue, hue_position, gray, blur, sigma, solarize = drawn[..., :7].unbind(-1)
-        jitter, blends = jitter < self.p_jitter, self.p_jitter > 0 and any(self.strengths)
-        strongest = 1 + _constant(self.strengths, device)
+        jitter, blends = jitter < p_jitter, p_jitter > 0 and any(strengths)
+        strongest = 1 + _constant(tuple(strengths), device)
         weakest = (2 - strongest).clamp(min=0)
         factors = weakest + (strongest - weakest) * drawn[..., 7:10]
-        turns = self.p_jitter > 0 and self.hue > 0
-        blur, (low, high) = blur < _constant(self.p_blur, device), self.blur_sigma
-        solarized = solarize < _constant(self.p_solarize, device)
+        turns = p_jitter > 0 and most_turns > 0
+        blur, (low, high) = blur < _constant(tuple(self.p_blur), device), self.blur_sigma
+        p_solarize = tuple(self.solarize[:2])
         return Draw(
             order=drawn[..., 10:].argsort(dim=-1) if blends else None,
             factors=torch.where(jitter[..., None], factors, 1) if blends else None,
-            hue=torch.where(jitter, self.hue * (2 * hue - 1), 0) if turns else None,
+            hue=torch.where(jitter, most_turns * (2 * hue - 1), 0) if turns else None,
             hue_position=(4 * hue_position).long() if turns else None,
             gray=gray < self.p_gray if self.p_gray else None,
             sigma=torch.where(blur, low + (high - low) * sigma, 0) if any(self.p_blur) else None,
-            solarize=solarized if any(self.p_solarize) else None,
+            solarize=solarize < _constant(p_solarize, device) if any(p_solarize) else None,
         )
 
     def apply(self, views: Tensor, draw: Draw) -> Tensor:
         """Changes every view as drawn; shapes as in __call__. views stay as they are."""
         pixels = rearrange(views, "b v c y x -> (b v) c y x").float() / 255
         draw = Draw(*(None if t is None else t.to(views.device).flatten(0, 1) for t in draw))
-        blends = blend_weights(draw)
-        for weights in blends[:3]:
-            pixels = blend(pixels, weights)
+        blends = blend_weights(draw) if draw.order is not None else []
+        pixels = functools.reduce(blend, blends[:3], pixels)
         if draw.hue is not None:
             pixels = turn_hue(pixels, draw.hue)
-        for weights in blends[3:]:
-            pixels = blend(pixels, weights)
+        pixels = functools.reduce(blend, blends[3:], pixels)
         if draw.gray is not None:
-            pixels = torch.lerp(pixels, luma(pixels), _per_view(draw.gray).float())
+            pixels = torch.lerp(pixels, luma(pixels), draw.gray[:, None, None, None].float())
         if draw.sigma is not None:
-            pixels = gaussian_blur(pixels, draw.sigma, self.blur_radius)
+            pixels = gaussian_blur(pixels, draw.sigma, math.ceil(4 * self.blur_sigma[1]))
         if draw.solarize is not None:
             # In place stays float, which is faster than a mask, here and below.
-            bright = pixels.clone().ge_(self.threshold)
-            pixels = torch.lerp(pixels, 1 - pixels, bright * _per_view(draw.solarize))
+            bright = pixels.clone().ge_(self.solarize[2] / 255)
+            pixels = torch.lerp(pixels, 1 - pixels, bright * draw.solarize[:, None, None, None])
         return rearrange(normalize(pixels), "(b v) c y x -> b v c y x", v=views.shape[1])
-
-
-def _per_view(amount: Tensor) -> Tensor:
-    """(n) -> (n 1 1 1)."""
-    return rearrange(amount, "n -> n 1 1 1")
 
 
 def luma(pixels: Tensor) -> Tensor:
@@ -144,17 +126,13 @@ def luma(pixels: Tensor) -> Tensor:
 
 
 def blend_weights(draw: Draw) -> Tensor:
-    """Brightness, contrast and saturation as one formula, so that views advance together.
+    """Brightness, contrast and saturation as one formula, so that all views take a step at once.
 
-    blended = f pixel + (1 - f) anchor, cut to 0..1
+    blended = f pixel + (1 - f) anchor, cut to 0..1; anchor: 0, the mean luma, the pixel's luma
 
-    The anchor is black, the mean brightness of the view, or the brightness of the pixel. Returns
-    (place n 3): weights of pixel, mean brightness and own brightness at three places before the hue
-    and, if there is one, three after it. Each view has 1 0 0, which changes nothing, at three of
-    the six.
+    Returns (place n 3): weights of pixel, mean luma and own luma at three places before the hue
+    and, if there is one, three after it. At three of these six a view has 1 0 0: no change.
     """
-    if draw.order is None:
-        return torch.empty(0, 0)
     factor = rearrange(draw.factors.gather(1, draw.order), "n place -> place n")
     kind = rearrange(draw.order, "n place -> place n")
     if draw.hue is not None:
@@ -166,7 +144,7 @@ def blend_weights(draw: Draw) -> Tensor:
 
 def blend(pixels: Tensor, weights: Tensor) -> Tensor:
     """pixels (n 3 y x) in 0..1; weights (n 3): one place of `blend_weights`."""
-    own, mean, bright = (_per_view(weight) for weight in weights.unbind(1))
+    own, mean, bright = rearrange(weights, "n weight -> weight n 1 1 1")
     gray, blended = luma(pixels), own * pixels
     blended += mean * reduce(gray, "n 1 y x -> n 1 1 1", "mean") + bright * gray
     return blended.clamp_(0, 1)
@@ -186,34 +164,27 @@ def turn_hue(pixels: Tensor, turns: Tensor) -> Tensor:
     red_leads, green_leads = (top - red).eq_(0), (top - green).eq_(0)  # 0 or 1
     hue = torch.lerp(red - green + 4 * chroma, blue - red + 2 * chroma, green_leads)
     hue = torch.lerp(hue, green - blue, red_leads) / (6 * chroma).clamp_(min=1e-12)  # gray: 0
-    # The opposites of red, green and blue, seen from the hue's zero.
-    opposite = _constant((1 / 2, 1 / 6, -1 / 6), pixels.device)[:, None, None]
-    distance = rearrange(hue, "n y x -> n 1 y x") + _per_view(turns) + opposite
+    opposite = _constant((1 / 2, 1 / 6, -1 / 6), pixels.device)[:, None, None]  # red, green, blue
+    distance = hue[:, None] + turns[:, None, None, None] + opposite
     missing = (distance - distance.round()).abs_().mul_(-6).add_(2).clamp_(0, 1)
     return torch.addcmul(top[:, None], chroma[:, None], missing, value=-1)
 
 
 def gaussian_blur(pixels: Tensor, sigma: Tensor, radius: int) -> Tensor:
-    """Separable Gaussian, mirrored at the border, as two matrix products.
-
-    pixels (n 3 y x); sigma (n) pixels, 0 = sharp; radius: taps on each side of the middle one.
-    """
+    """pixels (n 3 y x); sigma (n) px, 0 = sharp: 2 radius + 1 taps, mirrored at the border."""
     with torch.autocast(pixels.device.type, enabled=False):  # half precision would show as bands
-        rows, columns = (
-            _blur_matrix(sigma, min(radius, length - 1), length) for length in pixels.shape[2:]
-        )
+        rows, columns = (_blur_matrix(sigma, radius, length) for length in pixels.shape[2:])
         return rows @ pixels @ rearrange(columns, "n 1 x i -> n 1 i x")
 
 
 def _blur_matrix(sigma: Tensor, radius: int, length: int) -> Tensor:
     """(n 1 y i): the weight of pixel i of a line in pixel y of the blurred line."""
+    radius = min(radius, length - 1)
     tap = torch.arange(-radius, radius + 1, device=sigma.device)
-    # 1e-3: sharp, without 0 / 0
-    weights = torch.exp(-0.5 * (tap / sigma[:, None].clamp(min=1e-3)) ** 2)
-    weights = weights / weights.sum(dim=1, keepdim=True)  # over taps
+    weights = torch.exp(-0.5 * (tap / sigma[:, None].clamp(min=1e-3)) ** 2)  # 1e-3: no 0 / 0
+    weights = repeat(weights / weights.sum(dim=1, keepdim=True), "n tap -> n y tap", y=length)
     source = torch.arange(length, device=sigma.device)[:, None] + tap
     source = length - 1 - (length - 1 - source.abs()).abs()  # (y tap), mirrored at both borders
     matrix = torch.zeros(len(sigma), length, length, device=sigma.device)
-    source = repeat(source, "y tap -> n y tap", n=len(sigma))
-    matrix.scatter_add_(2, source, repeat(weights, "n tap -> n y tap", y=length))  # over i
+    matrix.scatter_add_(2, source.expand_as(weights), weights)  # over i
     return rearrange(matrix, "n y i -> n 1 y i")

@@ -13,8 +13,10 @@ same everywhere. There is no sin, no power, and no sum of an array.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -106,7 +108,6 @@ def frame_pair(
     # Of the camera, with which instance 0 moves, then of the things.
     moves = [[stream.integer(-speed, speed) for _ in "xy"] for _ in range(1 + len(sketch.things))]
     second = _render(sketch, chosen, stream.field(size, size, 3), moves)
-
     return FramePair(first, second, np.array(moves)[first.instance])
 
 
@@ -178,36 +179,11 @@ def _blobs(p: Values, q: Values, table: Values) -> Values:
     return upper * (1.0 - v) + lower * v
 
 
-def grain(p: Values, q: Values, table: Values) -> Values:
-    """Soft speckles."""
-    return np.clip(4.0 * _blobs(p, q, table) - 2.0, -1.0, 1.0)
-
-
-def waves(p: Values, q: Values, table: Values) -> Values:
-    """Wavy lines along p."""
-    return wave(q + 0.3 * wave(0.3 * p))
-
-
 def bricks(p: Values, q: Values, table: Values) -> Values:
     """Bricks with mortar, twice as wide as high, every other row shifted by half a brick."""
     p = 0.5 * (p + np.floor(q))
     mortar = (_fraction(q) < 0.22) | (_fraction(p) < 0.11)
     return np.where(mortar, -1.0, 0.2 + 0.6 * _cell(p, q, table))
-
-
-def gloss(p: Values, q: Values, table: Values) -> Values:
-    """Rings around a bright middle."""
-    return wave(np.sqrt(p * p + q * q) + 0.25)
-
-
-def checks(p: Values, q: Values, table: Values) -> Values:
-    """A chessboard."""
-    return np.where((_fraction(p) < 0.5) == (_fraction(q) < 0.5), 1.0, -1.0)
-
-
-def stripes(p: Values, q: Values, table: Values) -> Values:
-    """Stripes across p, slightly wavy."""
-    return wave(p + 0.1 * wave(0.15 * q))
 
 
 def dots(p: Values, q: Values, table: Values) -> Values:
@@ -216,14 +192,20 @@ def dots(p: Values, q: Values, table: Values) -> Values:
     return np.where(u * u + v * v < 0.09, 1.0, -0.5)
 
 
-def leaves(p: Values, q: Values, table: Values) -> Values:
-    """Hard-edged blobs."""
-    return np.where(_blobs(p, q, table) > 0.5, 1.0, -1.0)
+def checks(p: Values, q: Values, table: Values) -> Values:
+    """A chessboard."""
+    return np.where((_fraction(p) < 0.5) == (_fraction(q) < 0.5), 1.0, -1.0)
 
 
-def bark(p: Values, q: Values, table: Values) -> Values:
-    """Speckles drawn out along q."""
-    return grain(p, 0.3 * q, table)
+Texture = Callable[[Values, Values, Values], Values]
+# Soft speckles, wavy lines along p, rings around a bright middle, slightly wavy stripes across p,
+# hard-edged blobs, speckles drawn out along q.
+grain: Texture = lambda p, q, table: np.clip(4.0 * _blobs(p, q, table) - 2.0, -1.0, 1.0)
+waves: Texture = lambda p, q, table: wave(q + 0.3 * wave(0.3 * p))
+gloss: Texture = lambda p, q, table: wave(np.sqrt(p * p + q * q) + 0.25)
+stripes: Texture = lambda p, q, table: wave(p + 0.1 * wave(0.15 * q))
+leaves: Texture = lambda p, q, table: np.where(_blobs(p, q, table) > 0.5, 1.0, -1.0)
+bark: Texture = lambda p, q, table: grain(p, 0.3 * q, table)
 
 
 # ---------------------- shapes: (u, v) in radii from the center, v down -> one mask (y x) per part
@@ -257,7 +239,7 @@ class Part(NamedTuple):
     """A part of a class and its texture, whose period is short beside 17 px, but for the ball's."""
 
     name: str
-    texture: Callable[[Values, Values, Values], Values]
+    texture: Texture
     period: tuple[float, float]  # 64ths of the side
     tilt: float  # how far it may turn, turns
 
@@ -370,10 +352,8 @@ def _places(stream: Stream, dials: Dials) -> list[tuple[float, float, float]]:
 
 def _kind(stream: Stream, rarity: float) -> int:
     """The class of a thing; the i-th is rarity^i as likely as the first."""
-    bounds, weight = [1.0], 1.0
-    for _ in CLASSES[NUM_STUFF + 1 :]:
-        weight *= rarity
-        bounds.append(bounds[-1] + weight)
+    weights = accumulate([1.0] + [rarity] * (len(CLASSES) - NUM_STUFF - 1), operator.mul)
+    bounds = list(accumulate(weights))
     pick = stream.uniform(0.0, bounds[-1])
     return NUM_STUFF + sum(pick >= bound for bound in bounds[:-1])
 
@@ -388,9 +368,8 @@ def _thing(stream: Stream, dials: Dials, hue: float, place: tuple[float, float, 
 
 
 def _sketch(stream: Stream, dials: Dials) -> Sketch:
-    hues = [stream.uniform()]
-    for _ in range(dials.things[1] + 1):
-        hues.append(hues[-1] + 0.618034)  # the golden section spreads the hues of a scene evenly
+    # The golden section spreads the hues of a scene evenly.
+    hues = list(accumulate([stream.uniform()] + [0.618034] * (dials.things[1] + 1)))
     places = _places(stream, dials)
     things = tuple(_thing(stream, dials, *each) for each in zip(hues[2:], places))
     first = stream.integer(0, NUM_STUFF - 1)
@@ -424,7 +403,7 @@ class Canvas:
         self.parts = np.where(below, sketch.stuff[1].part, sketch.stuff[0].part).astype(np.uint8)
         self.instance = np.zeros((size, size), np.uint8)
 
-    def add(self, thing: Thing, number: int, shift: Sequence[int]) -> None:
+    def add(self, number: int, thing: Thing, shift: Sequence[int]) -> None:
         """Draws a thing over all that is there, shifted by (x y), px."""
         patch = self.rows_of(thing, 1, shift[1]), self.rows_of(thing, 0, shift[0])
         x = (self.columns[patch] - shift[0]) * self.unit - thing.center[0]
@@ -457,21 +436,20 @@ def _render(sketch: Sketch, dials: Dials, noise: Values, moves: Sequence = ()) -
     count = len(sketch.things)
     camera, *shifts = moves or [(0, 0)] * (1 + count)
     canvas = Canvas(sketch, dials.size, camera)
-    for i, thing in enumerate(sketch.things):
-        canvas.add(thing, i + 1, shifts[i])
+    for number, each in enumerate(zip(sketch.things, shifts), start=1):
+        canvas.add(number, *each)
     x, y = 2.0 * canvas.columns / dials.size - 1.0, 2.0 * canvas.rows / dials.size - 1.0
     light = 1.0 + sketch.light[0] * x + sketch.light[1] * y
     image = canvas.image * light[..., None] + dials.noise * (2.0 * noise - 1.0)
-    instance = canvas.instance
-    boxes = [_box(instance == number) for number in range(1, count + 1)]
+    boxes = [_box(canvas.instance == number) for number in range(1, count + 1)]
     return Scene(
         image=np.floor(255.0 * np.clip(image, 0.0, 1.0) + 0.5).astype(np.uint8),
         semantic=PART_CLASS[canvas.parts],
-        instance=instance,
+        instance=canvas.instance,
         parts=canvas.parts,
         boxes=np.array(boxes, np.int64).reshape(-1, 4),
         things=np.array([thing.kind for thing in sketch.things], np.uint8),
-        depth=(255 * instance.astype(np.int64) // max(count, 1)).astype(np.uint8),
+        depth=(255 * canvas.instance.astype(np.int64) // max(count, 1)).astype(np.uint8),
     )
 
 
@@ -485,9 +463,8 @@ def _dials(preset: str, changes: dict) -> Dials:
     if preset not in SCENE_PRESETS:
         raise ValueError(f"no toy preset {preset!r}; there are {', '.join(SCENE_PRESETS)}")
     known = [field.name for field in fields(Dials)]
-    for name in changes:
-        if name not in known:
-            raise ValueError(f"no dial {name!r}; there are {', '.join(known)}")
+    if unknown := [name for name in changes if name not in known]:
+        raise ValueError(f"no dial {unknown[0]!r}; there are {', '.join(known)}")
     dials = replace(Dials(), **{**SCENE_PRESETS[preset], **changes})
     ranges = dict(size=(16, 4096), things=(0, 254), radius=(0.01, 1), crowding=(0, 9))
     for name in known[:-1]:

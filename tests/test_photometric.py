@@ -50,7 +50,7 @@ def with_torchvision(view, draw, photometric, i, v):
     if draw.sigma is not None and draw.sigma[i, v] > 0:
         x = TF.gaussian_blur(x, [17, 17], [draw.sigma[i, v].item()] * 2)
     if draw.solarize is not None and draw.solarize[i, v]:
-        x = TF.solarize(x, photometric.threshold)
+        x = TF.solarize(x, photometric.solarize[2] / 255)
     return TF.normalize(x, list(IMAGENET_MEAN), list(IMAGENET_STD))
 
 
