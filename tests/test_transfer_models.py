@@ -22,7 +22,7 @@ SMALL = replace(
 
 
 def segmenter(dataset, classes):
-    """The released network of a data set, without memory."""
+    """The released network of a data set, on the meta device: names and shapes without memory."""
     with torch.device("meta"):
         return Segmenter(build_backbone("resnet50"), classes, FCN[dataset])
 
@@ -37,9 +37,6 @@ def shapes(module):
     """(in, out, kernel, dilation) of every convolution."""
     convs = (m for m in module.modules() if isinstance(m, nn.Conv2d))
     return [(c.in_channels, c.out_channels, c.kernel_size[0], c.dilation[0]) for c in convs]
-
-
-# ----------------------------------------------------------------------------------- segmentation
 
 
 @pytest.mark.parametrize("dataset, classes", [("voc", 21), ("cityscapes", 19)])
@@ -107,9 +104,6 @@ def test_the_loss_is_a_mean_over_all_pixels_of_which_those_without_a_label_are_z
     assert pixel_loss(scores, torch.full((2, 6, 8), IGNORE)) == 0
 
 
-# ------------------------------------------------------------------------------- reading an image
-
-
 def test_scores_of_overlapping_squares_are_averaged():
     class MeanColor(nn.Module):
         classes = 2
@@ -155,9 +149,6 @@ def test_a_prediction_has_the_size_of_its_image_whatever_it_was_read_at():
 ])  # fmt: skip
 def test_an_image_is_fitted_into_a_frame_either_way_round(size, frame, expected):
     assert fitting(size, *frame) == expected
-
-
-# -------------------------------------------------------------------------------------- detection
 
 
 def test_pyramid_and_heads_have_the_layers_of_the_table(detector):
@@ -208,9 +199,6 @@ def test_every_weight_of_a_detector_learns_from_one_object():
     torch.testing.assert_close(numbers[0], numbers[1:].sum())
     assert not [name for name, p in detector.named_parameters() if p.grad is None]
     assert numbers.isfinite().all() and len(numbers) == len(detector.losses) == 6
-
-
-# -------------------------------------------------------------------------------------- schedules
 
 
 @pytest.mark.parametrize("c, steps, rates", [
