@@ -4,7 +4,6 @@ import colorsys
 import itertools
 import math
 
-import numpy as np
 import pytest
 import torch
 from torchvision.transforms.v2 import functional as TF
@@ -14,10 +13,7 @@ from photometric import (
     IMAGENET_STD,
     Draw,
     Photometric,
-    blend,
-    blend_weights,
     gaussian_blur,
-    luma,
     normalize,
     turn_hue,
 )
@@ -80,11 +76,6 @@ def test_every_view_is_what_torchvision_makes_of_it_with_the_same_parameters(set
 # ------------------------------------------------------------------------------------- single steps
 
 
-def test_luma_is_the_weighted_sum_of_the_colors():
-    found = luma(torch.tensor([1.0, 0.5, 0.25]).view(1, 3, 1, 1)).item()
-    assert found == pytest.approx(0.2989 + 0.2935 + 0.0285)
-
-
 @pytest.mark.parametrize("turn", [-0.5, -0.21, 0, 1e-3, 1 / 6, 1 / 3, 0.5])
 def test_hue_turns_the_circle_of_hue_saturation_value(turn):
     ties = list(itertools.product([0, 0.25, 1], repeat=3))  # grays and black among them
@@ -95,62 +86,6 @@ def test_hue_turns_the_circle_of_hue_saturation_value(turn):
     pixels, expected = (torch.tensor(x).T.reshape(1, 3, 1, -1) for x in (colors, expected))
     turned = turn_hue(pixels, torch.tensor([turn]))
     torch.testing.assert_close(turned, expected, rtol=0, atol=2e-6)
-
-
-def test_a_third_of_a_turn_makes_red_green():
-    green = turn_hue(torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1), torch.tensor([1 / 3])).flatten()
-    torch.testing.assert_close(green, torch.tensor([0.0, 1, 0]), atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize(
-    "weights, expected",
-    [
-        ((0.5, 0, 0), (0.1, 0.4)),
-        ((1.5, 0, 0), (0.3, 1.0)),
-        ((0.5, 0.5, 0), (0.35, 0.65)),
-        ((2, -1, 0), (0.0, 1.0)),
-        ((0.5, 0, 0.5), (0.2, 0.8)),
-        ((1, 0, 0), (0.2, 0.8)),
-    ],
-)
-def test_blends_solved_by_hand(weights, expected):
-    pixels = torch.tensor([[0.2, 0.8]]).expand(1, 3, 1, 2)  # gray, mean 0.5
-    blended = blend(pixels, torch.tensor([weights], dtype=torch.float32))[0, 0, 0]
-    torch.testing.assert_close(blended, torch.tensor(expected), atol=1e-3, rtol=0)
-
-
-def test_each_blend_comes_once_and_in_the_drawn_order():
-    order, factors = torch.tensor([[2, 0, 1], [1, 2, 0]]), [[1.1, 0.7, 1.3], [0.8, 1.2, 0.6]]
-    hue = dict(hue=torch.tensor([0.1, 0.1]), hue_position=torch.tensor([1, 3]))
-    nothing = dict(gray=None, sigma=None, solarize=None)
-    weights = blend_weights(Draw(order, torch.tensor(factors), **hue, **nothing))
-    still = [1, 0, 0]
-    expected = [
-        [[1.3, 0, -0.3], still, still, still, [1.1, 0, 0], [0.7, 0.3, 0]],
-        [[1.2, -0.2, 0], [0.6, 0, 0.4], [0.8, 0, 0], still, still, still],
-    ]
-    torch.testing.assert_close(weights, torch.tensor(expected).transpose(0, 1), atol=1e-6, rtol=0)
-
-
-def blurred_slowly(line, sigma, radius):
-    """One line, weight by weight, mirrored at both ends."""
-    taps = range(-radius, radius + 1)
-    weights = [math.exp(-t * t / (2 * sigma * sigma)) for t in taps]
-    line, last, blurred = line.tolist(), len(line) - 1, []
-    for place in range(len(line)):
-        sources = [abs(place + t) for t in taps]
-        sources = [2 * last - s if s > last else s for s in sources]
-        blurred.append(sum(w * line[s] for w, s in zip(weights, sources)) / sum(weights))
-    return blurred
-
-
-@pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
-def test_blur_is_the_gaussian_sum_along_both_axes(sigma):
-    pixels = torch.rand(1, 3, 19, 70, generator=seeded())
-    expected = np.apply_along_axis(blurred_slowly, 2, pixels.numpy(), sigma, 8)
-    expected = torch.tensor(np.apply_along_axis(blurred_slowly, 3, expected, sigma, 8))
-    blurred = gaussian_blur(pixels, torch.tensor([sigma]), 8)
-    torch.testing.assert_close(blurred, expected.float(), rtol=0, atol=1e-6)
 
 
 def test_blur_gives_each_view_its_own_width_and_keeps_plain_areas():
@@ -238,17 +173,6 @@ def test_a_view_does_not_depend_on_the_others_of_its_batch():
     together = change.apply(images, draw)
     exchanged = change.apply(images[order], Draw(*(t[order] for t in draw)))
     torch.testing.assert_close(exchanged, together[order], rtol=0, atol=1e-6)
-
-
-def test_the_order_of_the_steps_matters():
-    images, results = batch(b=1)[:, :1], []
-    factors, hue = torch.tensor([[[1.4, 0.6, 1.2]]]), torch.tensor([[0.3]])
-    for order, place in itertools.product(((0, 1, 2), (1, 0, 2)), (0, 3)):
-        position = torch.tensor([[place]])
-        draw = Draw(torch.tensor([[order]]), factors, hue, position, None, None, None)
-        results.append(Photometric().apply(images, draw))
-    for one, other in itertools.combinations(results, 2):
-        assert (one - other).abs().max() > 1e-2
 
 
 def test_views_stay_as_they_are_and_may_lie_otherwise_in_memory():

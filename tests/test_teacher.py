@@ -48,22 +48,6 @@ def test_every_parameter_moves_by_the_same_share_in_place_and_no_buffer_moves():
     assert len(parameters) == 6 and len(before) == 9
 
 
-def test_a_teacher_of_1_and_a_student_of_2_meet_at_1_and_a_quarter():
-    teacher, student = nn.Linear(1, 1), nn.Linear(1, 1)
-    for net, value in ((teacher, 1.0), (student, 2.0)):
-        for p in net.parameters():
-            nn.init.constant_(p, value)
-    update_teacher(teacher, student, 0.75)
-    assert [p.item() for p in teacher.parameters()] == [1.25, 1.25]
-
-
-@pytest.mark.parametrize("momentum, follows", [(1.0, 2), (0.0, 1)])
-def test_momentum_one_keeps_the_teacher_and_zero_copies_the_student(momentum, follows):
-    teacher = make_teacher(network(2))
-    update_teacher(teacher, network(1), momentum)
-    assert all(p.equal(q) for p, q in zip(teacher.parameters(), network(follows).parameters()))
-
-
 @pytest.mark.parametrize("momentum", [-0.1, 1.1, float("nan")])
 def test_a_momentum_outside_0_to_1_is_refused(momentum):
     with pytest.raises(ValueError, match=rf"momentum must lie in \[0, 1\], found {momentum}"):

@@ -55,13 +55,6 @@ def test_seed_and_index_do_not_stand_for_each_other():
     assert toy.scene(1, 2, size=16).image.tobytes() == drawn[7]  # whatever was drawn in between
 
 
-def test_wave_is_a_sine():
-    t = np.linspace(-2, 3, 1001)
-    np.testing.assert_allclose(toy.wave(t), np.sin(2 * np.pi * t), atol=1.2e-3)
-    c, s = toy.direction(1 / 6)
-    assert abs(c * c + s * s - 1) < 1e-15 and abs(c - 0.5) < 1e-3
-
-
 # ---------------------------------------------------------------------------- the table of classes
 
 
@@ -159,12 +152,6 @@ def touching(scene):
     """Whether two things share a border."""
     left, right = scene.instance[:, :-1], scene.instance[:, 1:]
     return ((left != right) & (left > 0) & (right > 0)).any()
-
-
-def test_things_overlap_and_leave_the_image():
-    drawn = scenes(30)
-    assert any((scene.boxes[:, 0] == 0).any() for scene in drawn)
-    assert sum(map(touching, drawn)) > 10
 
 
 def test_driving_has_its_layout_and_its_long_tail():
