@@ -141,7 +141,7 @@ PRESETS = {
         num_prototypes=32, dim_hidden=64, dim_out=32, temp_teacher=0.03, momentum_center=0.8,
         momentum_teacher=(0.99, 0.99), min_area=0.2, jitter=(0.2, 0.2, 0.3, 0.5, 1.0),
         p_blur=(0.0, 0.0), solarize=(0.5, 0.5, 0.0), optimizer="adamw", batch_size=16,
-        base_lr=0.16, weight_decay=0.01, epochs=36, warmup=0.625, threads=1, workers=1,
+        base_lr=0.16, weight_decay=0.01, epochs=32, warmup=0.625, threads=1, workers=1,
         log_every=20, save_minutes=0.5, keep_every=0,
     ),
     # For a folder of about 300 photographs or more and one small machine. All [U]; measured in
