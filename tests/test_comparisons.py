@@ -108,6 +108,8 @@ def test_the_loss_moves_every_weight_that_is_trained_and_nothing_else(name, argu
 @pytest.mark.parametrize("name", comparisons.SYSTEMS)
 def test_the_judged_backbone_follows_what_was_learned(name):
     system = build(name)
+    followed = any("teacher" in path for path, _ in system.named_modules())
+    assert all(p.requires_grad != followed for p in system.backbone.parameters())
     before = [p.clone() for p in system.backbone.parameters()]
     teacher = [p.clone() for p in getattr(system, "teacher", system).parameters()]
     optimizer = torch.optim.SGD([p for p in system.parameters() if p.requires_grad], 0.1)

@@ -112,11 +112,11 @@ def test_scores_of_overlapping_squares_are_averaged():
             mean = images.mean(dim=(1, 2, 3), keepdim=True)
             return torch.cat([mean, -mean], dim=1).expand(-1, -1, *images.shape[-2:])
 
-    images = torch.rand(1, 3, 7, 9)
+    images = torch.rand(1, 3, 8, 9)
     found = slide(MeanColor(), images, window=4, stride=3)
-    for y in range(7):
+    for y in range(8):
         for x in range(9):
-            corners = [(top, left) for top in (0, 3) for left in (0, 3, 5)]
+            corners = [(top, left) for top in (0, 3, 4) for left in (0, 3, 5)]
             means = [
                 images[..., top : top + 4, left : left + 4].mean().item()
                 for top, left in corners
