@@ -100,6 +100,7 @@ def test_crops_that_only_touch_or_miss_share_nothing(crop2):
 
 def test_a_crop_has_the_drawn_area_and_ratio_and_a_draw_that_does_not_fit_is_repeated():
     assert draw_crop(60, 80, Script([0.25, math.log(4 / 3)], [7, 11])) == (7, 11, 30, 40)
+    assert draw_crop(60, 80, Script([0.05, 0.0], [0, 0]), min_area=0.04) == (0, 0, 15, 15)
     again = Script([1.0, math.log(3 / 4), 0.25, 0.0], [1, 2])
     assert draw_crop(50, 100, again) == (1, 2, 35, 35)
 
@@ -196,8 +197,9 @@ def test_both_views_show_the_same_place_at_the_same_place_of_their_boxes():
 @pytest.mark.parametrize("height, width", [(300, 421), (421, 300), (57, 57)])
 def test_the_center_square_is_resize_256_and_center_crop_224(height, width):
     image = random_image(height, width)
-    resize = T.Resize(256, T.InterpolationMode.BICUBIC, antialias=True)
-    assert torch.equal(center_square(image, 224), T.CenterCrop(224)(resize(image)))
+    for size, short in ((224, 256), (112, 128)):
+        resize = T.Resize(short, T.InterpolationMode.BICUBIC, antialias=True)
+        assert torch.equal(center_square(image, size), T.CenterCrop(size)(resize(image)))
 
 
 def test_the_center_square_of_a_panorama_is_that_of_its_middle():

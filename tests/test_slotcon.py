@@ -160,13 +160,9 @@ def test_exchanging_views_or_images_changes_no_loss(settings):
 
 
 def test_lambda_weighs_the_two_losses_and_at_one_there_is_no_slot_loss():
-    found = {}
-    for weight in (0.0, 0.3, 1.0):
-        loss, report = build(group_weight=weight).eval()(*two_views())
-        _, group, slot = report.losses.tolist()
-        found[weight] = loss.item()
-        assert loss.item() == pytest.approx(weight * group + (1 - weight) * slot)
-    assert found[0.3] == pytest.approx(0.3 * found[1.0] + 0.7 * found[0.0])
+    loss, report = build(group_weight=0.3).eval()(*two_views())
+    _, group, slot = report.losses.tolist()
+    assert loss.item() == pytest.approx(0.3 * group + 0.7 * slot)
     model = build(group_weight=1.0)
     assert model.predictor is None and model(*two_views())[1].pairs == []
 

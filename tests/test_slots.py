@@ -13,7 +13,6 @@ import torch
 from slots import SlotPredictor, attentive_pooling, occupied
 
 B, K, D, H, W, N = 3, 5, 7, 4, 6, 8
-ORDER = torch.tensor([3, 0, 4, 1, 2])
 
 
 def random(*shape, seed=0):
@@ -39,13 +38,6 @@ def test_a_slot_is_the_mean_of_the_pixels_weighted_by_their_assignment():
             total += a
         expected[b, k] /= total
     assert torch.allclose(attentive_pooling(embeddings, maps, 0.3), expected, rtol=1e-10)
-
-
-def test_two_prototypes_that_share_four_pixels_get_the_means_of_their_own():
-    maps = torch.tensor([[1.0, 1.0, 1.0, -1.0], [-1.0, -1.0, -1.0, 1.0]]).reshape(1, 2, 1, 4)
-    embeddings = torch.tensor([3.0, 6.0, 9.0, 5.0]).reshape(1, 1, 1, 4)
-    found = attentive_pooling(embeddings, maps, 0.01).flatten().tolist()
-    assert found == pytest.approx([6.0, 5.0], rel=1e-4)
 
 
 def test_a_prototype_that_owns_nothing_pools_the_mean_of_the_view_instead_of_dividing_by_zero():
