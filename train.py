@@ -13,6 +13,7 @@ Read next: evaluate.py. Side trip: recipes.py, all numbers of a run.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,7 @@ import toy
 from data import TwoCrops
 from engine import batches, checkpoints, files, options, processes
 from engine.images import digest_of, open_images
+from engine.options import chosen_for  # the options that are named like a function's parameters
 from engine.optimizers import Schedule, make_optimizer, schedule_for
 from engine.processes import Place
 from engine.run import Options, Run
@@ -39,8 +41,6 @@ from photometric import Photometric
 from recipes import Config
 from slotcon import SlotCon
 from teacher import teacher_momentum
-
-chosen_for = options.chosen_for
 
 
 def train(c: Config, run: Run, model: SlotCon, schedule: Schedule) -> None:
@@ -168,9 +168,9 @@ def finish(
 ) -> None:
     """What a run leaves: the teacher's backbone for others, and a look at what was found."""
     if left := schedule.total_steps - run.steps:
-        minutes = left * c.batch_size / run.images_per_second / 60
-        print(f"paused   {left} steps are left, about {minutes // 60:.0f} h {minutes % 60:.0f} min: "
-              "the same command without --max-steps goes on")  # fmt: skip
+        seconds = round(left * c.batch_size / run.images_per_second)
+        print(f"paused   {left} steps are left, about {datetime.timedelta(seconds=seconds)}: the "
+              "same command without --max-steps goes on")  # fmt: skip
         return
     file = run.folder / "backbone.pth"
     try:
