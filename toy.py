@@ -192,20 +192,16 @@ def dots(p: Values, q: Values, table: Values) -> Values:
     return np.where(u * u + v * v < 0.09, 1.0, -0.5)
 
 
-def checks(p: Values, q: Values, table: Values) -> Values:
-    """A chessboard."""
-    return np.where((_fraction(p) < 0.5) == (_fraction(q) < 0.5), 1.0, -1.0)
-
-
 Texture = Callable[[Values, Values, Values], Values]
 # Soft speckles, wavy lines along p, rings around a bright middle, slightly wavy stripes across p,
-# hard-edged blobs, speckles drawn out along q.
+# hard-edged blobs, speckles drawn out along q, a chessboard.
 grain: Texture = lambda p, q, table: np.clip(4.0 * _blobs(p, q, table) - 2.0, -1.0, 1.0)
 waves: Texture = lambda p, q, table: wave(q + 0.3 * wave(0.3 * p))
 gloss: Texture = lambda p, q, table: wave(np.sqrt(p * p + q * q) + 0.25)
 stripes: Texture = lambda p, q, table: wave(p + 0.1 * wave(0.15 * q))
 leaves: Texture = lambda p, q, table: np.where(_blobs(p, q, table) > 0.5, 1.0, -1.0)
 bark: Texture = lambda p, q, table: grain(p, 0.3 * q, table)
+checks: Texture = lambda p, q, table: 2.0 * ((_fraction(p) < 0.5) == (_fraction(q) < 0.5)) - 1.0
 
 
 # ---------------------- shapes: (u, v) in radii from the center, v down -> one mask (y x) per part
@@ -341,10 +337,8 @@ def _places(stream: Stream, dials: Dials) -> list[tuple[float, float, float]]:
             if dials.layout == "road":  # the nearer, the lower and the larger
                 y = 0.5 + 0.35 * share
             r = dials.radius[0] + share * (dials.radius[1] - dials.radius[0])
-            gaps = (
-                math.sqrt((x - a) * (x - a) + (y - b) * (y - b)) / (r + s) for a, b, s in places
-            )
-            if all(gap >= dials.crowding for gap in gaps):
+            sides = ((x - a, y - b, r + s) for a, b, s in places)
+            if all(math.sqrt(u * u + v * v) / reach >= dials.crowding for u, v, reach in sides):
                 places.append((x, y, r))
                 break
     return sorted(places, key=lambda place: place[1]) if dials.layout == "road" else places
@@ -377,7 +371,7 @@ def _sketch(stream: Stream, dials: Dials) -> Sketch:
     if dials.layout == "road":
         pair = CLASS_NAMES.index("bricks"), CLASS_NAMES.index("waves")  # a wall above a road
         tilt, offset = 0.01, 2.0
-    stuff = _look(stream, dials, pair[0], hues[0]), _look(stream, dials, pair[1], hues[1])
+    stuff = tuple(_look(stream, dials, *each) for each in zip(pair, hues))
     ranges = (-offset, offset), (1.0, 4.0), (24.0, 48.0), (0.0, 1.0)
     turn = direction(stream.uniform(-tilt, tilt))
     border = (turn, *(stream.uniform(*each) for each in ranges))
