@@ -35,7 +35,6 @@ from engine.options import chosen_for  # the options that are named like a funct
 from engine.optimizers import Schedule, make_optimizer, schedule_for
 from engine.processes import Place
 from engine.run import Options, Run
-from measures import results
 from measures.learning import Watch, brief, statistics
 from photometric import Photometric
 from recipes import Config
@@ -121,7 +120,7 @@ def start(c: Config, strict: bool) -> int:
         train(c, run, model, schedule)
     status = run.end()
     if run.finished and place.is_main:
-        finish(c, run, model, schedule, held_out)
+        finish(c, run, schedule, held_out)
     processes.finish()
     return status
 
@@ -163,9 +162,7 @@ def describe(c: Config, schedule: Schedule, place: Place, model: SlotCon) -> lis
     return lines
 
 
-def finish(
-    c: Config, run: Run, model: SlotCon, schedule: Schedule, held_out: Sequence[Any]
-) -> None:
+def finish(c: Config, run: Run, schedule: Schedule, held_out: Sequence[Any]) -> None:
     """What a run leaves: the teacher's backbone for others, and a look at what was found."""
     if left := schedule.total_steps - run.steps:
         seconds = round(left * c.batch_size / run.images_per_second)
@@ -174,14 +171,16 @@ def finish(
         return
     file = run.folder / "backbone.pth"
     try:
-        checkpoints.save(file, model.teacher.backbone.state_dict())
+        checkpoints.save(file, run.model.teacher.backbone.state_dict())
     except OSError as error:
         raise Stopped(f"could not write {file}: {error}; the same command tries again") from None
     print(f"done     {run.steps} steps; {file} is the teacher's backbone")
+    from measures import results  # only here: it brings matplotlib, which no step needs
+
     if c.dataset == "toy":
-        results.toy_result(model.teacher, c, run.folder, run.seconds)
+        results.toy_result(run.model.teacher, c, run.folder, run.seconds)
     elif len(held_out):
-        results.photos_result(model.teacher, held_out, c.temp_teacher, run.folder, run.seconds)
+        results.photos_result(run.model.teacher, held_out, c.temp_teacher, run.folder, run.seconds)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
