@@ -1,8 +1,6 @@
-"""Keeps a run alive: processes, files, images, options. Knows nothing of SlotCon or of any
-configuration. The two tables stand here, so that a command line is read before torch is loaded.
-"""
+"""Keeps a run alive: processes, files, images, options. Knows nothing of SlotCon."""
 
-# How the names of image files end, in lower case
+# How the names of image files end. Here, so that a command line is read before torch is loaded
 SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"),
     *(".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"),

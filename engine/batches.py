@@ -1,9 +1,4 @@
-"""From images to batches: reading processes, the order of a whole run, and bad files replaced.
-
-What is drawn at random depends on (seed, epoch, index) alone, not on readers or ranks.
-"""
-
-from __future__ import annotations
+"""From images to batches: reading processes, the order of a whole run, and bad files replaced."""
 
 import collections
 import itertools
@@ -36,10 +31,9 @@ Collate = Callable[[Sequence[Any]], Any]  # samples -> a batch
 
 
 class Samples(Dataset):
-    """What a run sees of each image in each epoch.
+    """What a run sees of each image in each epoch, a function of (seed, epoch, index).
 
-    images: any sequence that `view` understands, such as uint8 tensors (3 y x); view(image, rng):
-    cuts from an image what a batch needs; both may raise BadImage; seed: of the random numbers.
+    images: a sequence; view(image, rng): what a batch needs of one; both may raise BadImage.
     """
 
     def __init__(self, images: Sequence[Any], view: Callable[[Any, random.Random], Any], seed: int):
@@ -49,10 +43,8 @@ class Samples(Dataset):
         return len(self.images)
 
     def __getitem__(self, sample: int) -> tuple[Any, Failures]:
-        """sample = epoch * len(self) + index -> the view of that image, and the failures.
-
-        A file that cannot be read is replaced by the next readable one. Raises ValueError after
-        NEIGHBORS unreadable files in a row.
+        """sample = epoch * len(self) + index -> the view of that image, or of the next one that
+        can be read, and the failures. Raises ValueError after NEIGHBORS unreadable files in a row.
         """
         epoch, index = divmod(int(sample), len(self))
         failures: Failures = []
@@ -65,18 +57,17 @@ class Samples(Dataset):
             except BadImage as bad:
                 failures.append((bad.name, bad.reason))
                 if len(failures) == min(NEIGHBORS, len(self)):
-                    line = f"{len(failures)} images in a row could not be read; {bad}"
-                    raise ValueError(line) from None
+                    found = f"{len(failures)} images in a row could not be read; {bad}"
+                    raise ValueError(found) from None
 
 
 class RunSampler:
     """This rank's share of every batch of a run, from position `start` on, without end.
 
-    Position p of the run is batch p % steps_per_epoch of epoch p // steps_per_epoch; every epoch
-    has an order of its own, a function of (seed, epoch), and its partial batch is left out. So a
-    run continues anywhere, and all ranks' shares together are the same images however many ranks
-    there are. Yields lists of samples = epoch * num_images + index. Raises ValueError for a batch
-    that cannot be made.
+    Position p is batch p % steps_per_epoch of epoch p // steps_per_epoch; the order of an epoch is
+    a function of (seed, epoch), and its partial batch is left out. All ranks' shares together are
+    the same images however many ranks there are. Yields lists of samples = epoch * num_images +
+    index. Raises ValueError for a batch that cannot be made.
     """
 
     def __init__(
@@ -104,10 +95,7 @@ class RunSampler:
 
 
 class Skipped:
-    """Each unreadable file is named once in a text file; too many of them stop the run.
-
-    file: path of skipped.txt, made when the first one turns up; other ranks may write to it too.
-    """
+    """Each unreadable file is named once in skipped.txt, by all ranks; too many stop the run."""
 
     def __init__(self, file: Path | None, num_images: int):
         self.file, self.num_images, self.names = file, num_images, set[bytes]()
@@ -130,21 +118,18 @@ class Skipped:
             say(f"could not write to {self.file}: {error.strerror or error}; the run goes on")
         self.names |= lines.keys()
         if len(self.names) > BAD_SHARE * self.num_images:
-            raise ValueError(
-                f"{len(self.names)} of {self.num_images} images could not be read, more than "
-                f"{BAD_SHARE:.0%}; they are named in {self.file}, and --check-data finds all"
-            )
+            found = f"{len(self.names)} of {self.num_images} images could not be read, more than"
+            advice = f"they are named in {self.file}, and --check-data finds all"
+            raise ValueError(f"{found} {BAD_SHARE:.0%}; {advice}")
 
 
 class Reader:
-    """This rank's batches of a run, one of them ahead, whatever dies.
+    """This rank's batches, each fetched during the step before it, whatever dies.
 
-    A batch is fetched while the step before it is under way, so that all ranks can agree to stop
-    before one of them has none. `trouble`: why there is no next batch, in one line, or "".
+    trouble: why there is no next batch, in one line, or "".
     """
 
-    # A reading process that was killed may have held a lock for which PyTorch waits when it ends
-    # a loader. So loaders are kept here until this process ends.
+    # PyTorch waits for ever for the lock of a killed reader when it ends a loader, so none ends
     abandoned: tuple[Any, ...] = ()
 
     def __init__(
@@ -154,16 +139,18 @@ class Reader:
         self.device, self.skipped, self.trouble, self.waited = place.device, skipped, "", 0.0
         self.batch: Any = None
         others, workers = set(multiprocessing.active_children()), workers_of(workers)
-        more = (
-            dict(prefetch_factor=4, worker_init_fn=leave_signals_to_the_parent) if workers else {}
-        )
+        readers = dict(prefetch_factor=4, worker_init_fn=leave_signals_to_the_parent)
+        more = readers if workers else {}
         loader = DataLoader(
             samples, batch_sampler=sampler, num_workers=workers, collate_fn=partial(join, collate),
             pin_memory=place.device.type == "cuda", **more,
         )  # fmt: skip
         self.batches = iter(loader)
         self.processes = set(multiprocessing.active_children()) - others
-        notice_dead_readers_later()
+        # PyTorch raises the death of a reader anywhere, even in a save; without its handler the
+        # death shows at the next batch
+        if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def fetch(self) -> None:
         """Have the next batch ready, on the device."""
@@ -205,20 +192,10 @@ def join(collate: Collate, samples: Sequence[tuple[Any, Failures]]) -> tuple[Any
 
 
 def leave_signals_to_the_parent(_worker: int) -> None:
-    """A terminal and a cluster signal every process of a job; the run needs its readers until its
-    step is done.
-    """
+    """Signals reach every process of a job, and a run needs its readers until its step is done."""
     for name in ("SIGINT", "SIGUSR1", "SIGHUP"):
         if hasattr(signal, name):  # Windows lacks some
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-def notice_dead_readers_later() -> None:
-    """PyTorch raises the death of a reading process anywhere in the main one, even in the middle
-    of a save; without its handler the death shows at the next batch.
-    """
-    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def why(error: BaseException) -> str:
@@ -271,9 +248,7 @@ def check_images(images: ImageFiles, workers: int = 0) -> int:
     if sizes:
         small, large = (pick(sizes, key=math.prod) for pick in (min, max))
         (usual, times) = sizes.most_common(1)[0]
-        print(
-            f"sizes    {len(sizes)} different, from {small[0]} x {small[1]} to {large[0]} x "
-            f"{large[1]} (height x width); most often {usual[0]} x {usual[1]}, {times} times"
-        )
+        line = "sizes    {} different, from {} x {} to {} x {} (height x width); most often {} x {}"
+        print(line.format(len(sizes), *small, *large, *usual) + f", {times} times")
     print(f"checked  {len(images)} images: {len(images) - len(bad)} can be read, {len(bad)} cannot")
     return len(bad)

@@ -1,11 +1,8 @@
 """Checkpoints: one reader for all of them, under the names of this repository; one way back.
 
-A training checkpoint (last.pth) is a dictionary of tensors and plain values; there is no random
-state in it, since every random choice is a function of the seed and of the position in the run.
-Nothing in a file is ever executed.
+There is no random state in them, since every random choice is a function of the seed and of the
+position in the run. Nothing in a file is ever executed.
 """
-
-from __future__ import annotations
 
 import argparse
 import io
@@ -52,11 +49,9 @@ class Checkpoint:
     def network(self, which: str = "teacher") -> dict[str, Tensor]:
         """The backbone.*, projector.* and prototypes.weight of one network. Raises ValueError."""
         state = part(self.state, f"{which}.")
-        if "prototypes.weight" not in state or "projector.mlp.0.weight" not in state:
-            raise ValueError(
-                f"{self.path} holds no {which} with projector and prototypes: found "
-                f"{some_keys(self.state)}; give last.pth of a run of train.py"
-            )
+        if not state.keys() >= {"prototypes.weight", "projector.mlp.0.weight"}:
+            found = f"found {some_keys(self.state)}; give last.pth of a run of train.py"
+            raise ValueError(f"{self.path} holds no {which} with projector and prototypes: {found}")
         return state
 
     def backbone(self, which: str = "teacher") -> dict[str, Tensor]:
@@ -66,10 +61,9 @@ class Checkpoint:
         if which != "teacher":
             raise ValueError(f"{self.path} is one backbone, so there is no {which} in it")
         for prefix in PREFIXES:
-            state = part(self.state, prefix)
-            state = {k: v for k, v in state.items() if not k.startswith(HEADS)}
-            if state:
-                return state
+            state = part(self.state, prefix).items()
+            if found := {k: v for k, v in state if not k.startswith(HEADS)}:
+                return found
         raise ValueError(f"{self.path} holds no backbone: found {some_keys(self.contents)}")
 
 
@@ -92,18 +86,14 @@ def read(path: str | Path) -> Checkpoint:
 
 
 def why_unreadable(error: Exception) -> str:
-    """One line about a file that torch.load refuses."""
-    forbidden = re.search(r"(?:GLOBAL|Unsupported class) (\S+)", str(error))
-    if forbidden:
+    """In one line."""
+    if forbidden := re.search(r"(?:GLOBAL|Unsupported class) (\S+)", str(error)):
         return f"it asks to run {forbidden[1]}, which a checkpoint needs not; nothing was run"
-    lines = str(error).strip().splitlines()
-    return lines[0][:100] if lines else type(error).__name__
+    return str(error).strip().partition("\n")[0][:100] or type(error).__name__
 
 
 def released_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict without the marks of wrappers; the released SlotCon's under our names, where
-    `center` (1 k) becomes (k).
-    """
+    """A state dict without the marks of wrappers, and the released SlotCon's under our names."""
     state = {re.sub(r"(^module\.|_orig_mod\.)", "", key): value for key, value in state.items()}
     if not any(key.startswith("grouping_q.") for key in state):
         return state
@@ -111,7 +101,7 @@ def released_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, value in state.items():
         old = next((name for name in RELEASED if key.startswith(name)), "")
         new = RELEASED.get(old, "") + key.removeprefix(old)
-        renamed[new] = value.reshape(-1) if key == "center" else value
+        renamed[new] = value.reshape(-1) if key == "center" else value  # (1 k) there, (k) here
     return renamed
 
 
@@ -147,35 +137,30 @@ def load_strictly(module: torch.nn.Module, state: Mapping[str, Tensor], path: st
     state = {**{k: v for k, v in own.items() if k.endswith("num_batches_tracked")}, **state}
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     reshaped = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
-    found = [f"it lacks {len(missing)} tensors, first {missing[0]}"] if missing else []
-    if unexpected:
-        found.append(f"it has {len(unexpected)} tensors too many, first {unexpected[0]}")
-    found += [
-        f"it has {k} as {tuple(state[k].shape)} where {tuple(own[k].shape)} is needed"
-        for k in reshaped[:1]
-    ]
+    found = ""
+    if missing:
+        found = f"it lacks {len(missing)} tensors, first {missing[0]}"
+    elif unexpected:
+        found = f"it has {len(unexpected)} tensors too many, first {unexpected[0]}"
+    elif reshaped:
+        there, needed = (tuple(tensors[reshaped[0]].shape) for tensors in (state, own))
+        found = f"it has {reshaped[0]} as {there} where {needed} is needed"
     if found:
-        raise ValueError(f"{path} is of another architecture or size: {'; '.join(found)}")
+        raise ValueError(f"{path} is of another architecture or size: {found}")
     module.load_state_dict(state)
 
 
 def start_from(model: torch.nn.Module, path: str) -> str:
-    """Start a new SlotCon from a checkpoint or a backbone -> what was used, in one line.
-
-    A backbone goes into student and teacher. Raises ValueError where it is not there as a whole.
+    """Start a new SlotCon from a checkpoint, or student and teacher from one backbone -> what was
+    used, in one line. Raises ValueError where the backbone is not there as a whole.
     """
     found, own = read(path), model.state_dict()
-    given = found.state
+    given, networks = found.state, ("student", "teacher")
     if not found.holds_network:
-        backbone = found.backbone().items()
-        given = {
-            f"{which}.backbone.{k}": v for which in ("student", "teacher") for k, v in backbone
-        }
+        given = {f"{n}.backbone.{k}": v for n in networks for k, v in found.backbone().items()}
     used = {k: v for k, v in given.items() if k in own and own[k].shape == v.shape}
-    missing = [
-        k for k in own if ".backbone." in k and k not in used and "num_batches_tracked" not in k
-    ]
-    if missing:
+    backbone = [k for k in own if ".backbone." in k and "num_batches_tracked" not in k]
+    if missing := [k for k in backbone if k not in used]:
         raise ValueError(
             f"--init {path} does not hold this backbone: {len(missing)} of its tensors are missing "
             f"or of another shape, first {missing[0]}; found {some_keys(given)}; give its --arch"
@@ -185,29 +170,20 @@ def start_from(model: torch.nn.Module, path: str) -> str:
 
 
 def restore(
-    path: Path,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    changed: Callable[[Mapping[str, Any]], list[str]],
-) -> Mapping[str, Any]:
-    """Put a training checkpoint back into model, optimizer and gradient scaler -> its contents.
+    path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler, changed: Callable[[Mapping[str, Any]], list[str]],
+) -> Mapping[str, Any]:  # fmt: skip
+    """Put a training checkpoint back -> its contents; changed(contents): what must not change.
 
-    changed(contents) names what has changed and must not. Raises ValueError with one line, before
-    anything moves, if the file is no training state or something changed.
+    Raises ValueError with one line if the file is no training state, or something changed.
     """
     saved = read(path).contents
     if not saved.keys() >= TRAINING or saved["format"] > FORMAT:
-        raise ValueError(
-            f"{path} cannot be continued: it holds no training state of this program (found "
-            f"{some_keys(saved)}), or one of a newer version; its network can be evaluated"
-        )
-    differences = changed(saved)
-    if differences:
-        raise ValueError(
-            f"{path} was made with other options ({'; '.join(differences)}): give another "
-            "--output-dir, --resume none to start over, or --resume force"
-        )
+        found = f"it holds no training state (found {some_keys(saved)}), or one of a newer version"
+        raise ValueError(f"{path} cannot be continued: {found}; its network can be evaluated")
+    if differences := changed(saved):
+        advice = "give another --output-dir, --resume none to start over, or --resume force"
+        raise ValueError(f"{path} was made with other options ({'; '.join(differences)}): {advice}")
     load_strictly(model, saved["model"], path)
     restore_optimizer(optimizer, saved["optimizer"], path)
     if scaler.is_enabled() and saved["scaler"]:

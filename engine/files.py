@@ -1,7 +1,5 @@
 """Files that are whole or absent, whatever ends the process while it writes one."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -12,9 +10,8 @@ from typing import Any, BinaryIO
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
     """Write a file so that `path` holds the old content or the new one at any moment.
 
-    write(file) fills a temporary neighbor, which is flushed to the disk and renamed. Raises
-    OSError (disk full, folder not writable) with `path` untouched and the neighbor removed. What
-    is no file, such as /dev/stdout or a pipe, is written to directly.
+    write(file) fills a temporary neighbor, which is flushed to the disk and renamed. Raises OSError
+    with `path` untouched. What is no file, such as a pipe, is written to directly.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
@@ -49,8 +46,3 @@ def remove_leftovers(folder: Path) -> None:
     """Delete the temporary files of processes that died while they wrote into the folder."""
     for file in folder.glob(".*.[0-9]*.tmp"):
         file.unlink(missing_ok=True)
-
-
-def size_in_words(count: float) -> str:
-    """Bytes in the unit that a person reads."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

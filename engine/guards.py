@@ -1,7 +1,5 @@
 """What a run shares with the world: signals that ask it to stop, and a folder for it alone."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os
@@ -22,18 +20,16 @@ STOPS = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
 class StopSignals:
     """Signals ask a run to end after its step; a second Ctrl-C ends it at once.
 
-    Used as `with StopSignals() as signals`, after which signals mean what they did before.
-    `received`: the first one's name, or "".
+    received: the name of the first one, or "". After the `with`, signals mean what they did before.
     """
 
     def __init__(self) -> None:
         self.received, self.before = "", {}
 
-    def __enter__(self) -> StopSignals:
+    def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():
             numbers = [getattr(signal, name) for name in STOPS if hasattr(signal, name)]
             self.before = {number: signal.signal(number, self.note) for number in numbers}
-        return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
@@ -55,15 +51,13 @@ class StopSignals:
 
 
 class Lock:
-    """A lock on a run's folder that ends with this process, however it ends.
+    """A lock on a run's folder that ends with this process, and not with those that it starts.
 
-    It belongs to the process alone, not to those that it starts. A file system without locks gets
-    none. Raises ValueError, with the host and the process, where another run has it; OSError.
+    A file system without locks gets none. Raises ValueError where another run has it; OSError.
     """
 
     def __init__(self, folder: Path):
-        self.path = folder / "run.lock"
-        self.file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115, held by the run
+        self.file = open(folder / "run.lock", "a+", encoding="utf-8")  # noqa: SIM115, for the run
         try:
             if fcntl:
                 fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -73,10 +67,8 @@ class Lock:
             self.file.seek(0)
             holder = self.file.read().strip() or "another process"
             self.file.close()
-            raise ValueError(
-                f"--output-dir {folder} is in use by {holder}: wait for that run, or give another "
-                "--output-dir"
-            ) from None
+            advice = "wait for that run, or give another --output-dir"
+            raise ValueError(f"--output-dir {folder} is in use by {holder}: {advice}") from None
         self.file.truncate(0)
         self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self.file.flush()

@@ -1,7 +1,5 @@
 """Finds image files in a folder, chooses some of them, and decodes files of every kind."""
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import glob
@@ -25,17 +23,68 @@ PROBES = 16  # files that are tried before a folder counts as unreadable [U]
 
 
 class BadImage(Exception):
-    """A file that cannot be used: its name, and the reason in a few words."""
+    """A file that cannot be used."""
 
     def __init__(self, name: str, reason: str):
         super().__init__(f"{name}: {reason}")
         self.name, self.reason = name, reason
 
 
-class ImageFiles:
-    """Image files as tensors (3 y x) uint8 of any size.
+class Pixels(NamedTuple):
+    """A decoded image, whole or reduced."""
 
-    root: folder. paths: relative to root, or absolute. Raises BadImage where a file is no image.
+    image: Tensor  # (3 y x) uint8, upright
+    factor: int = 1  # px of the photograph that one pixel covers, per side
+
+    def snapped(self, crop: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+        """A crop (top, left, height, width), px of the photograph -> the nearest, px of `image`."""
+        top, left, height, width = crop
+        edges = top, left, top + height, left + width
+        y1, x1, y2, x2 = ((edge + self.factor // 2) // self.factor for edge in edges)
+        return y1, x1, y2 - y1, x2 - x1
+
+
+class Photograph:
+    """An image file that is open, and that `pixels` decodes. Raises BadImage with this name.
+
+    shape: (3, y, x) of the upright image, px. 16-bit gray is divided by 257, other numbers are
+    stretched to 0..255. Transparent pixels become white, an animation its first image [U].
+    """
+
+    def __init__(self, path: str | Path, name: str):
+        self.name, orientation = name, 1
+        with _bad_image(name):
+            if os.path.getsize(path) == 0:  # a pipe, too: to open one would wait forever
+                raise ValueError("empty file")
+            self.file = Image.open(path)
+            if self.file.format not in ("JPEG", "MPO"):  # which can be decoded at a smaller scale
+                self.file.load()  # before getexif: it loads a PNG, and hides that it is broken
+        # A photograph with broken metadata is still a photograph
+        with contextlib.suppress(Exception):
+            orientation = self.file.getexif().get(ExifTags.Base.Orientation, 1)
+        width, height = self.file.size
+        self.shape = (3, width, height) if orientation in (5, 6, 7, 8) else (3, height, width)
+
+    def pixels(self, most: float = 1) -> Pixels:
+        """Decodes the image, once: a JPEG at the smallest of the scales that `most` allows.
+
+        most: px of the photograph that one pixel may cover, per side. Raises BadImage.
+        """
+        factor = next(scale for scale in (8, 4, 2, 1) if scale <= max(most, 1))
+        with _bad_image(self.name), self.file as file:
+            if factor > 1 and not file.draft(None, tuple(side // factor for side in file.size)):
+                factor = 1
+            file.load()
+            with contextlib.suppress(Exception):
+                ImageOps.exif_transpose(file, in_place=True)
+            image = torch.from_numpy(np.asarray(_as_rgb(file)))
+        return Pixels(rearrange(image, "y x c -> c y x"), factor)
+
+
+class ImageFiles:
+    """Image files as tensors (3 y x) uint8 of any size. Raises BadImage where a file is no image.
+
+    root: folder. paths: relative to root, or absolute.
     """
 
     def __init__(self, root: str | Path, paths: Sequence[str] | np.ndarray):
@@ -61,59 +110,6 @@ class Photographs(ImageFiles):
 
     def __getitem__(self, index: int) -> Photograph:
         return self.open(index)
-
-
-class Pixels(NamedTuple):
-    """A decoded image, whole or reduced."""
-
-    image: Tensor  # (3 y x) uint8, upright
-    factor: int = 1  # px of the photograph that one pixel covers, per side
-
-    def snapped(self, crop: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
-        """A crop (top, left, height, width), px of the photograph -> the nearest, px of `image`."""
-        top, left, height, width = crop
-        edges = top, left, top + height, left + width
-        y1, x1, y2, x2 = ((edge + self.factor // 2) // self.factor for edge in edges)
-        return y1, x1, y2 - y1, x2 - x1
-
-
-class Photograph:
-    """An image file that is open, and that `pixels` decodes. Raises BadImage with this name.
-
-    shape: (3, y, x) of the upright image, px. Gray, palette and CMYK become RGB. 16-bit gray is
-    divided by 257, other numbers are stretched from their smallest and largest to 0..255.
-    Transparent pixels become white [U]. Of an animation the first image counts.
-    """
-
-    def __init__(self, path: str | Path, name: str):
-        self.name, orientation = name, 1
-        with _bad_image(name):
-            if os.path.getsize(path) == 0:  # a pipe, too: to open one would wait forever
-                raise ValueError("empty file")
-            self.file = Image.open(path)
-            if self.file.format not in ("JPEG", "MPO"):  # which can be decoded at a smaller scale
-                self.file.load()  # before getexif: it loads a PNG, and hides that it is broken
-        # A photograph with broken metadata is still a photograph
-        with contextlib.suppress(Exception):
-            orientation = self.file.getexif().get(ExifTags.Base.Orientation, 1)
-        width, height = self.file.size
-        self.shape = (3, width, height) if orientation in (5, 6, 7, 8) else (3, height, width)
-
-    def pixels(self, most: float = 1) -> Pixels:
-        """Decodes the image, once. most: px of the photograph that one pixel may cover, per side.
-
-        A JPEG is decoded at the smallest of the scales 1, 1/2, 1/4 and 1/8 that `most` allows, any
-        other file whole. Raises BadImage.
-        """
-        factor = next(scale for scale in (8, 4, 2, 1) if scale <= max(most, 1))
-        with _bad_image(self.name), self.file as file:
-            if factor > 1 and not file.draft(None, tuple(side // factor for side in file.size)):
-                factor = 1
-            file.load()
-            with contextlib.suppress(Exception):
-                ImageOps.exif_transpose(file, in_place=True)
-            image = torch.from_numpy(np.asarray(_as_rgb(file)))
-        return Pixels(rearrange(image, "y x c -> c y x"), factor)
 
 
 @contextlib.contextmanager
@@ -148,12 +144,10 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 def find_images(
     data_dir: str | Path, layout: str = "folder", strict: bool = True
 ) -> tuple[Path, np.ndarray, str]:
-    """The images of a data set, in an order that does not depend on the file system.
+    """The images of a data set -> root, paths (array of str, sorted, relative to root), notice.
 
     layout: a key of LAYOUTS. strict: whether a folder with another layout is refused, or taken as a
-    plain folder. Returns root, paths (array of str, sorted, relative to root: worker processes
-    share it without a copy), notice (str, may be empty). Raises ValueError if there is no such
-    folder, no image in it, or none that can be read; OSError.
+    plain folder. Raises ValueError if there is no image, or none that can be read; OSError.
     """
     data_dir = Path(os.path.abspath(Path(data_dir).expanduser()))
     layout = "list" if data_dir.is_file() else layout
@@ -173,10 +167,9 @@ def find_images(
 
 
 def _search(data_dir: Path, pattern: str) -> list[str]:
-    """The images in a folder of a layout, found by name: paths relative to data_dir.
+    """Paths, relative to data_dir, of the images in a folder of a layout, without hidden ones.
 
-    Hidden names are left out. "." stands for all folders but those of runs, which hold figures.
-    Links are followed, and each folder is entered once. Raises OSError.
+    "." stands for all folders but those of runs, which hold figures; links are followed.
     """
     deep, entered, images = pattern == ".", set(), []
     pending = [""] if deep else sorted(glob.glob(pattern, root_dir=data_dir))
@@ -195,7 +188,7 @@ def _search(data_dir: Path, pattern: str) -> list[str]:
 
 
 def _read_list(file: Path) -> list[str]:
-    """The paths in a text file, without empty lines and comments, which begin with "# "."""
+    """The paths in a text file, without empty lines and comments ("# ..."). Raises ValueError."""
     try:
         lines = map(str.strip, file.read_text(encoding="utf-8-sig").splitlines())
     except UnicodeDecodeError:
@@ -205,7 +198,7 @@ def _read_list(file: Path) -> list[str]:
 
 def _expected(data_dir: Path, layout: str) -> str:
     """The files that a layout asks for, and what is there instead."""
-    folders = ["..." if folder == "." else folder for folder in LAYOUTS[layout]]
+    folders = (folder.replace(".", "...") for folder in LAYOUTS[layout])
     trees = " and ".join(f"{data_dir}/{folder}/*.jpg" for folder in folders)
     expected = trees or "a text file with one image path per line"
     if layout not in ("list", "folder"):
@@ -237,18 +230,12 @@ class TrainingImages(NamedTuple):
 
 
 def open_images(
-    data_dir: str | Path,
-    layout: str = "folder",
-    strict: bool = True,
-    subset: int = 0,
-    long_tailed: bool = False,
-    held_out: int = 0,
-    seed: int = 0,
-) -> TrainingImages:
-    """Finds the images of a data set, holds some out, and takes a subset of the others.
+    data_dir: str | Path, layout: str = "folder", strict: bool = True, subset: int = 0,
+    long_tailed: bool = False, held_out: int = 0, seed: int = 0,
+) -> TrainingImages:  # fmt: skip
+    """`find_images`, then `hold_out`, then `choose_subset` of the others. Raises their errors.
 
-    As `find_images`, `hold_out` and `choose_subset`. subset, held_out: numbers of images, 0: all,
-    none. seed: of both choices. Raises ValueError, OSError.
+    subset, held_out: numbers of images, 0: all, none. seed: of both choices.
     """
     root, paths, notice = find_images(data_dir, layout, strict)
     about = f"{len(paths)} images: " + (notice or f"{data_dir}, layout {layout}")
@@ -273,10 +260,10 @@ def hold_out(paths: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.n
 def choose_subset(
     paths: np.ndarray, count: int, seed: int, long_tailed: bool = False
 ) -> tuple[np.ndarray, str]:
-    """Chooses `count` of the paths: returns them, sorted, and in words how. A function of the seed.
+    """Chooses `count` of the paths -> them, sorted, and how, in words. Raises ValueError.
 
     Folders are classes: each gives as many images, or, for a long tail, a number that follows a
-    Pareto distribution of power 6; the others give what a class lacks [U]. Raises ValueError.
+    Pareto distribution of power 6; the others give what a class lacks [U].
     """
     if count > len(paths):
         raise ValueError(f"--subset {count}, but there are {len(paths)} images: take fewer")
@@ -289,7 +276,7 @@ def choose_subset(
     if long_tailed:  # quantiles of the distribution; the seed says which class has which
         quantiles = (np.arange(len(classes)) + 0.5) / len(classes)
         shares = rng.permutation((1 - quantiles) ** (-1 / 6) - 1)
-    # Image i of a class, in this order, is taken at the time i / share
+    # Image i of a class is taken at the time i / share
     places = [itertools.count() for _ in classes]
     times = np.array([next(places[index]) for index in class_of]) / shares[class_of]
     chosen = np.argsort(times, kind="stable")[:count]
@@ -313,8 +300,6 @@ def look_like_labels(paths: Sequence[str]) -> str:
     labels = [(folder, photos.get(stem, folder)) for folder, stem, end in files if end == ".png"]
     for (folder, other), count in collections.Counter(labels).items():
         if folder != other and count > sizes[folder] / 2:
-            return (
-                f"{count} files of {folder}/ have the names of images in {other}/ and may be label "
-                f"maps: give the folder {other} as --data-dir"
-            )
+            found = f"{count} files of {folder}/ have the names of images in {other}/"
+            return f"{found} and may be label maps: give the folder {other} as --data-dir"
     return ""

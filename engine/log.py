@@ -1,7 +1,5 @@
 """What a run prints and writes while it runs: log.jsonl, the same for the eye, a progress bar."""
 
-from __future__ import annotations
-
 import json
 import math
 import sys
@@ -23,8 +21,8 @@ def say(line: str) -> None:
 class Log:
     """The log and the screen of the main process: one JSON object per line, a bar on a terminal.
 
-    file: log.jsonl of the run; step: where the run starts; lines of later steps are of work that
-    was lost, and are removed; last_step: where it ends. Raises OSError.
+    file: log.jsonl; step: where the run starts, later lines are of work that was lost, and are
+    removed; last_step: where it ends. Raises OSError.
     """
 
     def __init__(self, file: Path, step: int, last_step: int, tensorboard: bool = False):
@@ -35,10 +33,8 @@ class Log:
         kept = [line for line in lines if step_of(line) <= step]
         if kept != lines:
             files.write_atomically(file, lambda out: out.writelines(kept))
-        terminal = sys.stderr.isatty()
-        self.bar = tqdm(
-            total=last_step, initial=step, unit="step", ncols=79, leave=False, disable=not terminal
-        )
+        look = dict(unit="step", ncols=79, leave=False, disable=not sys.stderr.isatty())
+        self.bar = tqdm(total=last_step, initial=step, **look)
 
     def print(self, text: str) -> None:
         """Text on stdout, above the bar."""
@@ -64,9 +60,8 @@ class Log:
             return ""
         seconds = round((time.perf_counter() - self.began) / done * left)
         hours, minutes = seconds // 3600, seconds // 60 % 60
-        return (
-            f"  {hours} h {minutes:02d} left" if hours else f"  {minutes}:{seconds % 60:02d} left"
-        )
+        left = f"{hours} h {minutes:02d}" if hours else f"{minutes}:{seconds % 60:02d}"
+        return f"  {left} left"
 
     def close(self) -> None:
         """Take the bar away."""

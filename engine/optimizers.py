@@ -1,7 +1,5 @@
 """LARS, and the learning rate of every step: pure functions of the step."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -21,18 +19,13 @@ class LARS(torch.optim.SGD):
     """
 
     def __init__(
-        self,
-        params: Iterable[Tensor],
-        lr: float,
-        momentum: float = 0.9,
-        weight_decay: float = 1e-5,
-        coefficient: float = 0.001,
-    ):
-        if min(lr, momentum, weight_decay, coefficient) < 0:
-            found = f"lr {lr}, momentum {momentum}, decay {weight_decay}, {coefficient}"
-            raise ValueError(f"LARS needs settings of at least 0, found {found}")
-        # SGD's own decay stays 0: it would come after the norm is taken. Fused: velocity and
-        # weights in one pass.
+        self, params: Iterable[Tensor], lr: float, momentum: float = 0.9,
+        weight_decay: float = 1e-5, coefficient: float = 0.001,
+    ):  # fmt: skip
+        settings = lr, momentum, weight_decay, coefficient
+        if min(settings) < 0:
+            raise ValueError(f"LARS needs settings of at least 0, found {settings}")
+        # SGD's own decay stays 0: it would come after the norm is taken
         super().__init__(params, lr, momentum, fused=True)
         self.weight_decay, self.coefficient = weight_decay, coefficient
 
@@ -47,17 +40,14 @@ class LARS(torch.optim.SGD):
 
 
 def adapt(weights: list[Tensor], weight_decay: float, coefficient: float) -> None:
-    """Turn the weights' gradients, in place, into updates of norm coefficient |weight|. The host
-    waits for nothing.
-    """
+    """Turn the weights' gradients, in place, into updates of norm coefficient |weight|."""
     gradients = [p.grad for p in weights]
     torch._foreach_add_(gradients, weights, alpha=weight_decay)  # first: its norm counts too [O]
     weight_norms = torch.stack(torch._foreach_norm(weights))
     gradient_norms = torch.stack(torch._foreach_norm(gradients))
     usable = (weight_norms > 0) & (gradient_norms > 0)
     ratios = torch.where(usable, coefficient * weight_norms / gradient_norms, 1.0)
-    # Factors that stay on the device are one launch per weight; reading them would make the host
-    # wait.
+    # One launch per weight, since to read the factors would make the host wait
     torch._foreach_mul_(gradients, list(ratios.unbind()))
 
 
@@ -68,10 +58,8 @@ def make_optimizer(
     trained = [p for p in parameters if p.requires_grad]
     if name == "lars":
         return LARS(trained, lr, weight_decay=weight_decay)
-    groups = [
-        dict(params=[p for p in trained if p.ndim != 1]),
-        dict(params=[p for p in trained if p.ndim == 1], weight_decay=0.0),
-    ]
+    weights, others = ([p for p in trained if (p.ndim == 1) == flat] for flat in (False, True))
+    groups = [dict(params=weights), dict(params=others, weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr, weight_decay=weight_decay)
 
 
@@ -103,8 +91,8 @@ class Schedule(NamedTuple):
 def schedule_for(
     num_images: int, batch_size: int, base_lr: float, epochs: float, steps: int, warmup: float
 ) -> Schedule:
-    """The schedule of a run: a length in steps, or in epochs where steps is 0; the warm-up has the
-    same unit. The learning rate follows the batch [O]:
+    """A length in steps, or in epochs where steps is 0; the warm-up has the same unit [O].
+
     peak = base_lr batch_size / 256
     """
     steps_per_epoch = num_images // batch_size

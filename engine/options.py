@@ -1,7 +1,5 @@
 """Command lines from frozen dataclasses, and subcommands; imports neither torch nor numpy."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses
@@ -13,6 +11,7 @@ import re
 import shutil
 import sys
 from argparse import ArgumentTypeError, Namespace
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from math import inf
@@ -35,15 +34,10 @@ READING: dict[type, dict[str, Any]] = {  # type of a field -> how argparse reads
 
 
 def option(
-    default: Any,
-    help: str,
-    group: str = "usual",
-    low: float = -inf,
-    high: float = inf,
-    choices: Iterable = (),
-    free: bool = False,
-) -> Any:
-    """A field of a dataclass that is an option. Of a string, ~ at the start is the home folder.
+    default: Any, help: str, group: str = "usual", low: float = -inf, high: float = inf,
+    choices: Iterable = (), free: bool = False,
+) -> Any:  # fmt: skip
+    """A field of a dataclass that is an option. In a string, ~ is the home folder.
 
     help: with unit and origin; low, high: both included; free: a continued run may change it.
     """
@@ -64,7 +58,7 @@ def parse(
     return settle(presets, parser.parse_args(argv), by)
 
 
-def add_options(parser: Parser, presets: Mapping[str, Any], by: str = "preset") -> None:
+def add_options(parser: "Parser", presets: Mapping[str, Any], by: str = "preset") -> None:
     """One option per field of the presets' dataclass, in the groups of the help."""
     first = next(iter(presets.values()))
     types = get_type_hints(type(first))
@@ -85,10 +79,10 @@ def add_options(parser: Parser, presets: Mapping[str, Any], by: str = "preset") 
 
 def _default(presets: Mapping[str, Any], field: str, by: str) -> str:
     """The value without the option: the most common one, then the presets that have another."""
-    names: dict[str, list[str]] = {}  # value -> presets
+    names = defaultdict(list)  # value -> presets
     for name, preset in presets.items():
         value = re.sub("[(),]", "", str(getattr(preset, field)))  # a tuple as it is given
-        names.setdefault(value or "none", []).append(name)
+        names[value or "none"].append(name)
     usual, *others = sorted(names, key=lambda value: -len(names[value]))
     others = [f"; {', '.join(names[value])} {value}" for value in others if field != by]
     return f" (default: {usual}{''.join(others)})" if others or usual != "none" else ""
@@ -136,17 +130,10 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _wrong_choice(name: str, value: Any, choices: Iterable) -> str:
-    words = [str(choice) for choice in choices]
-    near = difflib.get_close_matches(str(value), words, 1, cutoff=0.5)
-    advice = f" (did you mean {near[0]}?)" if near else ""
-    return f"{name} {value}: choose one of {', '.join(words)}{advice}"
-
-
 class Parser(argparse.ArgumentParser):
     """A parser without abbreviations, whose complaints are one line, raised as ValueError.
 
-    description: the docstring of the program; the help shows it up to the line of the slide.
+    description: the docstring of a program, which the help shows up to its slide.
     """
 
     def __init__(self, *args: Any, description: str = "", **given: Any):
@@ -163,8 +150,10 @@ class Parser(argparse.ArgumentParser):
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
-            name = (*action.option_strings, "command")[0]
-            raise argparse.ArgumentError(None, _wrong_choice(name, value, action.choices))
+            name, words = (*action.option_strings, "command")[0], list(map(str, action.choices))
+            near = difflib.get_close_matches(str(value), words, 1, cutoff=0.5)
+            advice = f" (did you mean {near[0]}?)" if near else ""
+            self.error(f"{name} {value}: choose one of {', '.join(words)}{advice}")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """The options. Raises ValueError for words that are none. Subparsers come here too."""
@@ -183,14 +172,14 @@ class Parser(argparse.ArgumentParser):
 
 
 class Commands:
-    """The subcommands of a program. description: the docstring of its file."""
+    """The subcommands of a program."""
 
     def __init__(self, program: str, description: str):
         self.parser = Parser(program, description=description)
         self.subparsers = self.parser.add_subparsers(dest="command", required=True)
 
     def add(self, name: str, text: str, paths: str = "") -> Parser:
-        """A subcommand; paths: the name of its positional list, "" for none. Returns its parser."""
+        """A subcommand -> its parser; paths: the name of its positional list, "" for none."""
         parser = self.subparsers.add_parser(name, help=text, description=text)
         parser.paths = paths
         text = "write the result as JSON; -: to stdout, tables to stderr"
@@ -202,8 +191,9 @@ class Commands:
         return self.parser.parse_args(argv)
 
     def run(self, argv: Sequence[str] | None, functions: Mapping[str, Callable]) -> int:
-        """Calls the function of the subcommand, args -> result, args.device being a torch device.
-        Writes the result where --json says, and returns the exit status. Raises ValueError.
+        """Calls the function of the subcommand, args -> result, and writes that where --json says.
+
+        args.device is a torch device then. Returns the exit status. Raises ValueError.
         """
         args = self.parse(argv)
         to_stdout = args.json == Path("-")
@@ -234,7 +224,7 @@ def add_checkpoint(parser: Parser) -> None:
 
 
 def add_images(parser: Parser, text: str) -> None:
-    """--data-dir and how images are read from it; text: what the folder holds."""
+    """--data-dir, and how images are read from it."""
     parser.add_argument("--data-dir", type=folder, metavar="PATH", help=text)
     for name, kind, default, about in (
         ("--limit", whole, 0, "use N images only, evenly spaced; 0: all (default: 0)"),

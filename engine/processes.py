@@ -1,9 +1,4 @@
-"""One process or many: where this one runs, in what precision, how many readers it has.
-
-A run needs no launcher and no environment variables; torchrun is recognized where it is used.
-"""
-
-from __future__ import annotations
+"""One process or many: where this one runs, in what precision, how many readers it has."""
 
 import datetime
 import inspect
@@ -35,19 +30,15 @@ class Place(NamedTuple):
 def start(device: str, amp: str = "off") -> Place:
     """Find the device and, under torchrun, the other processes.
 
-    device: auto, cpu, cuda or mps; amp: auto, bf16, fp16 or off. Raises ValueError with one line
-    where the device is not there.
+    device: auto, cpu, cuda or mps; amp: auto, bf16, fp16 or off. Raises ValueError.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     found = pick_device(device)
     if found.type == "cuda":
-        count = torch.cuda.device_count()
-        if local_rank >= count:
-            raise ValueError(
-                f"process {local_rank} of this machine asks for GPU {local_rank}, found {count}: "
-                "start fewer processes, or use --device cpu"
-            )
+        if local_rank >= (count := torch.cuda.device_count()):
+            advice = "start fewer processes, or use --device cpu"
+            raise ValueError(f"process asks for GPU {local_rank}, found {count}: {advice}")
         found = torch.device("cuda", local_rank)
         torch.cuda.set_device(found)
         torch.backends.cudnn.benchmark = True  # the sizes of a pretraining never change
@@ -68,10 +59,7 @@ def pick_device(device: str) -> torch.device:
 
 
 def precision(amp: str, device: torch.device) -> torch.dtype | None:
-    """The half-precision type of --amp on this device, None for float32.
-
-    Raises ValueError for bf16 on a GPU without it.
-    """
+    """The type of --amp on this device, None for float32. Raises ValueError for a GPU without."""
     if amp == "off" or (amp == "auto" and device.type != "cuda"):
         return None
     if amp == "fp16":
@@ -85,9 +73,7 @@ def precision(amp: str, device: torch.device) -> torch.dtype | None:
 
 
 def synchronized(model: nn.Module, place: Place) -> nn.Module:
-    """The model on its device, channels last; on several GPUs its batch norms count the rows of all
-    ranks.
-    """
+    """The model on its device, channels last; on several GPUs batch norms see all ranks' rows."""
     model = model.to(place.device, memory_format=torch.channels_last)
     if place.device.type == "cuda" and place.world_size > 1:  # on a CPU it raises
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -95,7 +81,7 @@ def synchronized(model: nn.Module, place: Place) -> nn.Module:
 
 
 def wrap(model: nn.Module, place: Place) -> nn.Module:
-    """The model as all processes train it: DistributedDataParallel, where there are several."""
+    """The model as all processes train it."""
     if place.world_size == 1:
         return model
     ids = [place.device.index] if place.device.type == "cuda" else None
@@ -115,19 +101,15 @@ def finish() -> None:
 def describe(place: Place) -> str:
     """One line for a person: device, processes, precision."""
     half = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "float32"}[place.dtype]
-    name = place.device.type
-    if name == "cuda":
+    name = f"{place.device.type}, {torch.get_num_threads()} threads"
+    if place.device.type == "cuda":
         name = torch.cuda.get_device_name(place.device)
-    elif name == "cpu":
-        name = f"cpu, {torch.get_num_threads()} threads"
     processes = "1 process" if place.world_size == 1 else f"{place.world_size} processes"
     return f"{name}, {processes}, {half}"
 
 
 def workers_of(workers: int) -> int:
-    """How many processes read images for this one; -1: one per core, shared with the others of
-    this machine, at most 8.
-    """
+    """How many processes read images for this one; -1: its share of the cores, at most 8."""
     if workers >= 0:
         return workers
     known = hasattr(os, "sched_getaffinity")

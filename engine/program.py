@@ -2,10 +2,8 @@
 
 Exit status: 0 done, or paused by a cluster's signal; 1 stopped, and what was learned is on disk;
 2 something that the person who started it can change; 130 Ctrl-C. A mistake of ours keeps its
-trace. This file loads no torch, so a wrong option is answered at once.
+trace. This file loads no torch.
 """
-
-from __future__ import annotations
 
 import contextlib
 import os
@@ -28,8 +26,7 @@ class Stopped(Exception):
 def run_early(name: str, parse: Callable[[Sequence[str] | None], Any]) -> None:
     """Parse the command line before torch is loaded: exits with one line where it is wrong.
 
-    name: of the program, as it stands before the line; parse(None): reads sys.argv, and raises
-    ValueError with one line.
+    name: of the program; parse(None): reads sys.argv, and raises ValueError with one line.
     """
     try:
         parse(None)
@@ -40,11 +37,7 @@ def run_early(name: str, parse: Callable[[Sequence[str] | None], Any]) -> None:
 def run_program(
     name: str, main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None
 ) -> int:
-    """Calls main(argv) and turns what it raises into one line on stderr; returns the status.
-
-    ValueError and OSError: status 2; Stopped: 1; Ctrl-C: 130; memory that does not suffice: 2;
-    another process that is gone: 1.
-    """
+    """Calls main(argv) and turns what it raises into one line on stderr; returns the status."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # what a terminal cannot show is written as \\u043c
             stream.reconfigure(errors="backslashreplace")
@@ -66,15 +59,12 @@ def run_program(
 
 
 def fail(name: str, reason: Exception | str, status: int) -> int:
-    """One line on stderr, from every process that meets it. Of many processes this one ends at
-    once: a group of processes that is taken apart would wait for the others.
-    """
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    rank = f"rank {os.environ.get('RANK')}: " if world_size > 1 else ""
+    """One line on stderr, from every process that meets it -> the status."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    rank = f"rank {os.environ.get('RANK')}: " if several else ""
     with contextlib.suppress(OSError):  # nobody reads any more
         print(f"{name}: {rank}{reason}", file=sys.stderr, flush=True)
-    if world_size > 1:
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
+        sys.stdout.flush()
+    if several:  # ends at once: a group of processes that is taken apart waits for the others
         os._exit(status)
     return status

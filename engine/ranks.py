@@ -1,9 +1,4 @@
-"""What one process must know of the others: their number, sums over them, their rows.
-
-The same calls work in a process on its own.
-"""
-
-from __future__ import annotations
+"""What one process must know of the others, and what one on its own may ask just as well."""
 
 from collections.abc import Iterable
 from typing import Any

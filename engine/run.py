@@ -1,11 +1,6 @@
-"""The life of a run: batches in order, one agreement per step, a state that survives, a log.
-
-Any model, any data. A program puts its own step between `remember` and `end_step`; train.py shows
-the order. Every random choice is a function of the seed and of the position in the run, so that
-nothing of it must be saved.
+"""The life of a run of any model: batches in order, one agreement per step, a state that survives,
+a log. A program puts its own step between `remember` and `end_step`, as train.py does.
 """
-
-from __future__ import annotations
 
 import contextlib
 import math
@@ -14,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -31,6 +25,8 @@ from engine.program import Stopped
 from engine.ranks import gather_objects, sum_over_ranks
 
 MAX_BAD_STEPS = 20  # in a row without a finite loss and gradient, before a run stops [U]
+# What a run counts, and a checkpoint keeps beside the tensors
+COUNTS = ("position", "bad_steps", "bad_in_row", "logged", "sums", "notes")
 
 
 @dataclass(frozen=True)
@@ -51,32 +47,22 @@ class Options:
 
 
 class Run:
-    """One rank's part of a run, new or resumed.
+    """One rank's part of a run, new or resumed. Raises ValueError for what a person can change.
 
-    model: what is trained and saved; optimizer: over its parameters; images: a sequence;
-    view(image, rng): what a batch needs of one; settings: kept with the checkpoint; changed(saved):
-    what a checkpoint was made with and this run is not; collate: samples -> a batch; names: of the
-    numbers that every step is judged by. Raises ValueError for what the person can change.
+    view(image, rng): what a batch needs of an image; settings: kept with the checkpoint;
+    changed(saved): what a checkpoint was made with and this run is not; names: of the numbers that
+    every step is judged by.
     """
 
     def __init__(
-        self,
-        options: Options,
-        place: Place,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        images: Sequence[Any],
-        view: Callable[[Any, Any], Any],
-        settings: Mapping[str, Any],
+        self, options: Options, place: Place, model: nn.Module, optimizer: torch.optim.Optimizer,
+        images: Sequence[Any], view: Callable[[Any, Any], Any], settings: Mapping[str, Any],
         changed: Callable[[Mapping[str, Any]], list[str]] = lambda saved: [],
-        collate: Collate = default_collate,
-        names: Sequence[str] = ("loss",),
-    ):
+        collate: Collate = default_collate, names: Sequence[str] = ("loss",),
+    ):  # fmt: skip
         if options.batch_size % (place.world_size * options.accumulate):
-            raise ValueError(
-                f"--batch-size {options.batch_size} must be a multiple of {place.world_size} "
-                f"process(es) x --accumulate {options.accumulate}"
-            )
+            parts = f"{place.world_size} process(es) x --accumulate {options.accumulate}"
+            raise ValueError(f"--batch-size {options.batch_size} must be a multiple of {parts}")
         sampler = RunSampler(len(images), options.batch_size, place, options.seed)
         self.options, self.place, self.model, self.optimizer = options, place, model, optimizer
         self.images, self.settings, self.names = images, dict(settings), (*names, "grad_norm")
@@ -106,7 +92,7 @@ class Run:
     # ------------------------------------------------------------------------- the loop's verbs
 
     def batches(self) -> Iterator[Any]:
-        """The batches from where the run stands to its end, or to a pause."""
+        """From where the run stands to its end, or to a pause."""
         if self.finished:
             self.ended = "done"
             return
@@ -117,7 +103,7 @@ class Run:
             self.save_if_due()
 
     def remember(self) -> None:
-        """Before a forward: what it moves (running statistics), in case the step does not count."""
+        """Before a forward: keep what it moves, in case the step does not count."""
         copy_all(self.before, self.buffers)
         self.under_way = True
 
@@ -140,10 +126,10 @@ class Run:
         self.scaler.scale(loss / self.options.accumulate).backward()
 
     def agree(self, values: Tensor) -> bool:
-        """All ranks judge the step: True where every number is finite, so that it may move weights.
+        """Whether all numbers of all ranks are finite, so that the step may move the weights.
 
-        values (n): this rank's numbers, under the run's names. In the same exchange the ranks agree
-        whether to stop: one was asked to, or has no next batch. The one wait for the device.
+        values (n): this rank's, under the run's names. In the same exchange the ranks agree whether
+        to stop: one was asked to, or has no next batch. The one wait for the device.
         """
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
@@ -157,14 +143,14 @@ class Run:
         return self.good
 
     def step(self, lr: float) -> None:
-        """Move the weights. What belongs to the step moves next; `end_step` ends it."""
+        """Move the weights. Until `end_step`, what else belongs to the step moves."""
         self.moving = True
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
 
     def undo(self) -> None:
-        """Return to what was remembered: the step leaves no trace."""
+        """Return to what was remembered."""
         if self.under_way:
             copy_all(self.buffers, self.before)
         self.under_way = False
@@ -193,56 +179,52 @@ class Run:
 
     def generator(self) -> torch.Generator:
         """Random numbers on the device for this batch and rank."""
-        generator = torch.Generator(self.place.device)
-        return generator.manual_seed(seed_of(self.options.seed, self.position, self.place.rank))
+        seed = seed_of(self.options.seed, self.position, self.place.rank)
+        return torch.Generator(self.place.device).manual_seed(seed)
 
     # ------------------------------------------------------------------------------- the log
 
     def log_is_due(self) -> bool:
-        """Whether the log gets a line now: every so many good steps, and the first and the last."""
+        """Every so many good steps, and after the first and the last."""
         due = self.steps % self.options.log_every == 0 or self.steps == 1 or self.finished
         return due and self.good
 
     def log(self, brief: Callable[[Mapping[str, Any]], str], **more: float) -> dict[str, Any]:
-        """A line of log.jsonl, and the same in brief -> the line; more: of this step."""
-        epoch = round(self.position / self.steps_per_epoch, 4)
-        record = dict(step=self.steps, epoch=epoch, **self.means(), **more)
-        if self.log_file:
-            self.log_file.write(record, brief(record))
-        return record
-
-    def means(self) -> dict[str, float]:
-        """Means over the steps since the last line, and the speed; starts the next line."""
+        """A line of log.jsonl, and the same in brief -> the line: means over the steps since the
+        last one, and the speed. more: of this step.
+        """
         now, steps = time.perf_counter(), self.steps - self.logged
         timed = max(self.steps - self.timed, 1)
-        line = {name: total / steps for name, total in zip(self.names, self.sums)}
         self.images_per_second = timed * self.options.batch_size / (now - self.timed_at)
-        line.update(
+        record = dict(
+            step=self.steps,
+            epoch=round(self.position / self.steps_per_epoch, 4),
+            **{name: total / steps for name, total in zip(self.names, self.sums)},
             images_per_second=self.images_per_second,
             data_seconds=self.reader.waited_since() / timed,
             memory_gb=processes.peak_memory_gb(self.place.device),
             skipped_steps=self.bad_steps,
+            **more,
         )
         self.logged, self.sums = self.steps, [0.0] * len(self.names)
         self.timed, self.timed_at = self.steps, now
-        return line
+        if self.log_file:
+            self.log_file.write(record, brief(record))
+        return record
 
     def print(self, *lines: str) -> None:
         """Lines on stdout, from the main process."""
-        for line in lines:
-            if self.log_file:
-                self.log_file.print(line)
+        if self.log_file and lines:
+            self.log_file.print("\n".join(lines))
 
     # ----------------------------------------------------------------------- what survives
 
     def open_folder(self, changed: Callable[[Mapping[str, Any]], list[str]]) -> None:
         """Take the folder, go on from its checkpoint, and open the log. Raises ValueError."""
-        options, last = self.options, self.folder / "last.pth"
-        if options.resume not in ("auto", "none", "force"):
-            last = Path(options.resume)
-        wanted = options.resume != "none" and (
-            options.resume not in ("auto", "force") or last.exists()
-        )
+        options = self.options
+        named = options.resume not in ("auto", "none", "force")
+        last = Path(options.resume) if named else self.folder / "last.pth"
+        wanted = named or (options.resume != "none" and last.exists())
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = Lock(self.folder) if self.place.is_main else None
@@ -259,26 +241,21 @@ class Run:
             raise ValueError(f"--output-dir {self.folder} cannot be used: {error}") from None
         positions = gather_objects(self.position)
         if len(set(positions)) > 1:
-            raise ValueError(
-                f"the processes found different states of {last} (batches done: {positions}): "
-                "every machine must see the same --output-dir"
-            )
+            found = f"the processes found different states of {last} (batches done: {positions})"
+            raise ValueError(f"{found}: every machine must see the same --output-dir")
         if wanted and self.place.is_main:
             print(f"resumed  {last} after step {self.steps}", flush=True)
 
     def resume(self, path: Path, changed: Callable[[Mapping[str, Any]], list[str]]) -> None:
         """Go on from a checkpoint."""
         saved = checkpoints.restore(path, self.model, self.optimizer, self.scaler, changed)
-        self.steps, self.position = saved["step"], saved["position"]
-        self.bad_steps, self.bad_in_row = saved["bad_steps"], saved.get("bad_in_row", 0)
-        self.logged, self.sums = saved["logged"], saved["sums"]
-        self.notes = dict(saved.get("notes", {}))
+        self.steps = saved["step"]
+        for name in COUNTS:
+            setattr(self, name, saved.get(name, getattr(self, name)))
         self.began -= saved["seconds"]
-        if saved["world_size"] != self.place.world_size and self.place.is_main:
-            say(
-                f"{saved['world_size']} process(es) then, {self.place.world_size} now: the same "
-                "images in every step, but not the same bits"
-            )
+        then, now = saved["world_size"], self.place.world_size
+        if then != now and self.place.is_main:
+            say(f"{then} process(es) then, {now} now: the same images, but not the same bits")
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -286,15 +263,10 @@ class Run:
             format=checkpoints.FORMAT,
             config=self.settings,
             step=self.steps,
-            position=self.position,
-            bad_steps=self.bad_steps,
-            bad_in_row=self.bad_in_row,
-            logged=self.logged,
-            sums=self.sums,
             num_images=len(self.images),
             world_size=self.place.world_size,
             seconds=self.seconds,
-            notes=self.notes,
+            **{name: getattr(self, name) for name in COUNTS},
             model=self.model.state_dict(),
             optimizer=self.optimizer.state_dict(),
             scaler=self.scaler.state_dict(),
@@ -302,14 +274,12 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """How long the run took so far, its earlier parts included."""
+        """Of the run so far, its earlier parts included."""
         return time.perf_counter() - self.began
 
     def save_if_due(self) -> None:
-        """After a step: last.pth by the clock and at the end, epoch_N.pth at its epoch.
-
-        After a bad step nothing is written unless the run ends: the checkpoint before it may be
-        the better one.
+        """After a step: last.pth by the clock and at the end, epoch_N.pth at its epoch; after a bad
+        step only at the end, since the checkpoint before it may be the better one.
         """
         epoch, into_epoch = divmod(self.position, self.steps_per_epoch)
         keep = self.options.keep_every and not into_epoch and not epoch % self.options.keep_every
@@ -319,9 +289,7 @@ class Run:
         self.save(f"epoch_{epoch:04d}.pth" if keep else "")
 
     def save(self, also: str = "") -> None:
-        """Write last.pth, from the main process; also: a second name. A full disk costs a line,
-        but at the end of a run it is what the run could not do.
-        """
+        """Write last.pth; also: a second name. A full disk costs a line, at the end the run."""
         self.written = time.perf_counter()
         if not self.folder or not self.place.is_main:
             return
@@ -329,10 +297,8 @@ class Run:
             try:
                 checkpoints.save(self.folder / name, self.state())
             except OSError as error:
-                line = (
-                    f"could not write {self.folder / name} after step {self.steps}: "
-                    f"{error.strerror or error}; what stood there before is intact"
-                )
+                line = f"could not write {self.folder / name} after step {self.steps}: "
+                line += f"{error.strerror or error}; what stood there before is intact"
                 if self.ended:
                     raise Stopped(f"{line}: make room, and give the same command again") from None
                 say(f"{line}, and the run goes on")
@@ -340,27 +306,21 @@ class Run:
     def space(self) -> str:
         """What a checkpoint needs and what the disk has. Raises ValueError where none fits."""
         kept = 1 if isinstance(self.optimizer, torch.optim.SGD) else 2  # velocity, or two moments
-        tensors = [*self.model.state_dict().values(), *self.trained * kept]
-        size = sum(t.numel() * t.element_size() for t in tensors)
+        size = sum(t.nbytes for t in (*self.model.state_dict().values(), *self.trained * kept))
         free = shutil.disk_usage(self.folder).free
-        line = f"{files.size_in_words(size)} a checkpoint, {files.size_in_words(free)} free"
+        line = f"{size / 1e9:.3f} GB a checkpoint, {free / 1e9:.1f} GB free"
         if size > free:
             raise ValueError(f"the disk of {self.folder} is too small: {line}")
         return line
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> "Run":
         self.signals.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:  # fmt: skip
-        """Whatever ended the loop: the unfinished step is undone, what was learned is saved, the
-        readers end, and the folder is free.
-        """
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Whatever ended the loop, what was learned before the unfinished step is saved."""
         try:
-            if error is not None and not self.moving and self.steps:
+            if kind and not self.moving and self.steps:
                 self.undo()
                 self.save()
         finally:
@@ -372,34 +332,27 @@ class Run:
                 self.lock.release()
 
     def end(self) -> int:
-        """After the loop: says how the run ended; returns the exit status. Raises Stopped where it
-        could not go on.
-        """
-        names = self.reader.skipped.names
-        if names and self.place.is_main:
-            print(
-                f"skipped  {len(names)} images that could not be read: {self.reader.skipped.file}"
-            )
+        """Says how the run ended -> exit status. Raises Stopped where it could not go on."""
+        skipped = self.reader.skipped
+        if skipped.names and self.place.is_main:
+            print(f"skipped  {len(skipped.names)} images that could not be read: {skipped.file}")
         if self.ended == "diverged":
             raise Stopped(
-                f"{MAX_BAD_STEPS} steps in a row had no finite loss and gradient; none of them "
-                "changed the weights. Go on from the last checkpoint with --amp off or a lower "
-                "--base-lr, and --resume force"
+                f"{MAX_BAD_STEPS} steps in a row had no finite loss and gradient, and changed no "
+                "weights. Go on with --amp off or a lower --base-lr, and --resume force"
             )
         again = "the same command goes on from there"
         if self.ended == "trouble":
             reason = self.reader.trouble or "another process has no images, and says why"
             held = f"{self.folder}/last.pth holds step {self.steps}: {again}"
             raise Stopped(f"{reason}; {held if self.steps else 'no step was taken'}")
-        if self.ended == "signal" and self.place.is_main:
+        if self.ended != "signal":
+            return 0
+        if self.place.is_main:
             received = self.signals.received or "a signal to another process"
-            print(
-                f"stopped by {received} after step {self.steps} of {self.options.last_step}; "
-                f"{self.folder}/last.pth is written, and {again}",
-                flush=True,
-            )
-        interrupted = self.ended == "signal" and self.signals.received == "SIGINT"
-        return 130 if interrupted else 0
+            line = f"stopped by {received} after step {self.steps} of {self.options.last_step}"
+            print(f"{line}; {self.folder}/last.pth is written, and {again}", flush=True)
+        return 130 if self.signals.received == "SIGINT" else 0
 
 
 @torch.no_grad()
