@@ -31,10 +31,7 @@ Collate = Callable[[Sequence[Any]], Any]  # samples -> a batch
 
 
 class Samples(Dataset):
-    """What a run sees of each image in each epoch, a function of (seed, epoch, index).
-
-    images: a sequence; view(image, rng): what a batch needs of one; both may raise BadImage.
-    """
+    """view(image, rng) of each image in each epoch; images and view may raise BadImage."""
 
     def __init__(self, images: Sequence[Any], view: Callable[[Any, random.Random], Any], seed: int):
         self.images, self.view, self.seed = images, view, seed
@@ -64,20 +61,13 @@ class Samples(Dataset):
 class RunSampler:
     """This rank's share of every batch of a run, from position `start` on, without end.
 
-    Position p is batch p % steps_per_epoch of epoch p // steps_per_epoch; the order of an epoch is
-    a function of (seed, epoch), and its partial batch is left out. All ranks' shares together are
-    the same images however many ranks there are. Yields lists of samples = epoch * num_images +
-    index. Raises ValueError for a batch that cannot be made.
+    Position p is batch p % steps_per_epoch of epoch p // steps_per_epoch, whose order is a function
+    of (seed, epoch) alone. Yields lists of samples = epoch * num_images + index.
     """
 
     def __init__(
         self, num_images: int, batch_size: int, place: Place, seed: int = 0, start: int = 0
     ):
-        if batch_size < 1 or batch_size % place.world_size or num_images < batch_size:
-            raise ValueError(
-                f"--batch-size {batch_size} must be a multiple of {place.world_size} process(es), "
-                f"and at most the {num_images} images that there are"
-            )
         self.num_images, self.batch_size = num_images, batch_size
         self.seed, self.start = seed, start
         share = batch_size // place.world_size
@@ -124,10 +114,7 @@ class Skipped:
 
 
 class Reader:
-    """This rank's batches, each fetched during the step before it, whatever dies.
-
-    trouble: why there is no next batch, in one line, or "".
-    """
+    """This rank's batches, each fetched during the step before; trouble: why there is no next."""
 
     # PyTorch waits for ever for the lock of a killed reader when it ends a loader, so none ends
     abandoned: tuple[Any, ...] = ()
@@ -218,28 +205,18 @@ def moved(batch: Any, move: Callable[[Tensor], Any]) -> Any:
     return batch
 
 
-# ------------------------------------------------------------------------------------ --check-data
-
-
-class SizeOrReason(Dataset):
-    """For every file the size (y, x) of its image, or why there is none."""
-
-    def __init__(self, images: ImageFiles):
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[int, int] | str:
-        try:
-            return tuple(self.images.open(index).pixels().image.shape[-2:])
-        except BadImage as bad:
-            return bad.reason
+def size_or_reason(images: ImageFiles, index: int) -> tuple[int, int] | str:
+    """The size (y, x) of an image, or why there is none."""
+    try:
+        return tuple(images.open(index).pixels().image.shape[-2:])
+    except BadImage as bad:
+        return bad.reason
 
 
 def check_images(images: ImageFiles, workers: int = 0) -> int:
-    """Read every file once and print what was found; returns how many cannot be read."""
-    loader = DataLoader(SizeOrReason(images), batch_size=None, num_workers=workers)
+    """Read every file once and print what was found -> how many cannot be read."""
+    look = partial(size_or_reason, images)
+    loader = DataLoader(range(len(images)), None, num_workers=workers, collate_fn=look)
     found = list(tqdm(loader, total=len(images), unit="image", disable=not sys.stderr.isatty()))
     bad = [(images.name(i), each) for i, each in enumerate(found) if isinstance(each, str)]
     sizes = collections.Counter(tuple(each) for each in found if not isinstance(each, str))

@@ -1,8 +1,4 @@
-"""Checkpoints: one reader for all of them, under the names of this repository; one way back.
-
-There is no random state in them, since every random choice is a function of the seed and of the
-position in the run. Nothing in a file is ever executed.
-"""
+"""Checkpoints: one reader for all of them, which runs nothing, under our names; one way back."""
 
 import argparse
 import io
@@ -78,18 +74,15 @@ def read(path: str | Path) -> Checkpoint:
             warnings.simplefilter("ignore")
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # decoders meet damaged files with exceptions of every kind
-        raise ValueError(f"{path} is no checkpoint, or damaged: {why_unreadable(error)}") from None
+        forbidden = re.search(r"(?:GLOBAL|Unsupported class) (\S+)", str(error))
+        reason = str(error).strip().partition("\n")[0][:100] or type(error).__name__
+        if forbidden:
+            reason = f"it asks to run {forbidden[1]}, which a checkpoint needs not; nothing was run"
+        raise ValueError(f"{path} is no checkpoint, or damaged: {reason}") from None
     if not isinstance(contents, Mapping):
         raise ValueError(f"{path} holds a {type(contents).__name__}, not a checkpoint's dictionary")
     plain = {k: vars(v) if isinstance(v, argparse.Namespace) else v for k, v in contents.items()}
     return Checkpoint(path, plain)
-
-
-def why_unreadable(error: Exception) -> str:
-    """In one line."""
-    if forbidden := re.search(r"(?:GLOBAL|Unsupported class) (\S+)", str(error)):
-        return f"it asks to run {forbidden[1]}, which a checkpoint needs not; nothing was run"
-    return str(error).strip().partition("\n")[0][:100] or type(error).__name__
 
 
 def released_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -151,8 +144,8 @@ def load_strictly(module: torch.nn.Module, state: Mapping[str, Tensor], path: st
 
 
 def start_from(model: torch.nn.Module, path: str) -> str:
-    """Start a new SlotCon from a checkpoint, or student and teacher from one backbone -> what was
-    used, in one line. Raises ValueError where the backbone is not there as a whole.
+    """Start a new SlotCon from a checkpoint, or both networks from one backbone -> what was used,
+    in words. Raises ValueError where the backbone is not there as a whole.
     """
     found, own = read(path), model.state_dict()
     given, networks = found.state, ("student", "teacher")
@@ -173,10 +166,7 @@ def restore(
     path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler, changed: Callable[[Mapping[str, Any]], list[str]],
 ) -> Mapping[str, Any]:  # fmt: skip
-    """Put a training checkpoint back -> its contents; changed(contents): what must not change.
-
-    Raises ValueError with one line if the file is no training state, or something changed.
-    """
+    """Put a training checkpoint back -> its contents. Raises ValueError for what has `changed`."""
     saved = read(path).contents
     if not saved.keys() >= TRAINING or saved["format"] > FORMAT:
         found = f"it holds no training state (found {some_keys(saved)}), or one of a newer version"

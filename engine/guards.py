@@ -18,10 +18,7 @@ STOPS = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
 
 
 class StopSignals:
-    """Signals ask a run to end after its step; a second Ctrl-C ends it at once.
-
-    received: the name of the first one, or "". After the `with`, signals mean what they did before.
-    """
+    """Signals ask a run to end after its step; received: the name of the first one, or ""."""
 
     def __init__(self) -> None:
         self.received, self.before = "", {}
@@ -37,7 +34,7 @@ class StopSignals:
 
     def note(self, number: int, _frame: FrameType | None) -> None:
         """The handler. It answers at once, since a step may take minutes."""
-        if self.received == "SIGINT" and number == signal.SIGINT:
+        if self.received == "SIGINT" and number == signal.SIGINT:  # a second Ctrl-C
             os._exit(130)
         if self.received and number != signal.SIGINT:
             return
@@ -51,10 +48,7 @@ class StopSignals:
 
 
 class Lock:
-    """A lock on a run's folder that ends with this process, and not with those that it starts.
-
-    A file system without locks gets none. Raises ValueError where another run has it; OSError.
-    """
+    """A lock of this process on a run's folder. Raises ValueError where another has it; OSError."""
 
     def __init__(self, folder: Path):
         self.file = open(folder / "run.lock", "a+", encoding="utf-8")  # noqa: SIM115, for the run
@@ -62,7 +56,7 @@ class Lock:
             if fcntl:
                 fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
+            if error.errno not in (errno.EAGAIN, errno.EACCES):  # a file system without locks
                 return
             self.file.seek(0)
             holder = self.file.read().strip() or "another process"

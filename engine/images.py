@@ -59,8 +59,7 @@ class Photograph:
             self.file = Image.open(path)
             if self.file.format not in ("JPEG", "MPO"):  # which can be decoded at a smaller scale
                 self.file.load()  # before getexif: it loads a PNG, and hides that it is broken
-        # A photograph with broken metadata is still a photograph
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):  # with broken metadata it is still a photograph
             orientation = self.file.getexif().get(ExifTags.Base.Orientation, 1)
         width, height = self.file.size
         self.shape = (3, width, height) if orientation in (5, 6, 7, 8) else (3, height, width)
@@ -82,10 +81,7 @@ class Photograph:
 
 
 class ImageFiles:
-    """Image files as tensors (3 y x) uint8 of any size. Raises BadImage where a file is no image.
-
-    root: folder. paths: relative to root, or absolute.
-    """
+    """Image files as tensors (3 y x) uint8; paths: relative to root, or not. Raises BadImage."""
 
     def __init__(self, root: str | Path, paths: Sequence[str] | np.ndarray):
         self.root, self.paths = os.fspath(root), np.asarray(paths, dtype=str)
@@ -116,8 +112,7 @@ class Photographs(ImageFiles):
 def _bad_image(name: str) -> Iterator[None]:
     """Turns every exception into BadImage: on broken files decoders raise all kinds of them."""
     with warnings.catch_warnings():
-        # Warnings about metadata, and that the tensor shares memory that is read-only
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # about metadata, and memory that is read-only
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             yield

@@ -19,18 +19,14 @@ def say(line: str) -> None:
 
 
 class Log:
-    """The log and the screen of the main process: one JSON object per line, a bar on a terminal.
-
-    file: log.jsonl; step: where the run starts, later lines are of work that was lost, and are
-    removed; last_step: where it ends. Raises OSError.
-    """
+    """The log and the screen of the main process, for a run that starts at `step`."""
 
     def __init__(self, file: Path, step: int, last_step: int, tensorboard: bool = False):
         self.file, self.first_step, self.last_step = file, step, last_step
         self.began = time.perf_counter()
         self.board = board_of(file.parent, step) if tensorboard else None
         lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
-        kept = [line for line in lines if step_of(line) <= step]
+        kept = [line for line in lines if step_of(line) <= step]  # later work was lost
         if kept != lines:
             files.write_atomically(file, lambda out: out.writelines(kept))
         look = dict(unit="step", ncols=79, leave=False, disable=not sys.stderr.isatty())
@@ -80,7 +76,7 @@ def board_of(folder: Path, step: int) -> Any:
 
 
 def step_of(line: bytes) -> float:
-    """The step of a line of the log; infinite where the line was cut off."""
+    """The step of a line; infinite where the line was cut off."""
     try:
         return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
     except (ValueError, KeyError, TypeError):

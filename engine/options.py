@@ -48,7 +48,7 @@ def option(
 def parse(
     presets: Mapping[str, T], argv: Sequence[str] | None, description: str, by: str = "preset"
 ) -> tuple[T, set[str]]:
-    """The preset that the command line names, with the given options replaced; names of the given.
+    """The preset that is named, with the given options replaced, and their names.
 
     presets: name -> instance of one dataclass, the first is the default; by: the field of the name.
     Raises ValueError with one line.
@@ -111,11 +111,10 @@ def check_ranges(settings: Any) -> None:
 def differences(settings: Any, earlier: Mapping[str, Any]) -> list[str]:
     """Changes of options that are not free, a line each; an option unknown then had its default."""
     found = []
-    for f in dataclasses.fields(settings):
+    for f in (f for f in dataclasses.fields(settings) if not f.metadata["free"]):
         now, then = getattr(settings, f.name), earlier.get(f.name, f.default)
         then = tuple(then) if isinstance(then, list) else then  # JSON has no tuples
-        if now != then and not f.metadata["free"]:
-            found.append(f"{f.name}: {then} then, {now} now")
+        found += [f"{f.name}: {then} then, {now} now"] if now != then else []
     return found
 
 
@@ -131,10 +130,7 @@ def flag(name: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser without abbreviations, whose complaints are one line, raised as ValueError.
-
-    description: the docstring of a program, which the help shows up to its slide.
-    """
+    """A parser whose complaints are one line. description: a docstring, shown up to its slide."""
 
     def __init__(self, *args: Any, description: str = "", **given: Any):
         self.paths = ""  # name of a positional list, which argparse fills from one place only
@@ -191,16 +187,13 @@ class Commands:
         return self.parser.parse_args(argv)
 
     def run(self, argv: Sequence[str] | None, functions: Mapping[str, Callable]) -> int:
-        """Calls the function of the subcommand, args -> result, and writes that where --json says.
-
-        args.device is a torch device then. Returns the exit status. Raises ValueError.
-        """
+        """Calls the function of the subcommand, args -> what --json writes; returns the status."""
         args = self.parse(argv)
         to_stdout = args.json == Path("-")
         if args.json:
             check_writable(args.json, "--json")
-        if "device" in args:
-            from engine.processes import pick_device  # imports torch
+        if "device" in args:  # then a torch device
+            from engine.processes import pick_device
 
             args.device = pick_device(args.device)
         with contextlib.redirect_stdout(sys.stderr if to_stdout else sys.stdout):

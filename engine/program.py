@@ -24,10 +24,7 @@ class Stopped(Exception):
 
 
 def run_early(name: str, parse: Callable[[Sequence[str] | None], Any]) -> None:
-    """Parse the command line before torch is loaded: exits with one line where it is wrong.
-
-    name: of the program; parse(None): reads sys.argv, and raises ValueError with one line.
-    """
+    """Parse the command line before torch is loaded: exits with one line where it is wrong."""
     try:
         parse(None)
     except ValueError as error:

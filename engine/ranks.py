@@ -26,17 +26,15 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 @torch.no_grad()  # keys carry no gradient, so the gather needs none
 def gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
-    """The rows of all ranks, in the order of the ranks.
+    """The rows of all ranks, in the order of the ranks; alone: rows itself.
 
-    rows (n ...): this rank's; counts: n of every rank, known to all -> (sum of counts ...). Alone:
-    rows itself. On the wire: max(counts) rows per rank, since a gather moves equal pieces. Raises
-    ValueError where the counts do not fit.
+    rows (n ...): this rank's; counts: n of every rank, known to all -> (sum of counts ...). Each
+    sends max(counts) rows, since a gather moves equal pieces. Raises ValueError.
     """
     rank, world_size = rank_and_world_size()
     if len(counts) != world_size or counts[rank] != len(rows):
-        raise ValueError(
-            f"rank {rank} of {world_size} holds {len(rows)} rows, but the counts say {counts}"
-        )
+        found = f"rank {rank} of {world_size} holds {len(rows)} rows"
+        raise ValueError(f"{found}, but the counts say {counts}")
     if world_size == 1:
         return rows
     padded = rows.new_zeros(max(counts), *rows.shape[1:])

@@ -49,9 +49,8 @@ class Options:
 class Run:
     """One rank's part of a run, new or resumed. Raises ValueError for what a person can change.
 
-    view(image, rng): what a batch needs of an image; settings: kept with the checkpoint;
-    changed(saved): what a checkpoint was made with and this run is not; names: of the numbers that
-    every step is judged by.
+    view(image, rng): what a batch needs of an image; changed(saved): what a checkpoint was made
+    with and this run is not; names: of the numbers that every step is judged by.
     """
 
     def __init__(
@@ -60,9 +59,11 @@ class Run:
         changed: Callable[[Mapping[str, Any]], list[str]] = lambda saved: [],
         collate: Collate = default_collate, names: Sequence[str] = ("loss",),
     ):  # fmt: skip
-        if options.batch_size % (place.world_size * options.accumulate):
+        size, count = options.batch_size, len(images)
+        if size % (place.world_size * options.accumulate) or not 1 <= size <= count:
             parts = f"{place.world_size} process(es) x --accumulate {options.accumulate}"
-            raise ValueError(f"--batch-size {options.batch_size} must be a multiple of {parts}")
+            found = f"--batch-size {size} must be a multiple of {parts}"
+            raise ValueError(f"{found}, and at most the {count} images that there are")
         sampler = RunSampler(len(images), options.batch_size, place, options.seed)
         self.options, self.place, self.model, self.optimizer = options, place, model, optimizer
         self.images, self.settings, self.names = images, dict(settings), (*names, "grad_norm")
@@ -89,8 +90,6 @@ class Run:
         samples, sampler.start = Samples(images, view, options.seed), self.position
         self.reader = Reader(samples, sampler, place, options.workers, skipped, collate)
 
-    # ------------------------------------------------------------------------- the loop's verbs
-
     def batches(self) -> Iterator[Any]:
         """From where the run stands to its end, or to a pause."""
         if self.finished:
@@ -111,8 +110,7 @@ class Run:
         """The batch in --accumulate parts; only the last backward averages over the ranks."""
         share = len(batch[0]) // self.options.accumulate
         for i in range(self.options.accumulate):
-            last = i == self.options.accumulate - 1
-            alone = self.network is self.model or last
+            alone = self.network is self.model or i == self.options.accumulate - 1
             with contextlib.nullcontext() if alone else self.network.no_sync():
                 yield [tensor[i * share : (i + 1) * share] for tensor in batch]
 
@@ -182,17 +180,13 @@ class Run:
         seed = seed_of(self.options.seed, self.position, self.place.rank)
         return torch.Generator(self.place.device).manual_seed(seed)
 
-    # ------------------------------------------------------------------------------- the log
-
     def log_is_due(self) -> bool:
         """Every so many good steps, and after the first and the last."""
         due = self.steps % self.options.log_every == 0 or self.steps == 1 or self.finished
         return due and self.good
 
     def log(self, brief: Callable[[Mapping[str, Any]], str], **more: float) -> dict[str, Any]:
-        """A line of log.jsonl, and the same in brief -> the line: means over the steps since the
-        last one, and the speed. more: of this step.
-        """
+        """A line of log.jsonl, of the steps since the last one -> the line; more: of this step."""
         now, steps = time.perf_counter(), self.steps - self.logged
         timed = max(self.steps - self.timed, 1)
         self.images_per_second = timed * self.options.batch_size / (now - self.timed_at)
@@ -216,8 +210,6 @@ class Run:
         """Lines on stdout, from the main process."""
         if self.log_file and lines:
             self.log_file.print("\n".join(lines))
-
-    # ----------------------------------------------------------------------- what survives
 
     def open_folder(self, changed: Callable[[Mapping[str, Any]], list[str]]) -> None:
         """Take the folder, go on from its checkpoint, and open the log. Raises ValueError."""
@@ -278,27 +270,25 @@ class Run:
         return time.perf_counter() - self.began
 
     def save_if_due(self) -> None:
-        """After a step: last.pth by the clock and at the end, epoch_N.pth at its epoch; after a bad
-        step only at the end, since the checkpoint before it may be the better one.
-        """
+        """After a step: last.pth by the clock and at the end, epoch_N.pth at its epoch."""
         epoch, into_epoch = divmod(self.position, self.steps_per_epoch)
         keep = self.options.keep_every and not into_epoch and not epoch % self.options.keep_every
         late = time.perf_counter() - self.written >= 60 * self.options.save_minutes
-        if self.ended == "diverged" or not (self.ended or (self.good and (late or keep))):
-            return
-        self.save(f"epoch_{epoch:04d}.pth" if keep else "")
+        # After a bad step the checkpoint before it may be the better one
+        if self.ended != "diverged" and (self.ended or (self.good and (late or keep))):
+            self.save(f"epoch_{epoch:04d}.pth" if keep else "")
 
     def save(self, also: str = "") -> None:
         """Write last.pth; also: a second name. A full disk costs a line, at the end the run."""
         self.written = time.perf_counter()
         if not self.folder or not self.place.is_main:
             return
-        for name in ("last.pth", also) if also else ("last.pth",):
+        for file in (self.folder / name for name in ("last.pth", also) if name):
             try:
-                checkpoints.save(self.folder / name, self.state())
+                checkpoints.save(file, self.state())
             except OSError as error:
-                line = f"could not write {self.folder / name} after step {self.steps}: "
-                line += f"{error.strerror or error}; what stood there before is intact"
+                line = f"could not write {file} after step {self.steps}: {error.strerror or error}"
+                line += "; what stood there before is intact"
                 if self.ended:
                     raise Stopped(f"{line}: make room, and give the same command again") from None
                 say(f"{line}, and the run goes on")

@@ -164,7 +164,10 @@ REFUSED = [  # arguments behind those of a small run, what the line must say
     ("--epochs 3 --steps 9", "--epochs and --steps are two units of one length: give one of them"),
     ("--long-tailed", "--long-tailed says how a subset is chosen: add --subset N"),
     ("--subset 15", "--subset 15, but there are 14 images: take fewer"),
-    ("--batch-size 16", "--batch-size 16 must be a multiple of 1 process(es), and at most the 14"),
+    (
+        "--batch-size 16",
+        "--batch-size 16 must be a multiple of 1 process(es) x --accumulate 1, and at most",
+    ),
     ("--accumulate 3", "--batch-size 4 must be a multiple of 1 process(es) x --accumulate 3"),
     ("--preset toy --dataset toy", "draws its own scenes: add a preset for photographs, such as"),
     ("--data-dir=", "needs --data-dir, the folder with the images"),
