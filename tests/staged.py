@@ -51,9 +51,6 @@ def command_line(folder, *arguments, photographs):
     return [*SMALL, *where, *map(str, arguments)]
 
 
-# ------------------------------------------------------------------------------------------- runs
-
-
 @contextlib.contextmanager
 def staged(accident):
     """Runs call accident(run) before every forward."""
@@ -134,9 +131,6 @@ def _play(argv, place, accident, output):
         sys.exit(run_program("train.py", train.main, argv))
 
 
-# ---------------------------------------------------------------------------------- what is left
-
-
 def log_of(folder):
     """The lines of log.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -171,9 +165,6 @@ def difference(a, b, where=""):
         same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
         return "" if same else f"{where}: {a} and {b}"
     return next(filter(None, (difference(*pair) for pair in pairs)), "")
-
-
-# --------------------------------------------------------------------------------------- accidents
 
 
 class At:
@@ -223,21 +214,6 @@ class BadNumbers:
             run.model.register_forward_pre_hook(lambda _, x: (x[0] * bad(), *x[1:]))
         else:
             weight.register_hook(lambda gradient: gradient * bad())
-
-
-class Unmoved:
-    """Prints whether the model and the optimizer are the same at two positions."""
-
-    def __init__(self, first, second):
-        self.first, self.second, self.before = first, second, {}
-
-    def __call__(self, run):
-        now = dict(model=run.model.state_dict(), optimizer=run.optimizer.state_dict()["state"])
-        if run.position == self.first:
-            torch.save(now, path := f"{run.folder}.{run.place.rank}.state")
-            self.before = torch.load(path)
-        elif run.position == self.second:
-            print(f"compared: {difference(self.before, now) or 'nothing moved'}")
 
 
 def die_in_the_next_save(run):

@@ -6,8 +6,6 @@ rounding; a step has the CPU's numbers; the colors wait for nothing.
 
 import contextlib
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,17 +16,7 @@ from engine.optimizers import LARS
 from engine.processes import Place
 from photometric import Draw, Photometric
 from slotcon import SlotCon
-from staged import (
-    ROOT,
-    At,
-    Several,
-    Signals,
-    command_line,
-    draw_photographs,
-    last_of,
-    log_of,
-    train_here,
-)
+from staged import At, Several, Signals, last_of, log_of, train_here
 
 DEVICE = os.environ.get("TEST_DEVICE", "cuda")
 IS_CUDA = DEVICE == "cuda"
@@ -40,11 +28,6 @@ pytestmark = pytest.mark.skipif(
 only_cuda = pytest.mark.skipif(not IS_CUDA, reason="means something on a GPU only")
 GIVEN = ("--device", DEVICE, "--epochs", 20, "--max-steps", STEPS, "--log-every", 1)
 SLOWLY = ("--base-lr", 0.5, "--warmup", 4)  # or rounding grows to other losses
-
-
-@pytest.fixture(scope="module")
-def photographs(tmp_path_factory):
-    return draw_photographs(tmp_path_factory.mktemp("data") / "photographs")
 
 
 def small_scale(run):
@@ -98,19 +81,6 @@ def test_a_run_that_is_paused_and_goes_on_has_the_losses_of_one_that_is_not(
     assert_near(losses_of(tmp_path / "run", photographs, "--amp", amp), whole, rel=0.01)
     scales = [last_of(tmp_path / name)["scaler"].get("scale") for name in ("run", "whole")]
     assert scales[0] == scales[1] and (scales[0] is None) == (amp == "off")
-
-
-def test_one_process_under_torchrun_is_the_plain_process(plain, photographs, tmp_path):
-    arguments = command_line(
-        tmp_path / "run", *GIVEN, *SLOWLY, "--amp", "off", photographs=photographs
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
-    done = subprocess.run([*command, "train.py", *arguments], cwd=ROOT, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    assert_near([line["loss"] for line in log_of(tmp_path / "run")], plain, rel=2e-3)
-
-
-# ----------------------------------------------------------------------------------------- one step
 
 
 def three_steps(device, world_size=1):

@@ -74,16 +74,6 @@ def test_one_step_of_lars_by_hand(weight, gradient, settings, expected):
     assert torch.allclose(p, torch.tensor(expected), rtol=1e-6, atol=1e-7)
 
 
-def test_what_has_no_gradient_stays_and_the_others_move():
-    params = weights()
-    give_gradients(params, 1)
-    params[1].grad = None
-    before = [p.detach().clone() for p in params]
-    LARS(params, lr=1.0).step()
-    assert [p.equal(q) for p, q in zip(params, before)] == [False, True, False, False]
-    LARS(weights(), lr=1.0).step()  # nothing has a gradient: nothing to do
-
-
 @pytest.mark.parametrize("name", ["lr", "momentum", "weight_decay", "coefficient"])
 def test_negative_settings_are_refused(name):
     with pytest.raises(ValueError, match=r"LARS needs settings of at least 0, found .*-0.1"):

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -97,12 +95,6 @@ def test_a_class_gets_the_fields_that_it_has_parameters_for():
     assert options.chosen_for(Wheel, Dials(steps=8)) == dict(steps=8, both=(1.0, 0.1))
 
 
-def test_another_field_may_name_the_preset():
-    shapes = {"round": Dials(), "star": Dials(kind="star", steps=7)}
-    expected = (Dials(kind="star", steps=7, loud=True), {"kind", "loud"})
-    assert options.parse(shapes, ["--kind", "star", "--loud"], DOC, by="kind") == expected
-
-
 def draw(args) -> dict:
     print("a table")
     return dict(device=str(args.device), files=[str(file) for file in args.files])
@@ -172,9 +164,3 @@ def test_where_a_figure_goes(tmp_path):
             options.output_file(tmp_path / name, default)
     known = Figure().canvas.get_supported_filetypes()
     assert {suffix.removeprefix(".") for suffix in options.FIGURES} <= set(known)
-
-
-def test_a_misspelled_option_needs_no_torch():
-    code = "import sys, engine.options; print({'torch', 'numpy'} & set(sys.modules))"
-    root = Path(options.__file__).parents[1]
-    assert subprocess.check_output([sys.executable, "-c", code], cwd=root) == b"set()\n"

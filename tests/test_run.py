@@ -5,14 +5,11 @@ anywhere and continued is the whole run, bit for bit; a step without finite numb
 every line of the log averages the steps since the last one; files are written when they should be.
 """
 
-import contextlib
-import io
 import itertools
 import json
 import math
 import multiprocessing
 import os
-import resource
 import shutil
 import signal
 import socket
@@ -25,12 +22,12 @@ import torch
 from torch import nn
 
 from engine import files
-from engine.batches import RunSampler, Samples, Skipped, moved
+from engine.batches import RunSampler, moved
 from engine.images import BadImage
 from engine.processes import Place
 from engine.program import Stopped
 from engine.run import Options, Run, seed_of
-from staged import ROOT, At, Signals, difference, kill_a_reader, last_of, log_of, state_of
+from staged import ROOT, At, Signals, difference, last_of, log_of, state_of
 
 CPU = torch.device("cpu")
 NAN, INF = float("nan"), float("inf")
@@ -96,9 +93,6 @@ def whole(tmp_path_factory):
     return folder
 
 
-# ------------------------------------------------------------------------------------- the batches
-
-
 def test_a_position_has_one_batch_wherever_a_run_starts_and_ranks_share_it():
     def taken(start, rank=0, world_size=1, count=7):
         sampler = RunSampler(14, 4, Place(CPU, rank, world_size), seed=3, start=start)
@@ -113,43 +107,6 @@ def test_a_position_has_one_batch_wherever_a_run_starts_and_ranks_share_it():
         assert len({sample - 14 * number for sample in epoch} & set(range(14))) == 12
     assert [s - 14 for s in epochs[1]] != epochs[0]
     assert next(iter(RunSampler(14, 4, Place(CPU), seed=4))) != whole[0]
-
-
-def test_an_image_that_cannot_be_read_is_replaced_by_its_readable_neighbor():
-    bad = {3, 4}
-
-    def view(image, rng):
-        if image in bad:
-            raise BadImage(f"{image}.png", "empty file")
-        return image, rng.random()
-
-    samples = Samples(range(6), view, seed=1)
-    (replaced, drawn), failures = samples[3]
-    assert replaced == 5 and failures == [("3.png", "empty file"), ("4.png", "empty file")]
-    assert samples[9][0][1] != drawn == samples[3][0][1]  # 9: the same image one epoch later
-    bad.update(range(6))
-    with pytest.raises(ValueError, match="6 images in a row could not be read; 0"):
-        samples[1]
-
-
-def test_skipped_images_are_named_once_whoever_met_them_and_too_many_stop_the_run(tmp_path, capfd):
-    file = tmp_path / "skipped.txt"
-    first, other = Skipped(file, 300), Skipped(file, 300)
-    first.record([])
-    assert not file.exists()
-    first.record([("a b.png", "empty"), ("a b.png", "empty")])
-    other.record([("a b.png", "empty"), ("c.png", "cut off")])
-    assert sorted(file.read_text().splitlines()) == ["a b.png\tempty", "c.png\tcut off"]
-    assert capfd.readouterr().err.count("its neighbor takes its place") == 1
-    other.record([("d.png", "empty")])
-    with pytest.raises(ValueError, match="4 of 300 images could not be read, more than 1%"):
-        first.record([("e.png", "empty")])
-    nowhere = Skipped(tmp_path, 300)  # a folder: a list that cannot be written costs a line
-    nowhere.record([("f.png", "empty")])
-    assert "could not write to" in capfd.readouterr().err
-
-
-# -------------------------------------------------------------------------------------- resumption
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
@@ -233,9 +190,6 @@ def test_a_mistake_in_the_middle_of_moving_the_weights_is_not_saved(tmp_path, mo
     assert found["step"] == 3 and not difference(found["model"], expected["model"])
 
 
-# ------------------------------------------------------------------------------------- bad numbers
-
-
 @pytest.mark.parametrize("dtype", [None, torch.float16])
 @pytest.mark.parametrize("factor", [NAN, INF, -INF])
 def test_a_step_without_finite_numbers_leaves_no_trace_and_is_counted(factor, dtype, tmp_path):
@@ -292,54 +246,10 @@ def test_a_run_that_is_paused_among_bad_steps_goes_on_counting_them(tmp_path):
     assert (run.ended, run.position, run.steps) == ("diverged", 23, 3)
 
 
-# ----------------------------------------------------------------------------- gradients and parts
-
-
-class Linear(nn.Module):
-    """A mean over images, so that parts add up to the whole."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer, self.unused = nn.Linear(3, 2), nn.Linear(1, 1)
-
-    def forward(self, images, targets):
-        return (self.layer(images) - targets).square().mean()
-
-
-@pytest.mark.parametrize("parts", [1, 2, 3, 6])
-def test_parts_have_the_gradient_the_norm_and_the_step_of_the_whole(parts):
-    model = Linear().double()
-    images, targets = torch.randn(6, 3).double(), torch.randn(6, 2).double()
-    weights = list(model.layer.parameters())
-    wanted = torch.autograd.grad(model(images, targets), weights)
-    before = [p.detach().clone() for p in weights]
-    optimizer = torch.optim.SGD(model.parameters())
-    options = Options("", 6, 1, accumulate=parts, workers=0)
-    run = Run(options, Place(CPU), model, optimizer, IMAGES, noisy, {})
-    sizes, values = [], []
-    for part in run.parts(images, targets):
-        values.append(run.network(*part))
-        run.backward(values[-1])
-        sizes.append(len(part[0]))
-    assert sizes == [6 // parts] * parts
-    assert run.agree(torch.stack(values).mean()[None])
-    assert all(torch.allclose(p.grad, g, rtol=1e-12) for p, g in zip(weights, wanted))
-    norm = torch.cat([g.flatten() for g in wanted]).norm().item()
-    assert run.values == pytest.approx([model(images, targets).item(), norm])
-    run.step(0.7)
-    for p, old, g in zip(weights, before, wanted):
-        assert torch.allclose(p, old - 0.7 * g, rtol=1e-12)
-    run.end_step()
-    assert all(p.grad is None for p in model.parameters())
-
-
 def test_the_scale_of_fp16_leaves_no_trace_in_the_numbers(tmp_path):
     half, single = (program(None, dtype=dtype, last_step=3) for dtype in (torch.float16, None))
     assert half.scaler.get_scale() == 1024 and half.bad_steps == 0
     assert half.values == pytest.approx(single.values, rel=0.02)
-
-
-# --------------------------------------------------------------------------------- log and streams
 
 
 def test_a_line_averages_the_steps_since_the_last_one(whole, tmp_path):
@@ -371,9 +281,6 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-# ------------------------------------------------------------------------------------------- files
-
-
 @pytest.mark.parametrize(
     "options, spoil, held, names",
     [
@@ -399,34 +306,6 @@ def test_what_is_written_when(options, spoil, held, names, tmp_path):
     for epoch, name in zip(names, kept):
         assert torch.load(tmp_path / name, weights_only=True)["position"] == 3 * epoch
     assert last_of(tmp_path)["step"] == LAST
-
-
-@pytest.fixture
-def small_disk():
-    """Files end at so many bytes, and the system refuses as a full disk does."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_disk_that_is_full_costs_a_line_and_at_the_end_the_run(tmp_path, small_disk):
-    def full(run):
-        if run.position == 4:
-            small_disk(100)
-        if run.position == 6:
-            small_disk(resource.RLIM_INFINITY)
-
-    text = io.StringIO()
-    with contextlib.redirect_stderr(text), contextlib.redirect_stdout(text):
-        assert program(tmp_path / "run", full, save_minutes=0).end() == 0
-    err = text.getvalue()
-    for step in (5, 6):
-        line = f"last.pth after step {step}: File too large; what stood there before is intact, and"
-        assert f"could not write {tmp_path}/run/{line} the run goes on" in err
-    assert last_of(tmp_path / "run")["step"] == LAST
-
-    with pytest.raises(Stopped, match="after step 5: File too large"):
-        program(tmp_path / "end", full, last_step=5, log_every=99)
 
 
 def test_a_file_is_old_or_new_at_any_moment_and_a_failed_write_leaves_nothing(tmp_path):
@@ -466,9 +345,6 @@ def test_a_second_run_in_a_folder_is_refused_with_host_and_process(tmp_path):
     assert subprocess.run(command, cwd=ROOT).returncode == 0  # the run has ended
 
 
-# ----------------------------------------------------------------------------------------- readers
-
-
 def test_readers_change_no_bit_and_the_end_waits_for_none_of_them(whole, tmp_path):
     slow = multiprocessing.Value("b", 0)
 
@@ -505,13 +381,4 @@ def test_images_that_are_gone_stop_a_run_with_a_line_and_a_checkpoint(whole, tmp
     with pytest.raises(Stopped, match=f"{reason}no step was taken"):
         program(tmp_path / "other", view=view).end()
     program(tmp_path / "run")
-    assert same(tmp_path / "run", whole)
-
-
-@pytest.mark.slow  # PyTorch looks for its dead every five seconds
-def test_a_reader_that_dies_stops_a_run_with_a_line_and_a_checkpoint(whole, tmp_path):
-    with pytest.raises(Stopped, match=r"a process that reads images died .* --workers 0 reads"):
-        program(tmp_path / "run", At(0, kill_a_reader), workers=1).end()
-    assert 1 <= last_of(tmp_path / "run")["step"] < LAST  # some batches were read ahead
-    program(tmp_path / "run", workers=2)
     assert same(tmp_path / "run", whole)

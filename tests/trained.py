@@ -58,22 +58,10 @@ def save_checkpoint(path: Path, arch: str = "tiny", **config) -> Path:
 def record(step: int, **other) -> dict:
     """A line of log.jsonl."""
     usual = dict(
-        step=step,
-        loss=1.0,
-        group_loss=5.0,
-        slot_loss=2.0,
-        lr=0.1,
-        momentum_teacher=0.99,
-        grad_norm=1.0,
-        occupied_per_image=6.0,
-        prototypes_used=9,
-        entropy_teacher=1.0,
-        entropy_mean=2.5,
-        agreement=0.6,
-        images_per_second=90.0,
-        data_seconds=0.01,
-        skipped_steps=0,
-    )
+        step=step, loss=1.0, group_loss=5.0, slot_loss=2.0, lr=0.1, momentum_teacher=0.99,
+        grad_norm=1.0, occupied_per_image=6.0, prototypes_used=9, entropy_teacher=1.0,
+        entropy_mean=2.5, agreement=0.6, images_per_second=90.0, data_seconds=0.01, skipped_steps=0,
+    )  # fmt: skip
     return dict(usual, **other)
 
 
