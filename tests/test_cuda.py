@@ -4,7 +4,6 @@ Promised: losses do not depend on precision, compilation, a launcher or an inter
 rounding; a step has the CPU's numbers; the colors wait for nothing.
 """
 
-import contextlib
 import os
 
 import pytest
@@ -86,9 +85,7 @@ def test_a_run_that_is_paused_and_goes_on_has_the_losses_of_one_that_is_not(
 def three_steps(device, world_size=1):
     """Losses and weights of steps on fixed noise, as a process among so many makes its model."""
     torch.manual_seed(0)
-    place = Place(
-        torch.device(device, 0) if device == "cuda" else torch.device(device), 0, world_size
-    )
+    place = Place(torch.device(f"{device}:0"), 0, world_size)
     model = processes.synchronized(SlotCon("tiny", 5, 12, 7).train(), place)
     network = processes.wrap(model, place)
     optimizer = LARS([p for p in model.parameters() if p.requires_grad], 0.1)
@@ -106,18 +103,12 @@ def three_steps(device, world_size=1):
     return torch.stack(found), {name: value.cpu() for name, value in model.state_dict().items()}
 
 
-@contextlib.contextmanager
-def group_of_one(folder):
-    backend = "nccl" if IS_CUDA else "gloo"
-    dist.init_process_group(backend, init_method=f"file://{folder}/meeting", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def test_a_step_through_nccl_ddp_and_synchronized_norms_is_the_plain_step(tmp_path):
     values, state = three_steps(DEVICE)
-    with group_of_one(tmp_path):
-        others, other_state = three_steps(DEVICE, world_size=2)  # else nothing would be wrapped
+    group = dict(init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    dist.init_process_group("nccl" if IS_CUDA else "gloo", **group)
+    others, other_state = three_steps(DEVICE, world_size=2)  # else nothing would be wrapped
+    dist.destroy_process_group()
     torch.testing.assert_close(others, values, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(other_state, state, rtol=1e-3, atol=1e-5)
 

@@ -1,26 +1,21 @@
 """data.py: two crops of an image, their overlap in each view, and the views themselves.
 
-Promised: the released rule of crops and boxes; a view is torchvision's resized crop; a large
-photograph gives nearly the same views as its whole pixels, and boxes that fit them; a sample is a
-function of the image and the random generator.
+Promised: the released rule of crops and boxes; a view is torchvision's resized crop; a sample
+is a function of the image and the random generator. Large photographs: test_photographs.py.
 """
 
 import itertools
 import math
 import random
 import statistics
-from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torchvision.transforms import v2 as T
 from torchvision.transforms.v2 import functional as TF
 
-import data
 from data import TwoCrops, center_square, draw_crop, intersection, overlap_boxes, resized_crop
-from engine.images import BadImage, Photograph
 
 
 class Script:
@@ -44,14 +39,6 @@ class Script:
 def random_image(height, width, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
-
-
-def places_as_colors(height, width):
-    """An image whose red is x and whose green is y, 0..255 over the image."""
-    y, x = torch.meshgrid(
-        torch.linspace(0, 255, height), torch.linspace(0, 255, width), indexing="ij"
-    )
-    return torch.stack([x, y, x]).round().to(torch.uint8)
 
 
 def painted(crop, height, width):
@@ -78,15 +65,6 @@ def test_boxes_hold_exactly_the_painted_pixels_that_both_crops_see():
                 continue
             expected = xs.min(), ys.min(), xs.max() + 1, ys.max() + 1
             np.testing.assert_allclose(box, np.array(expected) / (crop[2:] * 2)[::-1], atol=1e-6)
-
-
-def test_a_box_solved_by_hand_is_mirrored_with_its_view_only():
-    crop1, crop2 = (0, 0, 10, 20), (5, 15, 10, 10)
-    plain, mirrored = overlap_boxes(crop1, crop2), overlap_boxes(crop1, crop2, (True, False))
-    torch.testing.assert_close(plain, torch.tensor([[0.75, 0.5, 1, 1], [0, 0, 0.5, 0.5]]))
-    torch.testing.assert_close(mirrored, torch.tensor([[0, 0.5, 0.25, 1], [0, 0, 0.5, 0.5]]))
-    exchanged = overlap_boxes(crop2, crop1, (False, True))
-    assert torch.equal(exchanged, mirrored.flip(0)) and exchanged.dtype == torch.float32
 
 
 @pytest.mark.parametrize("crop2", [(0, 10, 10, 10), (10, 0, 10, 10), (30, 30, 5, 5)])
@@ -180,20 +158,6 @@ def test_a_view_is_torchvisions_resized_crop_however_the_image_lies_in_memory(cr
         assert torch.equal(resized_crop(lying, crop, 24, flipped=True), expected.flip(-1))
 
 
-def middles_of_boxes(sample, size):
-    """The color in the middle of each view's box."""
-    for view, (x1, y1, x2, y2) in zip(sample.views, sample.boxes.tolist()):
-        y, x = (min(size - 1, int(size * (low + high) / 2)) for low, high in ((y1, y2), (x1, x2)))
-        yield view[:2, y, x].float()
-
-
-def test_both_views_show_the_same_place_at_the_same_place_of_their_boxes():
-    image, crops, rng = places_as_colors(160, 200), TwoCrops(96), random.Random(3)
-    for _ in range(25):
-        first, second = middles_of_boxes(crops(image, rng), 96)
-        assert (first - second).abs().max() <= 4  # of 255: two pixels of a view
-
-
 @pytest.mark.parametrize("height, width", [(300, 421), (421, 300), (57, 57)])
 def test_the_center_square_is_resize_256_and_center_crop_224(height, width):
     image = random_image(height, width)
@@ -216,13 +180,6 @@ def test_the_center_square_of_a_panorama_is_that_of_its_middle():
 
 def same(one, other):
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-def test_a_sample_has_the_promised_shapes():
-    views, boxes, flipped = TwoCrops(24)(random_image(37, 53), random.Random(0))
-    assert (views.shape, views.dtype, views.is_contiguous()) == ((2, 3, 24, 24), torch.uint8, True)
-    assert (boxes.shape, boxes.dtype) == ((2, 4), torch.float32)
-    assert (flipped.shape, flipped.dtype) == ((2,), torch.bool)
 
 
 def test_a_sample_is_a_function_of_image_and_generator():
@@ -252,20 +209,15 @@ def test_every_view_has_its_own_flip_which_mirrors_view_and_box():
         assert statistics.mean(found) == pytest.approx(0.5, abs=0.08)
 
 
-def test_views_are_the_crops_that_are_drawn_with_the_given_limits(monkeypatch):
-    drawn, image = [], random_image(37, 53)
-
-    def script(*arguments):
-        drawn.append(arguments)
-        return (1, 2, 30, 40) if len(drawn) == 1 else (5, 6, 20, 25)
-
-    monkeypatch.setattr(data, "draw_crop", script)
-    sample = TwoCrops(24, min_area=0.2, min_overlap=0.3, flip=0)(image, random.Random(0))
-    assert torch.equal(sample.views[0], resized_crop(image, (1, 2, 30, 40), 24, False))
-    assert torch.equal(sample.views[1], resized_crop(image, (5, 6, 20, 25), 24, False))
-    assert torch.equal(sample.boxes, overlap_boxes((1, 2, 30, 40), (5, 6, 20, 25)))
-    first, second = ((*given[:2], *given[3:]) for given in drawn)
-    assert first == (37, 53, 0.2) and second == (37, 53, 0.2, (1, 2, 30, 40), 0.3)
+def test_views_are_the_crops_that_are_drawn_with_the_given_limits():
+    image, rng = random_image(37, 53), random.Random(0)
+    limits = dict(min_area=0.2, min_overlap=0.9)
+    sample = TwoCrops(24, flip=0, **limits)(image, random.Random(0))
+    first = draw_crop(37, 53, rng, min_area=0.2)
+    second = draw_crop(37, 53, rng, other=first, **limits)
+    for view, crop in zip(sample.views, (first, second)):
+        assert torch.equal(view, resized_crop(image, crop, 24, False))
+    assert torch.equal(sample.boxes, overlap_boxes(first, second))
 
 
 def test_without_geometry_both_views_are_the_whole_center():
@@ -282,28 +234,3 @@ def test_without_geometry_both_views_are_the_whole_center():
 def test_impossible_crops_are_refused(settings):
     with pytest.raises(ValueError, match=f"found .*{next(iter(settings.values()))}"):
         TwoCrops(**settings)
-
-
-class Watched(Photograph):
-    """Writes down what it is asked for."""
-
-    asked: ClassVar[list] = []
-
-    def pixels(self, *most):
-        self.asked.append(most)
-        return super().pixels(*most)
-
-
-def test_of_a_photograph_only_the_pixels_that_the_views_need_are_decoded(tmp_path):
-    """What a reduced photograph shows: test_photographs.py."""
-    file, rng = tmp_path / "a.jpg", random.Random(1)
-    Image.fromarray(places_as_colors(400, 500).permute(1, 2, 0).numpy()).save(file)
-    TwoCrops(24)(Watched(file, "a.jpg"), random.Random(1))
-    square = TwoCrops(24, geometric=False)(Watched(file, "a.jpg"), random.Random(1)).views[0]
-    first = draw_crop(400, 500, rng)
-    second = draw_crop(400, 500, rng, other=first)
-    assert Watched.asked == [(min(*first[2:], *second[2:]) / 24,), ()]
-    assert torch.equal(square, center_square(Photograph(file, "a.jpg").pixels().image, 24))
-    file.write_bytes(file.read_bytes()[:500])
-    with pytest.raises(BadImage, match=r"a\.jpg: "):
-        TwoCrops(24)(Photograph(file, "a.jpg"), random.Random(0))

@@ -52,13 +52,6 @@ def test_the_group_loss_is_the_mean_cross_entropy_over_the_pixels_of_overlapping
     assert found.dtype == torch.float64
 
 
-def test_of_two_prototypes_with_shares_2_to_1_and_3_to_1_the_group_loss_is_known():
-    student = torch.tensor([0.1 * math.log(3), 0.0]).reshape(1, 2, 1, 1)
-    teacher = torch.tensor([0.05 * math.log(2), 0.0]).reshape(1, 2, 1, 1)
-    found = consistency(student, teacher, temperatures=(0.1, 0.05), valid=ALL[:1])
-    assert found.item() == pytest.approx(-2 / 3 * math.log(3 / 4) - 1 / 3 * math.log(1 / 4))
-
-
 def test_identical_views_with_equal_temperatures_and_no_center_pay_the_entropy_and_no_less():
     maps, other = two_maps()
     found, p = consistency(maps, maps, temperatures=(0.1, 0.1)), (maps / 0.1).softmax(1)
@@ -79,14 +72,6 @@ def test_with_no_overlap_anywhere_the_group_loss_is_a_zero_that_has_a_gradient_o
     loss = consistency(student.requires_grad_(), teacher, valid=~ALL)
     loss.backward()
     assert loss.item() == 0 and student.grad.eq(0).all()
-
-
-@pytest.mark.parametrize(
-    "teacher, center", [((B, K, W, H), (K,)), ((B, K, H, W), (K - 1,)), ((B, K, H, W), (1, K))]
-)
-def test_maps_and_center_that_do_not_fit_are_named(teacher, center):
-    with pytest.raises(ValueError, match=r"expected maps \(b k h w\), .* center \(k\), found"):
-        consistency(random(B, K, H, W), random(*teacher), random(*center))
 
 
 # ------------------------------------------------------------------------------------------- center
@@ -126,20 +111,6 @@ def test_queries_are_occupied_in_both_views_and_every_occupied_teacher_slot_is_a
         assert pairs.queries.tolist() == queries and pairs.keys.tolist() == keys
         assert pairs.positives.tolist() == [keys.index(q) for q in queries]
         assert pairs.keys_per_rank == [len(keys)] and pairs.num_queries == len(queries) > 2
-
-
-def test_two_images_of_three_prototypes_pair_as_on_paper():
-    student = torch.tensor([[True, True, False], [False, True, True]])
-    teacher = torch.tensor([[True, False, True], [True, True, False]])
-    (pairs,) = losses.pair_slots([student], [teacher])
-    assert pairs.keys.tolist() == [0, 2, 3, 4]
-    assert pairs.queries.tolist() == [0, 4] and pairs.positives.tolist() == [0, 3]
-
-
-def test_without_a_common_slot_there_are_no_queries():
-    nothing = torch.zeros(B, K, dtype=torch.bool)
-    (pairs,) = losses.pair_slots([nothing], [~nothing])
-    assert pairs.num_queries == 0 and pairs.queries.numel() == 0 and pairs.keys.numel() == B * K
 
 
 # ---------------------------------------------------------------------- slot contrast, regression
@@ -213,11 +184,7 @@ def test_fewer_than_two_queries_cost_nothing_and_are_connected_to_slots_and_pred
     value.backward()
     assert value.item() == 0 and student_slots.grad.eq(0).all()
     assert all(p.grad.eq(0).all() for p in predictor.parameters())
-
-
-@SLOT_LOSSES
-def test_two_queries_are_enough(loss):
-    assert loss(*slot_inputs(2)) > 0
+    assert loss(*slot_inputs(2)) > 0  # two are enough
 
 
 @SLOT_LOSSES
@@ -250,22 +217,7 @@ def test_an_image_is_contrasted_with_the_other_views_of_all():
     for i in range(B):
         chances = [math.exp(unit(prediction[i]) @ unit(target[j]) / 0.3) for j in range(B)]
         terms.append(-math.log(chances[i] / sum(chances)))
-    found = losses.image_contrast(prediction, target, 0.3)
-    assert found.item() == pytest.approx(0.6 * sum(terms) / B, rel=1e-10)
-
-
-def test_the_image_loss_ignores_lengths_and_gives_the_target_no_gradient():
-    prediction, target = random(B, D).requires_grad_(), random(B, D, seed=1).requires_grad_()
-    found = losses.image_contrast(prediction, target)
+    found = losses.image_contrast(prediction.requires_grad_(), target.requires_grad_(), 0.3)
     found.backward()
     assert target.grad is None and prediction.grad.abs().sum() > 0
-    assert losses.image_contrast(2 * prediction, 3 * target).item() == pytest.approx(found.item())
-
-
-@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
-def test_the_image_loss_compares_in_single_precision(kind):
-    prediction, target = random(B, D).to(kind), random(B, D, seed=1).to(kind)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = losses.image_contrast(prediction, target)
-    expected = losses.image_contrast(prediction.float(), target.float()).item()
-    assert found.dtype == torch.float32 and found.item() == pytest.approx(expected, rel=1e-6)
+    assert found.item() == pytest.approx(0.6 * sum(terms) / B, rel=1e-10)

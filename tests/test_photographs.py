@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from data import TwoCrops, draw_crop
-from engine.images import ImageFiles, Photographs, Pixels
+from engine.images import ImageFiles, Photographs
 
 SIZE, HEIGHT, WIDTH = 24, 301, 403
 Y, X = np.mgrid[:HEIGHT, :WIDTH]
@@ -64,19 +64,6 @@ def test_views_of_a_reduced_photograph_agree_with_each_other_and_the_whole(tmp_p
             row, column = (min(SIZE - 1, int(SIZE * side / 2)) for side in (y1 + y2, x1 + x2))
             seen.append(view[:2, row, column].float())
         assert (seen[0] - seen[1]).abs().max() < 13  # of 255: one pixel of a view
-
-
-@pytest.mark.parametrize("factor", [1, 2, 4, 8])
-def test_a_snapped_crop_is_the_nearest_and_keeps_the_pixels_of_a_view(factor):
-    rng, pixels = random.Random(0), Pixels(torch.empty(0), factor)
-    for _ in range(300):
-        height, width = rng.randint(SIZE * factor, HEIGHT), rng.randint(SIZE * factor, WIDTH)
-        top, left = rng.randint(0, HEIGHT - height), rng.randint(0, WIDTH - width)
-        y, x, high, wide = pixels.snapped((top, left, height, width))
-        edges = zip((y, x, y + high, x + wide), (top, left, top + height, left + width))
-        assert all(abs(found * factor - edge) <= factor / 2 for found, edge in edges)
-        assert high >= SIZE and y + high <= math.ceil(HEIGHT / factor)
-        assert wide >= SIZE and x + wide <= math.ceil(WIDTH / factor)
 
 
 @pytest.mark.parametrize("kind", ["JPEG RGB", "JPEG L", "JPEG CMYK", "MPO RGB"])

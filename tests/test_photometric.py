@@ -99,20 +99,6 @@ def test_blur_keeps_float32_under_mixed_precision():
     assert torch.equal(mixed, gaussian_blur(pixels, sigma, 8))
 
 
-@pytest.mark.parametrize(
-    "threshold, expected",
-    [(128, (0, 127, 127, 0)), (0, (255, 128, 127, 0)), (256, (0, 127, 128, 255))],
-)
-def test_solarize_inverts_from_the_threshold_up(threshold, expected):
-    photometric = Photometric(**OFF | dict(solarize=(1, 0, threshold)))
-    levels = torch.tensor([0, 127, 128, 255], dtype=torch.uint8)
-    changed = photometric(levels.expand(1, V, 3, 1, 4), seeded())[0]
-    std, mean = (torch.tensor(x)[:, None, None] for x in (IMAGENET_STD, IMAGENET_MEAN))
-    found = 255 * (changed * std + mean)
-    for view, wanted in zip(found, (expected, levels.tolist())):
-        torch.testing.assert_close(view[1, 0], torch.tensor(wanted).float(), atol=1e-3, rtol=0)
-
-
 def test_normalize_takes_gray_levels_and_fractions():
     images = batch()[:, 0]
     expected = TF.normalize(images.float() / 255, list(IMAGENET_MEAN), list(IMAGENET_STD))
@@ -175,11 +161,9 @@ def test_with_all_probabilities_at_zero_views_are_only_normalized():
     "settings, words",
     [
         ({"jitter": (0.4, 0.4, 0.2, 0.1, 1.2)}, "probabilities lie in 0..1, found .*1.2"),
-        ({"p_blur": (-0.1, 1)}, "probabilities"),
         ({"p_blur": (1.0,)}, "p_blur, solarize, blur_sigma have 5 2 3 2 numbers"),
         ({"jitter": (0.4, 0.4, 0.2, 0.6, 1)}, "of the hue <= 0.5, found .*0.6"),
         ({"jitter": (-1, 0.4, 0.2, 0.1, 1)}, "found .-1"),
-        ({"blur_sigma": (2, 1)}, "blur_sigma"),
         ({"blur_sigma": (0, 1)}, "positive"),
     ],
 )

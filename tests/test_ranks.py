@@ -20,7 +20,7 @@ from engine.processes import Place
 from engine.run import Options, Run
 from measures.learning import statistics
 from slotcon import SlotCon
-from staged import PATIENCE, fork_server
+from staged import fork_server, join
 
 K, D, HIDDEN, H, W = 6, 7, 9, 4, 5
 B = 4  # images per process
@@ -75,7 +75,6 @@ CASES = {
 VOTES = {  # name -> values of two ranks, and who was asked to stop, who is in trouble
     "finite": ([[1.0, 3.0], [2.0, 5.0]], (), ()),
     "nan on one": ([[1.0, 3.0], [NAN, 5.0]], (), ()),
-    "inf on one": ([[1.0, INF], [2.0, 5.0]], (), ()),
     "inf against -inf": ([[INF, 1.0], [-INF, 1.0]], (), ()),
     "stop on one": ([[1.0, 3.0], [2.0, 5.0]], (1,), ()),
     "trouble on one": ([[1.0, 3.0], [2.0, 5.0]], (), (0,)),
@@ -146,10 +145,6 @@ def one_of_two(rank, folder):
     first, second = (rows[:2], rows[:0]) if rank == 0 else (rows[2:], rows)
     found["rows"] = [ranks.gather_rows(first, [2, 3]), ranks.gather_rows(second, [0, 5])]
     found["objects"] = ranks.gather_objects({"rank": rank})
-    try:
-        ranks.gather_rows(rows, [2, 3])
-    except ValueError as error:
-        found["complaint"] = str(error)
     torch.save(found, f"{folder}/{rank}.pth")
     processes.finish()
 
@@ -162,11 +157,7 @@ def found(tmp_path_factory):
     started = [server.Process(target=one_of_two, args=(rank, str(folder))) for rank in (0, 1)]
     for process in started:
         process.start()
-    for process in started:
-        process.join(PATIENCE)
-        if process.is_alive():
-            process.kill()
-    assert [process.exitcode for process in started] == [0, 0]
+    assert join(started) == [0, 0]
     return [torch.load(folder / f"{rank}.pth") for rank in (0, 1)]
 
 
@@ -228,7 +219,6 @@ def test_sums_leave_what_is_summed_and_rows_come_in_the_order_of_the_ranks_even_
         assert rank["sum"].tolist() == [3.0, 21.0] and rank["kept"].tolist() == [1.0 + r, 10.0 + r]
         assert all(rows.equal(random(5, D)) for rows in rank["rows"])
         assert rank["objects"] == [{"rank": 0}, {"rank": 1}]
-        assert f"rank {r} of 2 holds 5 rows, but the counts say [2, 3]" in rank["complaint"]
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from engine.optimizers import LARS, learning_rate
 from grouping import inverse_augmentation
 from slots import occupied
 from teacher import teacher_momentum
+from trained import released_name
 
 OWN = Path(__file__).with_name("official_numbers.json")
 FILE = Path(os.environ.get("SLOTCON_REFERENCE_NUMBERS", OWN))
@@ -66,25 +67,6 @@ def filled(name: str, like: torch.Tensor) -> torch.Tensor:
     if name == "center" or name.endswith("bias"):
         return 0.1 * u
     return 1 + 0.1 * u if like.ndim == 1 else u * math.sqrt(3 / like[0].numel())
-
-
-RELEASED = {
-    "student.backbone": "encoder_q",
-    "teacher.backbone": "encoder_k",
-    "student.projector": "projector_q",
-    "teacher.projector": "projector_k",
-    "student.prototypes": "grouping_q.slot_embed",
-    "teacher.prototypes": "grouping_k.slot_embed",
-    "predictor": "predictor_slot",
-    "center": "center",
-}
-
-
-def released_name(ours: str) -> str:
-    for here, there in RELEASED.items():
-        if ours.startswith(here):
-            return there + ours.removeprefix(here)
-    raise KeyError(ours)
 
 
 def released_checkpoint(model: slotcon.SlotCon) -> dict[str, torch.Tensor]:

@@ -90,7 +90,6 @@ def test_defaults_of_the_method_are_those_of_the_configuration(taker):
     "arguments, epochs, steps, warmup",
     [
         ("--preset coco-r50", 800, 0, 5),
-        ("--preset coco-r50 --epochs 80", 80, 0, 5),
         ("--preset coco-r50 --steps 4000", 800, 4000, 25),  # the share of 5 in 800
         ("--preset coco-r50 --steps 4000 --warmup 9", 800, 4000, 9),
         ("--preset photos --epochs 30", 30, 0, 0.8),  # of 80 in 3000
@@ -132,29 +131,18 @@ def test_the_rows_of_the_tables_change_what_the_slide_says_and_run_on_toy_scenes
 
 REFUSED = [  # arguments behind those of a small run, what the line must say
     ("--preset coco-r51", "--preset coco-r51: choose one of toy, photos"),
-    ("--arch resnet19", "unknown architecture 'resnet19': choose one of tiny, small, resnet18"),
-    ("--amp fp8", "--amp fp8: choose one of auto, bf16, fp16, off"),
-    ("--dataset voc", "--dataset voc: choose one of"),
     ("--batch-size 1", "--batch-size 1 is out of range: expected 2 to"),
     ("--epochs 3 --steps 9", "--epochs and --steps are two units of one length: give one of them"),
     ("--long-tailed", "--long-tailed says how a subset is chosen: add --subset N"),
     ("--subset 15", "--subset 15, but there are 14 images: take fewer"),
-    (
-        "--batch-size 16",
-        "--batch-size 16 must be a multiple of 1 process(es) x --accumulate 1, and at most",
-    ),
-    ("--accumulate 3", "--batch-size 4 must be a multiple of 1 process(es) x --accumulate 3"),
+    ("--batch-size 16", "must be a multiple of 1 process(es) x --accumulate 1, and at most"),
     ("--preset toy --dataset toy", "draws its own scenes: add a preset for photographs, such as"),
     ("--data-dir=", "needs --data-dir, the folder with the images"),
     ("--preset toy --dataset toy --data-dir= --check-data", "--check-data has nothing to read"),
     ("--preset toy --dataset toy --data-dir= --subset 3", "is at least --batch-size 4"),
-    ("--data-dir nowhere", "no such folder: "),
     ("--data-dir empty", "no images in "),
-    ("--data-dir texts", "none of 1 files tried in"),
-    ("--dataset coco", "train2017"),
     ("--device cuda", "--device cuda, but this machine has none: use --device auto"),
     ("--init nothing.pth", "there is no checkpoint nothing.pth"),
-    ("--init texts/a.jpg", "texts/a.jpg is no checkpoint, or damaged"),
 ]
 
 
@@ -165,8 +153,6 @@ def test_what_cannot_be_is_one_line_with_status_2_and_nothing_is_written(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "empty").mkdir()
-    (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "a.jpg").write_text("no image")
     before = sorted(tmp_path.rglob("*"))
     text = train_here("out", *arguments.split(), photographs=photographs, status=2)
     assert text.startswith("train.py: ") and line in text and text.count("\n") == 1, text
@@ -199,7 +185,6 @@ def test_a_program_answers_a_wrong_command_line_before_it_loads_torch(program, t
 
 CHANGES = {
     "num_prototypes: 5 then, 6 now": "--num-prototypes 6",
-    "dim_out: 7 then, 8 now": "--dim-out 8",
     "epochs: 6.0 then, 7.0 now; warmup: 1.0 then, 2.0 now": "--epochs 7 --warmup 2",
     "p_blur: (1.0, 0.1) then, (1.0, 0.2) now": "--p-blur 1 0.2",
     "images: 14 then, 13 now": "--data-dir fewer",
@@ -213,9 +198,8 @@ def test_what_matters_cannot_change_between_two_parts_of_a_run(
 ):
     monkeypatch.chdir(tmp_path)
     staged.draw_photographs(tmp_path / "fewer", 13)
-    (staged.draw_photographs(tmp_path / "others") / "000.png").rename(
-        tmp_path / "others" / "new.png"
-    )
+    others = staged.draw_photographs(tmp_path / "others")
+    (others / "000.png").rename(others / "new.png")
     before = state_of(short[0])
     text = train_here(short[0], *CHANGES[change].split(), photographs=photographs, status=2)
     assert text == (
@@ -451,7 +435,6 @@ def raising(error):
         (Stopped("the disk is full"), 1, "the disk is full"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried\n2"), 2, "take a smaller --batch-size"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "take a smaller"),
         (RuntimeError("gloo: connection closed by peer"), RuntimeError, ""),  # in one process
         (KeyError("x"), KeyError, ""),  # a mistake of ours keeps its trace
     ],

@@ -13,6 +13,25 @@ K = 5
 COLORS = torch.tensor([[200, 30, 30], [30, 200, 30], [30, 30, 200]], dtype=torch.uint8)  # (t 3)
 NAMES = ("red", "green", "blue")
 
+RELEASED = {  # our names -> those of the released code
+    "student.backbone": "encoder_q",
+    "teacher.backbone": "encoder_k",
+    "student.projector": "projector_q",
+    "teacher.projector": "projector_k",
+    "student.prototypes": "grouping_q.slot_embed",
+    "teacher.prototypes": "grouping_k.slot_embed",
+    "predictor": "predictor_slot",
+    "center": "center",
+}
+
+
+def released_name(ours: str) -> str:
+    """What the released code calls this tensor."""
+    for here, there in RELEASED.items():
+        if ours.startswith(here):
+            return there + ours.removeprefix(here)
+    raise KeyError(ours)
+
 
 class ByColor(torch.nn.Module):
     """A network that solves `COLORS`: prototype 4 - t owns the pixels of class t.
