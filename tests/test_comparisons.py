@@ -135,23 +135,12 @@ def test_groups_are_one_map_per_group_and_do_not_depend_on_the_rest_of_the_batch
         assert torch.allclose(system.maps(images[1:2]), maps[1:2])
 
 
-def test_all_systems_start_from_the_same_backbone_and_an_unknown_one_is_named():
+def test_all_systems_start_from_the_same_backbone():
     def start(name):
         torch.manual_seed(3)
         return comparisons.build(name, C).backbone[0].weight
 
     assert all(start(name).equal(start("moco")) for name in comparisons.SYSTEMS)
-    with pytest.raises(ValueError, match="no system 'mocov3': choose of moco, dense"):
-        comparisons.build("mocov3", C)
-
-
-def test_target_loss_is_the_cross_entropy_of_the_places_of_images_that_overlap():
-    maps, shares = random(B, K, H, W).tanh(), random(B, K, H, W, seed=1).softmax(1)
-    expected = slow_cross_entropy(maps, shares, 0.3, VALID)
-    assert_equal(common.target_loss(maps, shares, 0.3, VALID), expected)
-    labels = shares.argmax(1)
-    expected = slow_cross_entropy(maps, one_hot(labels), 0.3, VALID)
-    assert_equal(common.target_loss(maps, labels, 0.3, VALID), expected)
 
 
 def test_without_any_overlap_a_loss_is_a_zero_with_a_gradient():
@@ -235,14 +224,12 @@ def test_k_means_finds_two_clouds_and_moves_every_center_to_the_mean_of_its_rows
     assert kmeans.nearest_center(rows, centers).tolist() == slow
 
 
-def test_an_empty_cluster_takes_half_of_the_largest_and_too_few_rows_are_an_error():
+def test_an_empty_cluster_takes_half_of_the_largest():
     rows = torch.tensor([[0.0, 0], [5, 0], [5, 3]]).double().repeat_interleave(20, 0)
     rows[20:] += random(40, 2) / 9  # the others are equal, so two centers may start at one place
     for seed in range(20):
         centers = kmeans.cluster(rows, 3, torch.Generator().manual_seed(seed))
         assert len(kmeans.nearest_center(rows, centers).unique()) == 3
-    with pytest.raises(ValueError, match="7 clusters of 6 rows"):
-        kmeans.cluster(rows[:6], 7, torch.Generator())
 
 
 def test_k_means_pseudo_labels_come_from_the_copy_and_each_view_has_its_own():
@@ -254,8 +241,6 @@ def test_k_means_pseudo_labels_come_from_the_copy_and_each_view_has_its_own():
         maps = system.network(views[:, v])[1]
         expected += slow_cross_entropy(maps, one_hot(labels), 0.1, [True] * B) / 2
     assert_equal(found, expected)
-    system.labeler.projector.mlp[0].weight.data += 1  # other labels
-    assert system(views, *rest)[0].item() != pytest.approx(found.item(), rel=1e-3)
 
 
 def test_pseudo_labels_change_once_per_epoch_only(monkeypatch):
@@ -301,9 +286,6 @@ def test_sinkhorn_alternates_between_equal_prototypes_and_whole_pixels():
     # Four pixels that prefer one of two prototypes are split evenly.
     same = torch.tensor([1.0, -1.0]).reshape(1, 2, 1, 1).expand(1, 2, 2, 2)
     assert balanced.sinkhorn(same, 0.1).eq(0.5).all()
-    for wrong in ((0, 3), (0.02, 3), (0.1, 0)):
-        with pytest.raises(ValueError, match="found {} and {}".format(*wrong)):
-            balanced.sinkhorn(maps, *wrong)
 
 
 def test_sinkhorn_predicts_the_other_views_targets_and_targets_have_no_gradient():
@@ -373,17 +355,7 @@ def test_what_is_painted_is_compared_with_the_first_view_at_the_size_of_the_map(
     assert system.sees == ("flow" if name == "motion" else "image")
 
 
-def test_slots_are_matched_as_the_best_of_all_permutations():
-    slots, others = random(B, 5, D), random(B, 5, D, seed=1)
-    found = slot_matching.match_slots(slots, others)
-    for b in range(B):
-        cosines = torch.cosine_similarity(slots[b][:, None], others[b], dim=2)
-        orders = itertools.permutations(range(5))
-        best = max(orders, key=lambda order: cosines[range(5), order].sum())
-        assert found[b].tolist() == list(best)
-
-
-def test_slot_matching_attracts_matched_slots_and_repels_all_others():
+def test_slot_matching_attracts_the_best_of_all_pairings_and_repels_all_others():
     system, (views, *rest) = build("slot_matching"), batch()
     torch.manual_seed(5)
     students = [system.student(views[:, v])[0] for v in (0, 1)]
@@ -391,8 +363,10 @@ def test_slot_matching_attracts_matched_slots_and_repels_all_others():
     expected = 0
     for student, teacher in zip(students, teachers[::-1]):
         b, k, _ = student.shape
-        matching = slot_matching.match_slots(student, teacher)
-        positives = [k * i + matching[i, j].item() for i in range(b) for j in range(k)]
+        cosines = torch.cosine_similarity(student[:, :, None], teacher[:, None], dim=3).tolist()
+        orders = list(itertools.permutations(range(k)))
+        best = [max(orders, key=lambda o: sum(map(list.__getitem__, c, o))) for c in cosines]
+        positives = [k * i + best[i][j] for i in range(b) for j in range(k)]
         rows = system.predictor(rearrange(student, "b k d -> (b k) d"))
         expected += slow_contrast(rows, rearrange(teacher, "b k d -> (b k) d"), positives, 0.2)
     torch.manual_seed(5)
@@ -406,8 +380,6 @@ def test_scenes_stack_the_extra_input_behind_the_image():
     assert flow.colors.equal(plain.images) and not flow.images.equal(plain.images)
     flat = Scenes(3, 4, preset="flat")
     assert flat.semantic.equal(plain.semantic) and not flat.images.equal(plain.images)
-    with pytest.raises(ValueError, match="depth, grid, color or truth, found 'edges'"):
-        Scenes(3, 4, extra="edges")
     painted = motion.flow_image(torch.tensor([[[[0, 0], [4, -4]]]]))  # one scene of 1 x 2 px
     assert painted.tolist() == [[[[128, 252]], [[128, 4]], [[128, 128]]]]
 

@@ -169,10 +169,7 @@ WRONG = [
     ("segmentation CHECKPOINT --data-dir FOLDER/no", "no folder"),
     ("segmentation CHECKPOINT --dataset voc", "--data-dir is missing"),
     ("probe CHECKPOINT --dataset mars", "choose one of toy, folder, coco_stuff"),
-    ("segmentation CHECKPOINT --data-dir FOLDER --size 64 31", "at least 32"),
     ("slots CHECKPOINT --data-dir FOLDER/empty", "no such folder"),
-    ("slots FOLDER/images/3.png", "is an image where the checkpoint"),
-    ("segmentation CHECKPOINT --data-dir FOLDER/images/3.png", "is an image where a folder"),
 ]
 
 
@@ -187,6 +184,7 @@ def test_wrong_input_ends_with_one_line_and_exit_code_2(command, message, traine
     ("evaluate.py probe --help", 0, "sizes come from it"),
     ("evaluate.py probe x.pth --batchsize 3", 2, "did you mean --batch-size?"),
     ("visualize.py groups x.pth --slot 3", 2, "did you mean --slots?"),
+    ("compare.py --step 9", 2, "did you mean --steps?"),
 ])  # fmt: skip
 def test_the_help_comes_and_a_misspelled_option_is_answered_before_torch_is_loaded(
     words, status, answer

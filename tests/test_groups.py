@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from grouping import GroupingNetwork
 from measures import groups
-from measures.groups import Tally, compare_in_memory, rgb_kmeans, sample_pixels, table
+from measures.groups import Tally, compare_in_memory, rgb_kmeans, sample_pixels
 from measures.layouts import IGNORE
 from photometric import normalize
 from trained import NAMES, ByColor, K, colored
@@ -88,20 +88,3 @@ def test_the_rand_index_of_segments_without_names_is_a_mean_over_labeled_images(
     assert tally.report()["adjusted_rand_index"] == pytest.approx(0.5)
     tally.add(torch.zeros(2, 1, 4, dtype=torch.long), owned, torch.full_like(truth, IGNORE))
     assert tally.report()["adjusted_rand_index"] == pytest.approx(0.5) and tally.images == 6
-
-
-@pytest.mark.parametrize("class_names", [("a", "b"), ()])
-def test_nothing_labeled_is_refused_and_not_scored(class_names):
-    tally, label = Tally(3, class_names), torch.full((2, 1, 4), IGNORE)
-    tally.add(torch.zeros(2, 1, 4, dtype=torch.long), torch.ones(2, 3, dtype=torch.bool), label)
-    with pytest.raises(ValueError, match="nothing is labeled: all pixels of the 2 labels are 255"):
-        tally.report()
-
-
-def test_a_table_has_its_cells_right_below_their_headings():
-    text = table({"a name": ["1", "0.250"], "b": ["-", "10.000"]}, ["a long heading", "x"])
-    assert {len(line) for line in text.splitlines()} == {8 + 16 + 8}
-    assert text.splitlines()[2] == "b" + " " * 22 + "-  10.000"
-    report = dict(iou={"a": 0.5, **{f"class {t}": None for t in range(9)}})
-    assert groups.format_classes(report).splitlines() == [
-        f"  {'a':<18}0.500", "  without a pixel: 9 classes"]  # fmt: skip

@@ -90,14 +90,9 @@ def test_the_strongest_correlation_of_known_features_is_found():
     for strongest in (0.1, 0.4, 0.75, 0.95):
         found = view_correlation(*features(400, rhos=(0.02, strongest, 0.0)))
         assert found == pytest.approx(strongest, abs=0.02)
-    first, second = features(b=30, rhos=(0.6,))
-    expected = torch.corrcoef(torch.stack([first.flatten(), second.flatten()]))[0, 1].item()
-    assert view_correlation(first, second) == pytest.approx(expected, abs=0.02)
-    with pytest.raises(ValueError, match="two images or more, found 1"):
-        view_correlation(first[:1], second[:1])
 
 
-def test_maps_are_aligned_before_they_are_compared():
+def test_maps_are_aligned_before_they_are_compared_and_count_where_crops_overlap():
     views, boxes, flipped = maps()
     found = correlation_of([(views, boxes, flipped)])
     assert found == pytest.approx(0.5, abs=0.06)
@@ -105,10 +100,6 @@ def test_maps_are_aligned_before_they_are_compared():
     aligned = [inverse_augmentation(x, boxes[:, i], flipped[:, i]) for i, x in enumerate(views)]
     expected = view_correlation(*(rearrange(x, "b c h w -> b (h w) c") for x in aligned))
     assert found == pytest.approx(expected, abs=1e-6)
-
-
-def test_crops_that_do_not_overlap_add_nothing():
-    views, boxes, flipped = maps()
     boxes[5:9], views[0][5:9] = 0, 1e6
     assert correlation_of([(views, boxes, flipped)]) == pytest.approx(0.5, abs=0.07)
     assert math.isnan(correlation_of([(views, torch.zeros_like(boxes), flipped)]))

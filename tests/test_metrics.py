@@ -25,16 +25,12 @@ def test_ignored_pixels_are_not_counted_and_unequal_axes_keep_their_places():
     assert confusion_matrix(large, class_of, 201, 27)[200, 26] == 1
 
 
-def random_confusion(num_predicted, num_classes, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 50, (num_predicted, num_classes), generator=generator)
-
-
 @pytest.mark.parametrize("rows, one, many, accuracy, mean_iou, shared, rand", [
     ([[0, 0, 9], [0, 4, 0], [5, 0, 0], [0, 0, 0]], [2, 1, 0, -1], [2, 1, 0, -1], 1, 1, 1, 1),
     ([[0, 0, 0], [50, 30, 20]], [1, 0], [-1, 0], 0.5, 0.5 / 3, 0, 0),  # one group of all pixels
     ([[5, 1], [4, 0], [0, 7]], [0, -1, 1], [0, 0, 1], 12 / 17, (5 / 10 + 7 / 8) / 2, 0.603, 0.519),
     ([[0, 0]], [0], [-1], 0, 0, 0, 1),  # no labeled pixel
+    ([[10**6, 0], [0, 10**6]], [0, 1], [0, 1], 1, 1, 1, 1),  # more pairs than float32 can count
 ])  # fmt: skip
 def test_scores_of_small_tables(rows, one, many, accuracy, mean_iou, shared, rand):
     table = torch.tensor(rows)
@@ -51,34 +47,7 @@ def test_a_classifier_is_scored_by_the_names_it_gives_and_an_absent_class_is_non
     assert (report["miou"], report["accuracy"]) == pytest.approx((0.1, 0.2))
 
 
-def test_mutual_information_equals_a_sum_over_the_table():
-    confusion = random_confusion(5, 3, seed=4)
-    joint = confusion.double() / confusion.sum()
-    rows, columns = joint.sum(1), joint.sum(0)
-    cells = [(p, c) for p in range(5) for c in range(3) if joint[p, c] > 0]
-    information = sum(joint[p, c] * (joint[p, c] / (rows[p] * columns[c])).log() for p, c in cells)
-    entropies = -(rows * rows.log()).sum() - (columns * columns.log()).sum()
-    assert nmi(confusion) == pytest.approx(float(2 * information / entropies))
-    assert nmi(confusion) == pytest.approx(nmi(confusion.T))
-
-
-def test_the_rand_index_equals_counting_all_pairs_of_pixels():
-    generator = torch.Generator().manual_seed(3)
-    groups = torch.randint(0, 4, (40,), generator=generator)
-    classes = torch.where(torch.rand(40, generator=generator) < 0.6, groups % 3, 2)
-    i, j = torch.tril_indices(40, 40, -1)
-    same_group, same_class = groups[i] == groups[j], classes[i] == classes[j]
-    both, ones, others = (float(x.sum()) for x in (same_group & same_class, same_group, same_class))
-    expected = ones * others / len(i)
-    by_hand = (both - expected) / ((ones + others) / 2 - expected)
-    found = adjusted_rand_index(confusion_matrix(groups, classes, 4, 3))
-    assert found == pytest.approx(by_hand)
-    assert adjusted_rand_index(torch.tensor([[10**6, 0], [0, 10**6]])) == pytest.approx(1)
-
-
 def test_wrong_input_is_refused_with_the_numbers_seen():
     zeros = torch.zeros(5, dtype=torch.long)
     with pytest.raises(ValueError, match=r"ids run from 0 to 2, outside 0\.\.1"):
         confusion_matrix(zeros, torch.tensor([0, 0, 2, IGNORE, 1]), 3, 2)
-    with pytest.raises(ValueError, match=r"ids run from -1 to 0, outside 0\.\.2"):
-        confusion_matrix(zeros - torch.tensor([1, 0, 0, 0, 0]), zeros, 3, 2)

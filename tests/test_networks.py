@@ -1,9 +1,7 @@
 """measures/networks.py: what is measured, and what it is compared with."""
 
-import pytest
 import torch
 
-from engine import checkpoints
 from measures.networks import open_backbone, open_network, untrained_backbone, untrained_network
 from trained import K, save_checkpoint
 
@@ -39,18 +37,3 @@ def test_a_backbone_comes_from_a_whole_checkpoint_or_from_a_file_of_its_own(tmp_
     assert student.prototypes.weight.equal(saved["student.prototypes.weight"])
     name, weight = next(iter(open_backbone(whole, "student", "cpu")[0].state_dict().items()))
     assert weight.equal(saved[f"student.backbone.{name}"])
-
-
-@pytest.mark.parametrize("call, file, which, words", [
-    (open_network, "backbone.pth", "teacher", "backbone only .tiny.* evaluate.py probe"),
-    (open_backbone, "backbone.pth", "student", "no student"),
-    (open_network, "strange.pth", "teacher", "no known backbone"),
-    (open_backbone, "strange.pth", "teacher", "no known backbone"),
-    (open_network, "none.pth", "teacher", "no checkpoint"),
-])  # fmt: skip
-def test_what_cannot_be_measured_is_one_line_with_the_reason(call, file, which, words, tmp_path):
-    save_checkpoint(tmp_path / "last.pth")
-    checkpoints.save(tmp_path / "strange.pth", dict(model=dict(weight=torch.zeros(2))))
-    with pytest.raises(ValueError, match=words) as caught:
-        call(tmp_path / file, which, "cpu")
-    assert file in str(caught.value) and "\n" not in str(caught.value)

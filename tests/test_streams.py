@@ -9,20 +9,8 @@ from engine.images import ImageFiles
 from measures import streams
 
 
-def identity(item):  # of the module, since worker processes may pickle it
-    return item
-
-
-@pytest.mark.parametrize("batch_size, workers", [(1, 0), (4, 0), (4, 2)])
-def test_images_come_in_order_whatever_the_batch_and_the_workers(batch_size, workers):
-    images = [torch.full((3, 2, 2), i, dtype=torch.uint8) for i in range(9)]
-    batches = list(streams.stream(images, identity, batch_size, workers))
-    assert torch.cat([indices for indices, _ in batches]).tolist() == list(range(9))
-    assert torch.cat([images for _, images in batches])[:, 0, 0, 0].tolist() == list(range(9))
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_image_is_named_and_left_out_and_the_others_keep_their_numbers(
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_come_in_order_and_one_that_cannot_be_read_is_named_and_left_out(
     tmp_path, capsys, workers
 ):
     for i in range(4):
@@ -31,20 +19,8 @@ def test_an_unreadable_image_is_named_and_left_out_and_the_others_keep_their_num
     images = streams.open_images("folder", tmp_path)
     found = list(streams.stream(images, streams.center_view(8), 2, workers))
     assert [indices.tolist() for indices, _ in found] == [[0], [2, 3]]
+    assert torch.cat([views for _, views in found])[:, 0, 0, 0].tolist() == [0, 2, 3]
     assert "left out 1.png" in capsys.readouterr().err
-
-
-class Broken(list):
-    def __getitem__(self, index):
-        if index == 2:
-            raise ValueError("the label of b.png has id 9")
-        return torch.zeros(3, 2, 2)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_problem_in_a_worker_process_is_still_one_line(workers):
-    with pytest.raises(ValueError, match=r"^the label of b\.png has id 9$"):
-        list(streams.stream(Broken(range(4)), identity, 3, workers))
 
 
 def test_images_come_from_a_folder_from_its_val2017_or_are_drawn(tmp_path):
@@ -58,7 +34,7 @@ def test_images_come_from_a_folder_from_its_val2017_or_are_drawn(tmp_path):
     named = streams.read_views(ImageFiles(tmp_path, ["a.png"]), streams.center_view(32))
     assert named.shape == (1, 3, 32, 32)
     with pytest.raises(ValueError, match=r"cannot read .*none"):
-        streams.read_views(ImageFiles(tmp_path, ["none.png"]), identity)
+        streams.read_views(ImageFiles(tmp_path, ["none.png"]), streams.center_view(32))
 
 
 def test_a_square_of_the_right_size_is_left_alone_and_others_are_cut_from_the_center():

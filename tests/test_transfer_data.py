@@ -48,7 +48,8 @@ def draw_coco(root, more=0):
     """Two images, one of them without an object; square objects, a crowd, a box without an area.
     more: images like the first.
     """
-    runs = encoding.encode(np.asfortranarray(np.ones((24, 40), dtype=np.uint8)))
+    crowded = np.arange(960, dtype=np.uint8).reshape(24, 40) % 7 > 2  # many runs, packed as text
+    runs = encoding.encode(np.asfortranarray(crowded.astype(np.uint8)))
     crowd = dict(bbox=[0, 0, 40, 24], iscrowd=1, area=960, category_id=3,
                  segmentation={**runs, "counts": runs["counts"].decode()})  # fmt: skip
     dog = dict(category_id=18, bbox=[4, 6, 10, 8], iscrowd=0, area=80, segmentation=SQUARE)
@@ -57,7 +58,8 @@ def draw_coco(root, more=0):
     flat = dict(car, bbox=[7, 7, 0, 3], area=0)
     ids = [6, 5, *range(7, 7 + more)]
     for part, shapes in (("train", (dog, car, crowd, flat)), ("val", (dog, car, crowd))):
-        found = [dict(shape, image_id=5) for shape in shapes] + [dict(crowd, image_id=6)]
+        plain = dict(crowd, image_id=6, segmentation=dict(size=[24, 40], counts=[7, 953]))
+        found = [dict(shape, image_id=5) for shape in shapes] + [plain]
         found += [dict(shape, image_id=i) for i in ids[2:] for shape in (dog, car)]
         for i in ids:
             save(root / f"{part}2017" / f"{i:012d}.jpg", photo(i))
@@ -94,12 +96,8 @@ def test_every_layout_is_learned_from_and_tested_with_its_own_lists_and_classes(
 
 def test_a_wrong_tree_says_what_was_expected_and_what_was_found(tmp_path):
     (tmp_path / "holiday").mkdir()
-    for root in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(ValueError) as caught:
-            opened(root)
-        line = str(caught.value)
-        assert "--dataset coco expects in --data-dir: " in line and "\n" not in line
-        assert f"found in {tmp_path}: holiday/" in line
+    with pytest.raises(ValueError, match=f"expects in --data-dir: .*found in {tmp_path}: holiday/"):
+        opened(tmp_path)
 
 
 def test_some_labeled_images_are_a_random_few_the_same_for_the_same_seed():
@@ -132,16 +130,6 @@ def test_a_crop_is_cut_from_image_and_label_alike_and_mirrored_half_of_the_time(
         assert torch.equal(crop[2].long(), marks * 200)
         assert {tuple(p) for p in crop.flatten(1).T.tolist()} <= places
     assert 18 <= sum(int(crop[1, 0, 0]) > int(crop[1, 0, -1]) for crop, _ in found) <= 42
-
-
-def test_what_is_drawn_depends_on_the_given_generator_alone():
-    pair = gradient(50, 70)
-    once = crops(pair, 9, distort=True)
-    state = torch.get_rng_state()
-    again = crops(pair, 9, distort=True)
-    assert all(torch.equal(a, b) for x, y in zip(once, again) for a, b in zip(x, y))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert not torch.equal(once[0][0], once[1][0])
 
 
 def test_the_frame_and_its_scale_decide_the_size_and_the_rest_is_gray():
@@ -213,12 +201,8 @@ def test_boxes_and_masks_follow_their_image(tmp_path):
         assert found["boxes"][1, 0 if flipped else 2] == (0 if flipped else x)
         assert found["labels"].tolist() == [2, 1] and found["masks"].dtype == torch.uint8
     assert sizes == {(45, 75), (72, 120)} and 5 <= mirrored <= 19
-
-
-def test_a_box_that_has_no_area_in_the_image_is_left_out(tmp_path):
-    pair = opened(draw_coco(tmp_path))[0][0]
-    pair[1]["boxes"][0] = torch.tensor([50, 6, 60, 14])
-    _, found = detection.view(pair, random.Random(0), DETECTION)
+    target["boxes"][0] = torch.tensor([50, 6, 60, 14])  # none of it is in the image
+    _, found = detection.view((image, target), random.Random(0), DETECTION)
     assert len(found["boxes"]) == len(found["masks"]) == 1 and found["labels"].tolist() == [1]
 
 
@@ -236,29 +220,11 @@ def test_objects_of_coco_have_boxes_classes_and_masks_but_crowds_do_not_count(tm
         seen[0]
 
 
-@pytest.mark.parametrize("shape", [
-    [[2, 1, 6, 1, 6, 4, 2, 4]],
-    dict(size=[5, 7], counts=[11, 3, 2, 3, 2, 3, 2, 3, 6]),  # down the columns, off and on by turns
-    dict(size=[5, 7], counts=";32000004"),  # the same as COCO packs it
-])  # fmt: skip
-def test_an_outline_and_runs_of_both_kinds_are_the_same_mask(shape, tmp_path):
-    coco_with(tmp_path, dict(segmentation=shape), sides=(5, 7))
-    save(tmp_path / "train2017" / "000000000005.jpg", photo(0, 5, 7))
-    square = np.zeros((5, 7), dtype=np.uint8)
-    square[1:4, 2:6] = 1
-    assert np.array_equal(opened(tmp_path)[0][0][1]["masks"][0], square)
-
-
-def coco_with(root, changes, part="train", number=0, kind="annotations", sides=None):
-    """COCO's tree with changes in one entry; a change to None takes the key away. sides: of the
-    first image, whose first annotation is its only one then.
-    """
+def coco_with(root, changes, part="train", kind="annotations"):
+    """COCO's tree with changes in one entry; a change to None takes the key away."""
     file = draw_coco(root) / "annotations" / f"instances_{part}2017.json"
     contents = json.loads(file.read_text())
-    if sides:
-        contents["annotations"] = contents["annotations"][:1]
-        contents["images"] = [dict(contents["images"][1], height=sides[0], width=sides[1])]
-    found = contents[kind][number]
+    found = contents[kind][0]
     found.update(changes)
     for key in [key for key, value in changes.items() if value is None]:
         del found[key]
@@ -291,26 +257,21 @@ def test_an_annotation_that_cannot_be_used_is_refused_with_its_id_and_file(key, 
 @pytest.mark.parametrize("kind, changes, complaint", [
     ("annotations", dict(id=2), "2 of its annotations have the id 2"),
     ("annotations", dict(id=None), "1 of its annotations have the id None"),
-    ("images", dict(id=5), "2 of its images have the id 5"),
     ("images", dict(height=None), "height cannot be None"),
     ("images", dict(file_name=None), "file_name cannot be None"),
     ("categories", dict(id="dog"), "1 of its categories have the id dog"),
+    *[("", each, "holds no annotations in COCO's form") for each in (b"[]", b"{", b"\xff")],
+    ("", b'{"annotations": [5]}', "holds no annotations in COCO's form"),
 ])  # fmt: skip
-def test_ids_that_are_missing_or_twice_and_images_without_a_size_are_named(
-    kind, changes, complaint, tmp_path
-):
-    file = coco_with(tmp_path, changes, kind=kind)
-    with pytest.raises(ValueError) as caught:
+def test_a_file_of_annotations_that_cannot_be_used_is_named(kind, changes, complaint, tmp_path):
+    if kind:
+        file = coco_with(tmp_path, changes, kind=kind)
+    else:
+        file = tmp_path / "a.json"
+        file.write_bytes(changes)
+    with pytest.raises(ValueError, match=f"{file}.*{complaint}|{complaint}.*{file}") as caught:
         read_annotations(file)
-    assert complaint in str(caught.value) and str(file) in str(caught.value)
-
-
-@pytest.mark.parametrize("contents", ["[]", "{", '{"images": []}', '{"annotations": [5]}', "\xff"])
-def test_a_file_that_holds_no_annotations_of_coco_is_named(contents, tmp_path):
-    file = tmp_path / "a.json"
-    file.write_bytes(contents.encode("latin1"))
-    with pytest.raises(ValueError, match=r"a.json holds no annotations in COCO's form: [^\n]+$"):
-        read_annotations(file)
+    assert "\n" not in str(caught.value)
 
 
 class Answers:
@@ -350,23 +311,6 @@ def test_finding_everything_is_a_precision_of_one_and_finding_nothing_of_zero(
         assert scores["detections"] == found and scores["box_ap_large"] in (None, 0)
         for name in ("box_ap", "box_ap50", "mask_ap", "mask_ap75"):
             assert scores[name] == pytest.approx(precision)
-
-
-def test_the_mean_iou_is_of_the_whole_data_set_not_of_images():
-    """Two images: class 1 is right in a large one and wrong in a small one."""
-    labels = [torch.tensor([[1, 1, 1, 0]]), torch.tensor([[1, 0, IGNORE, 0]])]
-    answers = [torch.tensor([[1, 1, 1, 0]]), torch.tensor([[0, 0, 0, 1]])]
-
-    class Pairs(list):
-        class_names = ("ground", "thing", "absent")
-
-    images = [torch.full((3, 1, 4), i) for i in range(2)]
-    found = segmentation.scores(Answers(zip(images, answers)), Pairs(zip(images, labels)), HERE)
-    iou = [2 / 4, 3 / 5]  # ground: right 2 of 2 + 1 + 1; thing: right 3 of 3 + 1 + 1
-    assert found["miou"] == pytest.approx(sum(iou) / 2)
-    assert found["accuracy"] == pytest.approx(5 / 7)
-    assert found["iou"] == {"ground": pytest.approx(iou[0]), "thing": pytest.approx(iou[1]),
-                            "absent": None}  # fmt: skip
 
 
 def test_every_rank_scores_its_own_images():
