@@ -1,6 +1,6 @@
 """Run side by side what the talk sets SlotCon against: same scenes, backbone, steps and measures.
 
-    python compare.py                                  every system, once: 25 minutes on two cores
+    python compare.py                                  every system, once, 1,000 steps each
     python compare.py --only moco slotcon --steps 200  two systems, a quick look
     python compare.py --table 6a --seeds 3             three times the rows of a table of the slides
     python compare.py --table collapse                 the ways not to collapse, each taken away

@@ -127,7 +127,7 @@ class Run:
         """Whether all numbers of all ranks are finite, so that the step may move the weights.
 
         values (n): this rank's, under the run's names. In the same exchange the ranks agree whether
-        to stop: one was asked to, or has no next batch. The one wait for the device.
+        to stop: one was asked to, or has no next batch. Here the host waits for the device.
         """
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
