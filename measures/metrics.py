@@ -15,7 +15,9 @@ UNMATCHED = -1
 def confusion_matrix(
     predicted: Tensor, target: Tensor, num_predicted: int, num_classes: int
 ) -> Tensor:
-    """Pixels of every pair of ids, (k t) int64 on the CPU, without IGNORE. Raises ValueError."""
+    """predicted, target: ids of any equal shape -> pixels of every pair (k t) int64 on the CPU,
+    without IGNORE. Raises ValueError for ids out of range.
+    """
     labeled = target != IGNORE
     predicted, target = predicted[labeled].long(), target[labeled].long()  # uint8 would overflow
     for ids, count in ((predicted, num_predicted), (target, num_classes)):
@@ -27,7 +29,9 @@ def confusion_matrix(
 
 
 def match(confusion: Tensor) -> Tensor:
-    """One-to-one: the class of every prototype (k), or `UNMATCHED`, for the most correct pixels."""
+    """confusion (k t) -> one-to-one: the class of each prototype (k), or `UNMATCHED`, such that the
+    most pixels are right.
+    """
     rows, columns = linear_sum_assignment(confusion.numpy(), maximize=True)
     classes = torch.full((len(confusion),), UNMATCHED)
     classes[torch.from_numpy(rows)] = torch.from_numpy(columns)
