@@ -13,8 +13,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 from torchvision.datasets import CocoDetection, VisionDataset, wrap_dataset_for_transforms_v2
-from torchvision.models.detection import faster_rcnn, mask_rcnn, rpn
-from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection import anchor_utils, faster_rcnn, mask_rcnn, rpn
+from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as F
@@ -60,7 +60,7 @@ class Detector(nn.Module):
         norm, layers = nn.BatchNorm2d, {f"layer{i + 1}": str(i) for i in range(4)}
         widths = [backbone.out_channels // 2 ** (3 - i) for i in range(4)]
         sizes = [(c.smallest_anchor * 2**level,) for level in range(5)]  # P2 .. P6
-        anchors = AnchorGenerator(sizes, [(0.5, 1.0, 2.0)] * len(sizes))
+        anchors = Anchors(sizes, [(0.5, 1.0, 2.0)] * len(sizes))
         boxes = faster_rcnn.FastRCNNConvFCHead((WIDTH, 7, 7), [WIDTH] * 4, [1024], norm)
         self.network = mask_rcnn.MaskRCNN(
             BackboneWithFPN(backbone, layers, widths, WIDTH, norm_layer=norm),
@@ -73,6 +73,8 @@ class Detector(nn.Module):
             box_batch_size_per_image=c.regions,
             _skip_resize=True,
         )  # fmt: skip
+        for part in (self.network.rpn, self.network.roi_heads):
+            part.box_coder = Boxes(part.box_coder.weights)
 
     def forward(self, images: list[Tensor], targets: list[Target]) -> tuple[Tensor, Tensor]:
         """A batch of `view` -> the loss, and the numbers of `losses` (6) detached."""
@@ -85,6 +87,22 @@ class Detector(nn.Module):
         """image (3 y x) uint8 -> boxes (n 4) px, labels, scores (n), masks (n y x) bool."""
         found = self.network([image.float() / 255])[0]
         return {**found, "masks": found["masks"][:, 0] > 0.5}
+
+
+class Anchors(anchor_utils.AnchorGenerator):
+    """In float32 beside maps in half precision, in which a place is a multiple of 4 px."""
+
+    def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
+        """dtype: of the maps, which is not used."""
+        super().set_cell_anchors(torch.float32, device)
+
+
+class Boxes(BoxCoder):
+    """In float32, like the anchors: proposals, and so what is learned from them."""
+
+    def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
+        """Codes (n 4 t) in any precision, of boxes (n 4) px -> boxes (n 4 t) px."""
+        return super().decode_single(rel_codes.float(), boxes)
 
 
 class CocoObjects(CocoDetection):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torchvision.models.detection.image_list import ImageList
 
 from backbone import build_backbone
 from downstream.backbones import dilate, fitting, groups_of
@@ -16,6 +17,7 @@ from downstream.settings import PRESETS
 from measures.metrics import IGNORE
 
 COCO, FCN = PRESETS["detection"]["coco"], PRESETS["segmentation"]
+STRIDES = (4, 8, 16, 32, 64)  # of the pyramid
 SMALL = replace(
     FCN["ade20k"], head_width=8, frame=(0, 0), output_stride=0, head_concat=False, aux_weight=0.0
 )
@@ -199,6 +201,26 @@ def test_every_weight_of_a_detector_learns_from_one_object():
     torch.testing.assert_close(numbers[0], numbers[1:].sum())
     assert not [name for name, p in detector.named_parameters() if p.grad is None]
     assert numbers.isfinite().all() and len(numbers) == len(detector.losses) == 6
+
+
+def test_mixed_precision_moves_no_box_that_a_detector_learns():
+    """What a perfect head would answer in bf16 is the true box, to a part of a pixel."""
+    network = Detector(build_backbone("resnet18"), 3, COCO).network
+    size = (640, 960)
+    images = ImageList(torch.zeros(1, 3, *size), [size])
+    true = torch.tensor([[903.3, 601.7, 941.2, 633.9]])
+    target = dict(boxes=true, labels=torch.tensor([1]), masks=torch.ones(1, *size))
+    maps = [torch.zeros(1, 1, 640 // s, 960 // s) for s in STRIDES]
+    exact = network.rpn.anchor_generator(images, maps)
+    with torch.autocast("cpu", torch.bfloat16):
+        anchors = network.rpn.anchor_generator(images, [each.bfloat16() for each in maps])
+        still = torch.zeros(len(anchors[0]), 4, dtype=torch.bfloat16)
+        proposals = network.rpn.box_coder.decode(still, anchors)[:, 0]
+        heads = network.roi_heads
+        regions, _, labels, codes = heads.select_training_samples([proposals], [target])
+        learned = heads.box_coder.decode(codes[0].bfloat16(), regions)[labels[0] == 1, 0]
+    assert torch.equal(anchors[0], exact[0])
+    assert len(learned) > 1 and (learned - true).abs().max() < 0.2
 
 
 @pytest.mark.parametrize("c, steps, rates", [
