@@ -81,15 +81,16 @@ def momentum_of(c: Config, schedule: Schedule, step: int) -> float:
     return teacher_momentum(step, schedule.total_steps, *c.momentum_teacher)
 
 
-def start(c: Config, strict: bool) -> int:
+def start(c: Config, given: set[str]) -> int:
     """Sets a run up, trains, and shows the result; returns the exit status.
 
-    strict: the layout of the folder was asked for by name. Raises ValueError, Stopped.
+    given: the names of the options on the command line. Raises ValueError, Stopped.
     """
-    if c.threads:
-        torch.set_num_threads(c.threads)
+    torch.set_num_threads(c.threads or torch.get_num_threads())
     place = processes.start(c.device, c.amp)
-    images, held_out, about = images_of(c, strict)
+    if place.device.type == "cuda" and "workers" not in given:
+        c = dataclasses.replace(c, workers=-1)  # a preset's number is for a CPU
+    images, held_out, about = images_of(c, "dataset" in given)
     names = getattr(images, "paths", [])  # toy scenes have none
     schedule = schedule_for(num_images=len(images), **chosen_for(schedule_for, c))
     torch.manual_seed(c.seed)  # the same weights on every rank
@@ -129,8 +130,7 @@ def images_of(c: Config, strict: bool) -> tuple[Sequence[Any], Sequence[Any], st
     """What is learned from, what is kept out, and lines that say what both are."""
     if c.dataset == "toy":
         return toy.ToyImages(c.seed, c.subset), (), f"{c.subset} toy scenes, drawn here"
-    chosen = chosen_for(open_images, c)
-    return open_images(layout=c.dataset, strict=strict, **chosen)
+    return open_images(layout=c.dataset, strict=strict, **chosen_for(open_images, c))
 
 
 def differences(c: Config, num_images: int, digest: str, saved: Mapping[str, Any]) -> list[str]:
@@ -162,12 +162,13 @@ def describe(c: Config, schedule: Schedule, place: Place, model: SlotCon) -> lis
     return lines
 
 
+@torch.compiler.set_stance("force_eager")  # --compile would take longer than a few images
 def finish(c: Config, run: Run, schedule: Schedule, held_out: Sequence[Any]) -> None:
     """What a run leaves: the teacher's backbone for others, and a look at what was found."""
     if left := schedule.total_steps - run.steps:
         seconds = round(left * c.batch_size / run.images_per_second)
-        print(f"paused   {left} steps are left, about {datetime.timedelta(seconds=seconds)}: the "
-              "same command without --max-steps goes on")  # fmt: skip
+        print(f"paused   at step {run.steps} of {schedule.total_steps}; the same command without "
+              f"--max-steps goes on, for {datetime.timedelta(seconds=seconds)}")  # fmt: skip
         return
     file = run.folder / "backbone.pth"
     try:
@@ -187,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """From the command line to the end of the run, or to a pause; returns the exit status."""
     c, given = recipes.parse(argv, __doc__)
     if not c.check_data:
-        return start(c, "dataset" in given)
+        return start(c, given)
     images, held_out, about = images_of(c, "dataset" in given)
     print(about)
     parts, workers = [p for p in (images, held_out) if len(p)], processes.workers_of(c.workers)

@@ -29,6 +29,7 @@ import torch
 from downstream import detection, segmentation
 from downstream.backbones import Usable, groups_of, open_pretrained, share
 from engine import checkpoints, files, options, processes
+from engine.guards import Paused
 from engine.log import say
 from engine.ranks import copy_from_main, gather_objects
 from engine.run import Options, Run
@@ -71,9 +72,15 @@ def test(c: Shared, run: Run, unseen: Sequence[Any]) -> None:
     run.save()  # a test may take long
     copy_from_main(run.model.buffers())  # without SyncBN every rank has its own
     run.model.eval()
-    with run.autocast():
-        found = TASKS[c.task].scores(run.model, unseen, run.place, c.workers)
+    torch.backends.cudnn.benchmark = False  # sizes change
+    try:
+        with run.autocast():
+            found = TASKS[c.task].scores(run.model, unseen, run.place, c.workers, run.stopped)
+    except Paused:  # the same command tests again
+        run.ended = "signal"
+        return
     run.model.train()
+    torch.backends.cudnn.benchmark = c.task == "segmentation"
     name, result = TASKS[c.task].SCORE, dict(step=run.steps, **found)
     score, best = result[name] or 0.0, run.notes.get("best", -1.0)
     run.notes.update(tested=run.steps, best=max(score, best))
@@ -107,8 +114,11 @@ def finish(c: Shared, run: Run) -> None:
         raise Stopped(
             f"{run.folder}/result.json could not be written: the same command tests again"
         )
-    print(f"done     {run.steps} steps; best of all tests {100 * run.notes['best']:.2f} %")
-    whole = c.test_on == "val" and not c.labeled
+    whole = run.steps == c.total_steps
+    at = f"{'done' if whole else 'paused':<9}at step {run.steps} of {c.total_steps}"
+    again = "" if whole else "; the same command without --max-steps goes on"
+    print(f"{at}{again}; best of all tests {100 * run.notes['best']:.2f} %")
+    whole = whole and c.test_on == "val" and not c.labeled
     for name, (scratch, target) in settings.TARGETS.get(c.dataset, {}).items() if whole else ():
         print(f"         {name:<10}{100 * (result[name] or 0):6.2f} %   the slides: {target} "
               f"pretrained on COCO, {scratch} from random weights")  # fmt: skip
@@ -137,10 +147,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     with run:
         run.print(f"device   {processes.describe(place)}", f"backbone {about}")
         run.print(f"data     {len(seen)} images to learn from, {len(unseen)} to test; "
-                  f"{c.total_steps} steps of {c.batch_size}, base_lr {c.base_lr:g}")  # fmt: skip
+                  f"{c.total_steps} steps of {c.batch_size}, base_lr {c.base_lr:g}",
+                  f"disk     {run.space()}")  # fmt: skip
         train(c, run, unseen)
     status = run.end()
-    if run.finished and place.is_main:
+    if run.ended == "done" and place.is_main:
         finish(c, run)
     processes.finish()
     return status

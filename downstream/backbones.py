@@ -1,20 +1,22 @@
 """What both tasks begin with: the pretrained backbone, made ready, and labeled images to read."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from tqdm import tqdm
 
 from backbone import build_backbone
 from downstream.settings import Shared
-from engine.batches import leave_signals_to_the_parent, why
+from engine.batches import Loaded
+from engine.guards import Paused
 from engine.images import BadImage
 from engine.processes import Place, workers_of
+from engine.ranks import gather_objects
 from measures.networks import open_backbone
 
 NEAREST = InterpolationMode.NEAREST_EXACT  # the pixel under the center, as Pillow's
@@ -98,14 +100,19 @@ def fitting(size: Sequence[int], long: float, short: float) -> list[int]:
     return [max(1, int(side * factor + 0.5)) for side in size]
 
 
-def share(data: Sequence[Any], place: Place, workers: int) -> Iterator[tuple[int, Any]]:
-    """This rank's items with their indices. Raises ValueError for one that cannot be used."""
+def share(
+    data: Sequence[Any], place: Place, workers: int, stopped: Callable[[], bool] = lambda: False
+) -> Iterator[tuple[int, Any]]:
+    """This rank's items with their indices. Raises ValueError for one that cannot be used, and
+    Paused at the end of all ranks' shares where one was `stopped`, which ends its share.
+    """
     mine = range(place.rank, len(data), place.world_size)
-    how = dict(num_workers=workers_of(workers), worker_init_fn=leave_signals_to_the_parent)
-    loader = DataLoader(data, batch_size=None, sampler=mine, collate_fn=tuple, **how)
+    items = Loaded(data, tuple, workers_of(workers), stopped, batch_size=None, sampler=mine)
     silent = None if place.is_main else True  # None: only on a terminal
     try:
-        for item, index in zip(tqdm(loader, "test", disable=silent, leave=False), mine):
+        for item, index in zip(tqdm(items, "test", len(mine), disable=silent, leave=False), mine):
             yield index, item
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"the images to test cannot be used: {why(error)}") from None
+    except ValueError as error:
+        raise ValueError(f"the images to test cannot be used: {error}") from None
+    if any(gather_objects(stopped())):
+        raise Paused

@@ -2,7 +2,7 @@
 
 import contextlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -173,17 +173,23 @@ def collate(samples: Sequence[tuple[Tensor, Target]]) -> tuple[list, list]:
     return tuple(map(list, zip(*samples)))
 
 
-def scores(model: Detector, data: CocoObjects, place: Place, workers: int = 0) -> dict[str, Any]:
-    """COCO's box_ap, box_ap50 ... mask_ap_large of all ranks in [0, 1]; None without an object."""
+def scores(
+    model: Detector, data: CocoObjects, place: Place, workers: int = 0,
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:  # fmt: skip
+    """COCO's box_ap, box_ap50 ... mask_ap_large of all ranks in [0, 1]; None without an object.
+
+    The main process alone computes them, which takes long; for the others they are zero.
+    """
     own: list[dict[str, Any]] = []
-    for index, (image, _) in share(data, place, workers):
+    for index, (image, _) in share(data, place, workers, stopped):
         found = model.predict(image.to(place.device))
         own += as_results(found, data.ids[index], list(data.labels))
     results = [result for part in gather_objects(own) for result in part]
     numbers: dict[str, Any] = {}
     with contextlib.redirect_stdout(None):  # pycocotools prints its tables to stdout
         truth = indexed(data.coco.dataset)
-        found = truth.loadRes(results) if results else None
+        found = truth.loadRes(results) if results and place.is_main else None
         for kind, name in (("bbox", "box"), ("segm", "mask")):
             judge = COCOeval(truth, found, kind)
             judge.params.imgIds, judge.stats = data.ids, [0.0] * len(PRECISION)

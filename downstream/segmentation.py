@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -201,11 +202,14 @@ def distorted(image: Tensor, rng: random.Random) -> Tensor:
     return (255 * x).round().to(torch.uint8)
 
 
-def scores(model: Segmenter, data: Labeled, place: Place, workers: int = 0) -> dict[str, Any]:
+def scores(
+    model: Segmenter, data: Labeled, place: Place, workers: int = 0,
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:  # fmt: skip
     """miou, accuracy, and iou of each class by name, over all pixels of all ranks, in [0, 1]."""
     t = len(data.class_names)
     counts = torch.zeros(t, t, dtype=torch.long)
-    for _, (image, label) in share(data, place, workers):
+    for _, (image, label) in share(data, place, workers, stopped):
         found = model.predict(image.to(place.device)).cpu()
         counts += metrics.confusion_matrix(found, label, t, t)
     counts = sum_over_ranks(counts.to(place.device)).cpu()

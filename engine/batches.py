@@ -12,10 +12,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
@@ -26,6 +28,10 @@ from engine.processes import Place, workers_of
 
 NEIGHBORS = 64  # unreadable files in a row before a run gives up [U]
 BAD_SHARE = 0.01  # of all images: a run with more unreadable ones stops [U]
+GLANCE = 1  # seconds between two looks at what else happens, while a batch is waited for [U]
+PATIENCE = 300  # seconds without a batch before a run gives up; a slow disk may need some [U]
+LOCKS = 2**20  # bytes of shared memory, more than the locks of all readers need [U]
+TIMED_OUT = "DataLoader timed out"  # how PyTorch says it
 Failures = list[tuple[str, str]]  # (name, reason) of each file that could not be read
 Collate = Callable[[Sequence[Any]], Any]  # samples -> a batch
 
@@ -113,40 +119,80 @@ class Skipped:
             raise ValueError(f"{found} {BAD_SHARE:.0%}; {advice}")
 
 
-class Reader:
-    """This rank's batches, each fetched during the step before; trouble: why there is no next."""
+class Loaded:
+    """What DataLoader(data, **how) hands over, until `stopped`. Raises ValueError with one line:
+    about the images, or about reading processes that died or hand nothing over.
+    """
 
     # PyTorch waits for ever for the lock of a killed reader when it ends a loader, so none ends
     abandoned: tuple[Any, ...] = ()
 
     def __init__(
-        self, samples: Samples, sampler: RunSampler, place: Place, workers: int, skipped: Skipped,
-        collate: Collate = default_collate,
+        self, data: Sequence[Any], collate: Collate, workers: int = 0,
+        stopped: Callable[[], bool] = lambda: False, **how: Any,
     ):  # fmt: skip
-        self.device, self.skipped, self.trouble, self.waited = place.device, skipped, "", 0.0
-        self.batch: Any = None
-        others, workers = set(multiprocessing.active_children()), workers_of(workers)
-        readers = dict(prefetch_factor=4, worker_init_fn=leave_signals_to_the_parent)
-        more = readers if workers else {}
-        loader = DataLoader(
-            samples, batch_sampler=sampler, num_workers=workers, collate_fn=partial(join, collate),
-            pin_memory=place.device.type == "cuda", **more,
-        )  # fmt: skip
-        self.batches = iter(loader)
+        self.stopped, others = stopped, set(multiprocessing.active_children())
+        try:
+            if workers:
+                # Here nothing is half made when it fails
+                torch.empty(LOCKS, dtype=torch.uint8).share_memory_()
+                how |= dict(num_workers=workers, worker_init_fn=begin_to_read, timeout=GLANCE)
+                collate = partial(shared, collate)
+            self.batches = iter(DataLoader(data, collate_fn=collate, **how))
+        except (OSError, RuntimeError) as error:
+            raise ValueError(why(error)) from None
         self.processes = set(multiprocessing.active_children()) - others
         # PyTorch raises the death of a reader anywhere, even in a save; without its handler the
         # death shows at the next batch
         if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
+    def __iter__(self) -> "Loaded":
+        return self
+
+    def __next__(self) -> Any:
+        began = time.perf_counter()
+        while not self.stopped():
+            try:
+                return next(self.batches)
+            except (ValueError, RuntimeError, OSError, EOFError) as error:
+                if TIMED_OUT in str(error) and time.perf_counter() < began + PATIENCE:
+                    continue
+                self.close()
+                if self.processes or isinstance(error, ValueError):
+                    raise ValueError(why(error)) from None
+                raise
+        self.close()
+        raise StopIteration
+
+    def close(self) -> None:
+        """End the reading processes, and wait for none of them: one may sit in a slow read."""
+        for process in self.processes:
+            process.kill()
+        if self.processes:
+            Loaded.abandoned += (self.batches,)
+
+
+class Reader:
+    """This rank's batches, each fetched during the step before; trouble: why there is no next."""
+
+    def __init__(
+        self, samples: Samples, sampler: RunSampler, place: Place, workers: int, skipped: Skipped,
+        collate: Collate = default_collate, stopped: Callable[[], bool] = lambda: False,
+    ):  # fmt: skip
+        self.device, self.skipped, self.trouble, self.waited = place.device, skipped, "", 0.0
+        self.batch: Any = None
+        how = dict(batch_sampler=sampler, pin_memory=place.device.type == "cuda")
+        self.batches = Loaded(samples, partial(join, collate), workers_of(workers), stopped, **how)
+
     def fetch(self) -> None:
-        """Have the next batch ready, on the device."""
+        """Have the next batch ready, on the device; none where the run is asked to stop."""
         began = time.perf_counter()
         try:
-            batch, failures = next(self.batches)
+            batch, failures = next(self.batches, (None, []))
             self.skipped.record(failures)
-        except (ValueError, RuntimeError, OSError, EOFError) as error:
-            self.trouble = why(error)
+        except ValueError as error:
+            self.trouble = str(error)
             return
         finally:
             self.waited += time.perf_counter() - began
@@ -163,14 +209,6 @@ class Reader:
         waited, self.waited = self.waited, 0.0
         return waited
 
-    def close(self) -> None:
-        """End the reading processes, and wait for none of them: one may sit in a slow read."""
-        for process in self.processes:
-            process.kill()
-        if self.processes:
-            Reader.abandoned += (self.batches,)
-        self.batches = self.batch = None
-
 
 def join(collate: Collate, samples: Sequence[tuple[Any, Failures]]) -> tuple[Any, Failures]:
     """A batch of what the samples show, and all their failures."""
@@ -178,11 +216,19 @@ def join(collate: Collate, samples: Sequence[tuple[Any, Failures]]) -> tuple[Any
     return collate(views), list(itertools.chain(*failures))
 
 
-def leave_signals_to_the_parent(_worker: int) -> None:
-    """Signals reach every process of a job, and a run needs its readers until its step is done."""
+def begin_to_read(_worker: int) -> None:
+    """In a reading process: signals reach every process of a job, and a run needs its readers until
+    its step is done. Raises OSError where no tensor can be handed over: else a thread would.
+    """
     for name in ("SIGINT", "SIGUSR1", "SIGHUP"):
         if hasattr(signal, name):  # Windows lacks some
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    ForkingPickler.dumps(torch.zeros(1))
+
+
+def shared(collate: Collate, samples: Sequence[Any]) -> Any:
+    """A batch in shared memory: else a thread would put it there, and fail without an end."""
+    return moved(collate(samples), Tensor.share_memory_)
 
 
 def why(error: BaseException) -> str:
@@ -190,7 +236,9 @@ def why(error: BaseException) -> str:
     line = (str(error).strip() or type(error).__name__).splitlines()[-1]
     if isinstance(error, ValueError):
         return line.partition("ValueError: ")[2] or line
-    return f"a process that reads images died ({line}): --workers 0 reads without any"
+    line = f"nothing for {PATIENCE} s" if line.startswith(TIMED_OUT) else line
+    advice = "a shorter TMPDIR, more shared memory (containers: --shm-size 8g), or --workers 0"
+    return f"the processes that read images died or hand nothing over ({line}): try {advice}"
 
 
 def moved(batch: Any, move: Callable[[Tensor], Any]) -> Any:
@@ -216,8 +264,8 @@ def size_or_reason(images: ImageFiles, index: int) -> tuple[int, int] | str:
 def check_images(images: ImageFiles, workers: int = 0) -> int:
     """Read every file once and print what was found -> how many cannot be read."""
     look = partial(size_or_reason, images)
-    loader = DataLoader(range(len(images)), None, num_workers=workers, collate_fn=look)
-    found = list(tqdm(loader, total=len(images), unit="image", disable=not sys.stderr.isatty()))
+    sizes = Loaded(range(len(images)), look, workers, batch_size=None)
+    found = list(tqdm(sizes, total=len(images), unit="image", disable=not sys.stderr.isatty()))
     bad = [(images.name(i), each) for i, each in enumerate(found) if isinstance(each, str)]
     sizes = collections.Counter(tuple(each) for each in found if not isinstance(each, str))
     for name, reason in bad:

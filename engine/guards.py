@@ -17,6 +17,10 @@ except ImportError:  # Windows
 STOPS = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
 
 
+class Paused(Exception):
+    """A signal to one rank or more has ended a test on all of them."""
+
+
 class StopSignals:
     """Signals ask a run to end after its step; received: the name of the first one, or ""."""
 

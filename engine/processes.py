@@ -44,7 +44,9 @@ def start(device: str, amp: str = "off") -> Place:
         torch.backends.cudnn.benchmark = True  # the sizes of a pretraining never change
     if world_size > 1:
         backend = "nccl" if found.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=SILENT))
+        silent = datetime.timedelta(seconds=SILENT)
+        own = found if found.type == "cuda" else None
+        dist.init_process_group(backend, timeout=silent, device_id=own)
     return Place(found, rank, world_size, precision(amp, found))
 
 
@@ -120,7 +122,7 @@ def workers_of(workers: int) -> int:
 def peak_memory_gb(device: torch.device) -> float:
     """The most memory this process ever held, GB (1e9 bytes): of the GPU, else of the machine."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
+        return torch.cuda.max_memory_reserved(device) / 1e9
     try:
         import resource  # not on Windows
     except ImportError:

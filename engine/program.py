@@ -9,7 +9,7 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 # Idle threads sleep: where they spin, two runs on one machine slow each other down many times.
@@ -17,6 +17,10 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # What the transports between processes say when one of them ended
 LOST = re.compile(r"gloo|nccl|TCPStore|connection (closed|reset|refused)", re.IGNORECASE)
+
+
+# Larger ones are no steps of srun: the shell of salloc has 4294967290
+LAST_STEP = 0xFFFFFFF0
 
 
 class Stopped(Exception):
@@ -38,6 +42,7 @@ def run_program(
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # what a terminal cannot show is written as \\u043c
             stream.reconfigure(errors="backslashreplace")
+    os.environ.update(task_of_slurm(os.environ))
     try:
         return main(argv)
     except (ValueError, OSError) as error:
@@ -53,6 +58,26 @@ def run_program(
         if LOST.search(line) and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             return fail(name, f"another process is gone, and may say why ({line})", 1)
         raise
+
+
+def task_of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
+    """Which of several processes of srun this is, in torchrun's words; {} where it is none.
+
+    SLURM_STEP_ID decides: srun alone sets it, and the shell of salloc to a number beyond all steps.
+    """
+    known = {name.removeprefix("SLURM_"): text for name, text in environment.items()}
+    step = int(known.get("STEP_ID", LAST_STEP))
+    tasks = known.get("STEP_NUM_TASKS") or known.get("NTASKS", "1")
+    if step >= LAST_STEP or tasks == "1" or {"RANK", "WORLD_SIZE"} & known.keys():
+        return {}
+    nodes = known.get("STEP_NODELIST") or known.get("JOB_NODELIST", "localhost")
+    host = re.sub(r"\[(\w+).*?\]", r"\1", re.match(r"(\[.*?\]|[^,])+", nodes)[0])  # node[07-09],x
+    port = 20_000 + (int(known.get("JOB_ID", 0)) + step) % 10_000  # two jobs may share a machine
+    one_gpu = "," not in known.get("CUDA_VISIBLE_DEVICES", ",")  # as with --gpus-per-task=1
+    local = "0" if one_gpu else known["LOCALID"]
+    found = dict(RANK=known["PROCID"], WORLD_SIZE=tasks, LOCAL_RANK=local)
+    meeting = dict(MASTER_ADDR=host, MASTER_PORT=str(port))
+    return found | {name: known.get(name, text) for name, text in meeting.items()}
 
 
 def fail(name: str, reason: Exception | str, status: int) -> int:

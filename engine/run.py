@@ -88,15 +88,17 @@ class Run:
         skipped = Skipped(self.folder and self.folder / "skipped.txt", len(images))
         self.steps_per_epoch = max(len(images) // options.batch_size, 1)
         samples, sampler.start = Samples(images, view, options.seed), self.position
-        self.reader = Reader(samples, sampler, place, options.workers, skipped, collate)
+        given = place, options.workers, skipped, collate, self.stopped
+        self.reader = Reader(samples, sampler, *given)
 
     def batches(self) -> Iterator[Any]:
         """From where the run stands to its end, or to a pause."""
         if self.finished:
-            self.ended = "done"
-            return
-        self.reader.fetch()
-        self.ended = "trouble" if any(gather_objects(bool(self.reader.trouble))) else ""
+            self.ended = self.ended or "done"
+        elif not self.ended:  # a test before the first step may have been stopped
+            self.reader.fetch()
+            found = gather_objects((self.stopped(), bool(self.reader.trouble)))
+            self.ended = ending(*map(any, zip(*found)))
         while not self.ended:
             yield self.reader.take()
             self.save_if_due()
@@ -132,13 +134,17 @@ class Run:
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
         self.reader.fetch()
-        wanted = torch.tensor([bool(self.signals.received), bool(self.reader.trouble)])
+        wanted = torch.tensor([self.stopped(), bool(self.reader.trouble)])
         numbers = torch.cat([values.detach(), norm[None], wanted.to(values.device)])
         *sums, stop, trouble = sum_over_ranks(numbers).tolist()
         self.values = [total / self.place.world_size for total in sums]
         self.good = math.isfinite(sum(sums))
-        self.ended = "signal" if stop else "trouble" if trouble else ""
+        self.ended = ending(stop, trouble)
         return self.good
+
+    def stopped(self) -> bool:
+        """Whether a signal has asked this process to stop."""
+        return bool(self.signals.received)
 
     def step(self, lr: float) -> None:
         """Move the weights. Until `end_step`, what else belongs to the step moves."""
@@ -217,12 +223,15 @@ class Run:
         named = options.resume not in ("auto", "none", "force")
         last = Path(options.resume) if named else self.folder / "last.pth"
         wanted = named or (options.resume != "none" and last.exists())
+        lost = not wanted and options.resume == "auto" and (self.folder / "config.json").exists()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = Lock(self.folder) if self.place.is_main else None
             if wanted:
                 self.resume(last, changed if options.resume != "force" else lambda saved: [])
             if self.place.is_main:
+                if lost:
+                    say(f"{self.folder}: an earlier run left no checkpoint, this one starts anew")
                 files.remove_leftovers(self.folder)
                 files.write_json(self.folder / "config.json", self.settings)
                 if not self.position:  # a new run names its own
@@ -315,7 +324,7 @@ class Run:
                 self.save()
         finally:
             self.signals.__exit__()
-            self.reader.close()
+            self.reader.batches.close()
             if self.log_file:
                 self.log_file.close()
             if self.lock:
@@ -331,18 +340,23 @@ class Run:
                 f"{MAX_BAD_STEPS} steps in a row had no finite loss and gradient, and changed no "
                 "weights. Go on with --amp off or a lower --base-lr, and --resume force"
             )
-        again = "the same command goes on from there"
+        held = f"{self.folder}/last.pth holds step {self.steps}: the same command goes on"
+        held = held if self.steps else "no step was taken"
         if self.ended == "trouble":
             reason = self.reader.trouble or "another process has no images, and says why"
-            held = f"{self.folder}/last.pth holds step {self.steps}: {again}"
-            raise Stopped(f"{reason}; {held if self.steps else 'no step was taken'}")
+            raise Stopped(f"{reason}; {held}")
         if self.ended != "signal":
             return 0
         if self.place.is_main:
             received = self.signals.received or "a signal to another process"
             line = f"stopped by {received} after step {self.steps} of {self.options.last_step}"
-            print(f"{line}; {self.folder}/last.pth is written, and {again}", flush=True)
+            print(f"{line}; {held}", flush=True)
         return 130 if self.signals.received == "SIGINT" else 0
+
+
+def ending(stop: float, trouble: float) -> str:
+    """How a run ends where so many ranks were asked to stop, or have no next batch."""
+    return "signal" if stop else "trouble" if trouble else ""
 
 
 @torch.no_grad()

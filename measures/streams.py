@@ -8,47 +8,45 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import default_collate
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import center_crop, resize
 from tqdm import tqdm
 
 import toy
 from data import center_square
+from engine.batches import Loaded
 from engine.images import BadImage, ImageFiles, find_images
 from measures.datasets import UNSEEN, Labeled
 
 Batches = Iterable[tuple[Tensor, tuple[Tensor, Tensor]]]  # labeled: indices, (images, label)
 
 
-def read(images: Sequence, view: Callable, indices: Sequence[int]) -> list[tuple[int, Any]]:
-    """Pairs of i and view(images[i]), or an exception: a worker would print it with its trace."""
-    items = []
+def read(
+    images: Sequence, view: Callable, indices: Sequence[int]
+) -> tuple[list[tuple[int, Any]], list[str]]:
+    """Pairs of i and view(images[i]), and a line for each image that cannot be read."""
+    items, lines = [], []
     for i in indices:
         try:
             items.append((i, view(images[i])))
         except BadImage as bad:
-            items.append((i, LookupError(f"left out {bad.name}: {bad.reason}")))
-        except ValueError as error:
-            items.append((i, error))
-    return items
+            lines.append(f"left out {bad}")
+    return items, lines
 
 
 def stream(
     images: Sequence, view: Callable, batch_size: int, workers: int = 0, title: str = ""
 ) -> Iterator[tuple[Tensor, Any]]:
     """Batches of indices (b) and views; an unreadable image is left out. Raises ValueError."""
-    collate = partial(read, images, view)
-    loader = DataLoader(range(len(images)), batch_size, num_workers=workers, collate_fn=collate)
-    for items in tqdm(loader, title, unit="batch", disable=None, leave=False):
-        for _, problem in items:
-            if isinstance(problem, ValueError):
-                raise problem
-            if isinstance(problem, LookupError):
-                tqdm.write(str(problem), file=sys.stderr)
-        good = [item for item in items if not isinstance(item[1], LookupError)]
-        if good:
-            yield default_collate(good)
+    collate, count = partial(read, images, view), len(images)
+    batches = Loaded(range(count), collate, workers, batch_size=batch_size)
+    bar = tqdm(batches, title, -(-count // batch_size), unit="batch", disable=None, leave=False)
+    for items, lines in bar:
+        for line in lines:
+            tqdm.write(line, file=sys.stderr)
+        if items:
+            yield default_collate(items)
 
 
 def labeled_batches(

@@ -222,7 +222,7 @@ def die_in_the_next_save(run):
 
 
 def kill_a_reader(run):
-    next(iter(run.reader.processes)).kill()
+    next(iter(run.reader.batches.processes)).kill()
 
 
 def fill_the_disk(run):
@@ -232,8 +232,16 @@ def fill_the_disk(run):
 
 def interrupt_as_a_terminal_does(run):
     """Ctrl-C reaches every process in front of it."""
-    for pid in (*(reader.pid for reader in run.reader.processes), os.getpid()):
+    for pid in (*(reader.pid for reader in run.reader.batches.processes), os.getpid()):
         os.kill(pid, signal.SIGINT)
+
+
+def lengthen_tmpdir(monkeypatch, tmp_path):
+    """As on a cluster: sockets of reading processes cannot be opened in so long a path."""
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    # Where multiprocessing keeps TMPDIR once it has been asked for
+    monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", str(folder))
 
 
 def raise_a_mistake(run):

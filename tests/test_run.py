@@ -15,13 +15,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import torch
 from torch import nn
 
-from engine import files
+from engine import batches, files
 from engine.batches import RunSampler, moved
 from engine.images import BadImage
 from engine.processes import Place
@@ -360,7 +361,62 @@ def test_readers_change_no_bit_and_the_end_waits_for_none_of_them(whole, tmp_pat
     began = time.monotonic()
     run = program(tmp_path / "run", last, view=view, workers=2)
     assert time.monotonic() - began < 30 and run.end() == 0
-    assert not any(process.is_alive() for process in run.reader.processes if not process.join(9))
+    readers = run.reader.batches.processes
+    assert readers and not any(reader.is_alive() for reader in readers if not reader.join(9))
+    assert same(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("first", [0, 4])
+def test_a_signal_ends_the_wait_for_readers_that_hand_nothing_over(first, whole, tmp_path, capfd):
+    """first: the position from which they sleep."""
+    asleep = multiprocessing.Value("b", first == 0)
+
+    def view(image, rng):
+        time.sleep(600 * asleep.value)
+        return noisy(image, rng)
+
+    def sleep(run):
+        if run.position == first:
+            asleep.value = 1
+
+    stop = threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM))
+    stop.start()
+    began = time.monotonic()
+    run = program(tmp_path / "run", sleep, view=view, workers=1, save_minutes=0)
+    assert run.end() == 0 and run.ended == "signal" and time.monotonic() - began < 60
+    held = f"{tmp_path}/run/last.pth holds step {run.steps}: the same command goes on"
+    expected = f"stopped by SIGTERM after step {run.steps} of {LAST}; "
+    assert expected + (held if first else "no step was taken") in capfd.readouterr().out
+    assert (first < run.steps < LAST) if first else run.steps == 0
+    assert program(tmp_path / "run").end() == 0
+    assert same(tmp_path / "run", whole)
+
+
+def test_readers_that_hand_nothing_over_for_long_stop_a_run_with_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(batches, "PATIENCE", 2)
+
+    def view(image, rng):
+        time.sleep(600)
+
+    with pytest.raises(Stopped, match=r"\(nothing for 2 s\): try .* or --workers 0; no step was"):
+        program(tmp_path, view=view, workers=1).end()
+
+
+def test_a_run_that_was_killed_before_its_first_save_says_so_when_it_starts_anew(
+    whole, tmp_path, capfd
+):
+    def killed(run):
+        if run.position == 5:
+            shutil.copytree(run.folder, tmp_path / "run")
+
+    program(tmp_path / "first", killed)
+    assert "left no checkpoint" not in capfd.readouterr().err
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    program(tmp_path / "other", resume="none")
+    assert "left no checkpoint" not in capfd.readouterr().err
+    assert program(tmp_path / "run").end() == 0
+    line = f"{tmp_path}/run: an earlier run left no checkpoint, this one starts anew\n"
+    assert line in capfd.readouterr().err
     assert same(tmp_path / "run", whole)
 
 

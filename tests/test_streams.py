@@ -1,10 +1,14 @@
 """measures/streams.py: images in order, in batches, by worker processes."""
 
+import os
+import resource
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import staged
 from engine.images import ImageFiles
 from measures import streams
 
@@ -21,6 +25,45 @@ def test_images_come_in_order_and_one_that_cannot_be_read_is_named_and_left_out(
     assert [indices.tolist() for indices, _ in found] == [[0], [2, 3]]
     assert torch.cat([views for _, views in found])[:, 0, 0, 0].tolist() == [0, 2, 3]
     assert "left out 1.png" in capsys.readouterr().err
+
+
+def refuse(image):
+    raise ValueError("an image of one pixel")
+
+
+def die(image):
+    os._exit(1)
+
+
+READERS = r"the processes that read images died or hand nothing over \({}.*\): try a shorter TMPDIR"
+NONE_LEFT = READERS.format(".*File too large")
+
+
+@pytest.mark.parametrize(
+    "view, shared, line",
+    [
+        (refuse, None, "^an image of one pixel$"),
+        (die, None, READERS.format(r"DataLoader worker \(pid.* exited unexpectedly")),
+        (None, 2_000_000, NONE_LEFT),  # the batch does not fit
+        (None, 50_000, NONE_LEFT),  # nothing does
+    ],
+)
+def test_readers_that_cannot_hand_over_are_one_line_at_once(view, shared, line):
+    """shared: bytes that a file may have, also one in shared memory."""
+    view = view or streams.center_view(512)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (shared or before[0], before[1]))
+    try:
+        with pytest.raises(ValueError, match=line):
+            list(streams.stream(torch.zeros(8, 3, 512, 512, dtype=torch.uint8), view, 8, 1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_path_of_temporary_files_too_long_for_sockets_is_one_line_at_once(tmp_path, monkeypatch):
+    staged.lengthen_tmpdir(monkeypatch, tmp_path)
+    with pytest.raises(ValueError, match=READERS.format("OSError: AF_UNIX path too long")):
+        list(streams.stream(torch.zeros(8, 3, 9, 9, dtype=torch.uint8), refuse, 8, 1))
 
 
 def test_images_come_from_a_folder_from_its_val2017_or_are_drawn(tmp_path):

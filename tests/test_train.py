@@ -28,6 +28,7 @@ from engine.optimizers import LARS, learning_rate
 from engine.processes import Place
 from engine.program import Stopped, run_program
 from engine.run import seed_of
+from measures import results
 from photometric import Photometric
 from slotcon import SlotCon
 from staged import ROOT, STEPS, At, Signals, difference, last_of, log_of, state_of, train_here
@@ -251,7 +252,7 @@ def test_a_run_prints_what_it_will_do_and_writes_what_others_can_read(short):
         "device   cpu, 1 threads, 1 process, float32", "14 images", "tiny, 5 prototypes; 0.04 M",
         "batch    4 = 4 x 1 process(es); 3 steps per epoch, 18 in all", "free",
         "lr       0.0625 = 4 x 4 / 256, lars, warm-up 3 steps", "2 ln k = 3.219",
-        "start    random weights", "step 5/5", "paused   13 steps are left",
+        "start    random weights", "step 5/5", "paused   at step 5 of 18; the same command without",
     ):  # fmt: skip
         assert words in text, words
     names = sorted(file.name for file in folder.iterdir())
@@ -409,6 +410,54 @@ def test_another_layout_is_taken_as_it_is_and_doubts_are_said(photographs, tmp_p
     assert "is not laid out as coco: taken as a plain folder of images" in text
     assert "warning  one image per pass" in text
     assert "warning  the warm-up is as long as the run: lower --warmup" in text
+
+
+def test_readers_that_can_hand_nothing_over_end_a_run_or_a_check_with_one_line(
+    photographs, tmp_path, monkeypatch
+):
+    staged.lengthen_tmpdir(monkeypatch, tmp_path)
+    for more, status in (((), 1), (("--check-data",), 2)):
+        given = ("--workers", "1", *more)
+        text = train_here(tmp_path / "run", *given, photographs=photographs, status=status)
+        line = text.splitlines()[-1]
+        assert line.startswith("train.py: the processes that read images died or hand nothing over")
+        assert "AF_UNIX path too long" in line and "Traceback" not in text
+
+
+@pytest.mark.slow
+def test_compile_is_for_the_steps_and_not_for_the_result_at_the_end(tmp_path, monkeypatch):
+    compiled, before_result = [], []
+    compile, toy_result = torch.nn.Module.compile, results.toy_result
+
+    def counted(module):
+        compile(module, backend=lambda graph, inputs: compiled.append(0) or graph)
+
+    def looked_at(*given):
+        before_result.append(len(compiled))
+        return toy_result(*given)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", counted)
+    monkeypatch.setattr(results, "toy_result", looked_at)
+    argv = "--preset toy --subset 32 --held-out 8 --steps 2 --workers 0 --compile --output-dir"
+    assert run_program("train.py", train.main, [*argv.split(), str(tmp_path)]) == 0
+    assert before_result == [len(compiled)] and compiled
+
+
+@pytest.mark.parametrize(
+    "device, given, workers", [("cpu", "", 1), ("cuda", "", -1), ("cuda", "--workers 1", 1)]
+)
+def test_on_a_gpu_a_presets_number_of_readers_is_not_taken_but_a_given_one_is(
+    device, given, workers, monkeypatch
+):
+    """Without a GPU: the run is stopped where its images would be opened."""
+
+    def stop(c, strict):
+        raise Stopped(f"{c.workers} readers")
+
+    monkeypatch.setattr(train, "images_of", stop)
+    monkeypatch.setattr(train.processes, "start", lambda *_: Place(torch.device(device)))
+    with pytest.raises(Stopped, match=f"^{workers} readers"):
+        train.main(given.split())
 
 
 def test_toy_scenes_end_with_a_result(tmp_path, capsys):

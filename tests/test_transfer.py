@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import sys
 
@@ -12,6 +13,7 @@ import torch
 from test_datasets import draw_ade20k, draw_cityscapes, draw_voc
 from test_transfer_data import draw_coco, draw_folder
 
+import train
 import transfer
 from backbone import build_backbone
 from downstream import segmentation, settings
@@ -48,6 +50,8 @@ def assert_same_run(folder, other):
     for state in (a, b):
         assert state.pop("seconds") > 0
         del state["config"]
+        for group in state["optimizer"]["param_groups"]:
+            del group["lr"]  # every step sets it
     assert not difference(a, b)
     assert not difference(log_of(folder), log_of(other))
     best = [torch.load(each / "best.pth") for each in (folder, other)]
@@ -95,6 +99,45 @@ def test_a_run_that_was_stopped_and_continued_is_the_whole_run_bit_for_bit(
     assert_same_run(tmp_path / "run", whole)
 
 
+class SeenImages:
+    """Looks at every image that is tested, and sends SIGTERM to the processes at one of them."""
+
+    def __init__(self, signal_at=0, ranks=(0, 1)):
+        self.signal_at, self.ranks, self.benchmark = signal_at, ranks, []
+        self.plain = segmentation.Segmenter.predict
+
+    def __call__(self, model, image):
+        self.benchmark.append(torch.backends.cudnn.benchmark)
+        if len(self.benchmark) == self.signal_at and int(os.environ.get("RANK", 0)) in self.ranks:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return self.plain(model, image)
+
+
+@pytest.mark.parametrize("image, steps", [(3, 6), (13, 12)])
+def test_a_signal_ends_a_test_at_once_and_the_same_command_tests_again(
+    image, steps, whole, tmp_path, monkeypatch, capsys
+):
+    """Each test is of 10 images: the one after step 6, and that of a run whose steps are done."""
+    for expected in (image, 2):  # the second run tests before its first step
+        images = SeenImages(expected)
+        monkeypatch.setattr(segmentation.Segmenter, "predict", lambda *given: images(*given))  # noqa: B023
+        assert run(tmp_path / "run") == 0
+        assert len(images.benchmark) == expected and last_of(tmp_path / "run")["step"] == steps
+        assert f"stopped by SIGTERM after step {steps} of 12; " in capsys.readouterr().out
+        monkeypatch.undo()
+    assert run(tmp_path / "run") == 0
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_sizes_are_not_tried_out_where_they_change(tmp_path, monkeypatch):
+    """cudnn's benchmark, which is for steps of one size."""
+    images, steps = SeenImages(), []
+    monkeypatch.setattr(segmentation.Segmenter, "predict", lambda *given: images(*given))
+    look = lambda run: steps.append(torch.backends.cudnn.benchmark)
+    assert run(tmp_path / "run", "--test-every", "2", "--max-steps", "4", accident=look) == 0
+    assert images.benchmark == [False] * 20 and steps == [True] * 4
+
+
 @pytest.mark.parametrize("contents", [None, "{", "[]", '{"step": 6}'])
 def test_a_result_that_is_missing_damaged_or_older_than_the_run_is_made_again(
     contents, whole, tmp_path, capsys
@@ -119,10 +162,13 @@ def test_a_result_that_cannot_be_written_ends_the_run_with_what_to_do(whole, tmp
     assert run(folder, "--resume", str(whole / "last.pth")) == 0
 
 
-def test_fewer_steps_are_the_beginning_of_more(whole, tmp_path):
+def test_fewer_steps_are_the_beginning_of_more(whole, tmp_path, capsys):
     assert run(tmp_path / "run", "--max-steps", "5") == 0
     assert last_of(tmp_path / "run")["step"] == 5
+    again = "the same command without --max-steps goes on; best of all tests "
+    assert f"paused   at step 5 of 12; {again}" in capsys.readouterr().out
     assert run(tmp_path / "run") == 0
+    assert "done     at step 12 of 12; best of all tests " in capsys.readouterr().out
     a, b = last_of(tmp_path / "run"), last_of(whole)
     assert not difference(a["model"], b["model"]) and not difference(a["optimizer"], b["optimizer"])
 
@@ -226,6 +272,19 @@ def test_what_cannot_be_is_refused_with_one_line(arguments, complaint, tmp_path,
     assert line.startswith("transfer.py: ") and complaint in line
 
 
+@pytest.mark.parametrize("tested", ["segmentation", "pretraining"])
+def test_a_disk_on_which_not_one_checkpoint_fits_is_refused(tested, tmp_path, monkeypatch, capsys):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+    if tested == "segmentation":
+        status = run(tmp_path / "run")
+    else:
+        status = run_program("train.py", train.main, ["--output-dir", str(tmp_path / "run")])
+    assert status == 2 and not (tmp_path / "run" / "last.pth").exists()
+    line = f"the disk of {tmp_path}/run is too small: 0.001 GB a checkpoint, 0.0 GB free\n"
+    assert capsys.readouterr().err.endswith(line)
+
+
 def test_a_run_is_continued_by_its_own_options_and_task_only(whole, tmp_path, capsys):
     shutil.copytree(whole, tmp_path / "run")
     assert run(tmp_path / "run", "--base-lr", "3") == 2
@@ -283,6 +342,20 @@ def test_two_processes_share_the_images_and_continue_exactly(tmp_path):
     accident = At(4, Signals("SIGUSR1"), rank=1)
     assert play(folder, processes=2, accident=accident)[0] == [0, 0]
     assert last_of(folder)["step"] == 5
+    assert play(folder, processes=2)[0] == [0, 0]
+    assert_same_run(folder, whole)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_ends_the_test_of_both(tmp_path):
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    assert play(whole, processes=2)[0] == [0, 0]
+    images = SeenImages(signal_at=2, ranks=[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segmentation.Segmenter, "predict", lambda *given: images(*given))
+        statuses, said = play(folder, processes=2)
+    assert statuses == [0, 0] and last_of(folder)["step"] == 6 and "Traceback" not in said
+    assert "stopped by a signal to another process after step 6 of 12" in said
     assert play(folder, processes=2)[0] == [0, 0]
     assert_same_run(folder, whole)
 
