@@ -102,11 +102,12 @@ def test_a_run_that_was_stopped_and_continued_is_the_whole_run_bit_for_bit(
 class SeenImages:
     """Looks at every image that is tested, and sends SIGTERM to the processes at one of them."""
 
-    def __init__(self, signal_at=0, ranks=(0, 1)):
+    def __init__(self, monkeypatch, signal_at=0, ranks=(0, 1)):
         self.signal_at, self.ranks, self.benchmark = signal_at, ranks, []
         self.plain = segmentation.Segmenter.predict
+        monkeypatch.setattr(segmentation.Segmenter, "predict", lambda *given: self.see(*given))
 
-    def __call__(self, model, image):
+    def see(self, model, image):
         self.benchmark.append(torch.backends.cudnn.benchmark)
         if len(self.benchmark) == self.signal_at and int(os.environ.get("RANK", 0)) in self.ranks:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -119,8 +120,7 @@ def test_a_signal_ends_a_test_at_once_and_the_same_command_tests_again(
 ):
     """Each test is of 10 images: the one after step 6, and that of a run whose steps are done."""
     for expected in (image, 2):  # the second run tests before its first step
-        images = SeenImages(expected)
-        monkeypatch.setattr(segmentation.Segmenter, "predict", lambda *given: images(*given))  # noqa: B023
+        images = SeenImages(monkeypatch, expected)
         assert run(tmp_path / "run") == 0
         assert len(images.benchmark) == expected and last_of(tmp_path / "run")["step"] == steps
         assert f"stopped by SIGTERM after step {steps} of 12; " in capsys.readouterr().out
@@ -131,8 +131,7 @@ def test_a_signal_ends_a_test_at_once_and_the_same_command_tests_again(
 
 def test_sizes_are_not_tried_out_where_they_change(tmp_path, monkeypatch):
     """cudnn's benchmark, which is for steps of one size."""
-    images, steps = SeenImages(), []
-    monkeypatch.setattr(segmentation.Segmenter, "predict", lambda *given: images(*given))
+    images, steps = SeenImages(monkeypatch), []
     look = lambda run: steps.append(torch.backends.cudnn.benchmark)
     assert run(tmp_path / "run", "--test-every", "2", "--max-steps", "4", accident=look) == 0
     assert images.benchmark == [False] * 20 and steps == [True] * 4
@@ -279,7 +278,8 @@ def test_a_disk_on_which_not_one_checkpoint_fits_is_refused(tested, tmp_path, mo
     if tested == "segmentation":
         status = run(tmp_path / "run")
     else:
-        status = run_program("train.py", train.main, ["--output-dir", str(tmp_path / "run")])
+        argv = ["--subset", "16", "--output-dir", str(tmp_path / "run")]
+        status = run_program("train.py", train.main, argv)
     assert status == 2 and not (tmp_path / "run" / "last.pth").exists()
     line = f"the disk of {tmp_path}/run is too small: 0.001 GB a checkpoint, 0.0 GB free\n"
     assert capsys.readouterr().err.endswith(line)
@@ -350,9 +350,8 @@ def test_two_processes_share_the_images_and_continue_exactly(tmp_path):
 def test_a_signal_to_one_process_ends_the_test_of_both(tmp_path):
     whole, folder = tmp_path / "whole", tmp_path / "run"
     assert play(whole, processes=2)[0] == [0, 0]
-    images = SeenImages(signal_at=2, ranks=[1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(segmentation.Segmenter, "predict", lambda *given: images(*given))
+        SeenImages(patch, signal_at=2, ranks=[1])
         statuses, said = play(folder, processes=2)
     assert statuses == [0, 0] and last_of(folder)["step"] == 6 and "Traceback" not in said
     assert "stopped by a signal to another process after step 6 of 12" in said
