@@ -96,6 +96,9 @@ class Config:
     amp: str = machine(
         "auto", "mixed precision; auto: on a GPU", choices=("auto", "bf16", "fp16", "off"),
         free=True)
+    sync_norm: str = machine(
+        "torch", "batch norms of several processes: torch's SyncBN, on GPUs only, or ours, which "
+        "never waits and is not yet measured on GPUs", choices=("torch", "ours"), free=True)
     compile: bool = machine(False, "torch.compile both networks: minutes at first", free=True)
     threads: int = machine(
         0, "of a CPU process; 0: torch's choice; changes last bits", low=0, high=4096, free=True)

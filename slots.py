@@ -65,10 +65,13 @@ class SlotPredictor(nn.Module):
         """slots (n dim_in) -> predictions (n dim_out), not normalized."""
         # One of several CPU processes may hold fewer than two rows, too few for a batch norm: it
         # uses the running statistics. Synchronized norms count the rows of all ranks.
-        alone = not any(isinstance(layer, nn.SyncBatchNorm) for layer in self.mlp)
+        alone = any(isinstance(layer, nn.BatchNorm1d) for layer in self.mlp)
         if self.training and alone and len(slots) < 2:
             self.eval()
             predictions = self.mlp(slots)
             self.train()
             return predictions
+        if not len(slots):  # torch's SyncBatchNorm sends zeros of this type, the others float32
+            with torch.autocast(slots.device.type, enabled=False):
+                return self.mlp(slots)
         return self.mlp(slots)

@@ -94,7 +94,7 @@ def start(c: Config, given: set[str]) -> int:
     names = getattr(images, "paths", [])  # toy scenes have none
     schedule = schedule_for(num_images=len(images), **chosen_for(schedule_for, c))
     torch.manual_seed(c.seed)  # the same weights on every rank
-    model = processes.synchronized(SlotCon(**chosen_for(SlotCon, c)).train(), place)
+    model = processes.synchronized(SlotCon(**chosen_for(SlotCon, c)).train(), place, c.sync_norm)
     started = checkpoints.start_from(model, c.init) if c.init else "random weights"
     for network in (model.student, model.teacher) if c.compile else ():
         network.backbone.compile()

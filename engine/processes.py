@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from engine.norms import summed
+
 SILENT = 1800  # seconds after which a silent process counts as lost; a test may be long [U]
 
 
@@ -74,10 +76,15 @@ def precision(amp: str, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16
 
 
-def synchronized(model: nn.Module, place: Place) -> nn.Module:
-    """The model on its device, channels last; on several GPUs batch norms see all ranks' rows."""
+def synchronized(model: nn.Module, place: Place, sync_norm: str = "torch") -> nn.Module:
+    """The model on its device, channels last; on several GPUs batch norms see all ranks' rows.
+
+    sync_norm: torch, or ours, which does so on several CPU processes too.
+    """
     model = model.to(place.device, memory_format=torch.channels_last)
-    if place.device.type == "cuda" and place.world_size > 1:  # on a CPU it raises
+    if place.world_size > 1 and sync_norm == "ours":
+        return summed(model)
+    if place.world_size > 1 and place.device.type == "cuda":  # on a CPU it raises
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model
 

@@ -3,7 +3,7 @@
 Promised: loss, gradients, center, teacher and the numbers of the log do not depend on how a batch
 is split, whatever each half holds: unequal numbers of overlapping crops, no overlap, no query, in
 one process or in both; a step is good where it is good on all ranks; nobody waits for another.
-Batch norms are in evaluation mode here, since only a GPU can synchronize them.
+Batch norms are in evaluation mode, where they are not ours.
 """
 
 import math
@@ -13,13 +13,16 @@ import zlib
 import pytest
 import torch
 import torch.distributed as dist
+from kernels import written_out
 
 from engine import processes, ranks
+from engine.norms import summed
 from engine.optimizers import LARS
 from engine.processes import Place
 from engine.run import Options, Run
 from measures.learning import statistics
 from slotcon import SlotCon
+from slots import SlotPredictor
 from staged import fork_server, join
 
 K, D, HIDDEN, H, W = 6, 7, 9, 4, 5
@@ -72,6 +75,11 @@ CASES = {
     "no query in one process, reg": (dict(slot_loss="reg"), ALL, SECOND_FLAT),
     "no query anywhere": ({}, ALL, ALL_FLAT),
 }
+# Without a query anywhere all is of one color: with no variance rounding decides
+TRAINED = ("method", "image", "no overlap anywhere", "no query in one process")
+# Rows of each of four processes: of two, the first half and the second
+ROWS = [(4, 4, 4, 4), (0, 0, 9, 0), (0, 9, 0, 0), (8, 0, 1, 0), (1, 1, 0, 1)]
+HALF = {torch.float16: 2e-3, torch.bfloat16: 2e-2}  # of numbers up to about 4
 VOTES = {  # name -> values of two ranks, and who was asked to stop, who is in trouble
     "finite": ([[1.0, 3.0], [2.0, 5.0]], (), ()),
     "nan on one": ([[1.0, 3.0], [NAN, 5.0]], (), ()),
@@ -112,6 +120,11 @@ def step(model, place, batch, passes=1):
     )
 
 
+def synced(settings, alike, place):
+    """In training mode, with norms of ours; in one process they are torch's."""
+    return processes.synchronized(build(settings, alike).train(), place, "ours")
+
+
 def of_rank(batch, rank):
     return [x[rank * B : (rank + 1) * B] for x in batch]
 
@@ -135,6 +148,10 @@ def one_of_two(rank, folder):
         found[name] = step(build(settings, alike=bool(flat)), place, batch)
     batch = of_rank(joined_batch(SOME, NOISE), rank)
     found["accumulated"] = step(build({}, alike=False), place, batch, passes=2)
+    for name in TRAINED:
+        settings, valid, flat = CASES[name]
+        batch = of_rank(joined_batch(valid, flat), rank)
+        found[f"{name}, training"] = step(synced(settings, bool(flat), place), place, batch)
     batch = of_rank(joined_batch(ALL, SECOND_FLAT), rank)  # batch norms that know their own rows
     found["training"] = step(build({}, alike=True).train(), place, batch)
     found["votes"] = {name: vote(rank, place, *case) for name, case in VOTES.items()}
@@ -149,16 +166,68 @@ def one_of_two(rank, folder):
     processes.finish()
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """What each of two processes has found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    server = fork_server()
-    started = [server.Process(target=one_of_two, args=(rank, str(folder))) for rank in (0, 1)]
+def run_norm(norm, rows, gradient):
+    """What comes out of a norm and goes back through it, and its running statistics."""
+    rows = rows.clone().requires_grad_()
+    out = norm(rows)
+    out.backward(gradient)
+    return dict(out=out.detach(), back=rows.grad, **{
+        name: (p.grad if p.requires_grad else p).clone()
+        for name, p in [*norm.named_parameters(), *norm.named_buffers()]
+    })  # fmt: skip
+
+
+def norm_and_rows(dtype, counts):
+    """A batch norm with weights, its rows, and their gradients: maps or vectors."""
+    n, maps = sum(counts), counts == ROWS[0]
+    norm = (torch.nn.BatchNorm2d if maps else torch.nn.BatchNorm1d)(D, dtype=torch.float64)
+    norm.weight.data, norm.bias.data = random(D, seed=1), random(D, seed=2)
+    shape = (n, D, H, W) if maps else (n, D)
+    return norm, (random(*shape) * 2 + 3).to(dtype), random(*shape, seed=3).to(dtype)
+
+
+def norms_of_one(rank, world_size, folder):
+    """Ours, on this process's part of the rows; torch's in half precision, where one has none."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    group = dict(init_method=f"file://{folder}/meeting", rank=rank, world_size=world_size)
+    dist.init_process_group("gloo", **group)
+    found, share = {}, len(ROWS[0]) // world_size
+    for dtype in (torch.float64, *HALF):
+        for counts in ROWS:
+            norm, rows, gradients = norm_and_rows(dtype, counts)
+            part = slice(sum(counts[: rank * share]), sum(counts[: (rank + 1) * share]))
+            norm = summed(norm if dtype == torch.float64 else norm.float())
+            found[dtype, counts] = run_norm(norm, rows[part], gradients[part])
+    torch.manual_seed(0)
+    predictor = torch.nn.SyncBatchNorm.convert_sync_batchnorm(SlotPredictor(D, D, HIDDEN))
+    slots = random(5, D)[: 0 if rank else 5].float().requires_grad_()
+    with written_out(), torch.autocast("cpu", torch.bfloat16):
+        predictor(slots).sum().backward()
+    found["torch"] = [p.grad for p in predictor.parameters()]
+    torch.save(found, f"{folder}/{rank}.pth")
+    processes.finish()
+
+
+def found_by(target, folder, world_size, *arguments):
+    """What each of several processes has found."""
+    server, ranks = fork_server(), range(world_size)
+    given = [(rank, *arguments, str(folder)) for rank in ranks]
+    started = [server.Process(target=target, args=each) for each in given]
     for process in started:
         process.start()
-    assert join(started) == [0, 0]
-    return [torch.load(folder / f"{rank}.pth") for rank in (0, 1)]
+    assert join(started) == [0] * world_size
+    return [torch.load(folder / f"{rank}.pth", weights_only=False) for rank in ranks]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return found_by(one_of_two, tmp_path_factory.mktemp("ranks"), 2)
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def normed(request, tmp_path_factory):
+    return found_by(norms_of_one, tmp_path_factory.mktemp("norms"), request.param, request.param)
 
 
 def same(a, b):
@@ -178,6 +247,40 @@ def test_two_processes_with_half_a_batch_each_are_one_with_the_whole_batch(found
         same(half["gradients"], whole["gradients"])
         same(half["state"], whole["state"])  # center and teacher among it
         assert half["statistics"] == pytest.approx(whole["statistics"], rel=1e-6)  # in float32
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_with_norms_of_ours_two_processes_are_one_in_training_too(found, case):
+    settings, valid, flat = CASES[case]
+    whole = step(synced(settings, bool(flat), Place(CPU)), Place(CPU), joined_batch(valid, flat))
+    for half in (rank[f"{case}, training"] for rank in found):
+        assert half["values"] == pytest.approx(whole["values"], rel=1e-9)
+        same(half["gradients"], whole["gradients"])
+        same(half["state"], whole["state"])  # running statistics among it
+
+
+@pytest.mark.parametrize("counts", ROWS, ids=str)
+def test_norms_over_ranks_are_those_of_the_whole_batch_whoever_has_the_rows(normed, counts):
+    """To 1e-12 in float64; in half precision to what half precision leaves."""
+    for dtype, limit in {torch.float64: 1e-12, **HALF}.items():
+        norm, rows, gradients = norm_and_rows(dtype, counts)
+        whole = run_norm(norm, rows.double(), gradients.double())
+        parts = [rank[dtype, counts] for rank in normed]
+        for name in ("out", "back"):
+            joined = torch.cat([part[name] for part in parts])
+            assert joined.dtype == dtype
+            assert (joined - whole[name]).abs().max() < limit, (dtype, name)
+        for name in ("weight", "bias"):
+            assert (sum(part[name] for part in parts) - whole[name]).abs().max() < 10 * limit
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            for part in parts:
+                assert (part[name] - whole[name]).abs().max() < max(limit**2, 1e-12)
+
+
+def test_a_process_without_queries_keeps_up_with_torchs_norms_in_half_precision(normed):
+    first, *others = (rank["torch"] for rank in normed)
+    assert all(g.isfinite().all() for g in first) and any(g.any() for g in first)
+    assert not any(g is not None and g.any() for rank in others for g in rank)
 
 
 def test_of_several_passes_the_gradient_is_the_mean_over_passes_and_processes(found):
@@ -239,8 +342,9 @@ def test_without_a_launcher_this_is_the_only_process_and_nothing_is_wrapped(alon
 
 def test_devices_that_are_not_there_are_one_line(alone):
     alone.setattr(torch.cuda, "is_available", lambda: False)
+    alone.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert processes.start("auto").device == CPU  # MPS is for those who ask for it
     alone.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert processes.start("auto").device == CPU
     for device in ("cuda", "mps"):
         with pytest.raises(ValueError, match=f"--device {device}, but this machine has none: use "):
             processes.start(device)

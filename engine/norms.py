@@ -1,0 +1,74 @@
+"""Batch norm over the rows of all ranks: one sum over them each way, and no wait of the host."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.ranks import sum_over_ranks
+
+
+class SummedNorm(nn.modules.batchnorm._BatchNorm):
+    """A batch norm whose ranks may hold unlike numbers of rows, or none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (n c ...) -> the same shape and type."""
+        if not self.training:
+            given = self.running_mean, self.running_var, self.weight, self.bias
+            return F.batch_norm(x, *given, eps=self.eps)
+        normal, mean, var, n = Normalize.apply(x, self.weight, self.bias, self.eps)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * n / (n - 1), self.momentum)
+        return normal
+
+
+class Normalize(torch.autograd.Function):
+    """y = weight (x - mean) / sqrt(var + eps) + bias, with mean and var over all rows.
+
+    mean = sum x / n, var = sum x^2 / n - mean^2
+
+    The sums are in the type of the weight; in float32 var is right to 1e-7 (1 + mean^2 / var).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """-> y, and mean (c), var (c), n (1) over the ranks."""
+        c, over = len(weight), [0, *range(2, x.ndim)]
+        total = x.sum(over, dtype=weight.dtype)
+        squares = torch.linalg.vector_norm(x, dim=over, dtype=weight.dtype).square()
+        rows = weight.new_full((1,), x.numel() // c)
+        total, squares, n = sum_over_ranks(torch.cat([total, squares, rows])).split([c, c, 1])
+        mean = total / n
+        var = (squares / n - mean.square()).clamp(min=0)
+        ctx.save_for_backward(x, weight, mean, var, n)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, var, n)
+        return F.batch_norm(x, mean, var, weight, bias, eps=eps), mean, var, n
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """With x' = (x - mean) / sqrt(var + eps), of all rows:
+
+        grad_x = weight / sqrt(var + eps) (grad - mean(grad x') x' - mean(grad))
+        """
+        x, weight, mean, var, n = ctx.saved_tensors
+        grads = grad, torch.zeros_like(weight), torch.zeros_like(weight)
+        if len(x):  # as with mean and var that are constant
+            constant = grad, x, weight, mean, var, None, None, False, ctx.eps, [True] * 3
+            grads = torch.ops.aten.native_batch_norm_backward(*constant)
+        means = sum_over_ranks(torch.stack(grads[1:])) / n
+        means *= weight * (var + ctx.eps).rsqrt()
+        return grads[0] - F.batch_norm(x, mean, var, *means, eps=ctx.eps), *grads[1:], None
+
+
+def summed(model: nn.Module) -> nn.Module:
+    """The model, whose batch norms become such norms."""
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            module.__class__ = SummedNorm
+    return model
