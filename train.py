@@ -179,9 +179,9 @@ def finish(c: Config, run: Run, schedule: Schedule, held_out: Sequence[Any]) -> 
     from measures import results  # only here: it brings matplotlib, which no step needs
 
     if c.dataset == "toy":
-        results.toy_result(run.model.teacher, c, run.folder, run.seconds)
+        results.toy_result(run, c)
     elif len(held_out):
-        results.photos_result(run.model.teacher, held_out, c.temp_teacher, run.folder, run.seconds)
+        results.photos_result(run, c, held_out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

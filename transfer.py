@@ -15,6 +15,7 @@ import functools
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from downstream import settings
@@ -33,6 +34,7 @@ from engine.guards import Paused
 from engine.log import say
 from engine.ranks import copy_from_main, gather_objects
 from engine.run import Options, Run
+from measures.groups import COLUMNS, format_classes, table
 
 TASKS = {"detection": detection, "segmentation": segmentation}
 
@@ -117,12 +119,22 @@ def finish(c: Shared, run: Run) -> None:
     whole = run.steps == c.total_steps
     at = f"{'done' if whole else 'paused':<9}at step {run.steps} of {c.total_steps}"
     again = "" if whole else "; the same command without --max-steps goes on"
-    print(f"{at}{again}; best of all tests {100 * run.notes['best']:.2f} %")
-    whole = whole and c.test_on == "val" and not c.labeled
-    for name, (scratch, target) in settings.TARGETS.get(c.dataset, {}).items() if whole else ():
-        print(f"         {name:<10}{100 * (result[name] or 0):6.2f} %   the slides: {target} "
-              f"pretrained on COCO, {scratch} from random weights")  # fmt: skip
-    print(json.dumps(result))
+    print(f"{at}{again}; best.pth has the best of all tests, {run.notes['best']:.3f}")
+    shown = [key for key in result if key in COLUMNS or key in settings.AP]
+    rows = {"this run": result, **(settings.slides_of(c) if whole else {})}
+    cells = {name: [in_words(row.get(key)) for key in shown] for name, row in rows.items()}
+    print(table(cells, [COLUMNS.get(key, key) for key in shown]))
+    if "iou" in result:
+        print(format_classes(result))
+    if c.json == "-":
+        print(json.dumps(result))
+    elif c.json:
+        files.write_json(Path(c.json), result)
+
+
+def in_words(score: float | None) -> str:
+    """A cell of a table; None: not measured, or without an object."""
+    return "" if score is None else f"{score:.3f}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,6 +12,8 @@ Read next: the notebooks.
 
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
 
 from engine import options
 from engine.program import run_early, run_program
@@ -29,13 +31,13 @@ def commands() -> options.Commands:
     add("--count", type=options.positive, default=12, help="of the used (default: 12)")
     add("--top", type=options.positive, default=5, help="segments of each (default: 5)")
     add("--size", type=options.side, help=size)
-    options.add_output(parser, "prototypes.png beside the checkpoint")
+    options.add_output(parser, "prototypes_FOLDER.png beside the checkpoint")
     parser = known.add("groups", "of images: groups, soft assignments, PCA", paths="images")
     options.add_checkpoint(parser)
     add = parser.add_argument
-    add("images", nargs="*", type=options.path, help="files (default: of --data-dir, or scenes)")
-    add("--data-dir", type=options.folder, help="folder of images, nested or flat")
-    add("--count", type=options.positive, default=6, help="if none is named (default: 6)")
+    add("images", nargs="*", type=options.path, help="files and folders (default: toy scenes)")
+    add("--data-dir", type=options.folder, help="one more folder of images, nested or flat")
+    add("--count", type=options.positive, default=6, help="of a folder, of scenes (default: 6)")
     add("--slots", type=options.positive, default=4, help="soft assignments (default: 4)")
     add("--size", type=options.side, help=size)
     options.add_output(parser, "groups_NAME.png beside the checkpoint")
@@ -48,13 +50,16 @@ def commands() -> options.Commands:
 if __name__ == "__main__":  # a misspelled option is answered before torch is loaded
     run_early("visualize.py", commands().parse)
 
+from torch import Tensor
+from torch.utils.data import ConcatDataset
+
 from engine.images import ImageFiles
 from measures import curves, figures, networks, retrieval, streams
 
 
 def show_prototypes(args: Namespace) -> dict:
     """The best segments of each prototype."""
-    file = options.output_file(args.output, args.checkpoint.with_name("prototypes.png"))
+    file = figure_file(args, [args.data_dir] if args.data_dir else [])
     network, config = networks.open_network(args.checkpoint, args.network, args.device)
     dataset = "folder" if args.data_dir else "toy"
     images = streams.open_images(dataset, args.data_dir, args.limit)
@@ -66,19 +71,34 @@ def show_prototypes(args: Namespace) -> dict:
 
 
 def show_groups(args: Namespace) -> dict:
-    """Groups, soft assignments and features of the named images, or of the first ones."""
-    name = args.data_dir.absolute().name if args.data_dir else "toy_scenes"
-    if args.images:
-        name = args.images[0].stem + f"_and_{len(args.images) - 1}_more" * (len(args.images) > 1)
-    file = options.output_file(args.output, args.checkpoint.with_name(f"groups_{name}.png"))
+    """Groups, soft assignments and features of the named images, or of toy scenes."""
+    named = [*args.images, *([args.data_dir] if args.data_dir else [])]
+    file = figure_file(args, named)
     network, config = networks.open_network(args.checkpoint, args.network, args.device)
-    dataset = "folder" if args.images or args.data_dir else "toy"
-    named = ImageFiles(".", [str(file.absolute()) for file in args.images])
-    images = named or streams.open_images(dataset, args.data_dir, args.count)
+    images, dataset = images_of(named, args.count), "folder" if named else "toy"
     view = streams.center_view(args.size or streams.default_size(dataset, config))
     views = streams.read_views(images, view)
     files = figures.draw_parts(file, network, views, config.get("temp_teacher", 0.07), args.slots)
     return dict(files=printed(files), images=len(views))
+
+
+def images_of(named: Sequence[Path], count: int) -> Sequence[Tensor]:
+    """Images of files, `count` of each folder, or as many toy scenes. Raises ValueError."""
+    if not named:
+        return streams.open_images("toy", None, count)
+    opened = []
+    for place in named:
+        files = ImageFiles(".", [str(place)])
+        opened.append(streams.open_images("folder", place, count) if place.is_dir() else files)
+    return ConcatDataset(opened)
+
+
+def figure_file(args: Namespace, shown: Sequence[Path]) -> Path:
+    """COMMAND_NAME.png beside the checkpoint, named after the first of what is shown; --output."""
+    first = shown[0].absolute() if shown else Path("toy_scenes")
+    more = f"_and_{len(shown) - 1}_more" if shown[1:] else ""
+    name = f"{args.command}_{first.name if first.is_dir() else first.stem}{more}.png"
+    return options.output_file(args.output, args.checkpoint.with_name(name))
 
 
 def show_training(args: Namespace) -> dict:

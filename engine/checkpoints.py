@@ -154,9 +154,10 @@ def start_from(model: torch.nn.Module, path: str) -> str:
     used = {k: v for k, v in given.items() if k in own and own[k].shape == v.shape}
     backbone = [k for k in own if ".backbone." in k and "num_batches_tracked" not in k]
     if missing := [k for k in backbone if k not in used]:
+        arch = f"--arch {found.config['arch']}" if "arch" in found.config else "the file's --arch"
         raise ValueError(
             f"--init {path} does not hold this backbone: {len(missing)} of its tensors are missing "
-            f"or of another shape, first {missing[0]}; found {some_keys(given)}; give its --arch"
+            f"or of another shape, first {missing[0]}; found {some_keys(given)}; give {arch}"
         )
     model.load_state_dict({**own, **used})
     return f"{path}: {len(used)} of {len(own)} tensors used, the others are random"

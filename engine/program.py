@@ -9,9 +9,11 @@ import contextlib
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+BEGAN = time.perf_counter()  # the program, since it imports this file before torch
 # Idle threads sleep: where they spin, two runs on one machine slow each other down many times.
 # The setting counts before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -21,7 +21,7 @@ from engine.batches import Collate, Reader, RunSampler, Samples, Skipped
 from engine.guards import Lock, StopSignals
 from engine.log import Log, say
 from engine.processes import Place
-from engine.program import Stopped
+from engine.program import BEGAN, Stopped
 from engine.ranks import gather_objects, sum_over_ranks
 
 MAX_BAD_STEPS = 20  # in a row without a finite loss and gradient, before a run stops [U]
@@ -75,7 +75,8 @@ class Run:
         self.logged, self.sums = 0, [0.0] * len(self.names)  # step of the last line; since then
         self.notes: dict[str, Any] = {}  # what a program wants to know again when it is resumed
         self.ended = ""  # then "done", "signal", "trouble" or "diverged"
-        self.began = self.written = self.timed_at = time.perf_counter()
+        self.began, self.written = BEGAN, time.perf_counter()
+        self.timed_at = self.written
         self.images_per_second = math.inf  # of the last line of the log
         self.moving = False  # while some weights have moved and others have not
         self.under_way = False  # a step whose forward may have moved the buffers
@@ -275,7 +276,7 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Of the run so far, its earlier parts included."""
+        """Of the run so far, from the start of the program, its earlier parts included."""
         return time.perf_counter() - self.began
 
     def save_if_due(self) -> None:

@@ -8,20 +8,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # draws into files, without a window
+from matplotlib.lines import Line2D
 
 DESCRIBED = ("preset", "arch", "num_prototypes", "image_size")  # of one run
-PANELS = {  # key of the log -> title, and the shape of the curve in a good run
-    "group_loss": ("Group loss", "leaves 2 ln k early"),
-    "slot_loss": ("Slot loss", "well below chance; it may rise while groups split"),
-    "occupied_per_image": ("Prototypes per image", "a few"),
-    "prototypes_used": ("Prototypes in use", "most of k"),
-    "entropy_teacher": ("Teacher's entropy per pixel", "low; high: uniform"),
-    "entropy_mean": ("Teacher's entropy on average", "high; low: one prototype"),
-    "agreement": ("Student agrees with teacher", "rises far above chance"),
+PRESETS = ("toy", "photos")  # those of which good runs were measured
+PANELS = {  # key of the log -> title, the shape of the curve in a good run; measured: start > end
+    "group_loss": ("Group loss", "leaves 2 ln k early", "8.1 > 1.8", "6.3 > 1.6"),
+    "slot_loss": ("Slot loss", "below chance; may rise while groups split", "4.9 > 2.5"),
+    "occupied_per_image": ("Prototypes per image", "a few", "23 > 7 > 11", "16 > 7"),
+    "prototypes_used": ("Prototypes in use", "1 to 3: collapsed", "31 > 9 to 15 > 17", "24 > 20"),
+    "entropy_teacher": ("Teacher's entropy per pixel", "low; high: uniform", "0.8 > 1.5 > 0.3"),
+    "entropy_mean": ("Teacher's entropy on average", "high; low: one prototype", "3.3 > 2.6"),
+    "agreement": ("Student agrees with teacher", "far above chance", "0.05 > 0.75", "0.15 > 0.7"),
     "grad_norm": ("Gradient norm", "settles"),
     "lr": ("Learning rate", "ends near 0"),
-    "momentum_teacher": ("Teacher's momentum", "ends near 1, or stays"),
+    "momentum_teacher": ("Teacher's momentum", "as its option says", "stays 0.99", "stays 0.99"),
     "images_per_second": ("Images per second", "steady"),
     "data_seconds": ("Waiting for data, s per step", "near 0"),
 }
@@ -78,29 +82,53 @@ def legend_of(runs: Sequence[Run]) -> list[str]:
         names = [name for name in names if len({str(run.config.get(name)) for run in runs}) > 1]
     lines = []
     for name, _, config in runs:
-        words = [f"{each.replace('_', '-')} {config[each]}" for each in names if each in config]
+        words = [
+            f"{each.replace('_', '-')} {config[each]}"
+            for each in names
+            if config.get(each, "") != ""
+        ]
         known = textwrap.shorten(", ".join(words), 150) or "no option differs"
         lines.append(f"{name}: {known if config else 'no config.json'}")
     return lines
 
 
+def hint_of(key: str, runs: Sequence[Run]) -> str:
+    """The shape of the curve in a good run; and a line for each preset that these runs have."""
+    _, shape, *measured = PANELS[key]
+    presets = {run.config.get("preset") for run in runs}
+    known = [f"{name}: {text}" for name, text in zip(PRESETS, measured) if name in presets]
+    return "\n".join([shape, *known])
+
+
 def draw_runs(runs: Sequence[Run]) -> Figure:
     """A panel per number of the log, a color per run; dashed: a network that learned nothing."""
-    figure = Figure((14, 9 + 0.2 * len(runs)), layout="constrained")
+    figure = Figure((14, 10 + 0.2 * len(runs)), layout="constrained")
     note = "Over optimizer steps. Dashed: a network that learned nothing. Gray: a good run."
     figure.suptitle(f"{note}\nNever judge by the loss: a collapsed run can have the lowest.")
-    for axis, (key, (title, good)) in zip(figure.subplots(3, 4).flat, PANELS.items()):
-        handles = []
-        for number, (_, records, config) in enumerate(runs):
-            color, style = f"C{number % 10}", ("-", "-.", ":")[number // 10 % 3]
-            steps = [record["step"] for record in records]
-            values = [record.get(key, math.nan) for record in records]
-            handles += axis.plot(steps, values, style, color=color)
-            chance = chance_lines(records, config).get(key, [math.nan] * len(steps))
-            axis.plot(steps, chance, "--", color=color, lw=0.8)
-        axis.set_title(title, loc="left", pad=20)
-        axis.text(0, 1.03, good, transform=axis.transAxes, fontsize=9, color="0.4")
+    for axis, key in zip(figure.subplots(3, 4).flat, PANELS):
+        handles = [draw_curve(axis, key, *pair) for pair in enumerate(runs)]
+        hint = hint_of(key, runs)
+        if all(np.isnan(line.get_ydata()).all() for line in handles):
+            hint = "turned off, or not in the log"
+            axis.set(xticks=[], yticks=[])
+        axis.set_title(PANELS[key][0], loc="left", pad=9 + 11 * len(hint.splitlines()))
+        axis.text(0, 1.03, hint, transform=axis.transAxes, fontsize=9, color="0.4")
         axis.spines[["top", "right"]].set_visible(False)
-        axis.set_ylim(bottom=None if key == "momentum_teacher" else 0)
+        momentum = key == "momentum_teacher"
+        axis.set_ylim(bottom=None if momentum else 0, top=1 if momentum else None)
     figure.legend(handles, legend_of(runs), loc="outside lower center", frameon=False)
     return figure
+
+
+def draw_curve(axis: Axes, key: str, number: int, run: Run) -> Line2D:
+    """One number of the log of a run, and chance -> the curve; not a number where it is off."""
+    color, style = f"C{number % 10}", ("-", "-.", ":")[number // 10 % 3]
+    missing = [math.nan] * len(run.records)
+    values = [record.get(key, math.nan) for record in run.records]
+    chance = chance_lines(run.records, run.config).get(key, missing)
+    if key.endswith("_loss") and not any(values):
+        values = chance = missing
+    steps = [record["step"] for record in run.records]
+    (curve,) = axis.plot(steps, values, style, color=color)
+    axis.plot(steps, chance, "--", color=color, lw=0.8)
+    return curve

@@ -13,7 +13,6 @@ from matplotlib.colors import hsv_to_rgb, to_rgb
 from matplotlib.figure import Figure  # draws into files, without a window
 from matplotlib.patches import Patch
 from torch import Tensor
-from torchvision.utils import draw_segmentation_masks
 
 from grouping import GroupingNetwork, assignment
 from measures.groups import winner
@@ -21,24 +20,40 @@ from measures.metrics import IGNORE
 from measures.retrieval import Retrieval
 from photometric import normalize
 
-# Okabe and Ito (2008), then colors far from all before them with every kind of color vision
+# Okabe and Ito (2008), then colors far from all before them, up to the 13th with every kind of
+# color vision; none is near gray, black or white
 FIRST_COLORS = """
-    #e69f00 #56b4e9 #009e73 #f0e442 #0072b2 #d55e00 #cc79a7 #69001e #3c0096 #4bfff0 #a53cff #b40069
-    #4b5a00 #001ee1 #00e187 #9687ff #780fb4 #691e69 #c32db4 #a55a87 #a5ff96 #96b469 #ffa5c3 #a5c3ff
+    #e69f00 #56b4e9 #009e73 #f0e442 #0072b2 #d55e00 #cc79a7 #870f69 #a50fff #3c0fd2 #00f0c3 #8778f0
+    #a51e00 #ff00e1 #006900 #00d200 #ffa5ff #e10069 #2d5aff #784bb4 #c300b4 #969600 #ff8778 #d269ff
 """.split()
-GOLDEN = (5**0.5 - 1) / 2  # of the circle of hues: the next hue is far from the last ones
 GRAY = (0.63, 0.63, 0.63)  # what has no prototype
 PER_PAGE = 12  # columns of prototypes, rows of images
 
 
-def prototype_colors(k: int) -> np.ndarray:
-    """The colors of prototypes 0..k-1 in 0..1, (k 3). The color of a prototype suits any k."""
-    i = np.arange(k)
-    saturation, value = np.array([1.0, 0.7])[i % 2], np.array([0.9, 0.65, 0.45])[i % 3]
-    colors = hsv_to_rgb(np.stack([i * GOLDEN % 1, saturation, value], axis=1))
+def prototype_colors(k: int, use: Tensor | None = None) -> np.ndarray:
+    """The colors of prototypes 0..k-1 in 0..1, (k 3), the best separated ones first.
+
+    use (k): pixels or images of each prototype; the most used ones get the first colors.
+    """
+    random = np.random.default_rng(0)  # hue, saturation, value; prototype by prototype
+    colors = hsv_to_rgb(random.uniform((0, 0.6, 0.5), (1, 1, 0.9), (k, 3)))
     first = FIRST_COLORS[:k]
     colors[: len(first)] = [to_rgb(color) for color in first]
+    if use is not None:
+        colors[use.argsort(descending=True, stable=True).cpu()] = colors.copy()
     return colors
+
+
+def matched_colors(matched: Sequence[int | None], use: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Colors of classes 0..t-1, (t 3), and of prototypes 0..k-1, (k 3): that of a class and of the
+    prototype that is matched with it are one. matched: by class; use (k) as above.
+    """
+    t, use = len(matched), use.double().clone()
+    owned = [k for k in matched if k is not None]
+    use[owned] = -1  # they need no color of their own
+    colors = prototype_colors(t + len(use), F.pad(use, (t, 0), value=torch.inf))
+    colors[[t + k for k in owned]] = colors[[i for i in range(t) if matched[i] is not None]]
+    return colors[:t], colors[t:]
 
 
 def as_images(images: Tensor) -> np.ndarray:
@@ -96,36 +111,40 @@ def draw_prototypes(
     file: Path, network: GroupingNetwork, images: Sequence[Tensor], view: Callable,
     found: Retrieval, chosen: Sequence[int],
 ) -> list[Path]:  # fmt: skip
-    """One column per prototype, the best segment on top, in red -> the files, one per page."""
-    files, colors, top = [], prototype_colors(len(found.active)), found.images.shape[1]
-    title = f"The {top} best segments of each prototype, best on top, in red"
+    """One column per prototype, the best segment on top -> the files, one per page."""
+    colors, top = prototype_colors(len(found.active), found.active), found.images.shape[1]
+    title = (
+        f"The {top} best segments of each prototype, best on top, in a line of its color.\n"
+        "All else in an image is gray. An arrow points at a small segment."
+    )
+    files = []
     for page, numbers in pages(chosen, file):
         figure, axes = grid(title, [[None] * len(numbers)] * top, side=1.3)
         for k, column in zip(numbers, axes.T):
             column[0].set_title(f"prototype {k}\nin {int(found.active[k])} images", fontsize=8)
-            # The color that this prototype has in all other figures
-            column[0].spines["top"].set(visible=True, color=colors[k], linewidth=4)
             for axis, index in zip(column, found.images[k].tolist()):
                 if index >= 0:
                     image = view(images[index])
-                    draw_retrieved(axis, image, segment_of(network, image, k))
+                    draw_retrieved(axis, image, segment_of(network, image, k), colors[k])
         figure.savefig(page, dpi=120)
         files.append(page)
     return files
 
 
-def draw_retrieved(axis: Axes, image: Tensor, mask: Tensor) -> None:
-    """A segment (y x) bool of image (3 y x) uint8 in red within a white line; an arrow if small."""
-    red = draw_segmentation_masks(image, mask, alpha=0.55, colors=["red"])
-    axis.imshow(rearrange(red, "rgb y x -> y x rgb").numpy(), interpolation="nearest")
-    mask, size = mask.numpy(), np.array(mask.shape)
+def draw_retrieved(axis: Axes, image: Tensor, segment: Tensor, color: np.ndarray) -> None:
+    """A segment (y x) bool of image (3 y x) uint8 in a line, all else gray; an arrow if small."""
+    mask, size = segment.numpy(), np.array(segment.shape)
+    picture = as_images(image[None])[0]
+    # A little of the color, since what is inside can be white or gray itself
+    inside = 0.8 * picture + 0.2 * color
+    axis.imshow(np.where(mask[..., None], inside, pale(picture)), interpolation="nearest")
     if mask.any() and not mask.all():
-        axis.contour(mask, levels=[0.5], colors="white", linewidths=0.7)
+        axis.contour(mask, levels=[0.5], colors=[color], linewidths=1.2)
     if 0 < mask.mean() < 0.03:
         places = np.argwhere(mask)  # rows of (y, x)
         place = places[np.square(places - places.mean(axis=0)).sum(axis=1).argmin()]
         tail = place + 0.3 * size * np.where(place < size / 2, 1, -1)
-        arrow = dict(color="red", ec="white", width=2, headwidth=7, headlength=7)
+        arrow = dict(color="black", ec="white", width=2, headwidth=7, headlength=7)
         axis.annotate("", place[::-1], tail[::-1], arrowprops=arrow)
 
 
@@ -133,21 +152,21 @@ def draw_groups(
     file: Path, images: Tensor, groups: Tensor, target: Tensor, k: int, report: Mapping[str, Any]
 ) -> None:
     """Images (b 3 y x) uint8, groups (b y x), truth (b y x); report: of `groups.compare`."""
-    colors, matching = prototype_colors(k), report["matching"]
+    matching = report["matching"]
+    use = groups.flatten().bincount(minlength=k)
+    classes, colors = matched_colors(list(matching.values()), use)
     of_class = np.full((IGNORE + 1, 3), GRAY)
-    for t, prototype in enumerate(matching.values()):
-        if prototype is not None:
-            of_class[t] = colors[prototype]
+    of_class[: len(classes)] = classes
     rows = dict(scene=as_images(images), groups=colors[groups.cpu().numpy()])
     rows["truth"] = of_class[target.cpu().numpy()]
     title = "Scenes never trained on, and the groups found in them without a label"
     figure, _ = grid(title, list(rows.values()), list(rows))
     entries = []
-    for t, (name, prototype) in enumerate(matching.items()):
+    for color, (name, prototype) in zip(classes, matching.items()):
         owner = "no prototype" if prototype is None else f"prototype {prototype}"
         score = "" if report["iou"][name] is None else f", IoU {report['iou'][name]:.2f}"
-        entries.append(Patch(facecolor=of_class[t], label=f"{name}: {owner}{score}"))
-    text = "A class has the color of the prototype that is matched with it. Gray: no prototype."
+        entries.append(Patch(facecolor=color, label=f"{name}: {owner}{score}"))
+    text = "A class and the prototype that is matched with it have one color."
     figure.legend(handles=entries, loc="outside lower center", ncols=4, frameon=False, title=text)
     figure.savefig(file, dpi=130)
 
@@ -181,30 +200,40 @@ def principal_colors(embeddings: Tensor, size: tuple[int, int]) -> Tensor:
     return rearrange(enlarged, "b rgb y x -> b y x rgb")
 
 
+def pale(image: np.ndarray) -> np.ndarray:
+    """A gray copy (y x 1) of image (y x 3) in 0..1, in which dark photographs are light."""
+    return 0.6 + 0.4 * image.mean(axis=2, keepdims=True)  # over rgb
+
+
 def tint(image: np.ndarray, color: np.ndarray, sure: np.ndarray) -> np.ndarray:
-    """A pale gray copy of image (y x 3) in 0..1, colored where `sure` (y x) in 0..1 is high."""
-    pale = 0.6 + 0.4 * image.mean(axis=2, keepdims=True)  # over rgb; dark photographs stay light
-    sure = sure[..., None]
-    return (pale * (1 - sure) + (0.25 * pale + 0.75 * np.asarray(color)) * sure).clip(0, 1)
+    """A pale copy of image (y x 3) in 0..1, colored where `sure` (y x) in 0..1 is high."""
+    gray, sure = pale(image), sure[..., None]
+    return (gray * (1 - sure) + (0.25 * gray + 0.75 * np.asarray(color)) * sure).clip(0, 1)
 
 
 @torch.no_grad()
 def draw_parts(
-    file: Path, network: GroupingNetwork, images: Tensor, temperature: float, slots: int = 4
-) -> list[Path]:
-    """A row per image (b 3 y x) uint8: groups, soft slots, features -> the files, one per page."""
+    file: Path, network: GroupingNetwork, images: Tensor, temperature: float, slots: int = 4,
+    use: Tensor | None = None,
+) -> list[Path]:  # fmt: skip
+    """A row per image (b 3 y x) uint8: groups, soft slots, features -> the files, one per page.
+
+    use (k): of the prototypes in `prototype_colors`; by default, the pixels in these images.
+    """
     k, size, files = network.prototypes.num_embeddings, images.shape[-2:], []
-    colors, device = prototype_colors(k), network.prototypes.weight.device
-    title = (
-        "Colors mean prototypes. Slot: how much a place belongs to its prototype. Features: PCA."
-    )
-    for page, some in pages(images, file):
-        embeddings, similarity = (each.cpu() for each in network(normalize(some.to(device))))
-        segments, soft = winner(similarity, size).numpy(), assignment(similarity, temperature)
+    parts = []
+    for some in images.split(PER_PAGE):
+        some = normalize(some.to(network.prototypes.weight.device))
+        embeddings, similarity = (each.cpu() for each in network(some))
         features = principal_colors(embeddings.float(), size).numpy()
+        parts.append((winner(similarity, size), assignment(similarity, temperature), features))
+    pixels = torch.cat([segments.flatten() for segments, _, _ in parts]).bincount(minlength=k)
+    colors = prototype_colors(k, pixels if use is None else use)
+    title = "A color is one prototype. Slot: how much a place belongs to it. Features: PCA."
+    for (page, some), part in zip(pages(images, file), parts):
         rows = []
-        for image, groups, maps, feature in zip(as_images(some), segments, soft, features):
-            cells = [("image", image), (f"{len(np.unique(groups))} groups", colors[groups])]
+        for image, groups, maps, feature in zip(as_images(some), *part):
+            cells = [("image", image), (f"{len(groups.unique())} groups", colors[groups])]
             enlarged = F.interpolate(maps[None], size, mode="bilinear")[0].numpy()
             mass = reduce(maps, "k h w -> k", "mean")
             for slot in mass.topk(min(slots, k)).indices.tolist():

@@ -178,4 +178,5 @@ def format_table(report: dict) -> str:
 def format_classes(report: dict) -> str:
     """The IoU of every class that occurs as text, one per line, and how many do not."""
     lines = [f"  {name:<18}{x:.3f}" for name, x in report["iou"].items() if x is not None]
-    return "\n".join([*lines, f"  without a pixel: {len(report['iou']) - len(lines)} classes"])
+    without = f"  without a pixel: {len(report['iou']) - len(lines)} classes"
+    return "\n".join(["IoU of each class", *lines, without])

@@ -1,8 +1,6 @@
 """What a run shows at its end: numbers, a table and figures of images it was not trained on."""
 
 import shlex
-import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +8,7 @@ import torch
 import toy
 from engine.files import write_json
 from engine.images import ImageFiles
-from grouping import GroupingNetwork
+from engine.run import Run
 from measures import retrieval, slot_statistics
 from measures.datasets import UNSEEN
 from measures.figures import draw_groups, draw_parts, draw_prototypes
@@ -22,17 +20,16 @@ SHOWN = 8  # images in groups.png
 SIZE, BATCH = 224, 16  # of photographs: px; at a time
 
 
-def toy_result(teacher: GroupingNetwork, c: Any, folder: Path, seconds: float) -> dict:
+def toy_result(run: Run, c: Any) -> dict:
     """Write result.json and groups.png of unseen scenes, print and return the report."""
-    start = time.perf_counter()
-    (k, dim_out), device = teacher.prototypes.weight.shape, teacher.prototypes.weight.device
-    scenes = toy.ToyImages(UNSEEN, c.held_out)
-    untrained = untrained_network(c.arch, k, c.dim_hidden, dim_out, device, c.seed)
+    teacher, folder, k = run.model.teacher, run.folder, c.num_prototypes
+    device, scenes = teacher.prototypes.weight.device, toy.ToyImages(UNSEEN, c.held_out)
+    untrained = untrained_network(c.arch, k, c.dim_hidden, c.dim_out, device, c.seed)
     report = compare_in_memory(teacher, untrained, scenes.images, scenes.semantic, toy.CLASS_NAMES)
-    report["seconds"] = round(seconds + time.perf_counter() - start, 1)
-    write_json(folder / "result.json", report)
     images, label = scenes.images[:SHOWN], scenes.semantic[:SHOWN]
     draw_groups(folder / "groups.png", images, segment(teacher, images)[0], label, k, report)
+    report["seconds"] = round(run.seconds, 1)
+    write_json(folder / "result.json", report)
     print(f"\n{c.held_out} scenes never trained on, {report['seconds']:.0f} s in all\n")
     print(format_table(report))
     print(f"\nfigures  {folder / 'groups.png'}; the numbers are in {folder / 'result.json'}")
@@ -40,31 +37,30 @@ def toy_result(teacher: GroupingNetwork, c: Any, folder: Path, seconds: float) -
 
 
 @torch.no_grad()
-def photos_result(
-    teacher: GroupingNetwork, images: ImageFiles, temperature: float, folder: Path, seconds: float
-) -> dict:
+def photos_result(run: Run, c: Any, images: ImageFiles) -> dict:
     """`toy_result` for photographs kept out of training; {}: none is readable."""
-    start = time.perf_counter()
-    teacher.eval()
-    view, run = center_view(SIZE), shlex.quote(str(folder))
+    teacher, folder = run.model.teacher.eval(), run.folder
+    view, shown = center_view(SIZE), shlex.quote(str(folder))
     batches = list(stream(images, view, BATCH))  # without those that cannot be read
     good = [images.name(i) for indices, _ in batches for i in indices.tolist()]
     images = ImageFiles(images.root, good)
     if not good:
         reason = "no photograph that was kept out can be read"
-        print(f"\nfigures  none: {reason}; for others: python visualize.py groups {run} A.jpg")
+        print(f"\nfigures  none: {reason}; for others: python visualize.py groups {shown} A.jpg")
         return {}
     report = slot_statistics.slot_report(*slot_statistics.slot_counts(teacher, batches))
     found = retrieval.retrieve(teacher, images, view, 5, BATCH, workers=0)
     chosen = retrieval.choose_prototypes(found.active, ["used"], 12)
     files = draw_prototypes(folder / "prototypes.png", teacher, images, view, found, chosen)
-    views = torch.cat([views for _, views in batches])[:SHOWN]
-    files += draw_parts(folder / "groups.png", teacher, views, temperature)
-    report["seconds"] = round(seconds + time.perf_counter() - start, 1)
+    views, file = torch.cat([views for _, views in batches])[:SHOWN], folder / "groups.png"
+    files += draw_parts(file, teacher, views, c.temp_teacher, use=found.active)
+    report["seconds"] = round(run.seconds, 1)
     write_json(folder / "result.json", report)
     print(f"\n{len(images)} photographs kept out of training, {report['seconds']:.0f} s in all")
     print(slot_statistics.format_slots(report))
+    print(f"counted in whole photographs of {SIZE} px; the log counts in crops of {c.image_size} "
+          "px, which show less, so fewer slots are occupied")  # fmt: skip
     print(f"\nfigures  {', '.join(map(str, files))}; the numbers are in {folder / 'result.json'}")
-    command = f"python evaluate.py segmentation {run} --dataset folder --data-dir F --size {SIZE}"
+    command = f"python evaluate.py segmentation {shown} --dataset folder --data-dir F --size {SIZE}"
     print(f"labels   with images/ and labels/ in a folder F, measure them: {command}")
     return report

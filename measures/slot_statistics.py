@@ -26,13 +26,15 @@ def slot_counts(network: Module, batches: Iterable[Pair]) -> Pair:
 
 
 def slot_report(active: Tensor, images_with: Tensor) -> dict:
-    """The statistics of the slides from `slot_counts`; bottom: the least often occupied in use."""
+    """The statistics of the slides from `slot_counts`; top: the five prototypes that are occupied
+    most often; bottom: of the others in use the five that are occupied least often.
+    """
     images = max(int(images_with.sum()), 1)
     order = active.argsort(descending=True, stable=True).tolist()
     used = [dict(prototype=k, images=int(active[k])) for k in order if active[k] > 0]
     return dict(
         images=images, num_prototypes=len(active), occupied_per_image=int(active.sum()) / images,
-        prototypes_used=len(used), top=used[:5], bottom=used[:-6:-1], active=active.tolist(),
+        prototypes_used=len(used), top=used[:5], bottom=used[5:][:-6:-1], active=active.tolist(),
         images_with=images_with.tolist(),
     )  # fmt: skip
 
@@ -44,5 +46,5 @@ def format_slots(report: dict) -> str:
     lines = [f"{mean}; {used}".format(**report)]
     for title, key in (("most often", "top"), ("least often, of those in use", "bottom")):
         numbers = (f"prototype {each['prototype']} ({each['images']})" for each in report[key])
-        lines.append(f"{title}: {', '.join(numbers)}")
+        lines += [f"{title}: {', '.join(numbers)}"] if report[key] else []
     return "\n".join(lines)

@@ -219,6 +219,13 @@ def test_a_run_does_not_start_from_another_backbone(contents, tmp_path):
         checkpoints.start_from(slotcon(4), str(path))
 
 
+def test_a_run_of_another_architecture_is_refused_with_the_option_that_fits(tmp_path):
+    config, state = dict(arch="small"), SlotCon("small", 5, 12, 6).state_dict()
+    path = file_with(dict(model=state, config=config), tmp_path)
+    with pytest.raises(ValueError, match=r"give --arch small$"):
+        checkpoints.start_from(slotcon(4), str(path))
+
+
 def trained(seed, memory_format=torch.contiguous_format, steps=1, name="lars"):
     """A layer after some steps of its optimizer."""
     torch.manual_seed(seed)

@@ -1,10 +1,12 @@
 """measures/curves.py: the curves of one run, and of several."""
 
+import itertools
 import json
 import math
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 
 from measures import curves
 from trained import record, write_run
@@ -59,6 +61,37 @@ def test_a_run_is_drawn_with_its_chance_lines_and_a_gap_for_what_its_log_lacks()
     assert np.isnan(panels_of([a_run()])[1]["group_loss"][1][0].get_ydata()).all()
     (text,) = figure.legends[0].get_texts()
     assert text.get_text() == "run: preset toy, arch tiny, num-prototypes 16"
+
+
+def test_a_loss_that_is_off_is_not_drawn_and_its_panel_says_so():
+    off = [record(step, slot_loss=0.0) for step in (10, 20)]
+    _, panels = panels_of([a_run(records=off, **CONFIG), a_run("b", **CONFIG)])
+    (first, second), (chance, _) = panels["slot_loss"]
+    assert np.isnan(first.get_ydata()).all() and np.isnan(chance.get_ydata()).all()
+    assert list(second.get_ydata()) == [2.0] * 3
+    axis = panels_of([a_run(records=off, **CONFIG)])[0].axes[1]
+    assert "turned off" in axis.texts[0].get_text() and not len(axis.get_yticks())
+
+
+def test_the_numbers_of_good_runs_are_those_of_the_presets_that_were_run():
+    toy, photos, other = (a_run(preset=name) for name in ("toy", "photos", "coco-r50"))
+    assert curves.hint_of("prototypes_used", [other]) == "1 to 3: collapsed"
+    assert "toy: 31 > 9 to 15 > 17" in curves.hint_of("prototypes_used", [toy, other])
+    assert "photos" not in curves.hint_of("prototypes_used", [toy, other])
+    assert len(curves.hint_of("prototypes_used", [photos, toy]).splitlines()) == 3
+
+
+@pytest.mark.parametrize("presets", [["toy"], ["toy", "photos"]])
+def test_no_two_labels_of_the_figure_overlap(presets):
+    figure = curves.draw_runs([a_run(name, **{**CONFIG, "preset": name}) for name in presets])
+    figure.draw_without_rendering()
+    panels = [axis.get_tightbbox() for axis in figure.axes]  # with all labels
+    labels = [child for axis in figure.axes for child in axis.get_children()]
+    labels = [each for each in labels if isinstance(each, Text) and each.get_text()]
+    assert len(labels) == 24 and len(panels) == 12
+    for boxes in (panels, [label.get_window_extent() for label in labels]):
+        pairs = itertools.combinations(boxes, 2)
+        assert not any(one.overlaps(other) for one, other in pairs)
 
 
 def test_the_legend_names_the_options_that_differ_and_no_others():

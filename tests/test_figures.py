@@ -7,7 +7,7 @@ from matplotlib.colors import rgb_to_hsv
 from PIL import Image
 
 from measures import figures
-from measures.figures import GRAY, prototype_colors
+from measures.figures import prototype_colors
 from measures.retrieval import retrieve
 from measures.streams import center_view
 from trained import K
@@ -44,7 +44,27 @@ def test_colors_are_a_function_of_the_prototype_and_clear_of_gray():
     _, saturation, value = rgb_to_hsv(many).T
     assert saturation.min() > 0.3 and value.min() > 0.3
     apart = np.abs(many[:24, None] - many[None, :24]).max(axis=2)
-    assert (apart + np.eye(24)).min() > 0.15
+    assert (apart + np.eye(24)).min() > 0.19
+
+
+def test_the_most_used_prototypes_have_the_best_separated_colors():
+    use = torch.tensor([3, 0, 70, 3, 9])
+    assert (prototype_colors(5, use)[[2, 4, 0, 3, 1]] == prototype_colors(5)).all()
+
+
+def test_no_soft_panel_is_near_gray():
+    gray = np.linspace(0, 1, 30)[None, :, None].repeat(3, axis=2)
+    for color in prototype_colors(24):
+        panel = figures.tint(gray, color, np.ones((1, 30)))
+        assert (panel.max(axis=2) - panel.min(axis=2)).min() > 0.23
+
+
+def test_a_class_and_its_prototype_have_one_color_whatever_else_is_used():
+    use = torch.tensor([9, 1, 4, 30, 2])
+    classes, prototypes = figures.matched_colors([3, None, 1], use)
+    assert (classes == prototype_colors(3)).all()
+    assert (prototypes[[3, 1]] == classes[[0, 2]]).all()
+    assert (prototypes[[0, 2, 4]] == prototype_colors(6)[3:]).all()  # by use
 
 
 def test_the_segment_of_a_prototype_is_where_its_enlarged_map_wins():
@@ -56,20 +76,24 @@ def test_the_segment_of_a_prototype_is_where_its_enlarged_map_wins():
     assert speck[30:, 6:12].all() and speck.sum() == 36
 
 
-def test_each_column_shows_the_segments_of_its_prototype_in_red(tmp_path):
-    images = [torch.full((3, 36, 36), 128, dtype=torch.uint8)] * 3
+@pytest.mark.parametrize("shade", [(128, 128, 128), (230, 20, 20), (240, 240, 240)])
+def test_each_column_shows_the_segments_of_its_prototype_and_all_else_gray(shade, tmp_path):
+    images = [torch.tensor(shade, dtype=torch.uint8)[:, None, None].expand(3, 36, 36)] * 3
     found = retrieve(BySide(), images, center_view(36), top=3, batch_size=2, workers=0)
     (file,) = figures.draw_prototypes(
         tmp_path / "p.png", BySide(), images, center_view(36), found, [2, 4]
     )
     image = pixels(file)
-    assert all(share_of(image[: len(image) // 4], prototype_colors(K)[k]) > 0.001 for k in (2, 4))
+    colors = prototype_colors(K, found.active)
+    assert all(share_of(image, colors[k]) > 0.001 for k in (2, 4))  # the lines
     image, width = image[len(image) // 3 :], image.shape[1]
+    rest_color = 0.6 + 0.4 * sum(shade) / 765
     for first, share, side in ((0, 2 / 3, -1), (width // 4, 1 / 3, 1)):  # of four columns
         column = image[:, first : first + width // 4]
-        red, rest = column[..., 0] > column[..., 1] + 0.2, np.abs(column - 0.5).max(axis=2) < 0.03
-        assert red.sum() / (red.sum() + rest.sum()) == pytest.approx(share, abs=0.06)
-        assert np.sign(red.nonzero()[1].mean() - rest.nonzero()[1].mean()) == side
+        within = column.max(axis=2) - column.min(axis=2) > 0.1
+        rest = np.abs(column - rest_color).max(axis=2) < 0.02
+        assert within.sum() / (within.sum() + rest.sum()) == pytest.approx(share, abs=0.06)
+        assert np.sign(within.nonzero()[1].mean() - rest.nonzero()[1].mean()) == side
 
 
 def test_groups_and_truth_have_the_colors_of_the_matched_prototypes(tmp_path):
@@ -78,10 +102,10 @@ def test_groups_and_truth_have_the_colors_of_the_matched_prototypes(tmp_path):
     truth[:, :, 4:], groups[:, :, 4:] = 1, 1
     report = dict(matching=dict(a=3, b=None, c=0), iou=dict(a=0.5, b=0.0, c=None))
     figures.draw_groups(tmp_path / "g.png", images, groups, truth, K, report)
-    image, colors = pixels(tmp_path / "g.png"), prototype_colors(K)
-    a, b, other = (share_of(image, color) for color in (colors[3], GRAY, colors[1]))
+    image = pixels(tmp_path / "g.png")
+    a, b, c, other = (share_of(image, color) for color in prototype_colors(4))
     assert a > 0.05 and b == pytest.approx(other, rel=0.2) and a == pytest.approx(2 * b, rel=0.2)
-    assert share_of(image, colors[0]) < 0.01  # of c only the legend is drawn
+    assert c < 0.01  # only in the legend
 
 
 def test_a_comparison_has_a_row_for_each_system(tmp_path):

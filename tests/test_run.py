@@ -94,6 +94,13 @@ def whole(tmp_path_factory):
     return folder
 
 
+def test_the_seconds_of_a_run_count_from_the_start_of_its_program(tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.run.BEGAN", time.perf_counter() - 1000)
+    assert 1000 < program(tmp_path).seconds < 1100
+    program(tmp_path, last_step=LAST + 1)
+    assert 2000 < last_of(tmp_path)["seconds"] < 2200
+
+
 def test_a_position_has_one_batch_wherever_a_run_starts_and_ranks_share_it():
     def taken(start, rank=0, world_size=1, count=7):
         sampler = RunSampler(14, 4, Place(CPU, rank, world_size), seed=3, start=start)

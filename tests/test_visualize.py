@@ -29,10 +29,12 @@ def places(tmp_path):
 
 
 @pytest.mark.parametrize("command, names", [
-    ("prototypes TRAINED --limit 4 --top 2 --count 3 --size 32", "prototypes"),
+    ("prototypes TRAINED --limit 4 --top 2 --count 3 --size 32", "prototypes_toy_scenes"),
+    ("prototypes RUN --data-dir PHOTOS --size 32", "prototypes_photos"),
     ("groups TRAINED CAT --size 32", "groups_cat"),
     ("groups TRAINED --slots 9 CAT CAT --size 32", "groups_cat_and_1_more"),  # words at the end
     ("groups TRAINED --data-dir PHOTOS --count 1 --size 32", "groups_photos"),
+    ("groups TRAINED PHOTOS CAT --size 32", "groups_photos_and_1_more"),
     ("groups RUN --count 1 --output PHOTOS", "../photos/groups_toy_scenes"),
     ("groups TRAINED --size 32 --slots 1" + 13 * " CAT",
      "groups_cat_and_12_more-001 groups_cat_and_12_more-002"),
