@@ -192,10 +192,12 @@ def test_a_result_that_cannot_be_written_ends_the_run_with_what_to_do(whole, tmp
 def test_fewer_steps_are_the_beginning_of_more(whole, tmp_path, capsys):
     assert run(tmp_path / "run", "--max-steps", "5") == 0
     assert last_of(tmp_path / "run")["step"] == 5
-    again = "the same command without --max-steps goes on; best of all tests "
+    again = "the same command without --max-steps goes on; best.pth has the best of all tests, "
     assert f"paused   at step 5 of 12; {again}" in capsys.readouterr().out
     assert run(tmp_path / "run") == 0
-    assert "done     at step 12 of 12; best of all tests " in capsys.readouterr().out
+    assert (
+        "done     at step 12 of 12; best.pth has the best of all tests, " in capsys.readouterr().out
+    )
     a, b = last_of(tmp_path / "run"), last_of(whole)
     assert not difference(a["model"], b["model"]) and not difference(a["optimizer"], b["optimizer"])
 
