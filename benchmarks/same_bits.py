@@ -4,7 +4,7 @@ move nothing.
     python benchmarks/same_bits.py record FOLDER      before the change: hashes, checkpoints
     python benchmarks/same_bits.py check FOLDER       after it, on the same machine
 
-Six short runs on toy scenes, started from the command line: one process, two processes, and each
+Five short runs on toy scenes, started from the command line: one process, two processes, and each
 ablation. `check` also resumes them in the middle, from checkpoints that it writes and from those
 that `record` left in FOLDER. Last bits depend on the machine and on torch, so FOLDER is never
 committed.
@@ -116,14 +116,12 @@ def check(folder: Path, only: list[str]) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("what", choices=("record", "check"))
     parser.add_argument("folder", type=Path)
-    parser.add_argument(
-        "--only", nargs="+", choices=RUNS, default=[], help="check: these runs only"
-    )
+    text = "check: these runs only"
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=[], help=text)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     if args.what == "record":

@@ -1,0 +1,71 @@
+"""The scripts in benchmarks/: each still runs to its result. What shortcuts find on toy scenes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import toy
+from benchmarks import same_bits, shortcuts
+
+
+def test_a_lookup_table_finds_what_there_is_and_nothing_else():
+    labels = (np.arange(4 * 6 * 5) % 8).reshape(4, 6, 5)
+    assert shortcuts.lookup_accuracy(labels + 1, labels) == 1.0
+    assert shortcuts.lookup_accuracy(np.zeros_like(labels), labels) == pytest.approx(1 / 8)
+
+
+def test_kmeans_finds_classes_that_have_a_color_each():
+    labels = np.stack([toy.scene(1, index).semantic for index in range(40)])
+    assert shortcuts.kmeans_miou(toy.CLASS_COLORS[labels], labels, seed=1) > 0.4
+
+
+def test_neither_color_nor_position_solves_the_default():
+    found = shortcuts.shortcuts(seed=1, count=64)
+    assert found["position"] < 0.17 and found["rgb_kmeans_miou"] < 0.16
+    assert found["color"] < 0.30 < found["random_convolutions"] < 0.7
+
+
+RUNS = {  # the smallest run of each script, and what its output says
+    "shortcuts": ("--count 16", "random_convolutions"),
+    "contrast": ("--k 16 --d 8 --batch 16 --ranks 2 --occupied 4", "occupied"),
+    "loader": ("--drawn 64x48 --batch-size 2 --rounds 1 --image-size 32", "ours"),
+    "step": ("--steps 2 --rounds 1 -- --preset toy --subset 32 --workers 0", "images/s"),
+    "law": ("--steps 20 --only 1", "The law was right in"),
+    "few_labels": (
+        "--backbones random=random --labeled 2 --seeds 0 --output-dir few -- --dataset toy "
+        "--batch-size 2 --steps 2 --workers 0",
+        "random",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_every_benchmark_runs_to_its_result(name, tmp_path):
+    options, expected = RUNS[name]
+    script = Path(__file__).parent.parent / "benchmarks" / f"{name}.py"
+    command = [sys.executable, str(script), *options.split()]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ)
+    assert ran.returncode == 0, ran.stderr
+    assert expected in ran.stdout
+
+
+@pytest.mark.slow
+def test_same_bits_tells_the_one_tensor_that_another_run_would_have_changed(
+    tmp_path, monkeypatch, capsys
+):
+    for name, value in dict(RUNS={"one": []}, HALF=1, WHOLE=2).items():
+        monkeypatch.setattr(same_bits, name, value)
+    same_bits.record(tmp_path)
+    assert same_bits.check(tmp_path, []) == 0
+    known = json.loads((tmp_path / "hashes.json").read_text())
+    known["one"]["model/center"] = "0"
+    (tmp_path / "hashes.json").write_text(json.dumps(known))
+    capsys.readouterr()
+    assert same_bits.check(tmp_path, []) == 3
+    assert capsys.readouterr().out.count("1 tensors differ, first model/center") == 3
