@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 from torchvision.models.convnext import LayerNorm2d
 
+from engine import timm_networks
+
 
 class ResNet(resnet.ResNet):
     """torchvision's ResNet up to C5, stride 32; the same names of tensors, without `fc.*`.
@@ -89,6 +91,8 @@ def convolution(channels: int, width: int, stride: int = 1, size: int = 3) -> li
     return [conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
 
 
+TIMM = "timm:"  # an architecture of this beginning is timm's, by its name there
+
 # name -> (residual block, blocks per stage), as in torchvision.models.
 RESNETS = {
     "resnet18": (resnet.BasicBlock, (2, 2, 2, 2)),
@@ -105,10 +109,18 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def build_backbone(arch: str) -> nn.Module:
-    """A backbone of `ARCHITECTURES` with random weights. Raises ValueError for an unknown name."""
+def build_backbone(arch: str, pretrained: bool = False) -> nn.Module:
+    """A backbone of `ARCHITECTURES` with random weights, or timm:NAME, which may be pretrained.
+
+    Raises ValueError for an unknown name, and where timm or its weights are not there.
+    """
+    if arch.startswith(TIMM):
+        return timm_networks.build(arch.removeprefix(TIMM), pretrained)
     if arch not in ARCHITECTURES:
-        raise ValueError(f"unknown architecture {arch!r}: choose one of {', '.join(ARCHITECTURES)}")
+        known = f"{', '.join(ARCHITECTURES)}, or {TIMM}NAME"
+        raise ValueError(f"unknown architecture {arch!r}: choose one of {known}")
+    if pretrained:
+        raise ValueError(f"--pretrained is for --arch {TIMM}NAME; give {arch} weights by --init")
     return ARCHITECTURES[arch]()
 
 

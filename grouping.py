@@ -84,23 +84,29 @@ def cell_centers(start: Tensor, end: Tensor, count: int) -> Tensor:
 class GroupingNetwork(nn.Module):
     """Backbone, projector and prototypes: the part of the student that has a teacher.
 
-    arch: of `backbone.ARCHITECTURES`; num_prototypes: k; dim_hidden: of the projector; dim_out: d.
-    Prototypes start from N(0, 1) [O]. Raises ValueError for a size below 1.
+    arch, pretrained: of `backbone.build_backbone`; num_prototypes: k; dim_hidden: of the projector;
+    dim_out: d. Prototypes start from N(0, 1) [O]. Raises ValueError for a size below 1.
     """
 
-    def __init__(self, arch: str, num_prototypes: int, dim_hidden: int = 4096, dim_out: int = 256):
+    def __init__(
+        self, arch: str, num_prototypes: int, dim_hidden: int = 4096, dim_out: int = 256,
+        pretrained: bool = False,
+    ):  # fmt: skip
         super().__init__()
         sizes = dict(num_prototypes=num_prototypes, dim_hidden=dim_hidden, dim_out=dim_out)
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, found {size}")
-        self.backbone = build_backbone(arch)
+        self.backbone = build_backbone(arch, pretrained)
         self.projector = Projector(self.backbone.out_channels, dim_hidden, dim_out)
         self.prototypes = nn.Embedding(num_prototypes, dim_out)
 
-    def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images (b 3 y x) normalized -> backbone map (b c h w), pixel embeddings (b d h w)."""
-        features = self.backbone(images)
+    def embed(self, images: Tensor, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """images (b 3 y x) normalized -> backbone map (b c h w), pixel embeddings (b d h w).
+
+        features: the map, where it is known.
+        """
+        features = self.backbone(images) if features is None else features
         return features, self.projector(features)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -40,10 +40,13 @@ class Config:
     epochs: float = option(800, "length of the run and of all schedules [P]", low=0, high=1e6)
     steps: int = option(0, "the same in optimizer steps; 0: --epochs", low=0, high=10**9)
     batch_size: int = option(512, "images per step, over all processes [P]", low=2, high=10**6)
-    arch: str = option("resnet50", "backbone, a row of backbone.py: ARCHITECTURES")
+    arch: str = option("resnet50", "backbone, a row of backbone.py: ARCHITECTURES, or timm:NAME")
     image_size: int = option(224, "side of a view, px [P]", low=32, high=4096)
     num_prototypes: int = option(256, "k; 256 for COCO, 2048 for ImageNet [P]", low=2, high=10**6)
     init: str = option("", "start from these weights: a checkpoint, or a backbone", free=True)
+    pretrained: bool = option(False, "of timm:NAME: start from timm's own weights", free=True)
+    freeze_backbone: bool = option(
+        False, "learn projector, prototypes and predictor only, on the backbone as it is [U]")
     max_steps: int = option(
         0, "pause after this many steps in all; schedules do not change", low=0, high=10**9,
         free=True)

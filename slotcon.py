@@ -7,6 +7,7 @@ Read next: data.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -52,7 +53,9 @@ class SlotCon(nn.Module):
     at 1 there is no slot loss. temp_student, temp_teacher: of the assignments; temp_slot: of the
     contrast. slot_loss: "ctr" contrasts slots, "reg" regresses them (table 8b). align: "asgn"
     undoes the augmentation on similarity maps, "proj" on embeddings (table 8c). image_loss: adds
-    the image term, of table 8d, weight 1 [U]. Raises ValueError for what does not exist.
+    the image term, of table 8d, weight 1 [U]. freeze_backbone: the backbone, such as a pretrained
+    one of timm, stays as it is, in student and teacher [U]. Raises ValueError for what does not
+    exist.
     """
 
     def __init__(
@@ -68,6 +71,8 @@ class SlotCon(nn.Module):
         slot_loss: str = "ctr",
         align: str = "asgn",
         image_loss: bool = False,
+        pretrained: bool = False,
+        freeze_backbone: bool = False,
     ):
         super().__init__()
         if slot_loss not in ("ctr", "reg") or align not in ("asgn", "proj"):
@@ -76,10 +81,14 @@ class SlotCon(nn.Module):
         self.group_weight, self.slot_loss, self.align = group_weight, slot_loss, align
         self.temp_student, self.temp_teacher, self.temp_slot = temp_student, temp_teacher, temp_slot
         self.image_loss = image_loss
-        self.student = GroupingNetwork(arch, num_prototypes, dim_hidden, dim_out)
+        self.freeze_backbone = freeze_backbone
+        self.student = GroupingNetwork(arch, num_prototypes, dim_hidden, dim_out, pretrained)
         self.predictor = SlotPredictor(dim_out, dim_out, dim_hidden) if group_weight < 1 else None
         self.register_buffer("center", torch.zeros(num_prototypes))
         self.teacher = make_teacher(self.student)
+        if freeze_backbone:  # both networks have one and the same
+            self.student.backbone.requires_grad_(False)
+            self.teacher.backbone = self.student.backbone
         if image_loss:  # the same three layers on one vector per image [U]
             channels = self.student.backbone.out_channels
             self.image_projector = SlotPredictor(channels, dim_out, dim_hidden)
@@ -92,7 +101,8 @@ class SlotCon(nn.Module):
         """
         s1, s2 = self.describe(self.student, views, boxes, flipped)
         with torch.no_grad():
-            t1, t2 = self.describe(self.teacher, views, boxes, flipped)
+            known = [s1.features, s2.features] if self.freeze_backbone else [None, None]
+            t1, t2 = self.describe(self.teacher, views, boxes, flipped, known)
         valid = overlapping(boxes)
 
         # Pixels that lie in the same location should have similar assignments.
@@ -123,11 +133,12 @@ class SlotCon(nn.Module):
         )
 
     def describe(
-        self, network: GroupingNetwork, views: Tensor, boxes: Tensor, flipped: Tensor
-    ) -> list[View]:
-        """The records of both views; arguments as in `forward`."""
+        self, network: GroupingNetwork, views: Tensor, boxes: Tensor, flipped: Tensor,
+        known: Sequence[Tensor | None] = (None, None),
+    ) -> list[View]:  # fmt: skip
+        """The records of both views; arguments as in `forward`; known: the backbone's maps."""
         # View 1 first, then view 2: joined, they would share their batch statistics [O].
-        embedded = [network.embed(images) for images in views.unbind(1)]  # over v
+        embedded = [network.embed(*of_view) for of_view in zip(views.unbind(1), known)]  # over v
         prototypes, on_maps = network.prototypes.weight, self.align == "asgn"
         maps = [similarity(z, prototypes) for _, z in embedded]
         records = []
@@ -153,6 +164,12 @@ class SlotCon(nn.Module):
         with torch.no_grad():
             k1, k2 = (self.image_teacher(x) for x in pooled[2:])
         return losses.image_contrast(q1, k2) + losses.image_contrast(q2, k1)
+
+    def train(self, mode: bool = True) -> SlotCon:
+        """As of every module, but a frozen backbone keeps its running statistics."""
+        super().train(mode)
+        self.student.backbone.train(mode and not self.freeze_backbone)
+        return self
 
     def update_center(self, mean: Tensor, momentum: float) -> None:
         """center <- momentum center + (1 - momentum) mean, both (k)."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from backbone import ARCHITECTURES, architecture_of
+from backbone import ARCHITECTURES, TIMM, architecture_of
 from engine import checkpoints
 from grouping import GroupingNetwork
 
@@ -42,7 +42,8 @@ def read(path: str | Path, which: str) -> tuple[checkpoints.Checkpoint, str]:
     found = checkpoints.read(path)
     state, named = found.backbone(which), found.config.get("arch")
     try:
-        return found, named if named in ARCHITECTURES else architecture_of(state)
+        known = named in ARCHITECTURES or str(named).startswith(TIMM)
+        return found, named if known else architecture_of(state)
     except ValueError as error:
         raise ValueError(f"{path} holds no known backbone: {error}") from None
 

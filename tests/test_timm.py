@@ -1,0 +1,98 @@
+"""Backbones of timm by name: whatever gives a map learns, resumes, can be frozen and read again."""
+
+import sys
+
+import pytest
+import torch
+
+from backbone import build_backbone
+from measures.networks import open_network
+from photometric import IMAGENET_MEAN, IMAGENET_STD
+from slotcon import SlotCon
+from staged import last_of, train_here
+
+SMALLEST = "test_vit", "test_convnext", "test_resnet"  # timm's own, for tests
+SIZES = ("--image-size", "64", "--log-every", "1")
+
+
+def test_without_timm_one_line_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ValueError, match="--arch timm:test_vit needs timm: pip install timm"):
+        build_backbone("timm:test_vit")
+
+
+def test_weights_of_ours_are_not_pretrained():
+    with pytest.raises(ValueError, match="--pretrained is for --arch timm:NAME; give tiny weights"):
+        build_backbone("tiny", pretrained=True)
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_a_backbone_of_timm_says_its_channels_and_stride_and_every_weight_learns(name):
+    pytest.importorskip("timm")
+    backbone = build_backbone(f"timm:{name}")
+    maps = backbone(torch.randn(2, 3, 96, 64))
+    stride = backbone.stride
+    assert maps.shape == (2, backbone.out_channels, 96 // stride, 64 // stride)
+    maps.square().sum().backward()
+    learning = [p for p in backbone.parameters() if p.requires_grad]
+    assert learning and all(p.grad is not None for p in learning)
+
+
+def test_a_name_or_a_size_that_timm_does_not_take_is_one_line():
+    pytest.importorskip("timm")
+    with pytest.raises(ValueError, match="timm has no test_vitt: did you mean test_vit"):
+        build_backbone("timm:test_vitt")
+    with pytest.raises(ValueError, match="does not take views of 50 x 64 px"):
+        build_backbone("timm:test_vit")(torch.zeros(1, 3, 50, 64))
+
+
+def test_views_are_normalized_as_the_network_of_timm_expects_it():
+    pytest.importorskip("timm")
+    ours, plain = build_backbone("timm:test_vit"), build_backbone("timm:test_vit")
+    plain.load_state_dict(ours.state_dict())
+    ours.pretrained_cfg = {**ours.pretrained_cfg, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    plain.pretrained_cfg = {**ours.pretrained_cfg, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    pixels = torch.rand(2, 3, 64, 64)
+    column = lambda values: torch.tensor(values)[:, None, None]
+    usual = (pixels - column(IMAGENET_MEAN)) / column(IMAGENET_STD)
+    assert torch.allclose(ours(usual), plain((pixels - 0.5) / 0.25), atol=1e-5)
+    assert not torch.allclose(ours(usual), plain(usual), atol=1e-2)
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_a_run_on_timm_resumes_to_the_same_bits_and_loads_back_strictly(
+    name, photographs, tmp_path
+):
+    timm = pytest.importorskip("timm")
+    arguments = ("--arch", f"timm:{name}", *SIZES)
+    for folder, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
+        more = (*arguments, "--max-steps", str(steps))
+        train_here(tmp_path / folder, *more, photographs=photographs)
+    whole, parts = (last_of(tmp_path / folder)["model"] for folder in ("whole", "parts"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    network, config = open_network(tmp_path / "whole", "teacher")
+    assert (
+        config["arch"] == f"timm:{name}" and network(torch.randn(1, 3, 64, 64))[1].isfinite().all()
+    )
+    timm.create_model(name, num_classes=0).load_state_dict(network.backbone.state_dict())
+
+
+def test_a_frozen_backbone_stays_bit_for_bit_and_is_computed_once_per_view(photographs, tmp_path):
+    pytest.importorskip("timm")
+    arguments = ("--arch", "timm:test_resnet", "--freeze-backbone", *SIZES)
+    for steps in (1, 4):
+        more = (*arguments, "--max-steps", str(steps))
+        train_here(tmp_path / f"{steps}", *more, photographs=photographs)
+    first, last = (last_of(tmp_path / steps)["model"] for steps in ("1", "4"))
+    frozen = [key for key in first if ".backbone." in key]
+    assert frozen and all(torch.equal(first[key], last[key]) for key in frozen)
+    assert not torch.equal(first["teacher.prototypes.weight"], last["teacher.prototypes.weight"])
+
+    model = SlotCon("timm:test_resnet", 5, 12, 7, freeze_backbone=True).train()
+    seen = []
+    model.student.backbone.register_forward_hook(lambda *_: seen.append(1))
+    boxes = torch.tensor([0.0, 0, 1, 1]).expand(3, 2, 4)
+    loss, _ = model(torch.randn(3, 2, 3, 64, 64), boxes, torch.zeros(3, 2, dtype=torch.bool))
+    loss.backward()
+    assert len(seen) == 2 and model.teacher.backbone is model.student.backbone
+    assert model.student.projector.mlp[0].weight.grad.any()
