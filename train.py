@@ -153,8 +153,7 @@ def describe(c: Config, schedule: Schedule, place: Place, model: SlotCon) -> lis
         f"process(es); {schedule.steps_per_epoch} steps per epoch, {schedule.total_steps} in all",
         f"lr       {schedule.peak:g} = {c.base_lr:g} x {c.batch_size} / 256, {c.optimizer}, "
         f"warm-up {schedule.warmup_steps} steps",
-        f"chance   the group loss, a sum of two directions, is 2 ln k = "
-        f"{2 * math.log(c.num_prototypes):.3f} for a uniform assignment",
+        f"chance   2 ln k = {2 * math.log(c.num_prototypes):.3f}: the group loss without groups",
     ]
     if schedule.warmup_steps >= schedule.total_steps:
         lines.append("warning  the warm-up is as long as the run: lower --warmup")

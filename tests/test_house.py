@@ -16,7 +16,8 @@ WRONG_ARROW = re.compile(
     rf"(?!tests|benchmarks|notebooks)\S+ imports ({PROGRAMS})"
     r"|engine\S* imports (?!engine)\S+"
     r"|(measures|comparisons|downstream)\S* imports recipes"
-    rf"|(?!data imports engine.images|backbone imports engine.timm)({NOUNS}) imports (?!{NOUNS}|engine.ranks)\S+"
+    r"|(?!data imports engine.images|backbone imports engine.timm_networks)"
+    rf"({NOUNS}) imports (?!{NOUNS}|engine.ranks)\S+"
 )
 
 
