@@ -4,6 +4,7 @@
     python evaluate.py segmentation last.pth --dataset coco_stuff --data-dir COCO         table 5
     python evaluate.py slots last.pth --data-dir COCO/val2017     occupied slots and how often each
     python evaluate.py probe last.pth --dataset voc --data-dir VOCdevkit   features, with labels
+    python evaluate.py masks runs/photos PHOTOS --output MASKS      groups of a folder, as files
 
 Slides: "Understanding the semantic grouping ability: unsupervised semantic segmentation";
 "Statistics about the slots".
@@ -41,7 +42,21 @@ def commands() -> options.Commands:
         parser.add_argument("--size", type=options.side, metavar="N", help=text, **several)
         if name != "slots":
             add_labeled(parser)
+    add_masks(known.add("masks", "the groups of photographs as files", paths="photos"))
     return known
+
+
+def add_masks(parser: options.Parser) -> None:
+    """The options of masks."""
+    options.add_checkpoint(parser)
+    add = parser.add_argument
+    add("photos", nargs="+", type=options.path, help="folders or files")
+    add("--output", type=options.path, required=True, metavar="FOLDER", help="of the masks")
+    text = "short side of what the network sees, px (default: 224)"
+    add("--size", type=options.side, default=224, metavar="N", help=text)
+    text = "text file of names, lines such as '3 sky', for prototypes.json and the masks"
+    add("--names", type=options.path, metavar="FILE", help=text)
+    add("--workers", type=options.whole, default=0, metavar="N", help="processes that decode (0)")
 
 
 def add_labeled(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +77,7 @@ if __name__ == "__main__":  # a misspelled option is answered before torch is lo
 
 import torch
 
-from measures import datasets, groups, networks, probes, slot_statistics, streams
+from measures import datasets, groups, masks, networks, probes, slot_statistics, streams
 
 
 def measure_segmentation(args: argparse.Namespace) -> dict:
@@ -127,6 +142,20 @@ def measure_probe(args: argparse.Namespace) -> dict:
     return result
 
 
+def measure_masks(args: argparse.Namespace) -> dict:
+    """A mask for each photograph, and what is in all of them."""
+    network, config = networks.open_network(args.checkpoint, args.network, args.device)
+    photos = streams.open_photographs(args.photos)
+    names = masks.read_names(args.names, config["num_prototypes"])
+    print(f"masks of {len(photos)} photographs, by {args.checkpoint}, in {args.output}")
+    found = masks.write_masks(network, photos, args.output, args.size, names, args.workers)
+    used = sorted(found["prototypes"], key=lambda prototype: -prototype["share"])[:8]
+    rows = {f"{p['prototype']} {p['name']}": [f"{p['share']:.1%}", str(p["images"])] for p in used}
+    print(groups.table(rows, ["of the pixels", "photographs"]))
+    print(f"{len(found['photos'])} photographs have a mask; {args.output}/contact_sheet.png")
+    return dict(checkpoint=str(args.checkpoint), output=str(args.output), **found)
+
+
 def open_labeled(args: argparse.Namespace, split: str | None = None) -> datasets.Labeled:
     """The labeled images that the options ask for."""
     dataset, split = dataset_of(args), split or args.split
@@ -153,6 +182,7 @@ def source(args: argparse.Namespace, config: Mapping[str, Any]) -> dict:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
     functions = dict(segmentation=measure_segmentation, slots=measure_slots, probe=measure_probe)
+    functions["masks"] = measure_masks
     return run_program("evaluate.py", lambda words: commands().run(words, functions), argv)
 
 

@@ -1,5 +1,6 @@
 """Images in order, one batch after another: opened, cut to squares, read by worker processes."""
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -16,7 +17,7 @@ from tqdm import tqdm
 import toy
 from data import center_square
 from engine.batches import Loaded
-from engine.images import BadImage, ImageFiles, find_images
+from engine.images import BadImage, ImageFiles, Photographs, find_images
 from measures.datasets import UNSEEN, Labeled
 
 Batches = Iterable[tuple[Tensor, tuple[Tensor, Tensor]]]  # labeled: indices, (images, label)
@@ -79,6 +80,19 @@ def open_images(dataset: str, data_dir: Path | None, limit: int = 0) -> ImageFil
     folder = data_dir / "val2017" if (data_dir / "val2017").is_dir() else data_dir
     root, paths, _ = find_images(folder)
     return ImageFiles(root, paths[spaced(len(paths), limit)])
+
+
+def open_photographs(places: Sequence[Path]) -> Photographs:
+    """The photographs in files and folders, named from where all lie. Raises ValueError."""
+    files = []
+    for place in places:
+        root, paths, _ = find_images(place) if place.is_dir() else (place.parent, [place.name], "")
+        files += [os.path.abspath(root / path) for path in paths]
+    if missing := [file for file in files if not os.path.isfile(file)]:
+        raise ValueError(f"there is no photograph {missing[0]}")
+    files = sorted(set(files))
+    root = os.path.commonpath([os.path.dirname(file) for file in files])
+    return Photographs(root, [os.path.relpath(file, root) for file in files])
 
 
 def read_views(images: Sequence[Tensor], view: Callable[[Tensor], Tensor]) -> Tensor:

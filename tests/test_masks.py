@@ -1,0 +1,140 @@
+"""evaluate.py masks: the groups of photographs as files that any labeling tool opens."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import ExifTags, Image
+
+import evaluate
+from grouping import GroupingNetwork
+from measures import masks
+from measures.groups import segment
+from measures.networks import open_network
+
+K = 6
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    network = GroupingNetwork("tiny", K, 8, 5).eval()
+    state = {f"teacher.{name}": value for name, value in network.state_dict().items()}
+    state |= {name.replace("teacher", "student"): value for name, value in state.items()}
+    torch.save(dict(model=state, config=dict(arch="tiny")), tmp_path / "last.pth")
+    return tmp_path / "last.pth"
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """One of each kind: wide, turned by its camera, gray, CMYK, in a subfolder, and broken."""
+    folder, rng = tmp_path / "photos", np.random.default_rng(5)
+    (folder / "deep").mkdir(parents=True)
+    drawn = lambda y, x: Image.fromarray(rng.integers(0, 256, (y // 8, x // 8, 3), np.uint8))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # stored lying, 48 x 90; upright it is 90 x 48
+    drawn(64, 160).resize((160, 64)).save(folder / "a.png")
+    drawn(48, 88).resize((90, 48)).save(folder / "turned.jpg", exif=exif)
+    drawn(64, 64).resize((64, 64)).convert("L").save(folder / "gray.png")
+    drawn(64, 64).resize((70, 64)).convert("CMYK").save(folder / "cmyk.jpg")
+    drawn(64, 64).resize((64, 64)).save(folder / "deep" / "a.png")
+    drawn(64, 64).resize((64, 64)).save(folder / "a.bmp")
+    (folder / "broken.jpg").write_text("no image")
+    return folder
+
+
+SIZES = {  # (x, y) of each mask
+    "a.png.png": (160, 64), "turned.png": (48, 90), "gray.png": (64, 64), "cmyk.png": (70, 64),
+    "deep/a.png": (64, 64), "a.bmp.png": (64, 64),
+}  # fmt: skip
+
+
+def run(*words, status=0):
+    assert evaluate.main(["masks", *map(str, words)]) == status
+
+
+def contents(folder):
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def test_every_photograph_has_a_palette_image_of_its_upright_size(
+    checkpoint, photos, tmp_path, capsys
+):
+    out = tmp_path / "masks"
+    run(checkpoint, photos, "--output", out, "--size", 64, "--json", tmp_path / "r.json")
+    text = capsys.readouterr()
+    assert "6 photographs have a mask" in text.out and "left out broken.jpg" in text.err
+    for name, size in SIZES.items():
+        with Image.open(out / name) as mask:
+            assert (mask.size, mask.mode) == (size, "P") and np.asarray(mask).max() < K
+    assert {f for f in contents(out) if f.endswith(".png")} == {*SIZES, "contact_sheet.png"}
+    shares = json.loads((tmp_path / "r.json").read_text())["photos"]
+    with Image.open(out / "turned.png") as mask:
+        counts = np.bincount(np.asarray(mask).ravel(), minlength=K) / (48 * 90)
+    found = [shares["turned.jpg"].get(str(k), 0) for k in range(K)]
+    assert found == pytest.approx(counts.tolist(), abs=1e-5)
+
+
+def test_ids_are_those_of_the_segmentation_that_is_measured(checkpoint, photos, tmp_path):
+    run(checkpoint, photos / "deep", photos / "gray.png", "--output", tmp_path / "m", "--size", 64)
+    network, _ = open_network(checkpoint)
+    with Image.open(photos / "deep" / "a.png") as image:
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    with Image.open(tmp_path / "m" / "deep" / "a.png") as mask:
+        assert np.array_equal(np.asarray(mask), segment(network, pixels[None])[0][0].numpy())
+
+
+def test_prototypes_json_says_color_share_images_and_the_nearest_segments(
+    checkpoint, photos, tmp_path
+):
+    out = tmp_path / "m"
+    (tmp_path / "names.txt").write_text("0 sky\n\n3 the ground\n")
+    given = "--output", out, "--size", 64, "--names", tmp_path / "names.txt"
+    run(checkpoint, photos, *given)
+    found = json.loads((out / "prototypes.json").read_text())
+    assert [p["prototype"] for p in found] == list(range(K))
+    assert [p["name"] for p in found] == ["sky", "", "", "the ground", "", ""]
+    assert sum(p["share"] for p in found) == pytest.approx(1, abs=1e-4)
+    for p in found:
+        near = [segment["similarity"] for segment in p["nearest"]]
+        assert near == sorted(near, reverse=True) and len(near) == min(p["images"], 5)
+    with Image.open(out / "gray.png") as mask:
+        assert mask.text == {"prototype 0": "sky", "prototype 3": "the ground"}
+        palette = np.array(mask.getpalette()).reshape(-1, 3)
+    assert ["#" + bytes(palette[p["prototype"]].tolist()).hex() for p in found] == [
+        p["color"] for p in found
+    ]
+
+
+def test_stopped_anywhere_and_started_again_it_ends_with_the_same_files(
+    checkpoint, photos, tmp_path, monkeypatch
+):
+    run(checkpoint, photos, "--output", tmp_path / "whole", "--size", 64)
+    plain, calls = masks.write_mask, []
+
+    def write(*given):
+        calls.append(plain(*given))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(masks, "write_mask", write)
+    run(checkpoint, photos, "--output", tmp_path / "parts", "--size", 64, status=130)
+    with (tmp_path / "parts" / "segments.jsonl").open("a") as out:
+        out.write('{"photo": "cut o')
+    monkeypatch.setattr(masks, "write_mask", plain)
+    run(checkpoint, photos, "--output", tmp_path / "parts", "--size", 64)
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_another_size_wrong_names_and_missing_photographs_are_one_line(
+    checkpoint, photos, tmp_path, capsys
+):
+    out = "--output", tmp_path / "m"
+    run(checkpoint, photos, *out, "--size", 64)
+    run(checkpoint, photos, *out, "--size", 96, status=2)
+    assert "is of another network or --size: give another --output" in capsys.readouterr().err
+    (tmp_path / "names.txt").write_text("6 sky\n")
+    run(checkpoint, photos, *out, "--size", 64, "--names", tmp_path / "names.txt", status=2)
+    assert "'6 sky': expected a prototype from 0 to 5" in capsys.readouterr().err
+    run(checkpoint, tmp_path / "no.jpg", *out, status=2)
+    assert "there is no photograph" in capsys.readouterr().err
