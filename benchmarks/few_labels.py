@@ -45,7 +45,7 @@ def main() -> None:
     )
     parser.add_argument("--backbones", nargs="+", required=True, help="NAME=FILE, or NAME=random")
     labeled = dict(nargs="+", type=int, required=True, help="numbers of images, 0: all")
-    parser.add_argument("--labeled", "--labelled", **labeled)
+    parser.add_argument("--labeled", **labeled)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("options", nargs="*", help="of transfer.py segmentation")

@@ -32,13 +32,13 @@ def test_neither_color_nor_position_solves_the_default():
 
 RUNS = {  # the smallest run of each script, and what its output says
     "shortcuts": ("--count 16", "random_convolutions"),
-    "contrast": ("--k 16 --d 8 --batch 16 --ranks 2 --occupied 4", "occupied"),
+    "contrast": ("--k 16 --d 8 --batch 16 --ranks 2 --occupied 4", "MB on the wire"),
     "loader": ("--drawn 64x48 --batch-size 2 --rounds 1 --image-size 32", "ours"),
     "step": ("--steps 2 --rounds 1 -- --preset toy --subset 32 --workers 0", "images/s"),
     "law": ("--steps 20 --only 1", "The law was right in"),
     "few_labels": (
         "--backbones random=random --labeled 2 --seeds 0 --output-dir few -- --dataset toy "
-        "--batch-size 2 --steps 2 --workers 0",
+        "--batch-size 2 --base-steps 1 --warmup-steps 0 --workers 0",
         "random",
     ),
 }
