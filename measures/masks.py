@@ -1,7 +1,6 @@
 """The groups of photographs as files: a mask beside each, and what is in all of them together.
 
 FOLDER/NAME.png         prototypes as a palette image of the photograph's size; 16 bits from k = 257
-FOLDER/segments.jsonl   a line per photograph: {prototype: [share of the pixels, mean similarity]}
 FOLDER/prototypes.json  color, name, share, images and nearest segments of every prototype
 FOLDER/contact_sheet.png
 """
@@ -10,7 +9,7 @@ import hashlib
 import heapq
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,8 @@ from torch.utils.data import Subset
 from engine.files import write_atomically, write_json
 from engine.images import BadImage, Photograph, Photographs
 from grouping import GroupingNetwork
-from measures.figures import grid, prototype_colors
+from measures.datasets import lines_of
+from measures.figures import as_images, grid, prototype_colors
 from measures.groups import winner
 from measures.streams import spaced, stream
 from photometric import normalize
@@ -74,117 +74,121 @@ def segments_of(
     return mask, found
 
 
-def write_mask(file: Path, mask: Image.Image, palette: bytes, names: Mapping[int, str]) -> None:
-    """A PNG with the palette, and the names as text. Raises OSError."""
-    about = PngInfo()
-    for number, name in names.items():
-        about.add_itxt(f"prototype {number}", name)
+def write_mask(file: Path, mask: Image.Image, palette: bytes, about: Mapping[str, Any]) -> None:
+    """A PNG with the palette, and with what is known about it as JSON in a text. Raises OSError."""
+    text = PngInfo()
+    text.add_itxt("slotcon", json.dumps(about))
     if mask.mode in ("L", "P"):
         mask.putpalette(palette)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, lambda out: mask.save(out, "PNG", pnginfo=about))
+    write_atomically(file, lambda out: mask.save(out, "PNG", pnginfo=text))
 
 
-def file_names(photos: Photographs) -> list[str]:
+def read_about(file: Path, network: str) -> dict[str, Any] | None:
+    """What a mask says of itself; None: there is none, or one of another network or size."""
+    try:
+        with Image.open(file) as mask:
+            about = json.loads(mask.text["slotcon"])
+    except (OSError, AttributeError, KeyError, ValueError):
+        return None
+    return about if about["network"] == network else None
+
+
+def mask_files(photos: Photographs, folder: Path) -> list[Path]:
     """NAME.png for each photograph; where two differ in their ending only, NAME.jpg.png."""
     stems = [str(Path(path).with_suffix("")) for path in photos.paths]
     count = Counter(stems)
-    return [f"{s if count[s] == 1 else p}.png" for s, p in zip(stems, photos.paths.tolist())]
+    names = [s if count[s] == 1 else path for s, path in zip(stems, photos.paths.tolist())]
+    return [folder / f"{name}.png" for name in names]
 
 
 def read_names(file: Path | None, k: int) -> dict[int, str]:
     """Names of prototypes from lines such as "3 sky"; {} without a file. Raises ValueError."""
-    names: dict[int, str] = {}
-    for line in file.read_text(encoding="utf-8-sig").splitlines() if file else ():
-        number, _, name = line.strip().partition(" ")
-        if line.strip() and not (number.isdecimal() and int(number) < k and name.strip()):
+    names = {}
+    for line in filter(None, map(str.strip, lines_of(file) if file else ())):
+        number, _, name = line.partition(" ")
+        if not (number.isdecimal() and int(number) < k and name):
             expected = f"expected a prototype from 0 to {k - 1} and its name, such as '3 sky'"
-            raise ValueError(f"{file}: {line.strip()!r}: {expected}")
-        if line.strip():
-            names[int(number)] = name.strip()
+            raise ValueError(f"{file}: {line!r}: {expected}")
+        names[int(number)] = name.strip()
     return names
-
-
-def resume(file: Path, made_by: Mapping[str, Any]) -> set[str]:
-    """The photographs in segments.jsonl. Raises ValueError where another network has made it."""
-    text = file.read_bytes() if file.exists() else b""
-    text = text[: text.rfind(b"\n") + 1] or json.dumps(made_by).encode() + b"\n"
-    write_atomically(file, lambda out: out.write(text))  # without a line that was cut off
-    first, *lines = map(json.loads, text.splitlines())
-    if first != made_by:
-        raise ValueError(f"{file} is of another network or --size: give another --output")
-    return {line["photo"] for line in lines}
 
 
 def write_masks(
     network: GroupingNetwork, photos: Photographs, folder: Path, size: int,
     names: Mapping[int, str], workers: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
-    """Every file above, for the photographs that lack a mask -> the contents of prototypes.json,
-    and the shares of each photograph. Raises ValueError, OSError.
+    """All files, for the photographs that lack a mask -> the contents of prototypes.json, and the
+    shares of each photograph. Raises OSError.
     """
-    weights, k = network.prototypes.weight, network.prototypes.num_embeddings
-    digest = hashlib.sha256(weights.detach().cpu().numpy().tobytes()).hexdigest()
-    colors, lines, files = prototype_colors(k), folder / "segments.jsonl", file_names(photos)
+    weights, files = network.prototypes.weight.detach().cpu(), mask_files(photos, folder)
+    by = f"{hashlib.sha256(weights.numpy().tobytes()).hexdigest()} {size}"
+    colors = prototype_colors(len(weights))
     palette = np.uint8(colors * 255 + 0.5).tobytes()
-    folder.mkdir(parents=True, exist_ok=True)
-    done = resume(lines, dict(prototypes=digest, size=size))
-    ready = [photos.name(i) in done and (folder / files[i]).is_file() for i in range(len(photos))]
-    for i in (i for i, is_ready in enumerate(ready) if is_ready and names):
-        with Image.open(folder / files[i]) as mask:  # its prototypes may have got other names
-            write_mask(folder / files[i], mask.copy(), palette, names)
-    todo = [i for i, is_ready in enumerate(ready) if not is_ready]
-    photographs = Subset(photos, todo)
-    for index, (image, whole) in stream(photographs, partial(view, size=size), 1, workers, "masks"):
-        i = todo[int(index)]
-        mask, found = segments_of(network, image, whole[0].tolist())
-        write_mask(folder / files[i], mask, palette, names)
-        if photos.name(i) not in done:
-            with lines.open("a", encoding="utf-8") as out:
-                out.write(json.dumps(dict(photo=photos.name(i), segments=found)) + "\n")
-    ready = [i for i, file in enumerate(files) if (folder / file).is_file()]
-    draw_sheet(folder, photos, [(i, files[i]) for i in ready], palette)
-    result = summary(lines, colors, names)
+    todo = []
+    for i, file in enumerate(files):
+        about = read_about(file, by)
+        if about is None:
+            todo.append(i)
+        elif about["names"] != named(about["segments"], names):
+            with Image.open(file) as mask:
+                about["names"] = named(about["segments"], names)
+                write_mask(file, mask.copy(), palette, about)
+    todo_photos, see = Subset(photos, todo), partial(view, size=size)
+    for place, (image, whole) in stream(todo_photos, see, 1, workers, "masks"):
+        mask, segments = segments_of(network, image, whole[0].tolist())
+        about = dict(network=by, segments=segments, names=named(segments, names))
+        write_mask(files[todo[int(place)]], mask, palette, about)
+    known = (read_about(file, by) for file in files)
+    pairs = ((path, about) for path, about in zip(photos.paths.tolist(), known) if about)
+    result = summary(pairs, colors, names)
     write_json(folder / "prototypes.json", result["prototypes"])
+    draw_sheet(folder, photos, files, palette)
     return result
 
 
-def summary(file: Path, colors: np.ndarray, names: Mapping[int, str]) -> dict[str, Any]:
-    """What segments.jsonl says of each prototype, and the shares of each photograph."""
-    shares, images, photos = np.zeros(len(colors)), Counter(), {}
+def named(segments: Mapping, names: Mapping[int, str]) -> dict[str, str]:
+    """The names of the prototypes in a mask."""
+    return {str(k): names[int(k)] for k in segments if int(k) in names}
+
+
+def summary(
+    known: Iterator[tuple[str, dict[str, Any]]], colors: np.ndarray, names: Mapping[int, str]
+) -> dict[str, Any]:
+    """From photographs and what their masks say: each prototype, and the shares in each."""
+    photos: dict[str, dict[str, float]] = {}
     nearest: list[list[tuple[float, str]]] = [[] for _ in colors]
-    for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()[1:]):
-        photos[line["photo"]] = {k: share for k, (share, _) in line["segments"].items()}
-        for number, (share, score) in line["segments"].items():
-            shares[int(number)] += share
-            images[int(number)] += 1
-            nearest[int(number)].append((score, line["photo"]))
-            nearest[int(number)] = heapq.nlargest(NEAREST, nearest[int(number)])
-    prototypes = [
-        dict(
-            prototype=number,
-            name=names.get(number, ""),
-            color=to_hex(colors[number]),
-            share=round(shares[number] / max(len(photos), 1), 6),
-            images=images[number],
-            nearest=[dict(photo=photo, similarity=score) for score, photo in nearest[number]],
+    for photo, about in known:
+        photos[photo] = {k: share for k, (share, _) in about["segments"].items()}
+        for k, (_, score) in about["segments"].items():
+            best = nearest[int(k)]
+            best[:] = heapq.nlargest(NEAREST, [*best, (score, photo)])
+    prototypes = []
+    for k, color in enumerate(colors):
+        shares = [of_photo[str(k)] for of_photo in photos.values() if str(k) in of_photo]
+        prototypes.append(
+            dict(
+                prototype=k,
+                name=names.get(k, ""),
+                color=to_hex(color),
+                share=round(sum(shares) / max(len(photos), 1), 6),
+                images=len(shares),
+                nearest=[dict(photo=photo, similarity=score) for score, photo in nearest[k]],
+            )
         )
-        for number in range(len(colors))
-    ]
     return dict(prototypes=prototypes, photos=photos)
 
 
-def draw_sheet(
-    folder: Path, photos: Photographs, ready: Sequence[tuple[int, str]], palette: bytes
-) -> None:
+def draw_sheet(folder: Path, photos: Photographs, files: Sequence[Path], palette: bytes) -> None:
     """Up to SHOWN photographs, evenly spaced, each beside its mask, two to a row."""
+    ready = [i for i, file in enumerate(files) if file.is_file()]
     pairs, colors = [], np.frombuffer(palette, np.uint8).reshape(-1, 3)
-    for i, file in (ready[place] for place in spaced(len(ready), SHOWN) if ready):
+    for i in (ready[place] for place in spaced(len(ready), SHOWN) if ready):
         small, _ = view(photos[i], 160)
-        with Image.open(folder / file) as mask:
-            ids = np.asarray(mask.resize((small.shape[2], small.shape[1]), Image.NEAREST))
-        pairs += [np.asarray(small.permute(1, 2, 0)) / 255, colors[ids] / 255]
-    rows = [pairs[i : i + 4] for i in range(0, len(pairs), 4)]
-    if rows:
+        with Image.open(files[i]) as mask:
+            ids = np.asarray(mask.resize(small.shape[:0:-1], Image.NEAREST))
+        pairs += [as_images(small[None])[0], colors[ids] / 255]
+    if pairs:
+        rows = [pairs[i : i + 4] for i in range(0, len(pairs), 4)]
         title = "Photographs and their masks: a color means a prototype"
         grid(title, rows, side=1.9)[0].savefig(folder / "contact_sheet.png", dpi=110)
