@@ -13,13 +13,13 @@ import zlib
 import pytest
 import torch
 import torch.distributed as dist
-from kernels import written_out
 
 from engine import processes, ranks
 from engine.norms import summed
 from engine.optimizers import LARS
 from engine.processes import Place
 from engine.run import Options, Run
+from kernels import written_out
 from measures.learning import statistics
 from slotcon import SlotCon
 from slots import SlotPredictor
