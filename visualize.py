@@ -12,7 +12,7 @@ Read next: the notebooks.
 
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from engine import options
@@ -35,8 +35,8 @@ def commands() -> options.Commands:
     parser = known.add("groups", "of images: groups, soft assignments, PCA", paths="images")
     options.add_checkpoint(parser)
     add = parser.add_argument
-    add("images", nargs="*", type=options.path, help="files and folders (default: toy scenes)")
-    add("--data-dir", type=options.folder, help="one more folder of images, nested or flat")
+    add("images", nargs="*", type=options.path, help="files, or a folder (default: toy scenes)")
+    add("--data-dir", type=options.folder, help="the same as a folder")
     add("--count", type=options.positive, default=6, help="of a folder, of scenes (default: 6)")
     add("--slots", type=options.positive, default=4, help="soft assignments (default: 4)")
     add("--size", type=options.side, help=size)
@@ -51,7 +51,7 @@ if __name__ == "__main__":  # a misspelled option is answered before torch is lo
     run_early("visualize.py", commands().parse)
 
 from torch import Tensor
-from torch.utils.data import ConcatDataset
+from torch.nn import Module
 
 from engine.images import ImageFiles
 from measures import curves, figures, networks, retrieval, streams
@@ -59,11 +59,7 @@ from measures import curves, figures, networks, retrieval, streams
 
 def show_prototypes(args: Namespace) -> dict:
     """The best segments of each prototype."""
-    file = figure_file(args, [args.data_dir] if args.data_dir else [])
-    network, config = networks.open_network(args.checkpoint, args.network, args.device)
-    dataset = "folder" if args.data_dir else "toy"
-    images = streams.open_images(dataset, args.data_dir, args.limit)
-    view = streams.center_view(args.size or streams.default_size(dataset, config))
+    images, file, view, network, _ = opened(args, args.limit)
     found = retrieval.retrieve(network, images, view, args.top, args.batch_size, args.workers)
     chosen = retrieval.choose_prototypes(found.active, args.show, args.count)
     files = figures.draw_prototypes(file, network, images, view, found, chosen)
@@ -71,34 +67,31 @@ def show_prototypes(args: Namespace) -> dict:
 
 
 def show_groups(args: Namespace) -> dict:
-    """Groups, soft assignments and features of the named images, or of toy scenes."""
-    named = [*args.images, *([args.data_dir] if args.data_dir else [])]
-    file = figure_file(args, named)
-    network, config = networks.open_network(args.checkpoint, args.network, args.device)
-    images, dataset = images_of(named, args.count), "folder" if named else "toy"
-    view = streams.center_view(args.size or streams.default_size(dataset, config))
+    """Groups, soft assignments and features of images."""
+    images, file, view, network, config = opened(args, args.count)
     views = streams.read_views(images, view)
     files = figures.draw_parts(file, network, views, config.get("temp_teacher", 0.07), args.slots)
     return dict(files=printed(files), images=len(views))
 
 
-def images_of(named: Sequence[Path], count: int) -> Sequence[Tensor]:
-    """Images of files, `count` of each folder, or as many toy scenes. Raises ValueError."""
-    if not named:
-        return streams.open_images("toy", None, count)
-    opened = []
-    for place in named:
-        files = ImageFiles(".", [str(place)])
-        opened.append(streams.open_images("folder", place, count) if place.is_dir() else files)
-    return ConcatDataset(opened)
+def opened(args: Namespace, count: int) -> tuple[Sequence[Tensor], Path, Callable, Module, dict]:
+    """Images, the file of their figure, how they are shown, the network and its configuration.
 
-
-def figure_file(args: Namespace, shown: Sequence[Path]) -> Path:
-    """COMMAND_NAME.png beside the checkpoint, named after the first of what is shown; --output."""
-    first = shown[0].absolute() if shown else Path("toy_scenes")
-    more = f"_and_{len(shown) - 1}_more" if shown[1:] else ""
-    name = f"{args.command}_{first.name if first.is_dir() else first.stem}{more}.png"
-    return options.output_file(args.output, args.checkpoint.with_name(name))
+    The named images, or `count` of a folder, or as many toy scenes. Raises ValueError.
+    """
+    named, folder = getattr(args, "images", []), args.data_dir
+    if len(named) == 1 and named[0].is_dir():
+        named, folder = [], named[0]
+    name = folder.absolute().name if folder else "toy_scenes"
+    if named:
+        name = named[0].stem + f"_and_{len(named) - 1}_more" * (len(named) > 1)
+    default = args.checkpoint.with_name(f"{args.command}_{name}.png")
+    file = options.output_file(args.output, default)
+    network, config = networks.open_network(args.checkpoint, args.network, args.device)
+    dataset = "folder" if named or folder else "toy"
+    view = streams.center_view(args.size or streams.default_size(dataset, config))
+    files = ImageFiles(".", list(map(str, named)))
+    return files or streams.open_images(dataset, folder, count), file, view, network, config
 
 
 def show_training(args: Namespace) -> dict:

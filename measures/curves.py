@@ -15,14 +15,14 @@ from matplotlib.lines import Line2D
 
 DESCRIBED = ("preset", "arch", "num_prototypes", "image_size")  # of one run
 PRESETS = ("toy", "photos")  # those of which good runs were measured
-PANELS = {  # key of the log -> title, the shape of the curve in a good run; measured: start > end
-    "group_loss": ("Group loss", "leaves 2 ln k early", "8.1 > 1.8", "6.3 > 1.6"),
-    "slot_loss": ("Slot loss", "below chance; may rise while groups split", "4.9 > 2.5"),
-    "occupied_per_image": ("Prototypes per image", "a few", "23 > 7 > 11", "16 > 7"),
-    "prototypes_used": ("Prototypes in use", "1 to 3: collapsed", "31 > 9 to 15 > 17", "24 > 20"),
-    "entropy_teacher": ("Teacher's entropy per pixel", "low; high: uniform", "0.8 > 1.5 > 0.3"),
-    "entropy_mean": ("Teacher's entropy on average", "high; low: one prototype", "3.3 > 2.6"),
-    "agreement": ("Student agrees with teacher", "far above chance", "0.05 > 0.75", "0.15 > 0.7"),
+PANELS = {  # key of the log -> title, the shape of the curve in a good run; measured: start to end
+    "group_loss": ("Group loss", "leaves 2 ln k early", "8.1 to 1.8", "6.3 to 1.6"),
+    "slot_loss": ("Slot loss", "below chance; may rise while groups split", "4.9 to 2.5"),
+    "occupied_per_image": ("Prototypes per image", "a few", "23, 7, 11", "16 to 7"),
+    "prototypes_used": ("Prototypes in use", "1 to 3: collapsed", "31, 9 to 15, 17", "24 to 20"),
+    "entropy_teacher": ("Teacher's entropy per pixel", "low; high: uniform", "0.8, 1.5, 0.3"),
+    "entropy_mean": ("Teacher's entropy on average", "high; low: one prototype", "3.3 to 2.6"),
+    "agreement": ("Student agrees with teacher", "far above chance", "0.05 to 0.75", "0.15 to 0.7"),
     "grad_norm": ("Gradient norm", "settles"),
     "lr": ("Learning rate", "ends near 0"),
     "momentum_teacher": ("Teacher's momentum", "as its option says", "stays 0.99", "stays 0.99"),
@@ -82,11 +82,7 @@ def legend_of(runs: Sequence[Run]) -> list[str]:
         names = [name for name in names if len({str(run.config.get(name)) for run in runs}) > 1]
     lines = []
     for name, _, config in runs:
-        words = [
-            f"{each.replace('_', '-')} {config[each]}"
-            for each in names
-            if config.get(each, "") != ""
-        ]
+        words = [f"{each.replace('_', '-')} {config[each]}" for each in names if each in config]
         known = textwrap.shorten(", ".join(words), 150) or "no option differs"
         lines.append(f"{name}: {known if config else 'no config.json'}")
     return lines
@@ -103,7 +99,7 @@ def hint_of(key: str, runs: Sequence[Run]) -> str:
 def draw_runs(runs: Sequence[Run]) -> Figure:
     """A panel per number of the log, a color per run; dashed: a network that learned nothing."""
     figure = Figure((14, 10 + 0.2 * len(runs)), layout="constrained")
-    note = "Over optimizer steps. Dashed: a network that learned nothing. Gray: a good run."
+    note = "Over steps. Dashed: a network that learned nothing. Gray: good runs, from start to end."
     figure.suptitle(f"{note}\nNever judge by the loss: a collapsed run can have the lowest.")
     for axis, key in zip(figure.subplots(3, 4).flat, PANELS):
         handles = [draw_curve(axis, key, *pair) for pair in enumerate(runs)]

@@ -109,10 +109,14 @@ def segment_of(network: GroupingNetwork, image: Tensor, prototype: int) -> Tenso
 
 def draw_prototypes(
     file: Path, network: GroupingNetwork, images: Sequence[Tensor], view: Callable,
-    found: Retrieval, chosen: Sequence[int],
+    found: Retrieval, chosen: Sequence[int], use: Tensor | None = None,
 ) -> list[Path]:  # fmt: skip
-    """One column per prototype, the best segment on top -> the files, one per page."""
-    colors, top = prototype_colors(len(found.active), found.active), found.images.shape[1]
+    """One column per prototype, the best segment on top -> the files, one per page.
+
+    use (k): for `prototype_colors`; by default, the images in which a prototype is occupied.
+    """
+    colors = prototype_colors(len(found.active), found.active if use is None else use)
+    top = found.images.shape[1]
     title = (
         f"The {top} best segments of each prototype, best on top, in a line of its color.\n"
         "All else in an image is gray. An arrow points at a small segment."
@@ -157,8 +161,7 @@ def draw_groups(
     classes, colors = matched_colors(list(matching.values()), use)
     of_class = np.full((IGNORE + 1, 3), GRAY)
     of_class[: len(classes)] = classes
-    rows = dict(scene=as_images(images), groups=colors[groups.cpu().numpy()])
-    rows["truth"] = of_class[target.cpu().numpy()]
+    rows = dict(scene=as_images(images), groups=colors[groups], truth=of_class[target])
     title = "Scenes never trained on, and the groups found in them without a label"
     figure, _ = grid(title, list(rows.values()), list(rows))
     entries = []
@@ -190,9 +193,7 @@ def principal_colors(embeddings: Tensor, size: tuple[int, int]) -> Tensor:
     rows = F.normalize(rows, dim=1)  # over d: cosines are what the method compares
     rows = rows - rows.mean(dim=0)
     directions = torch.linalg.svd(rows, full_matrices=False).Vh[:3]
-    # The sign of a direction is arbitrary: the largest entry is made positive.
-    signs = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True)).sign()
-    parts = F.pad(rows @ (signs * directions).T, (0, 3 - len(directions)))
+    parts = F.pad(rows @ directions.T, (0, 3 - len(directions)))
     low, high = parts.quantile(0.02, dim=0), parts.quantile(0.98, dim=0)
     parts = ((parts - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
     maps = rearrange(parts, "(b h w) rgb -> b rgb h w", b=b, h=h, w=w)
@@ -218,7 +219,7 @@ def draw_parts(
 ) -> list[Path]:  # fmt: skip
     """A row per image (b 3 y x) uint8: groups, soft slots, features -> the files, one per page.
 
-    use (k): of the prototypes in `prototype_colors`; by default, the pixels in these images.
+    use (k): for `prototype_colors`; by default, the pixels in these images.
     """
     k, size, files = network.prototypes.num_embeddings, images.shape[-2:], []
     parts = []

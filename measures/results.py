@@ -42,21 +42,21 @@ def photos_result(run: Run, c: Any, images: ImageFiles) -> dict:
     teacher, folder = run.model.teacher.eval(), run.folder
     view, shown = center_view(SIZE), shlex.quote(str(folder))
     batches = list(stream(images, view, BATCH))  # without those that cannot be read
-    good = [images.name(i) for indices, _ in batches for i in indices.tolist()]
-    images = ImageFiles(images.root, good)
-    if not good:
+    if not batches:
         reason = "no photograph that was kept out can be read"
         print(f"\nfigures  none: {reason}; for others: python visualize.py groups {shown} A.jpg")
         return {}
     report = slot_statistics.slot_report(*slot_statistics.slot_counts(teacher, batches))
-    found = retrieval.retrieve(teacher, images, view, 5, BATCH, workers=0)
+    views, file = torch.cat([views for _, views in batches]), folder / "groups.png"
+    found = retrieval.retrieve(teacher, views, view, 5, BATCH, workers=0)
     chosen = retrieval.choose_prototypes(found.active, ["used"], 12)
-    files = draw_prototypes(folder / "prototypes.png", teacher, images, view, found, chosen)
-    views, file = torch.cat([views for _, views in batches])[:SHOWN], folder / "groups.png"
-    files += draw_parts(file, teacher, views, c.temp_teacher, use=found.active)
+    pixels = [segment(teacher, some)[0].flatten() for some in views.split(BATCH)]
+    use = torch.cat(pixels).bincount(minlength=c.num_prototypes)  # so that both have one palette
+    files = draw_prototypes(folder / "prototypes.png", teacher, views, view, found, chosen, use)
+    files += draw_parts(file, teacher, views[:SHOWN], c.temp_teacher, use=use)
     report["seconds"] = round(run.seconds, 1)
     write_json(folder / "result.json", report)
-    print(f"\n{len(images)} photographs kept out of training, {report['seconds']:.0f} s in all")
+    print(f"\n{len(views)} photographs kept out of training, {report['seconds']:.0f} s in all")
     print(slot_statistics.format_slots(report))
     print(f"counted in whole photographs of {SIZE} px; the log counts in crops of {c.image_size} "
           "px, which show less, so fewer slots are occupied")  # fmt: skip

@@ -34,7 +34,7 @@ def places(tmp_path):
     ("groups TRAINED CAT --size 32", "groups_cat"),
     ("groups TRAINED --slots 9 CAT CAT --size 32", "groups_cat_and_1_more"),  # words at the end
     ("groups TRAINED --data-dir PHOTOS --count 1 --size 32", "groups_photos"),
-    ("groups TRAINED PHOTOS CAT --size 32", "groups_photos_and_1_more"),
+    ("groups TRAINED PHOTOS --size 32", "groups_photos"),
     ("groups RUN --count 1 --output PHOTOS", "../photos/groups_toy_scenes"),
     ("groups TRAINED --size 32 --slots 1" + 13 * " CAT",
      "groups_cat_and_12_more-001 groups_cat_and_12_more-002"),
