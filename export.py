@@ -56,9 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arch, state = config["arch"], backbone.state_dict()
     if arch not in RESNETS:
         raise ValueError(
-            f"{args.checkpoint} holds the backbone {arch}, which no other library has. timm and "
-            f"torchvision have {', '.join(RESNETS)}: train with one of them, such as --arch "
-            "resnet18, and export that"
+            f"{args.checkpoint} holds the backbone {arch}. Only {', '.join(RESNETS)} can be "
+            "exported, which timm and torchvision have: train with --arch resnet18, for example"
         )
     options.check_writable(args.output, "--output")
     exported.write(state, args.format, args.output)

@@ -122,7 +122,8 @@ def finish(c: Shared, run: Run) -> None:
     print(f"{at}{again}; best.pth has the best of all tests, {run.notes['best']:.3f}")
     shown = [key for key in result if key in COLUMNS or key in settings.AP]
     rows = {"this run": result, **(settings.slides_of(c) if whole else {})}
-    cells = {name: [in_words(row.get(key)) for key in shown] for name, row in rows.items()}
+    numbers = {name: [row.get(key) for key in shown] for name, row in rows.items()}
+    cells = {k: ["" if x is None else f"{x:.3f}" for x in row] for k, row in numbers.items()}
     print(table(cells, [COLUMNS.get(key, key) for key in shown]))
     if "iou" in result:
         print(format_classes(result))
@@ -130,11 +131,6 @@ def finish(c: Shared, run: Run) -> None:
         print(json.dumps(result))
     elif c.json:
         files.write_json(Path(c.json), result)
-
-
-def in_words(score: float | None) -> str:
-    """A cell of a table; None: not measured, or without an object."""
-    return "" if score is None else f"{score:.3f}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

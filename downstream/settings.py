@@ -136,6 +136,7 @@ PRESETS = {  # task -> data set -> settings
     "segmentation": {c.dataset: c for c in (VOC, CITYSCAPES, ADE20K, FOLDER, TOY)},
 }
 RANDOM, OURS = "slides: random weights", "slides: SlotCon, COCO 800 epochs"
+OWN = ("backbone", "network", "seed")  # of a run
 AP = ("box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75")
 SLIDES = {  # data set -> pretraining -> score
     "coco": {
@@ -149,10 +150,9 @@ SLIDES = {  # data set -> pretraining -> score
 
 
 def slides_of(c: Shared) -> Mapping[str, Mapping[str, float]]:
-    """The slides' numbers, if c is what they measured: the released settings of a data set."""
-    released = PRESETS[c.task][c.dataset]
-    own = {name: getattr(released, name) for name in ("backbone", "network", "seed")}
-    changed = options.differences(dataclasses.replace(c, **own), dataclasses.asdict(released))
+    """The slides' numbers, if c is what they measured: the released settings, but for OWN."""
+    released = dataclasses.asdict(PRESETS[c.task][c.dataset])
+    changed = options.differences(c, {**released, **{n: getattr(c, n) for n in OWN}})
     return {} if changed else SLIDES.get(c.dataset, {})
 
 

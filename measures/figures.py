@@ -26,14 +26,14 @@ FIRST_COLORS = """
     #e69f00 #56b4e9 #009e73 #f0e442 #0072b2 #d55e00 #cc79a7 #870f69 #a50fff #3c0fd2 #00f0c3 #8778f0
     #a51e00 #ff00e1 #006900 #00d200 #ffa5ff #e10069 #2d5aff #784bb4 #c300b4 #969600 #ff8778 #d269ff
 """.split()
-GRAY = (0.63, 0.63, 0.63)  # what has no prototype
+GRAY = (0.63, 0.63, 0.63)  # what has no label
 PER_PAGE = 12  # columns of prototypes, rows of images
 
 
 def prototype_colors(k: int, use: Tensor | None = None) -> np.ndarray:
     """The colors of prototypes 0..k-1 in 0..1, (k 3), the best separated ones first.
 
-    use (k): pixels or images of each prototype; the most used ones get the first colors.
+    use (k): how much each is used; the most used ones get the first colors.
     """
     random = np.random.default_rng(0)  # hue, saturation, value; prototype by prototype
     colors = hsv_to_rgb(random.uniform((0, 0.6, 0.5), (1, 1, 0.9), (k, 3)))
@@ -109,14 +109,10 @@ def segment_of(network: GroupingNetwork, image: Tensor, prototype: int) -> Tenso
 
 def draw_prototypes(
     file: Path, network: GroupingNetwork, images: Sequence[Tensor], view: Callable,
-    found: Retrieval, chosen: Sequence[int], use: Tensor | None = None,
+    found: Retrieval, chosen: Sequence[int],
 ) -> list[Path]:  # fmt: skip
-    """One column per prototype, the best segment on top -> the files, one per page.
-
-    use (k): for `prototype_colors`; by default, the images in which a prototype is occupied.
-    """
-    colors = prototype_colors(len(found.active), found.active if use is None else use)
-    top = found.images.shape[1]
+    """One column per prototype, the best segment on top -> the files, one per page."""
+    colors, top = prototype_colors(len(found.cells), found.cells), found.images.shape[1]
     title = (
         f"The {top} best segments of each prototype, best on top, in a line of its color.\n"
         "All else in an image is gray. An arrow points at a small segment."
@@ -159,8 +155,7 @@ def draw_groups(
     matching = report["matching"]
     use = groups.flatten().bincount(minlength=k)
     classes, colors = matched_colors(list(matching.values()), use)
-    of_class = np.full((IGNORE + 1, 3), GRAY)
-    of_class[: len(classes)] = classes
+    of_class = np.vstack([classes, np.full((IGNORE + 1 - len(classes), 3), GRAY)])
     rows = dict(scene=as_images(images), groups=colors[groups], truth=of_class[target])
     title = "Scenes never trained on, and the groups found in them without a label"
     figure, _ = grid(title, list(rows.values()), list(rows))

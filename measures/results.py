@@ -50,10 +50,8 @@ def photos_result(run: Run, c: Any, images: ImageFiles) -> dict:
     views, file = torch.cat([views for _, views in batches]), folder / "groups.png"
     found = retrieval.retrieve(teacher, views, view, 5, BATCH, workers=0)
     chosen = retrieval.choose_prototypes(found.active, ["used"], 12)
-    pixels = [segment(teacher, some)[0].flatten() for some in views.split(BATCH)]
-    use = torch.cat(pixels).bincount(minlength=c.num_prototypes)  # so that both have one palette
-    files = draw_prototypes(folder / "prototypes.png", teacher, views, view, found, chosen, use)
-    files += draw_parts(file, teacher, views[:SHOWN], c.temp_teacher, use=use)
+    files = draw_prototypes(folder / "prototypes.png", teacher, views, view, found, chosen)
+    files += draw_parts(file, teacher, views[:SHOWN], c.temp_teacher, use=found.cells)
     report["seconds"] = round(run.seconds, 1)
     write_json(folder / "result.json", report)
     print(f"\n{len(views)} photographs kept out of training, {report['seconds']:.0f} s in all")

@@ -15,13 +15,13 @@ class Retrieval:
     """The images with the best segment of each prototype; at a tie, the earlier image.
 
     scores (k top), best first, -inf where fewer images were found; images (k top) int64, -1 there;
-    active (k) int64: images in which the prototype is occupied.
+    active, cells (k) int64: images in which the prototype is occupied, and cells that it owns.
     """
 
     def __init__(self, num_prototypes: int, top: int = 5):
         self.scores = torch.full((num_prototypes, top), -torch.inf)
         self.images = torch.full((num_prototypes, top), -1)
-        self.active = torch.zeros(num_prototypes, dtype=torch.long)
+        self.active, self.cells = torch.zeros(2, num_prototypes, dtype=torch.long)
 
     def add(self, indices: Tensor, similarity: Tensor) -> None:
         """indices (b) int64 of the images, ascending over all calls; similarity (b k h w)."""
@@ -30,6 +30,7 @@ class Retrieval:
         found = similarity.new_full(similarity.shape[:2], -torch.inf)
         found = found.scatter_reduce(1, owner, score, "mean", include_self=False).T.float().cpu()
         self.active += found.isfinite().sum(dim=1)  # over b
+        self.cells += owner.flatten().bincount(minlength=len(self.cells)).cpu()
         scores = torch.cat([self.scores, found], dim=1)
         images = torch.cat([self.images, indices.expand_as(found)], dim=1)
         # Stable, with the older ones in front: at a tie the earlier image stays, and at -inf the -1

@@ -136,8 +136,8 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(files, tm
     source, out = files[0] / "last.pth", tmp_path / "out.pth"
     (tmp_path / "folder.pth").mkdir()
     for arguments, complaint in (
-        ([tmp_path / "tiny.pth", "--output", out], "no other library has. timm and torchvision"),
-        ([tmp_path / "tiny.pth", "--output", out], "such as --arch resnet18"),
+        ([tmp_path / "tiny.pth", "--output", out], "holds the backbone tiny. Only resnet18, "),
+        ([tmp_path / "tiny.pth", "--output", out], "train with --arch resnet18, for example"),
         ([source, "--output", tmp_path / "new" / "out.pkl"], "*.pkl is for --format detectron2"),
         ([source], "--output"),
         ([tmp_path / "absent.pth", "--output", out], "there is no checkpoint"),

@@ -84,7 +84,7 @@ def test_each_column_shows_the_segments_of_its_prototype_and_all_else_gray(shade
         tmp_path / "p.png", BySide(), images, center_view(36), found, [2, 4]
     )
     image = pixels(file)
-    colors = prototype_colors(K, found.active)
+    colors = prototype_colors(K, found.cells)
     assert all(share_of(image, colors[k]) > 0.001 for k in (2, 4))  # the lines
     image, width = image[len(image) // 3 :], image.shape[1]
     rest_color = 0.6 + 0.4 * sum(shade) / 765

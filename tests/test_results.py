@@ -43,10 +43,7 @@ def test_a_run_on_photographs_shows_those_kept_out_and_names_what_cannot_be_read
     (tmp_path / "bad.jpg").write_text("no image")
     images = ImageFiles(tmp_path, ["0.png", "bad.jpg", "1.png", "2.png"])
     teacher = GroupingNetwork("tiny", K, 12, 6)
-    run, c = (
-        ended(teacher, tmp_path),
-        SimpleNamespace(temp_teacher=0.07, image_size=48, num_prototypes=K),
-    )
+    run, c = (ended(teacher, tmp_path), SimpleNamespace(temp_teacher=0.07, image_size=48))
     report = results.photos_result(run, c, images)
     assert report["images"] == 3 and report == json.loads((tmp_path / "result.json").read_text())
     for name in ("groups", "prototypes"):

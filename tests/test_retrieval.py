@@ -34,6 +34,7 @@ def test_streamed_retrieval_equals_the_naive_one_with_ties_and_unoccupied_protot
     found = Retrieval(K, top=4)
     for indices in torch.arange(13).split(batch):
         found.add(indices, similarity[indices])
+    assert found.cells.tolist() == [int((similarity.argmax(1) == k).sum()) for k in range(K)]
     for k, expected in enumerate(naive_retrieval(similarity, 4)):
         missing = 4 - len(expected)
         assert found.images[k].tolist() == [b for _, b in expected] + [-1] * missing
