@@ -22,7 +22,7 @@ from pathlib import Path
 import comparisons
 import recipes
 from engine import options
-from engine.program import run_early, run_program
+from engine.program import BEGAN, run_early, run_program
 
 STEPS = 1000
 SHOWN = 8  # scenes in the image
@@ -88,6 +88,7 @@ def run(args: argparse.Namespace, entries: Sequence[Entry]) -> None:
     """Train and judge every row with every seed; what is done so far is always on disk."""
     began, done, in_all = time.perf_counter(), 0, args.seeds * len(entries)
     title = f"Table {args.table}: {recipes.TABLES[args.table][0]}" if args.table else "All systems"
+    title += f" ({args.steps} steps: too few to judge)" if args.steps < STEPS else ""
     k, shown = recipes.PRESETS["toy"].num_prototypes, {}
     records: dict[str, list[dict]] = {entry.label: [] for entry in entries}
     result = dict(table=args.table or "", seeds=args.seeds, steps=args.steps, k=k)
@@ -103,7 +104,7 @@ def run(args: argparse.Namespace, entries: Sequence[Entry]) -> None:
             records[entry.label].append(record)
             shown.setdefault(entry.label, groups[:SHOWN])
             print(systems.brief(entry.label, record), flush=True)
-            result["seconds"] = time.perf_counter() - began
+            result["seconds"] = time.perf_counter() - BEGAN
             files.write_json(args.output_dir / "comparison.json", result)
     scenes, file = draw(UNSEEN, SHOWN), args.output_dir / "comparison.png"
     truth = scenes.colors, scenes.semantic, scenes.regions

@@ -176,5 +176,6 @@ def test_from_the_command_line_to_the_file(tmp_path, small, capsys):
             assert all(-1 <= record[key] <= 1 for key in systems.MEASURES)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "row 1 of 6, moco"
+    assert "All systems (2 steps: too few to judge), median of 2 seed(s)" in lines
     assert "row 3 of 6, slot_attention: flat, about 0 min left" in lines
     assert compare.left(done=2, rows=12, spent=300.0) == ", about 25 min left"
