@@ -109,7 +109,7 @@ def read_result(run: Run) -> dict[str, Any] | None:
         return None
 
 
-def finish(c: Shared, run: Run) -> None:
+def finish(c: Shared, run: Run, tested: int) -> None:
     """What a run leaves, beside the slides' numbers. Raises Stopped without a result."""
     result = read_result(run)
     if result is None:
@@ -121,7 +121,7 @@ def finish(c: Shared, run: Run) -> None:
     again = "" if whole else "; the same command without --max-steps goes on"
     print(f"{at}{again}; best.pth has the best of all tests, {run.notes['best']:.3f}")
     shown = [key for key in result if key in COLUMNS or key in settings.AP]
-    rows = {"this run": result, **(settings.slides_of(c) if whole else {})}
+    rows = {"this run": result, **(settings.slides_of(c, tested) if whole else {})}
     numbers = {name: [row.get(key) for key in shown] for name, row in rows.items()}
     cells = {k: ["" if x is None else f"{x:.3f}" for x in row] for k, row in numbers.items()}
     print(table(cells, [COLUMNS.get(key, key) for key in shown]))
@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         train(c, run, unseen)
     status = run.end()
     if run.ended == "done" and place.is_main:
-        finish(c, run)
+        finish(c, run, len(unseen))
     processes.finish()
     return status
 

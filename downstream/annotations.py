@@ -1,69 +1,75 @@
-"""The guard of annotation files in COCO's form: pycocotools checks nothing, and fails late or reads
-memory that nobody has written.
+"""The guard of annotation files in COCO's form: pycocotools checks nothing, and fails late, waits
+for ever, or reads memory that nobody has written.
 """
 
+import contextlib
 import json
 import math
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
-FAR = 1e6  # px: pycocotools needs memory for every pixel of an outline, and all of it for nan
-RULES = {  # whether a value v can be used, by its image and the known categories
-    "images": {
-        "file_name": lambda v, *_: isinstance(v, str),
-        "height": lambda v, *_: 0 < v < FAR,
-        "width": lambda v, *_: 0 < v < FAR,
-    },
-    "annotations": {
-        "image_id": lambda v, image, known: image is not None,
-        "category_id": lambda v, image, known: v in known,
-        "bbox": lambda v, *_: are_px(v) and len(v) == 4 and min(v[2:]) >= 0,  # COCO has some of 0
-        "area": lambda v, *_: 0 <= v < math.inf,
-        "segmentation": lambda v, image, known: is_shape(v, image),
-    },
-}
+from pycocotools import mask as encoding
+
+Known = dict[str, dict[int, dict]]  # kind -> id -> entry, of what was checked
+OVERHANG = 2  # px that a box may leave its image [U]
+OVERLAP = 0.2  # IoU of a box with the one around its mask, at least: corners and shares have less
 
 
 def read_annotations(file: Path) -> dict[str, Any]:
-    """The contents of a file in COCO's form. Raises ValueError for the first wrong thing."""
+    """The contents of a file in COCO's form; boxes below a pixel are left out, and annotations get
+    ids from 1 on: COCOeval takes 0 for none. Raises ValueError for the first wrong thing; OSError.
+    """
     try:
         contents = json.loads(file.read_bytes())
-        kinds = ("categories", *RULES)
-        ids = {kind: Counter(each.get("id") for each in contents[kind]) for kind in kinds}
+        entries = {kind: list(map(dict, contents[kind])) for kind in RULES}
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} holds no annotations in COCO's form: {error!r:.100}") from None
-    for kind, counts in ids.items():
-        for number, count in counts.items():
-            if count > 1 or not isinstance(number, int):
-                raise ValueError(f"{file}: {count} of its {kind} have the id {number}")
-    images = {image["id"]: image for image in contents["images"]}
+    known: Known = {}
     for kind, rules in RULES.items():
-        for entry in contents[kind]:
-            for key, holds in rules.items():
+        known[kind] = known["own"] = {}
+        for entry in entries[kind]:
+            for key, (expected, holds) in rules.items():
                 value = entry.get(key)
-                try:
-                    fine = holds(value, images.get(entry.get("image_id")), ids["categories"])
-                except (TypeError, ValueError, LookupError):
-                    fine = False
-                if not fine:
-                    about = f"{kind[:-1]} {entry['id']} in {file}"
-                    raise ValueError(f"{about}: {key} cannot be {value!r:.60}")
-    return contents
+                with contextlib.suppress(Exception):  # a value may be of any type
+                    if holds(value, entry, known):
+                        continue
+                about = f"{file}, {kind}, id {entry.get('id')!r:.60}: {key} cannot be {value!r:.60}"
+                raise ValueError(f"{about}; expected {expected.format_map(entry)}")
+            known[kind][entry["id"]] = entry
+    large = [entry for entry in entries["annotations"] if min(entry["bbox"][2:]) >= 1]
+    if 2 * len(large) <= len(entries["annotations"]):
+        found = f"{file}: only {len(large)} of {len(entries['annotations'])} boxes have a pixel"
+        raise ValueError(f"{found}; expected x y width height in px")
+    for number, entry in enumerate(large, 1):
+        entry.update(id=number, iscrowd=entry.get("iscrowd") or 0)
+    return {"info": {}, **entries, "annotations": large}  # pycocotools 2.0.10 reads "info"
 
 
-def are_px(numbers: list[float]) -> bool:
-    """Whether all of them are numbers of pixels: not nan, and not absurd."""
-    return all(-FAR < number < FAR for number in numbers)
+def is_inside(box: Any, entry: dict, known: Known) -> bool:
+    """Whether x y width height, px, lie in the image."""
+    (x, y, w, h), image = box, known["images"][entry["image_id"]]
+    right, bottom = image["width"] + OVERHANG, image["height"] + OVERHANG
+    return min(w, h) >= 0 and min(x, y) >= -OVERHANG and x + w <= right and y + h <= bottom
 
 
-def is_shape(shape: Any, image: dict[str, Any]) -> bool:
-    """Outlines x1 y1 x2 y2 ..., or runs down the columns whose sum is the image."""
+def is_there(shape: Any, entry: dict, known: Known) -> bool:
+    """Whether outlines x1 y1 x2 y2 ..., or runs down the columns that fill the image, are there."""
+    image = known["images"][entry["image_id"]]
+    y, x = size = [image["height"], image["width"]]
     if isinstance(shape, list):  # pycocotools decides by the first outline what all of them are
-        return all(are_px(part) and part for part in shape) and len(shape[0]) >= 6
-    y, x = image["height"], image["width"]
-    runs = shape["counts"] if isinstance(shape["counts"], list) else unpacked(shape["counts"])
-    return shape["size"] == [y, x] and min(runs) >= 0 and sum(runs) == y * x
+        xs, ys = ([v for part in shape for v in part[i::2]] for i in (0, 1))
+        around = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+        sound = len(shape[0]) >= 6 and all(part and len(part) % 2 == 0 for part in shape)
+        sound = sound and math.isfinite(sum(xs + ys))
+    else:
+        runs = shape["counts"] if isinstance(shape["counts"], list) else unpacked(shape["counts"])
+        sound = all(isinstance(run, int) and run >= 0 for run in runs) and any(runs[1::2])
+        sound = sound and sum(runs) == y * x and shape["size"] == size
+        runs = dict(size=size, counts=runs if sound else [y * x])
+        around = encoding.toBbox(encoding.frPyObjects(runs, y, x)).tolist()
+    # Half a pixel wider to all sides: small masks are rounded
+    one, other = ([[x - 0.5, y - 0.5, w + 1, h + 1]] for x, y, w, h in (entry["bbox"], around))
+    return sound and encoding.iou(one, other, [0])[0][0] >= OVERLAP
 
 
 def unpacked(text: str) -> list[int]:
@@ -76,4 +82,22 @@ def unpacked(text: str) -> list[int]:
             value -= (1 << shift) * bool(bits & 16)
             runs.append(value + (runs[-2] if len(runs) > 2 else 0))
             value = shift = 0
-    return runs
+    return runs if not shift and all("0" <= letter <= "o" for letter in text) else []
+
+
+ID = ("a whole number, once", lambda v, _, known: type(v) is int and v not in known["own"])
+PX = ("whole px", lambda v, *_: type(v) is int and v > 0)
+TEXT = ("a path", lambda v, *_: v.strip())
+RULES = {  # what is expected, and whether the value v of an entry is it
+    "categories": {"id": ID},
+    "images": {"id": ID, "height": PX, "width": PX, "file_name": TEXT},
+    "annotations": {
+        "id": ID,
+        "image_id": ("an id of images", lambda v, _, known: v in known["images"]),
+        "category_id": ("an id of categories", lambda v, _, known: v in known["categories"]),
+        "iscrowd": ("0 or 1", lambda v, *_: v in (None, 0, 1)),
+        "area": ("px", lambda v, *_: 0 <= v < 1e10),  # COCOeval leaves out what is larger
+        "bbox": ("x y width height in px, inside the image", is_inside),
+        "segmentation": ("outlines or runs that fill the image, where bbox {bbox} is", is_there),
+    },
+}  # fmt: skip

@@ -44,6 +44,9 @@ def prepare(c: Detection, backbone: nn.Module) -> tuple[nn.Module, Sequence, Seq
     seen = CocoObjects(c.data_dir, "train")
     seen.ids = some_of([id for id in seen.ids if seen._load_target(id)], c)
     unseen = seen if c.test_on == "train" else CocoObjects(c.data_dir, "val")
+    if seen.names != unseen.names:
+        differ = dict(sorted(seen.names.items() ^ unseen.names.items(), key=str))
+        raise ValueError(f"the categories of train2017 and val2017 differ: {differ}: give both all")
     labeled = wrap_dataset_for_transforms_v2(seen, ("boxes", "labels", "masks"))
     return Detector(backbone, len(seen.labels), c), labeled, unseen
 
@@ -108,7 +111,7 @@ class Boxes(BoxCoder):
 class CocoObjects(CocoDetection):
     """Pairs of an image (3 y x) uint8 and the annotations of its objects, with category_id 1..t.
 
-    ids: of the images, in order. Crowds are left out, and boxes without an area. Raises ValueError.
+    ids: of the images, in order; names: of the categories. Crowds are left out. Raises ValueError.
     """
 
     def __init__(self, data_dir: str, part: str):
@@ -119,13 +122,14 @@ class CocoObjects(CocoDetection):
                 raise wrong_tree("coco", Path(data_dir), f"no {path}", TREE)
         VisionDataset.__init__(self, folder)
         self.coco = indexed(read_annotations(file))
+        self.names = {number: str(each.get("name")) for number, each in self.coco.cats.items()}
         self.labels = {number: t for t, number in enumerate(sorted(self.coco.cats), 1)}
         self.ids = sorted(self.coco.imgs)
 
     def _load_image(self, id: int) -> Tensor:
         name, *size = (self.coco.imgs[id][key] for key in ("file_name", "height", "width"))
         try:
-            image = Photograph(self.root / name, name).pixels().image
+            image = Photograph(self.root / name, name).labeled()
         except BadImage as bad:
             raise ValueError(f"cannot read {bad}") from None
         if [*image.shape[1:]] != size:
@@ -137,14 +141,14 @@ class CocoObjects(CocoDetection):
         return [
             dict(a, category_id=self.labels[a["category_id"]], bbox=[*map(float, a["bbox"])])
             for a in self.coco.imgToAnns[id]
-            if not a["iscrowd"] and min(a["bbox"][2:]) > 0
+            if not a["iscrowd"]
         ]
 
 
 def indexed(contents: dict[str, Any]) -> COCO:
     """pycocotools' tables of annotations. They are copied: its judge writes into them."""
-    coco, annotations = COCO(), [{"iscrowd": 0, **a} for a in contents["annotations"]]
-    coco.dataset = dict(contents, annotations=annotations)
+    coco = COCO()
+    coco.dataset = dict(contents, annotations=list(map(dict, contents["annotations"])))
     with contextlib.redirect_stdout(None):  # it reports its progress to stdout
         coco.createIndex()
     return coco

@@ -135,6 +135,7 @@ PRESETS = {  # task -> data set -> settings
     "detection": {"coco": COCO},
     "segmentation": {c.dataset: c for c in (VOC, CITYSCAPES, ADE20K, FOLDER, TOY)},
 }
+TESTED = {"coco": 5000, "cityscapes": 500, "voc": 1449, "ade20k": 2000}  # images of the slides'
 RANDOM, OURS = "slides: random weights", "slides: SlotCon, COCO 800 epochs"
 OWN = ("backbone", "network", "seed")  # of a run
 AP = ("box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75")
@@ -149,11 +150,13 @@ SLIDES = {  # data set -> pretraining -> score
 }
 
 
-def slides_of(c: Shared) -> Mapping[str, Mapping[str, float]]:
-    """The slides' numbers, if c is what they measured: the released settings, but for OWN."""
+def slides_of(c: Shared, tested: int) -> Mapping[str, Mapping[str, float]]:
+    """The slides' numbers, if c is what they measured: the released settings but for OWN, and as many
+    images were tested.
+    """
     released = dataclasses.asdict(PRESETS[c.task][c.dataset])
     changed = options.differences(c, {**released, **{n: getattr(c, n) for n in OWN}})
-    return {} if changed else SLIDES.get(c.dataset, {})
+    return SLIDES[c.dataset] if not changed and tested == TESTED.get(c.dataset) else {}
 
 
 def parse(argv: Sequence[str] | None, description: str) -> tuple[Shared, set[str]]:

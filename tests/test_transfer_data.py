@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as encoding
 from test_datasets import draw_ade20k, draw_cityscapes, draw_voc
+from torchvision.datasets import wrap_dataset_for_transforms_v2
 
 from backbone import build_backbone
 from downstream import detection, segmentation
@@ -55,7 +56,7 @@ def draw_coco(root, more=0):
     dog = dict(category_id=18, bbox=[4, 6, 10, 8], iscrowd=0, area=80, segmentation=SQUARE)
     car = dict(category_id=3, bbox=[20, 2, 15, 20], iscrowd=0, area=300,
                segmentation=[[20, 2, 35, 2, 35, 22, 20, 22]])  # fmt: skip
-    flat = dict(car, bbox=[7, 7, 0, 3], area=0)
+    flat = dict(car, bbox=[7, 7, 0, 3], area=0, segmentation=[[7, 7, 7, 10, 7, 8]])
     ids = [6, 5, *range(7, 7 + more)]
     for part, shapes in (("train", (dog, car, crowd, flat)), ("val", (dog, car, crowd))):
         plain = dict(crowd, image_id=6, segmentation=dict(size=[24, 40], counts=[7, 953]))
@@ -251,15 +252,17 @@ def test_an_annotation_that_cannot_be_used_is_refused_with_its_id_and_file(key, 
     file = coco_with(tmp_path, {key: value}, "val")
     with pytest.raises(ValueError) as caught:
         opened(tmp_path)
-    assert str(caught.value) == f"annotation 1 in {file}: {key} cannot be {value!r:.60}"
+    assert str(caught.value).startswith(
+        f"{file}, annotations, id 1: {key} cannot be {value!r:.60}; "
+    )
 
 
 @pytest.mark.parametrize("kind, changes, complaint", [
-    ("annotations", dict(id=2), "2 of its annotations have the id 2"),
-    ("annotations", dict(id=None), "1 of its annotations have the id None"),
+    ("annotations", dict(id=2), "annotations, id 2: id cannot be 2; expected a whole number, once"),
+    ("annotations", dict(id=None), "annotations, id None: id cannot be None"),
     ("images", dict(height=None), "height cannot be None"),
     ("images", dict(file_name=None), "file_name cannot be None"),
-    ("categories", dict(id="dog"), "1 of its categories have the id dog"),
+    ("categories", dict(id="dog"), "categories, id 'dog': id cannot be 'dog'"),
     *[("", each, "holds no annotations in COCO's form") for each in (b"[]", b"{", b"\xff")],
     ("", b'{"annotations": [5]}', "holds no annotations in COCO's form"),
 ])  # fmt: skip
@@ -311,6 +314,109 @@ def test_finding_everything_is_a_precision_of_one_and_finding_nothing_of_zero(
         assert scores["detections"] == found and scores["box_ap_large"] in (None, 0)
         for name in ("box_ap", "box_ap50", "mask_ap", "mask_ap75"):
             assert scores[name] == pytest.approx(precision)
+
+
+def a_small_file(rng):
+    """Contents in COCO's form with the oddities that are read: ids of any order, also 0, folders in
+    names, no info, no iscrowd, masks as outlines, runs, or runs packed as text.
+    """
+    images, annotations = [], []
+    categories = rng.choice(9, 3, replace=False).tolist()
+    ids = iter(rng.permutation(99).tolist())
+    for number in rng.choice(9, rng.integers(1, 4), replace=False).tolist():
+        y, x = rng.integers(20, 50, 2).tolist()
+        name = f"{'camera/' * (number % 2)}{number}.png"
+        images.append(dict(id=number, file_name=name, height=y, width=x))
+        for _ in range(rng.integers(1, 4)):
+            w, h = rng.integers(4, (x // 2, y // 2)).tolist()
+            left, top = rng.integers(0, (x - w, y - h)).tolist()
+            outline = [left, top, left + w, top, left + w, top + h, left, top + h]
+            mask = np.zeros((y, x), dtype=np.uint8, order="F")
+            mask[top : top + h, left : left + w] = 1
+            packed = encoding.encode(mask)["counts"].decode()
+            edges = np.flatnonzero(np.diff(mask.ravel(order="F"), prepend=0, append=2))
+            runs = np.diff(edges, prepend=0).tolist()
+            counts = [dict(size=[y, x], counts=runs), dict(size=[y, x], counts=packed)]
+            shape = [[outline], *counts][rng.integers(3)]
+            annotations.append(
+                dict(
+                    id=next(ids),
+                    image_id=number,
+                    category_id=int(rng.choice(categories)),
+                    area=w * h,
+                    bbox=[left, top, w, h],
+                    segmentation=shape,
+                )
+            )
+    return dict(
+        images=images,
+        annotations=annotations,
+        categories=[dict(id=i, name=f"class {i}") for i in categories],
+    )
+
+
+JUNK = (None, True, 0, -1, 1.5, "", "x", "0", [], {}, [1], float("nan"), float("inf"), 10**30, 1e-3)
+
+
+def damage(contents, rng):
+    """Replaces, repeats or takes away something in a nest of dictionaries and lists, or a box."""
+    annotation = contents["annotations"][0]
+    x, y, w, h = annotation["bbox"]
+    boxes = [[x, y, x + w, y + h], [x + w / 2, y + h / 2, w, h], [x / 99, y / 99, w / 99, h / 99],
+             [y, x, h, w], [x - 99, y, w, h], [x, y, -w, h], [x, y, w]]  # fmt: skip
+    if rng.random() < 0.3:
+        annotation["bbox"] = boxes[rng.integers(len(boxes))]
+        return
+    where, key = contents, str(rng.choice(["images", "annotations", "categories"]))
+    while isinstance(where[key], (dict, list)) and where[key] and rng.random() < 0.9:
+        where = where[key]
+        key = (
+            list(where)[rng.integers(len(where))]
+            if isinstance(where, dict)
+            else int(rng.integers(len(where)))
+        )
+    act = rng.integers(4)
+    if act == 0 and isinstance(where[key], str):
+        where[key] = where[key][:-1]
+    elif act == 1 and isinstance(where, list):
+        where.insert(key, where[key])
+    elif act == 2:
+        del where[key]
+    else:
+        where[key] = JUNK[rng.integers(len(JUNK))]
+
+
+def perfect_scores(root, contents):
+    """Of what a detector learns from, as what it found."""
+    (root / "annotations" / "instances_val2017.json").write_text(json.dumps(contents))
+    data = detection.CocoObjects(str(root), "val")
+    learned = wrap_dataset_for_transforms_v2(data, ("boxes", "labels", "masks"))
+    none = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0).long())
+    pairs = []
+    for image, target in (learned[i] for i in range(len(data))):
+        found = {**none, "masks": torch.zeros(0, *image.shape[1:]), **target}
+        pairs.append((image, dict(found, scores=torch.ones(len(found["boxes"])))))
+    return detection.scores(Answers(pairs), data, HERE)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of pycocotools
+def test_a_damaged_file_is_one_line_and_any_other_gives_perfect_detections_a_score_of_one(tmp_path):
+    refused = 0
+    for seed in range(300):
+        rng, root = np.random.default_rng(seed), tmp_path / str(seed)
+        contents = a_small_file(rng)
+        (root / "annotations").mkdir(parents=True)
+        for i, image in enumerate(contents["images"]):
+            save(root / "val2017" / image["file_name"], photo(i, image["height"], image["width"]))
+        if damaged := seed % 4 > 0:
+            damage(contents, rng)
+        try:
+            scores = perfect_scores(root, contents)
+            assert (scores["box_ap"], scores["mask_ap"]) == pytest.approx((1, 1)), seed
+        except ValueError as error:
+            assert damaged and "\n" not in str(error), seed
+            refused += 1
+    assert refused > 100
 
 
 def test_every_rank_scores_its_own_images():
