@@ -151,16 +151,18 @@ def resized_crop(image: Tensor, crop: Crop, size: int, flipped: bool) -> Tensor:
 
 
 def center_square(image: Tensor, size: int) -> Tensor:
-    """image (3 y x) uint8 -> (3 size size): the short side becomes 256 for 224, then a center crop.
-
-    Of a panorama only the middle is resized, four short sides long [U].
-    """
-    longest = 4 * min(image.shape[1:])
-    skip_y, skip_x = (max(0, length - longest) // 2 for length in image.shape[1:])
-    image = image[:, skip_y : skip_y + longest, skip_x : skip_x + longest]
+    """image (3 y x) uint8 -> (3 size size): the short side becomes 256 for 224, then the center."""
+    image = middle(image)
     height, width = image.shape[1:]
     short = round(size * 256 / 224)
     h, w = (short, short * width // height) if height <= width else (short * height // width, short)
     resized = F.interpolate(image[None], (h, w), mode="bicubic", antialias=True)[0]
     top, left = round((h - size) / 2), round((w - size) / 2)
     return resized[:, top : top + size, left : left + size].contiguous()
+
+
+def middle(image: Tensor) -> Tensor:
+    """Of a panorama (... y x) the middle, four short sides long [U]."""
+    longest = 4 * min(image.shape[-2:])
+    skip_y, skip_x = (max(0, length - longest) // 2 for length in image.shape[-2:])
+    return image[..., skip_y : skip_y + longest, skip_x : skip_x + longest]

@@ -14,9 +14,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import toy
-from engine.images import BadImage, ImageFiles, find_images
+from engine.files import found_in, read_lines
+from engine.images import BadImage, ImageFiles, Photographs, bad_image, find_images
 from measures.layouts import COARSE_NAMES, FIRST_STUFF, IGNORE, LABELED, WRONG, unlabeled
 
+MANY = 150  # more classes than ADE20K has are believed only where classes.txt names them [U]
 UNSEEN = 2**32  # a seed of toy scenes that no run trains on: those of runs end at 2^31
 
 # sha256 of PiCIE's list of val2017: 2,175 ids of 12 digits, one per line [P].
@@ -27,7 +29,7 @@ PUBLISHED_LIST = "7c629734c88f1a74bba6311e01d4d9fe976df84f07cb4fc86452ce5116e516
 class Labeled:
     """A sequence of (image (3 y x) uint8, label (y x) int64 with IGNORE where there is none)."""
 
-    images: ImageFiles | toy.ToyImages
+    images: Photographs | toy.ToyImages
     label_of: Callable[[int], Tensor]  # index -> (y x) classes
     class_names: tuple[str, ...]  # of the ids 0..t-1; (): segments without classes
     notice: str = ""  # what the reader of the numbers should know
@@ -41,6 +43,7 @@ class Labeled:
         place = self.places[index]
         try:
             image, label = self.images[place], self.label_of(place).long()
+            image = image if isinstance(image, Tensor) else image.labeled()
         except BadImage as bad:
             raise ValueError(f"cannot read {bad}") from None
         if label.shape != image.shape[-2:]:
@@ -59,9 +62,8 @@ class Labeled:
 
     def files(self) -> set[Path]:
         """The image files; of toy scenes, which are drawn, none."""
-        if not isinstance(self.images, ImageFiles):
-            return set()
-        return {Path(self.images.root, self.images.name(place)) for place in self.places}
+        places = self.places if isinstance(self.images, ImageFiles) else ()
+        return {Path(self.images.root, self.images.name(place)) for place in places}
 
 
 def open_labeled(
@@ -94,12 +96,11 @@ def open_files(
     paths, files = zip(*paired(dataset, root, images, part, list_file))
     names, notice = layout.classes, curated_notice(paths, part) if layout.curated else ""
     if names is None:
-        names = class_names(root / "classes.txt")
-        if not names and not num_classes:
-            num_classes, notice = count_classes(files)
-        names = names or tuple(f"class {number}" for number in range(num_classes))
+        named = class_names(root / "classes.txt") or [f"class {t}" for t in range(num_classes)]
+        count, notice = count_classes(files, sure=bool(named))
+        names = tuple(named or [f"class {number}" for number in range(count)])
     label_of = partial(read_label, files, layout.ids, len(names))
-    found = Labeled(ImageFiles(images, paths), label_of, names, notice)
+    found = Labeled(Photographs(images, paths), label_of, names, notice)
     if part == "." and split:  # no folders of splits: every fifth image is for val
         return found.subset([i for i in found.places if (i % 5 == 0) == (split == "val")])
     return found
@@ -116,7 +117,7 @@ def paired(
             raise wrong_tree(dataset, list_file.parent, f"no {list_file}")
     if list_file:
         # Some lists name paths from the top: "/JPEGImages/x.jpg /SegmentationClassAug/x.png".
-        lines = [line.split()[0] for line in lines_of(list_file) if line.strip()]
+        lines = [line.split()[0] for line in read_lines(list_file) if line]
         paths = [f"{Path(line).stem}{layout.suffix}" for line in lines]
     else:
         paths = [path for path in find_images(images)[1].tolist() if path.endswith(layout.suffix)]
@@ -136,19 +137,8 @@ def paired(
 
 def wrong_tree(dataset: str, root: Path, reason: str, tree: str = "") -> ValueError:
     """What is wrong with a folder, what it should hold (tree: if not in `LABELED`), and does."""
-    top = next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
-    names = sorted(entry.name + "/" * entry.is_dir() for entry in top.iterdir())
-    found = ", ".join(names[:8]) + ", ..." * (len(names) > 8) or "nothing"
     expected = f"--dataset {dataset} expects in --data-dir: {tree or LABELED[dataset].tree}"
-    return ValueError(f"{reason}; {expected}; found in {top}: {found}")
-
-
-def lines_of(file: Path) -> list[str]:
-    """The lines of a text file. Raises ValueError where it is none."""
-    try:  # "-sig": some editors begin a file with a mark, which is no part of the first name
-        return file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError):
-        raise ValueError(f"{file} is not a text file: one name per line is expected") from None
+    return ValueError(f"{reason}; {expected}; {found_in(root)}")
 
 
 def read_label(files: Sequence[Path], ids: Sequence[int], num_classes: int, index: int) -> Tensor:
@@ -166,10 +156,12 @@ def read_label(files: Sequence[Path], ids: Sequence[int], num_classes: int, inde
 def read_ids(file: Path) -> np.ndarray:
     """The ids in a label file, (y x) int64. Raises ValueError: unreadable, or colors."""
     try:
-        with Image.open(file) as image:
-            mode, ids = image.mode, np.asarray(image)
-    except (OSError, SyntaxError):
-        raise ValueError(f"cannot read the label {file}") from None
+        with bad_image(str(file)), Image.open(file) as image:
+            mode, ids, form = image.mode, np.asarray(image), image.format
+    except BadImage as bad:
+        raise ValueError(f"cannot read the label {bad}") from None
+    if form in ("JPEG", "MPO"):
+        raise ValueError(f"{file} is a JPEG, whose values are no class ids: write labels as PNG")
     if mode not in ("L", "P", "1", "I", "I;16"):
         raise ValueError(f"{file} holds colors ({mode}), not class ids: one gray value per class")
     return ids.astype(np.int64)
@@ -179,11 +171,9 @@ def curated(pairs: Sequence[tuple[str, Path]]) -> list[tuple[str, Path]]:
     """The images that PiCIE's rule keeps [P]: both sides at least 360 px, and 3/4 of it stuff."""
     kept, ids = [], LABELED["coco_stuff"].ids
     for pair in tqdm(pairs, "curated list", unit="label", disable=None, leave=False):
-        with Image.open(pair[1]) as image:  # the size stands in the header
-            if min(image.size) < 360:
-                continue
         coarse = read_label([pair[1]], ids, len(COARSE_NAMES), 0)
-        if ((coarse >= FIRST_STUFF) & (coarse != IGNORE)).double().mean() >= 0.75:
+        stuff = (coarse >= FIRST_STUFF) & (coarse != IGNORE)
+        if min(coarse.shape) >= 360 and stuff.double().mean() >= 0.75:
             kept.append(pair)
     if not kept:
         raise ValueError("no image is curated: 360 px on both sides and 3/4 stuff")
@@ -212,7 +202,7 @@ def folder_part(root: Path, split: str | None) -> str:
 
 def class_names(file: Path) -> tuple[str, ...]:
     """A name per line, none twice; line 1 is id 0. () without the file. Raises ValueError."""
-    text = "\n".join(map(str.strip, lines_of(file))).rstrip() if file.is_file() else ""
+    text = "\n".join(read_lines(file)).rstrip() if file.is_file() else ""
     names = tuple(text.split("\n")) if text else ()
     wrong = [i for i, name in enumerate(names) if not name or name in names[:i]]
     if wrong:
@@ -220,15 +210,27 @@ def class_names(file: Path) -> tuple[str, ...]:
     return names
 
 
-def count_classes(files: Sequence[Path]) -> tuple[int, str]:
-    """The largest id + 1, and one line where ids below it occur nowhere. Raises ValueError."""
+def count_classes(files: Sequence[Path], sure: bool = False) -> tuple[int, str]:
+    """The largest id + 1, and one line where ids below it occur nowhere. Raises ValueError where
+    the labels can measure nothing. sure: the number is known, and two ids are enough.
+    """
     first: dict[int, Path] = {}  # id -> the first file that has it
     for file in tqdm(files, "classes", unit="label", disable=None, leave=False):
         for number in np.unique(read_ids(file)).tolist():
             first.setdefault(number, file)
+        if sure and len(first.keys() - {IGNORE}) > 1:
+            return 0, ""
     ids = sorted(first.keys() - {IGNORE})
     if not ids:
         raise unlabeled(f"the {len(files)} label files")
+    if len(ids) == 1:
+        found = (
+            f"the labels hold only {' and '.join(map(str, sorted(first)))}; {IGNORE} means no class"
+        )
+        raise ValueError(f"{found}, and of one class every score is 100 %: write masks as 0 and 1")
+    if len(ids) > MANY:
+        found = f"{len(ids)} ids occur in the labels, such as {ids[-1]} in {first[ids[-1]]}"
+        raise ValueError(f"{found}: name them in classes.txt, or write masks without smooth edges")
     largest, count = ids[-1], ids[-1] + 1
     notice = f"{count} classes counted, but only {len(ids)} ids occur, {largest} first in"
     advice = "if that is a mistake, correct the file, or set --num-classes"

@@ -15,7 +15,7 @@ from torchvision.transforms.v2.functional import center_crop, resize
 from tqdm import tqdm
 
 import toy
-from data import center_square
+from data import center_square, middle
 from engine.batches import Loaded
 from engine.images import BadImage, ImageFiles, Photographs, find_images
 from measures.datasets import UNSEEN, Labeled
@@ -59,9 +59,9 @@ def labeled_batches(
 
 def square(pair: tuple[Tensor, Tensor], size: int) -> tuple[Tensor, Tensor]:
     """Image (3 y x) and label (y x): the short side to `size`, then the center [P]."""
-    image = resize(pair[0], [size], InterpolationMode.BILINEAR, antialias=True)
+    image = resize(middle(pair[0]), [size], InterpolationMode.BILINEAR, antialias=True)
     # PIL's nearest, which the protocol used, is torchvision's "exact": the pixel under the center.
-    label = resize(pair[1][None], [size], InterpolationMode.NEAREST_EXACT)
+    label = resize(middle(pair[1])[None], [size], InterpolationMode.NEAREST_EXACT)
     return center_crop(image, [size]), center_crop(label, [size])[0]
 
 

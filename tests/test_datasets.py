@@ -1,11 +1,13 @@
 """measures/datasets.py: data sets whose every pixel has a label, each in its owner's layout."""
 
 import hashlib
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
+from test_bad_images import png_that_claims
 
 import toy
 from measures import datasets
@@ -176,8 +178,14 @@ def test_the_published_list_is_recognized_and_another_one_can_be_given(tmp_path,
     found = open_labeled("coco_stuff", tmp_path, list_file=ids)
     assert names_of(found) == ["500.jpg", "100.jpg"] and "NOT" in found.notice
     ids.write_bytes(b"\xff\xd8\xff\xe0")
-    with pytest.raises(ValueError, match="is not a text file: one name per line"):
+    with pytest.raises(ValueError, match="is not a text file with one name"):
         open_labeled("coco_stuff", tmp_path, list_file=ids)
+
+
+def turn(image, _label, orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.open(image).save(image, exif=exif)
 
 
 @pytest.mark.parametrize("spoil, message", [
@@ -186,6 +194,10 @@ def test_the_published_list_is_recognized_and_another_one_can_be_given(tmp_path,
     (lambda image, label: write(label, rows(0, 3)), r"label .*0\.png has id 3, .* its 3 classes"),
     (lambda image, label: write(label, np.zeros((Y, X, 3))), r"0\.png holds colors \(RGB\)"),
     (lambda image, label: label.write_text("x"), r"cannot read the label .*0\.png"),
+    (lambda image, label: label.write_bytes(png_that_claims(13_600, 13_500)),
+     r"cannot read the label .*0\.png: image size \(183600000 pixels\) exceeds limit"),
+    (lambda image, label: Image.open(label).save(label, "JPEG"), r"0\.png is a JPEG, whose values"),
+    *[(partial(turn, orientation=i), rf"day/0\.jpg: its EXIF orientation is {i}") for i in (3, 6)],
     (lambda image, label: image.write_bytes(b"\x89PNG no"), r"cannot read day/0\.jpg"),
 ])  # fmt: skip
 def test_a_spoiled_image_or_label_is_named_in_one_line(tmp_path, spoil, message):
@@ -229,6 +241,28 @@ def test_ids_are_counted_and_one_line_names_the_largest_if_some_are_missing(
     file = f" {tmp_path / 'labels/day/1.png'}" if words else ""
     assert bool(found.notice) == bool(words) and words + file in found.notice
     assert open_labeled("folder", tmp_path, num_classes=count).notice == ""
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("ids, words", [
+    ((0, 255), "hold only 0 and 255; 255 means no class, and of one class every score is 100 %"),
+    ((255, 7), "hold only 7 and 255"),
+    ((255,), "nothing is labeled"),
+])  # fmt: skip
+def test_labels_by_which_everything_is_perfect_are_refused(tmp_path, named, ids, words):
+    draw_folder(tmp_path, [ids, ids[::-1]])
+    if named:
+        (tmp_path / "classes.txt").write_text("background\nobject")
+    with pytest.raises(ValueError, match=words):
+        open_labeled("folder", tmp_path)
+
+
+def test_hundreds_of_ids_are_classes_only_where_they_are_named(tmp_path):
+    draw_folder(tmp_path, [range(i, i + Y) for i in range(0, 168, Y)])
+    with pytest.raises(ValueError, match=r"168 ids occur .* 167 in .*6\.png: name them in classes"):
+        open_labeled("folder", tmp_path)
+    (tmp_path / "classes.txt").write_text("\n".join(map(str, range(168))))
+    assert len(open_labeled("folder", tmp_path).class_names) == 168
 
 
 def test_a_folder_without_parts_is_split_into_fifths_that_share_no_image(tmp_path):

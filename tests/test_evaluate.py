@@ -153,8 +153,10 @@ def test_a_probe_is_never_tested_on_an_image_that_it_has_learned_from(trained, f
 
 def test_a_probe_needs_classes_and_the_same_ones_in_both_parts(trained, folder, tmp_path, capsys):
     for part, number in (("train", 6), ("val", 2)):
+        label = np.full((34, 40), number)
+        label[0] = 0
         for kind in ("images", "labels"):
-            write(folder / kind / part / "0.png", np.full((34, 40), number))
+            write(folder / kind / part / "0.png", label)
     line = refusal("probe", trained, "--data-dir", folder, capsys=capsys)
     assert "7 classes to learn and 3 to test" in line
     where = bsds_tree(tmp_path / "b", 0, 9)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import functional
 
 import staged
 from engine.images import ImageFiles
@@ -99,3 +100,20 @@ def test_the_protocols_square_shrinks_image_and_label_as_pillow_does_it():
         whole = Image.fromarray(whole.numpy().astype(np.uint8))
         pillow = np.array(whole.resize((63, 40), how))[:, 12:52]
         assert np.abs(found.numpy() - pillow.astype(int)).max() <= (how == Image.BILINEAR)
+
+
+def test_of_a_labeled_strip_only_the_middle_is_enlarged(monkeypatch):
+    enlarged = []
+
+    def resize(image, *given, **named):
+        enlarged.append(functional.resize(image, *given, **named))
+        return enlarged[-1]
+
+    monkeypatch.setattr(streams, "resize", resize)
+    columns = torch.arange(3000)
+    pair = columns.expand(3, 2, 3000).to(torch.uint8), columns.expand(2, 3000)
+    image, label = streams.square(pair, 320)
+    assert image.shape == (3, 320, 320) and label.unique().tolist() == [1499, 1500]
+    assert [each.shape[-2:] for each in enlarged] == [(320, 1280)] * 2
+    streams.square((pair[0][..., :8], pair[1][..., :7]), 320)  # and of these, everything
+    assert [each.shape[-1] for each in enlarged[2:]] == [1280, 1120]
