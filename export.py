@@ -34,8 +34,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ValueError(f"--output {output} is the checkpoint itself: give another name")
     if output.is_file() and output.name == "last.pth":
         raise ValueError(f"--output {output} is the last.pth of a run: give another name")
-    if args.format == "torchvision" and output.suffix == ".pkl":
-        raise ValueError(f"--output {output}: *.pkl is for --format detectron2; take *.pth")
+    if output.suffix not in (".pth", ".pt", ".pkl"[: 4 * (args.format == "detectron2")]):
+        raise ValueError(f"--output {output}: expected *.pth, or *.pkl with --format detectron2")
     return args
 
 
@@ -46,6 +46,7 @@ import torch
 
 from backbone import RESNETS
 from downstream import exported
+from engine import files
 from measures.networks import open_backbone
 
 
@@ -60,19 +61,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             "exported, which timm and torchvision have: train with --arch resnet18, for example"
         )
     options.check_writable(args.output, "--output")
-    exported.write(state, args.format, args.output)
+    arrays = args.output.suffix == ".pkl"
+    contents = exported.encoded(state, args.format, arrays)
     image = torch.rand(1, 3, 97, 129, generator=torch.Generator().manual_seed(0))
-    try:
-        other = exported.read(arch, args.format, args.output)
-        with torch.inference_mode():
-            features = backbone(image)
-            same = torch.equal(features.flatten(1), other.eval()(image))
-        if not same:
-            raise Stopped(f"{args.output} gave other features than the checkpoint, and was removed")
-    except BaseException:
-        args.output.unlink()
-        raise
-    print(f"read     {args.checkpoint}: {arch}, {len(state)} tensors of the {args.network}")
+    with torch.inference_mode():
+        features = backbone(image)
+        other = exported.decoded(contents, arch, args.format, arrays)(image)
+    if not torch.equal(features.flatten(1), other):
+        raise Stopped(f"{args.output} would give other features than the checkpoint: not written")
+    files.write_atomically(args.output, lambda file: file.write(contents))
+    print(f"read     {config['source']}: {arch}, {len(state)} tensors")
     print(f"written  {args.output}, under {args.format}'s names")
     print(f"proved   features {(*features.shape,)} of a random image are identical")
     if args.format == "detectron2":

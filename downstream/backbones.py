@@ -32,7 +32,7 @@ def open_pretrained(c: Shared, given: set[str]) -> tuple[nn.Module, Shared, str]
     else:
         backbone, config = open_backbone(c.backbone, c.network)
         arch, count = config["arch"], len(backbone.state_dict())
-        source = f"all {count} tensors from {c.backbone} ({c.network})"
+        source = f"all {count} tensors from {config['source']}"
     if "arch" in given and c.arch != arch:
         raise ValueError(f"--arch {c.arch}, but {c.backbone} holds a {arch}: leave --arch out")
     more = dict(arch=arch)

@@ -2,16 +2,14 @@
 modeling/backbone/resnet.py has every norm inside its convolution.
 """
 
+import io
 import pickle
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 import torchvision
 from torch import Tensor, nn
-
-from engine import checkpoints, files
 
 DETECTRON2_SETTINGS = (  # what a configuration must say for such a file
     'INPUT.FORMAT "RGB"; MODEL.PIXEL_MEAN [123.675, 116.28, 103.53]; '
@@ -35,24 +33,24 @@ def name_of(name: str, form: str) -> str:
     return name
 
 
-def write(state: Mapping[str, Tensor], form: str, file: Path) -> None:
-    """The state for the target's checkpointer; *.pkl: arrays, as detectron2 writes them."""
-    arrays = file.suffix == ".pkl"
+def encoded(state: Mapping[str, Tensor], form: str, arrays: bool) -> bytes:
+    """A file for the target's checkpointer; arrays: as detectron2 writes *.pkl."""
     contents = {name_of(n, form): v.numpy() if arrays else v for n, v in state.items()}
     if form == "detectron2":
         contents = dict(model=contents, __author__="SlotCon", matching_heuristics=True)
     if arrays:
-        files.write_atomically(file, lambda out: pickle.dump(contents, out))
-    else:
-        checkpoints.save(file, contents)
+        return pickle.dumps(contents)
+    file = io.BytesIO()
+    torch.save(contents, file)
+    return file.getvalue()
 
 
-def read(arch: str, form: str, file: Path) -> nn.Module:
+def decoded(file: bytes, arch: str, form: str, arrays: bool) -> nn.Module:
     """torchvision's own network with what our file holds: images (1 3 y x) -> C5, flat."""
-    contents = pickle.loads(file.read_bytes()) if file.suffix == ".pkl" else torch.load(file)
+    contents = pickle.loads(file) if arrays else torch.load(io.BytesIO(file))
     named = contents["model"] if form == "detectron2" else contents
     network = getattr(torchvision.models, arch)(weights=None)
     network.avgpool = network.fc = nn.Identity()
     names = network.state_dict().keys()
     network.load_state_dict({n: torch.as_tensor(named[name_of(n, form)]) for n in names})
-    return network
+    return network.eval()

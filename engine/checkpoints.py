@@ -30,6 +30,14 @@ WRAPPERS = ("model", "state_dict", "teacher", "student")  # under which files ke
 # What stands before the names of a backbone in files of other methods, the slow network first
 PREFIXES = ("momentum_encoder.", "backbone.", "encoder_q.", "base_encoder.", "encoder.", "")
 HEADS = ("fc.", "head.", "projector.", "predictor.", "projection_head.", "prototypes.")
+OTHERS = {  # how files begin that are no checkpoints, and what torch says -> what they are
+    r"\s*<": "a web page; download the file itself",
+    r"version https://git-lfs": "a pointer of git-lfs; `git lfs pull` brings the file itself",
+    r"PK.*TorchScript": "TorchScript; take its state_dict()",
+    r"PK.*(hasRecord|data\.pkl|subdirectory)": "a zip of other files; unpack it",
+    r"\x80[\3-\5]": "a pickle, as *.pkl of detectron2; take the *.pth that it was made from",
+    r".*Weights only load failed": "its first bytes are those of nothing known",
+}
 
 
 class Checkpoint:
@@ -41,6 +49,13 @@ class Checkpoint:
         self.config: dict[str, Any] = dict(config) if isinstance(config, Mapping) else {}
         self.state = released_names(tensors_of(contents))
         self.holds_network = any(key.startswith("student.") for key in self.state)
+        names = ((p, k.removeprefix(p)) for p in PREFIXES for k in self.state if k.startswith(p))
+        self.prefix = next((p for p, name in names if not name.startswith(HEADS)), "")
+
+    def source(self, which: str = "teacher") -> str:
+        """The file, and which of its tensors are the backbone."""
+        names = f"{which}.backbone." if self.holds_network else self.prefix
+        return f"{self.path} ({names}*)" if names else str(self.path)
 
     def network(self, which: str = "teacher") -> dict[str, Tensor]:
         """The backbone.*, projector.* and prototypes.weight of one network. Raises ValueError."""
@@ -56,11 +71,11 @@ class Checkpoint:
             return part(self.state, f"{which}.backbone.")
         if which != "teacher":
             raise ValueError(f"{self.path} is one backbone, so there is no {which} in it")
-        for prefix in PREFIXES:
-            state = part(self.state, prefix).items()
-            if found := {k: v for k, v in state if not k.startswith(HEADS)}:
-                return found
-        raise ValueError(f"{self.path} holds no backbone: found {some_keys(self.contents)}")
+        state = part(self.state, self.prefix).items()
+        if found := {k: v for k, v in state if not k.startswith(HEADS)}:
+            return found
+        keys = some_keys(self.state or self.contents)
+        raise ValueError(f"{self.path} holds no backbone: found {keys}")
 
 
 def read(path: str | Path) -> Checkpoint:
@@ -69,20 +84,30 @@ def read(path: str | Path) -> Checkpoint:
     path = path / "last.pth" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}")
+    with path.open("rb") as file:
+        start = file.read(40).decode("latin-1")
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # decoders meet damaged files with exceptions of every kind
-        forbidden = re.search(r"(?:GLOBAL|Unsupported class) (\S+)", str(error))
-        reason = str(error).strip().partition("\n")[0][:100] or type(error).__name__
-        if forbidden:
-            reason = f"it asks to run {forbidden[1]}, which a checkpoint needs not; nothing was run"
+        text = str(error).strip() or type(error).__name__
+        kinds = [kind for way, kind in OTHERS.items() if re.match(way, start + text, re.DOTALL)]
+        if forbidden := re.search(r"(?:GLOBAL|Unsupported class) (\S+)", text):
+            kinds = [
+                f"it asks to run {forbidden[1]}, which a checkpoint needs not; nothing was run"
+            ]
+        reason = (*kinds, text.partition("\n")[0][:100])[0]
         raise ValueError(f"{path} is no checkpoint, or damaged: {reason}") from None
     if not isinstance(contents, Mapping):
         raise ValueError(f"{path} holds a {type(contents).__name__}, not a checkpoint's dictionary")
     plain = {k: vars(v) if isinstance(v, argparse.Namespace) else v for k, v in contents.items()}
-    return Checkpoint(path, plain)
+    found = Checkpoint(path, plain)
+    for name, value in found.state.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            advice = "the run diverged, or the file is damaged: take an earlier one"
+            raise ValueError(f"{path}: {name} has numbers that are not finite; {advice}")
+    return found
 
 
 def released_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -128,17 +153,11 @@ def load_strictly(module: torch.nn.Module, state: Mapping[str, Tensor], path: st
     own = module.state_dict()
     # Files of torch before 0.4.1 lack the counts of batches; nothing depends on their values.
     state = {**{k: v for k, v in own.items() if k.endswith("num_batches_tracked")}, **state}
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    reshaped = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
-    found = ""
-    if missing:
-        found = f"it lacks {len(missing)} tensors, first {missing[0]}"
-    elif unexpected:
-        found = f"it has {len(unexpected)} tensors too many, first {unexpected[0]}"
-    elif reshaped:
-        there, needed = (tuple(tensors[reshaped[0]].shape) for tensors in (state, own))
-        found = f"it has {reshaped[0]} as {there} where {needed} is needed"
-    if found:
+    needed, given = ({f"{k} {tuple(v.shape)}" for k, v in s.items()} for s in (own, state))
+    if needed != given:
+        pairs = (needed - given, given - needed)
+        lacks, more = (", such as ".join([str(len(x)), *sorted(x)[:1]]) for x in pairs)
+        found = f"tensors that it lacks: {lacks}; that it has too many: {more}"
         raise ValueError(f"{path} is of another architecture or size: {found}")
     module.load_state_dict(state)
 
@@ -148,19 +167,19 @@ def start_from(model: torch.nn.Module, path: str) -> str:
     in words. Raises ValueError where the backbone is not there as a whole.
     """
     found, own = read(path), model.state_dict()
-    given, networks = found.state, ("student", "teacher")
+    given, source, networks = found.state, path, ("student", "teacher")
     if not found.holds_network:
+        source = found.source()
         given = {f"{n}.backbone.{k}": v for n in networks for k, v in found.backbone().items()}
     used = {k: v for k, v in given.items() if k in own and own[k].shape == v.shape}
-    backbone = [k for k in own if ".backbone." in k and "num_batches_tracked" not in k]
-    if missing := [k for k in backbone if k not in used]:
+    needed = [k for k in own if ".backbone." in k and "num_batches_tracked" not in k]
+    if missing := [k for k in needed if k not in used]:
         arch = f"--arch {found.config['arch']}" if "arch" in found.config else "the file's --arch"
-        raise ValueError(
-            f"--init {path} does not hold this backbone: {len(missing)} of its tensors are missing "
-            f"or of another shape, first {missing[0]}; found {some_keys(given)}; give {arch}"
-        )
+        lacks = f"{len(missing)} of its tensors are missing or of another shape, first {missing[0]}"
+        found = f"{lacks}; found {some_keys(given)}; give {arch}"
+        raise ValueError(f"--init {path} does not hold this backbone: {found}")
     model.load_state_dict({**own, **used})
-    return f"{path}: {len(used)} of {len(own)} tensors used, the others are random"
+    return f"{source}: {len(used)} of {len(own)} tensors used, the others are random"
 
 
 def restore(

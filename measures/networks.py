@@ -34,7 +34,7 @@ def open_backbone(path: str | Path, which: str = "teacher", device: Any = "cpu")
     found, arch = read(path, which)
     backbone = untrained_backbone(arch, device)
     checkpoints.load_strictly(backbone, found.backbone(which), path)
-    return backbone, {**found.config, "arch": arch}
+    return backbone, {**found.config, "arch": arch, "source": found.source(which)}
 
 
 def read(path: str | Path, which: str) -> tuple[checkpoints.Checkpoint, str]:

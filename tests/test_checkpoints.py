@@ -7,7 +7,10 @@ before a training state is known to fit.
 
 import argparse
 import copy
+import io
+import pickle
 import shutil
+import zipfile
 
 import pytest
 import torch
@@ -101,7 +104,10 @@ BACKBONES = {
         epoch=100,
     ),
     "PixPro": dict(model=named("module.encoder.", TINY)),
+    "SwAV": named("module.", {**TINY, "projection_head.weight": torch.ones(2)}),
 }
+USED = {"MoCo": "encoder_q.", "MoCo v3": "momentum_encoder.", "DenseCL": "backbone.",
+        "DINO": "backbone.", "PixPro": "encoder."}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
@@ -121,6 +127,7 @@ def test_a_backbone_comes_in_under_torchvisions_names_without_its_head(kind, tmp
     found = checkpoints.read(file_with(BACKBONES[kind], tmp_path))
     assert not difference(found.backbone(), dict(TINY))
     assert not found.holds_network
+    assert found.source() == str(found.path) + (f" ({USED[kind]}*)" if kind in USED else "")
     for refused in (found.network, lambda: found.backbone("student")):
         with pytest.raises(ValueError) as error:
             refused()
@@ -137,16 +144,28 @@ def test_a_folder_stands_for_its_last_checkpoint_and_what_is_saved_is_read_back(
     assert [file.name for file in tmp_path.iterdir()] == ["last.pth"]
 
 
+def zip_of(*names):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        for name in names:
+            file.writestr(name, "1")
+    return buffer.getvalue()
+
+
 BROKEN = {
-    "is no checkpoint, or damaged": (
-        b"",
-        b"version https://git-lfs.github.com/spec/v1\n",
-        b"PK\x03\x04 and no more",
-        b"\x80\x02}q\x00",
+    "is no checkpoint, or damaged: ": (b"", b"PK\x03\x04 and no more", b"\x80\x02}q\x00"),
+    "is no checkpoint, or damaged: a web page": (b"\n<!DOCTYPE html><title>Drive - Virus scan",),
+    "is no checkpoint, or damaged: a pointer of git-lfs": (
+        b"version https://git-lfs.github.com\n",
     ),
+    "is no checkpoint, or damaged: a pickle, as *.pkl of": (pickle.dumps(dict(model=[1.5] * 9)),),
+    "is no checkpoint, or damaged: a zip of other files": (zip_of("readme.txt"),),
+    "is no checkpoint, or damaged: TorchScript": (zip_of("a/constants.pkl", "a/version"),),
+    "is no checkpoint, or damaged: its first bytes are": (b"\x9d" * 50,),
     "holds a list, not a checkpoint's dictionary": ([1, 2],),
     "holds no backbone: found nothing": ({},),
     "holds no backbone: found epoch, loss": (dict(epoch=3, loss=1.0),),
+    "holds no backbone: found head.weight": (dict(epoch=3, model={"head.weight": torch.ones(1)}),),
     "holds no backbone: found model": (dict(model="gone"),),
 }
 
@@ -172,6 +191,16 @@ def test_code_in_a_file_is_refused_by_name_and_does_not_run(new, tmp_path):
     assert witness.exists()  # so the payload is a real one
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_where_they_are_read(number, tmp_path):
+    state = {key: value.clone() for key, value in OURS.items()}
+    state["teacher.prototypes.weight"][1, 2] = number
+    with pytest.raises(
+        ValueError, match=r"teacher\.prototypes\.weight has numbers that are not fin"
+    ):
+        checkpoints.read(file_with(dict(model=state), tmp_path))
+
+
 def without(state, *names):
     return {key: value for key, value in state.items() if key not in names}
 
@@ -179,16 +208,22 @@ def without(state, *names):
 @pytest.mark.parametrize(
     "state, line",
     [
-        (without(TEACHER, "prototypes.weight"), "it lacks 1 tensors, first prototypes.weight"),
-        ({**TEACHER, "extra": torch.ones(1)}, "it has 1 tensors too many, first extra"),
-        ({**TEACHER, "prototypes.weight": torch.ones(K + 1, D)}, "as (6, 7) where (5, 7) is"),
+        (without(TEACHER, "prototypes.weight"), "lacks: 1, such as prototypes.weight (5, 7); "),
+        (
+            {**TEACHER, "extra": torch.ones(1)},
+            "lacks: 0; that it has too many: 1, such as extra (1,)",
+        ),
+        (
+            {**TEACHER, "prototypes.weight": torch.ones(K + 1, D)},
+            "too many: 1, such as prototypes.weight (6, 7)",
+        ),
     ],
 )
 def test_a_network_of_another_size_is_never_filled_up_at_random(state, line):
     network, before = slotcon(4).teacher, slotcon(4).teacher.state_dict()
     with pytest.raises(ValueError) as error:
         checkpoints.load_strictly(network, state, "a.pth")
-    assert str(error.value).startswith("a.pth is of another architecture or size: it ")
+    assert str(error.value).startswith("a.pth is of another architecture or size: tensors ")
     assert line in str(error.value) and "\n" not in str(error.value)
     assert not difference(dict(network.state_dict()), dict(before))
     # Files of torch before 0.4.1 lack the counts of batches

@@ -1,6 +1,8 @@
 """Exported backbones load elsewhere and give the same features there. export.py."""
 
 import argparse
+import errno
+import os
 import pickle
 
 import pytest
@@ -66,7 +68,9 @@ def test_the_network_that_is_asked_for_is_found_in_every_kind_of_file(
     assert all(torch.equal(found[k], v) for k, v in states[network].items())
     said = capsys.readouterr().out
     assert "features (1, 512, 4, 5) of a random image are identical" in said
-    assert f"resnet18, 120 tensors of the {network}" in said
+    assert "resnet18, 120 tensors" in said
+    names = dict(last=f" ({network}.backbone.*)", released=f" ({network}.backbone.*)")
+    assert f"{names.get(kind.partition('.')[0] or 'last', '')}: resnet18" in said
 
 
 def test_resnet50_goes_into_torchvisions_networks(tmp_path):
@@ -122,13 +126,32 @@ def test_detectron2_gets_every_tensor_under_its_own_name(arch, suffix, count, tm
         assert torch.equal(torch.as_tensor(contents["model"][f"{names[layer]}.{part}"]), value)
 
 
-def test_a_file_that_gives_other_features_is_removed(files, tmp_path, monkeypatch, capsys):
-    write, other = exported.write, trained("resnet18", 3).state_dict()
-    argument = files[0] / "last.pth", "--output", tmp_path / "out.pth"
-    monkeypatch.setattr(exported, "write", lambda state, *more: write(other, *more))
-    assert run(*argument) == 1
-    assert "gave other features than the checkpoint, and was removed" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("before", [b"", b"an older export"])
+def test_an_export_that_gives_other_features_changes_no_file(
+    before, files, tmp_path, monkeypatch, capsys
+):
+    encoded, other = exported.encoded, trained("resnet18", 3).state_dict()
+    if before:
+        (tmp_path / "out.pth").write_bytes(before)
+    monkeypatch.setattr(exported, "encoded", lambda state, *more: encoded(other, *more))
+    assert run(files[0] / "last.pth", "--output", tmp_path / "out.pth") == 1
+    assert "would give other features than the checkpoint" in capsys.readouterr().err
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [before] * bool(before)
+
+
+def test_an_export_onto_a_full_disk_names_the_file_and_keeps_the_one_before(
+    files, tmp_path, monkeypatch, capsys
+):
+    def full(_file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    out = tmp_path / "out.pth"
+    out.write_bytes(b"before")
+    monkeypatch.setattr(os, "fsync", full)
+    assert run(files[0] / "last.pth", "--output", out) == 2
+    line = f"export.py: [Errno {errno.ENOSPC}] No space left on device: '{out}'\n"
+    assert capsys.readouterr().err == line
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"before"]
 
 
 def test_what_cannot_be_exported_is_refused_before_anything_is_written(files, tmp_path, capsys):
@@ -138,7 +161,8 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(files, tm
     for arguments, complaint in (
         ([tmp_path / "tiny.pth", "--output", out], "holds the backbone tiny. Only resnet18, "),
         ([tmp_path / "tiny.pth", "--output", out], "train with --arch resnet18, for example"),
-        ([source, "--output", tmp_path / "new" / "out.pkl"], "*.pkl is for --format detectron2"),
+        ([source, "--output", tmp_path / "new" / "out.pkl"], "or *.pkl with --format detectron2"),
+        ([source, "--output", tmp_path / "out.onnx"], "expected *.pth"),
         ([source], "--output"),
         ([tmp_path / "absent.pth", "--output", out], "there is no checkpoint"),
         ([source, "--output", tmp_path / "folder.pth"], "give another place by --output"),

@@ -225,7 +225,7 @@ def test_what_does_not_matter_can_change_and_force_takes_what_is_asked_for_now(
     assert [group["weight_decay"] for group in saved["optimizer"]["param_groups"]] == [0.5, 0]
     wrong = ("--num-prototypes", "6", "--resume", "force")
     text = train_here(folder, *given, *wrong, photographs=photographs, status=2)
-    assert "is of another architecture or size: it has center as (5,) where (6,) is needed" in text
+    assert "lacks: 3, such as center (6,); that it has too many: 3, such as center (5,)" in text
 
 
 def test_a_run_neither_goes_on_from_a_damaged_file_nor_overwrites_it(short, photographs, tmp_path):
