@@ -101,7 +101,7 @@ def show_training(args: Namespace) -> dict:
     others = "".join(f"_{run.name}" for run in runs[1:4])
     name = f"training_with{others}" if others else "training"
     file = options.output_file(args.output, first / f"{name}.png")
-    curves.draw_runs(runs).savefig(file, dpi=110)
+    figures.save(curves.draw_runs(runs), file, 110)
     return dict(files=printed([file]), last_steps=[run.records[-1]["step"] for run in runs])
 
 

@@ -2,8 +2,8 @@
 
 # How the names of image files end. Here, so that a command line is read before torch is loaded
 SUFFIXES = (
-    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"),
-    *(".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"),
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp"),
+    *(".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"),
 )
 LAYOUTS = {  # the folders in which each data set's images lie; * stands for one level of any name
     "coco": ("train2017",),

@@ -253,27 +253,31 @@ def moved(batch: Any, move: Callable[[Tensor], Any]) -> Any:
     return batch
 
 
-def size_or_reason(images: ImageFiles, index: int) -> tuple[int, int] | str:
-    """The size (y, x) of an image, or why there is none."""
+def size_and_remark(images: ImageFiles, index: int) -> tuple[tuple[int, int] | None, str]:
+    """The size (y, x) of an image, None: it cannot be read; and what is odd about it."""
     try:
-        return tuple(images.open(index).pixels().image.shape[-2:])
+        image = images.open(index).pixels().image
     except BadImage as bad:
-        return bad.reason
+        return None, bad.reason
+    dark = (image > 15).count_nonzero() < 0.01 * image.numel()
+    plain = torch.equal(image.amax((1, 2)), image.amin((1, 2)))  # over y, x
+    return tuple(image.shape[-2:]), "one color" if plain else "almost black" if dark else ""
 
 
 def check_images(images: ImageFiles, workers: int = 0) -> int:
     """Read every file once and print what was found -> how many cannot be read."""
-    look = partial(size_or_reason, images)
-    sizes = Loaded(range(len(images)), look, workers, batch_size=None)
-    found = list(tqdm(sizes, total=len(images), unit="image", disable=not sys.stderr.isatty()))
-    bad = [(images.name(i), each) for i, each in enumerate(found) if isinstance(each, str)]
-    sizes = collections.Counter(tuple(each) for each in found if not isinstance(each, str))
-    for name, reason in bad:
-        print(f"bad      {name}: {reason}")
+    look = partial(size_and_remark, images)
+    found = Loaded(range(len(images)), look, workers, batch_size=None)
+    found = list(tqdm(found, total=len(images), unit="image", disable=not sys.stderr.isatty()))
+    for index, (size, remark) in enumerate(found):
+        if remark:
+            print(f"{'look at' if size else 'bad':<9}{images.name(index)}: {remark}")
+    sizes = collections.Counter(tuple(size) for size, _ in found if size)
     if sizes:
         small, large = (pick(sizes, key=math.prod) for pick in (min, max))
         (usual, times) = sizes.most_common(1)[0]
         line = "sizes    {} different, from {} x {} to {} x {} (height x width); most often {} x {}"
         print(line.format(len(sizes), *small, *large, *usual) + f", {times} times")
-    print(f"checked  {len(images)} images: {len(images) - len(bad)} can be read, {len(bad)} cannot")
-    return len(bad)
+    good = sizes.total()
+    print(f"checked  {len(found)} images: {good} can be read, {len(found) - good} cannot")
+    return len(found) - good

@@ -11,7 +11,7 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None
     """Write a file so that `path` holds the old content or the new one at any moment.
 
     write(file) fills a temporary neighbor, which is flushed to the disk and renamed. Raises OSError
-    with `path` untouched. What is no file, such as a pipe, is written to directly.
+    that names `path`, which is untouched. What is no file, such as a pipe, is written to directly.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
@@ -25,21 +25,39 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # that of a full disk names no file
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from None
         raise
 
 
 def write_json(path: str | Path, contents: Any) -> None:
     """JSON with an indent of one, atomically. Raises OSError."""
-    text = json.dumps(contents, indent=1) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_lines(path, [json.dumps(contents, indent=1)])
 
 
 def write_lines(path: str | Path, lines: Iterable[str]) -> None:
     """One line each, atomically. Raises OSError."""
     text = "".join(f"{line}\n" for line in lines)
     write_atomically(path, lambda file: file.write(text.encode(errors="surrogateescape")))
+
+
+def read_lines(file: str | Path) -> list[str]:
+    """The lines of a list of names, without spaces at both ends. Raises ValueError, OSError."""
+    try:  # "-sig": some editors begin a file with a mark, which is no part of the first name
+        text = Path(file).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is not a text file with one name per line") from None
+    return [line.strip() for line in text.splitlines()]
+
+
+def found_in(path: Path) -> str:
+    """What is in a folder, or in the nearest one above it, for a person."""
+    folder = next(place for place in (path, *path.absolute().parents) if place.is_dir())
+    names = sorted(entry.name + "/" * entry.is_dir() for entry in os.scandir(folder))
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return f"found in {folder}: {', '.join(names[:6]) or 'nothing'}{more}"
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -9,6 +9,8 @@ import threading
 from pathlib import Path
 from types import FrameType
 
+from engine.log import say
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -60,7 +62,8 @@ class Lock:
             if fcntl:
                 fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):  # a file system without locks
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                say(f"{folder} is on a file system without locks: start no second run in it")
                 return
             self.file.seek(0)
             holder = self.file.read().strip() or "another process"

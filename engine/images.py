@@ -6,6 +6,7 @@ import glob
 import hashlib
 import itertools
 import os
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,8 +19,11 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from engine import LAYOUTS, SUFFIXES
+from engine.files import found_in, read_lines
 
 PROBES = 16  # files that are tried before a folder counts as unreadable [U]
+HIDDEN = (".", "@eaDir")  # how the names begin of what is left out; @eaDir holds a NAS's thumbnails
+Left = dict[str, list[str]]  # what was left out: a kind of files or folders -> their paths
 
 
 class BadImage(Exception):
@@ -47,22 +51,23 @@ class Pixels(NamedTuple):
 class Photograph:
     """An image file that is open, and that `pixels` decodes. Raises BadImage with this name.
 
-    shape: (3, y, x) of the upright image, px. 16-bit gray is divided by 257, other numbers are
-    stretched to 0..255. Transparent pixels become white, an animation its first image [U].
+    shape: (3, y, x) of the upright image, px. Gray of more than 8 bits is stretched to 0..255, each
+    image by its own range. Transparent pixels become white, an animation its first image [U].
     """
 
     def __init__(self, path: str | Path, name: str):
-        self.name, orientation = name, 1
-        with _bad_image(name):
+        self.name, self.orientation = name, 1
+        with bad_image(name):
             if os.path.getsize(path) == 0:  # a pipe, too: to open one would wait forever
                 raise ValueError("empty file")
             self.file = Image.open(path)
             if self.file.format not in ("JPEG", "MPO"):  # which can be decoded at a smaller scale
                 self.file.load()  # before getexif: it loads a PNG, and hides that it is broken
         with contextlib.suppress(Exception):  # with broken metadata it is still a photograph
-            orientation = self.file.getexif().get(ExifTags.Base.Orientation, 1)
+            self.orientation = self.file.getexif().get(ExifTags.Base.Orientation, 1)
         width, height = self.file.size
-        self.shape = (3, width, height) if orientation in (5, 6, 7, 8) else (3, height, width)
+        turned = self.orientation in (5, 6, 7, 8)
+        self.shape = (3, width, height) if turned else (3, height, width)
 
     def pixels(self, most: float = 1) -> Pixels:
         """Decodes the image, once: a JPEG at the smallest of the scales that `most` allows.
@@ -70,7 +75,7 @@ class Photograph:
         most: px of the photograph that one pixel may cover, per side. Raises BadImage.
         """
         factor = next(scale for scale in (8, 4, 2, 1) if scale <= max(most, 1))
-        with _bad_image(self.name), self.file as file:
+        with bad_image(self.name), self.file as file:
             if factor > 1 and not file.draft(None, tuple(side // factor for side in file.size)):
                 factor = 1
             file.load()
@@ -78,6 +83,15 @@ class Photograph:
                 ImageOps.exif_transpose(file, in_place=True)
             image = torch.from_numpy(np.asarray(_as_rgb(file)))
         return Pixels(rearrange(image, "y x c -> c y x"), factor)
+
+    def labeled(self) -> Tensor:
+        """All pixels (3 y x), to lie beside a label. Raises BadImage, also if viewers turn it."""
+        if self.orientation in range(2, 9):
+            reason = (
+                f"its EXIF orientation is {self.orientation}: viewers turn it, and nothing says"
+            )
+            raise BadImage(self.name, f"{reason} whether its label is turned; save it upright")
+        return self.pixels().image
 
 
 class ImageFiles:
@@ -104,16 +118,14 @@ class ImageFiles:
 class Photographs(ImageFiles):
     """The same files, open and not decoded: a small view needs few pixels of a large image."""
 
-    def __getitem__(self, index: int) -> Photograph:
-        return self.open(index)
+    __getitem__ = ImageFiles.open
 
 
 @contextlib.contextmanager
-def _bad_image(name: str) -> Iterator[None]:
+def bad_image(name: str) -> Iterator[None]:
     """Turns every exception into BadImage: on broken files decoders raise all kinds of them."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about metadata, and memory that is read-only
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.simplefilter("ignore")  # of metadata, read-only memory, and 89 megapixels of 179
         try:
             yield
         except Image.UnidentifiedImageError:
@@ -127,8 +139,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode as RGB, as `Photograph` describes."""
     if image.mode.startswith(("I", "F")):  # convert() would clip these at 255
         values = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
-        low, high = (0, 65535) if image.mode.startswith("I;16") else (values.min(), values.max())
-        values = (values - low) / max(high - low, 1e-12) * 255
+        values = (values - values.min()) / max(np.ptp(values), 1e-12) * 255
         image = Image.fromarray(np.round(values).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -142,53 +153,59 @@ def find_images(
     """The images of a data set -> root, paths (array of str, sorted, relative to root), notice.
 
     layout: a key of LAYOUTS. strict: whether a folder with another layout is refused, or taken as a
-    plain folder. Raises ValueError if there is no image, or none that can be read; OSError.
+    plain folder. notice: how the folder was read, and what was left out. Raises ValueError if there
+    is no image, or none that can be read; OSError.
     """
     data_dir = Path(os.path.abspath(Path(data_dir).expanduser()))
-    layout = "list" if data_dir.is_file() else layout
-    found = [_search(data_dir, folder) for folder in LAYOUTS[layout]]
-    names, notice = list(itertools.chain(*found)) if all(found) else [], ""
+    layout, left = "list" if data_dir.is_file() else layout, collections.defaultdict(list)
+    found = [_search(data_dir, folder, left) for folder in LAYOUTS[layout]]
+    names = list(itertools.chain(*found)) if all(found) else []
+    notice = f"{data_dir}, layout {layout}"
     if layout == "list":
-        names = _read_list(data_dir)
+        names = [line for line in read_lines(data_dir) if line and not f"{line} ".startswith("# ")]
     if not names and not strict:
-        names = _search(data_dir, ".")
+        left.clear()
+        names = _search(data_dir, ".", left)
         notice = f"{data_dir} is not laid out as {layout}: taken as a plain folder of images"
     if not names:
         what = "no images in" if data_dir.exists() else "no such folder:"
         raise ValueError(f"{what} {data_dir}; {_expected(data_dir, layout)}")
     images = ImageFiles(data_dir.parent if layout == "list" else data_dir, np.sort(names))
     _require_readable(images)
-    return Path(images.root), images.paths, notice
+    return Path(images.root), images.paths, notice + _left_out(left)
 
 
-def _search(data_dir: Path, pattern: str) -> list[str]:
+def _search(data_dir: Path, pattern: str, left: Left) -> list[str]:
     """Paths, relative to data_dir, of the images in a folder of a layout, without hidden ones.
 
     "." stands for all folders but those of runs, which hold figures; links are followed.
     """
     deep, entered, images = pattern == ".", set(), []
-    pending = [""] if deep else sorted(glob.glob(pattern, root_dir=data_dir))
-    for folder in pending:  # which grows on the way
-        place = os.path.realpath(os.path.join(data_dir, folder))
-        if place in entered or not os.path.isdir(place):
+    tops = [""] if deep else sorted(glob.glob(f"{pattern}/", root_dir=data_dir))
+    note = lambda error: left["closed folders"].append(error.filename)
+    walks = (os.walk(os.path.join(data_dir, top), onerror=note, followlinks=True) for top in tops)
+    for place, folders, names in itertools.chain(*walks):
+        real, folder = os.path.realpath(place), os.path.relpath(place, data_dir)
+        if real in entered or (folder != "." and {"config.json", "log.jsonl"} <= {*names}):
+            folders.clear()
             continue
-        entered.add(place)
-        names = sorted(name for name in os.listdir(place) if not name.startswith("."))
-        if folder and {"config.json", "log.jsonl"} <= set(names):
-            continue
-        paths = [os.path.join(folder, name) for name in names]
-        images += [path for path in paths if path.lower().endswith(SUFFIXES)]
-        pending += [path for path in paths if deep and not path.lower().endswith(SUFFIXES)]
+        entered.add(real)
+        folders[:] = sorted(name for name in folders if deep and not name.startswith(HIDDEN))
+        before, start = len(images), "" if folder == "." else f"{folder}/"
+        for path in (start + name for name in names if not name.startswith(HIDDEN)):
+            suffix = os.path.splitext(path)[1].lower()
+            kind = images if suffix in SUFFIXES else left[suffix or "without a suffix"]
+            kind.append(path)
+        if len(images) == before and not deep:
+            left["folders without an image"].append(folder)
     return images
 
 
-def _read_list(file: Path) -> list[str]:
-    """The paths in a text file, without empty lines and comments ("# ..."). Raises ValueError."""
-    try:
-        lines = map(str.strip, file.read_text(encoding="utf-8-sig").splitlines())
-    except UnicodeDecodeError:
-        raise ValueError(f"{file} is not a text file of image paths, one per line") from None
-    return [line for line in lines if line and not f"{line} ".startswith("# ")]
+def _left_out(left: Left) -> str:
+    """What was left out, the most frequent kinds first, in words."""
+    kinds = sorted(left.items(), key=lambda item: -len(item[1]))
+    words = [f"{len(paths)} {kind} (first {min(paths)})" for kind, paths in kinds[:4]]
+    return f"; left out: {', '.join(words)}{', ...' * (len(kinds) > 4)}" if kinds else ""
 
 
 def _expected(data_dir: Path, layout: str) -> str:
@@ -198,10 +215,7 @@ def _expected(data_dir: Path, layout: str) -> str:
     expected = trees or "a text file with one image path per line"
     if layout not in ("list", "folder"):
         expected += ", or the layout 'folder', which takes any"
-    there = next(path for path in (data_dir, *data_dir.parents) if path.is_dir())
-    names = sorted(entry.name + "/" * entry.is_dir() for entry in os.scandir(there))
-    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
-    return f"expected {expected}; found in {there}: {', '.join(names[:6]) or 'nothing'}{more}"
+    return f"expected {expected}; {found_in(data_dir)}"
 
 
 def _require_readable(images: ImageFiles) -> None:
@@ -216,24 +230,17 @@ def _require_readable(images: ImageFiles) -> None:
     raise ValueError(what)
 
 
-class TrainingImages(NamedTuple):
-    """What a run learns from."""
-
-    images: Photographs
-    held_out: ImageFiles  # kept out of training, for the result at the end
-    about: str  # what was found and chosen; a second line is a warning
-
-
 def open_images(
     data_dir: str | Path, layout: str = "folder", strict: bool = True, subset: int = 0,
     long_tailed: bool = False, held_out: int = 0, seed: int = 0,
-) -> TrainingImages:  # fmt: skip
-    """`find_images`, then `hold_out`, then `choose_subset` of the others. Raises their errors.
+) -> tuple[Photographs, ImageFiles, str]:  # fmt: skip
+    """`find_images`, `hold_out`, `choose_subset` of the others -> what to learn from, what is kept
+    out for the result at the end, and what was found and chosen; a second line is a warning.
 
-    subset, held_out: numbers of images, 0: all, none. seed: of both choices.
+    subset, held_out: numbers of images, 0: all, none. seed: of both choices. Raises their errors.
     """
     root, paths, notice = find_images(data_dir, layout, strict)
-    about = f"{len(paths)} images: " + (notice or f"{data_dir}, layout {layout}")
+    about = f"{len(paths)} images: {notice}"
     paths, out = hold_out(paths, held_out, seed)
     if len(out):
         about += f"; {len(out)} are kept out for the result"
@@ -242,7 +249,7 @@ def open_images(
         about += f"; {len(paths)} of {'the others' if len(out) else 'them'}, {how}"
     if warning := look_like_labels(paths):
         about += f"\nwarning  {warning}"
-    return TrainingImages(Photographs(root, paths), ImageFiles(root, out), about)
+    return Photographs(root, paths), ImageFiles(root, out), about
 
 
 def hold_out(paths: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -286,15 +293,17 @@ def digest_of(paths: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(map(str, paths)).encode(errors="surrogateescape")).hexdigest()
 
 
+# How folders of label maps begin in VOC, Cityscapes, ADE20K and COCO-Stuff, and how their names end
+LABELS = re.compile(
+    r"(?i)(?:^|/)(?:segment|gt|ground.?truth|anno|stuffthing|label|mask)\w*(?=/)"
+    r"|_(?:mask|label|labelids|seg|gt)s?\.\w+$"
+)
+
+
 def look_like_labels(paths: Sequence[str]) -> str:
-    """A warning if most images of a folder may be the label maps of another; otherwise ""."""
-    names = [os.path.splitext(path) for path in map(str, paths) if "/" in path]
-    files = [(stem.partition("/")[0], os.path.basename(stem), end.lower()) for stem, end in names]
-    sizes = collections.Counter(folder for folder, _, _ in files)
-    photos = {stem: folder for folder, stem, end in files if end != ".png"}
-    labels = [(folder, photos.get(stem, folder)) for folder, stem, end in files if end == ".png"]
-    for (folder, other), count in collections.Counter(labels).items():
-        if folder != other and count > sizes[folder] / 2:
-            found = f"{count} files of {folder}/ have the names of images in {other}/"
-            return f"{found} and may be label maps: give the folder {other} as --data-dir"
-    return ""
+    """A warning if the places of some images say that they are label maps of others; else ""."""
+    found = filter(None, map(LABELS.search, map(str, paths)))
+    places = collections.Counter(match[0].strip("/") for match in found)
+    named = ", ".join(f"{count} of {place}" for place, count in places.most_common(4))
+    warning = f"label maps? {named}: give the folder of the photographs, or a list, as --data-dir"
+    return warning if len(paths) / 20 < places.total() < len(paths) else ""

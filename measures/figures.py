@@ -12,8 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import hsv_to_rgb, to_rgb
 from matplotlib.figure import Figure  # draws into files, without a window
 from matplotlib.patches import Patch
+from matplotlib.text import Text
 from torch import Tensor
 
+from engine.files import write_atomically
 from grouping import GroupingNetwork, assignment
 from measures.groups import winner
 from measures.metrics import IGNORE
@@ -66,6 +68,14 @@ def pages(items: Sequence, file: Path) -> list[tuple[Path, Sequence]]:
     parts = [items[i : i + PER_PAGE] for i in range(0, len(items), PER_PAGE)]
     names = [file.with_stem(f"{file.stem}-{number:03d}") for number in range(1, len(parts) + 1)]
     return [(file, items)] if len(parts) == 1 else list(zip(names, parts))
+
+
+def save(figure: Figure, file: Path, dpi: int) -> None:
+    """Write a figure; a "$" in a name begins no formula. Raises OSError that names the file."""
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    form = file.suffix[1:].lower()
+    write_atomically(file, lambda out: figure.savefig(out, dpi=dpi, format=form))
 
 
 Cell = np.ndarray | tuple[str, np.ndarray] | None  # image (y x 3) in 0..1, below a caption
@@ -126,7 +136,7 @@ def draw_prototypes(
                 if index >= 0:
                     image = view(images[index])
                     draw_retrieved(axis, image, segment_of(network, image, k), colors[k])
-        figure.savefig(page, dpi=120)
+        save(figure, page, 120)
         files.append(page)
     return files
 
@@ -166,7 +176,7 @@ def draw_groups(
         entries.append(Patch(facecolor=color, label=f"{name}: {owner}{score}"))
     text = "A class and the prototype that is matched with it have one color."
     figure.legend(handles=entries, loc="outside lower center", ncols=4, frameon=False, title=text)
-    figure.savefig(file, dpi=130)
+    save(figure, file, 130)
 
 
 def save_comparison(
@@ -178,7 +188,7 @@ def save_comparison(
     numbered = {"truth: classes": semantic, "truth: objects": regions, **groups}
     for name, numbers in numbered.items():
         rows[name] = prototype_colors(int(numbers.max()) + 1)[numbers.long().cpu().numpy()]
-    grid(title, list(rows.values()), list(rows), side=1.15)[0].savefig(file, dpi=90)
+    save(grid(title, list(rows.values()), list(rows), side=1.15)[0], file, 90)
 
 
 def principal_colors(embeddings: Tensor, size: tuple[int, int]) -> Tensor:
@@ -236,6 +246,6 @@ def draw_parts(
                 drawn = tint(image, colors[slot], enlarged[slot])
                 cells.append((f"slot {slot}: {float(mass[slot]):.0%}", drawn))
             rows.append([*cells, ("features", feature)])
-        grid(title, rows, side=1.7)[0].savefig(page, dpi=130)
+        save(grid(title, rows, side=1.7)[0], page, 130)
         files.append(page)
     return files

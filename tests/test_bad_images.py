@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from data import TwoCrops
-from engine.batches import Samples, Skipped
+from engine.batches import Samples, Skipped, check_images
 from engine.images import BadImage, ImageFiles, Photographs
 
 GRADIENT = np.linspace(0, 255, 12 * 16).reshape(12, 16).astype(np.uint8)
@@ -37,6 +37,7 @@ def plain(color, mode="RGB"):
         ("palette.png", RANDOM.quantize(256), RANDOM.quantize(256), {}),
         ("print.jpg", plain((0, 255, 255, 0), "CMYK"), FRAMES[0], dict(quality=95)),
         ("deep.png", Image.fromarray(GRADIENT.astype(np.uint16) * 257), GRAY, {}),
+        ("12 bits.png", Image.fromarray(GRADIENT.astype(np.uint16) * 16 + 9), GRAY, {}),
         ("deeper.tif", Image.fromarray(GRADIENT.astype(np.int32) * 1000), GRAY, {}),
         ("float.tif", Image.fromarray(UNIT), GRAY, {}),
         ("clear.png", plain((0, 100, 200, 0), "RGBA"), WHITE, {}),
@@ -80,7 +81,7 @@ JPEG, PNG = encoded(RANDOM.resize((300, 200)), "JPEG"), encoded(RANDOM, "PNG")
         (lambda p: p.touch(), "^empty file$"),
         (lambda p: p.write_text("<html>404</html>"), "^not an image that Pillow knows$"),
         (lambda p: p.write_bytes(png_that_claims(40_000, 40_000)), "exceeds limit .* bomb"),
-        (lambda p: p.write_bytes(png_that_claims(10_000, 9_500)), "exceeds limit .* bomb"),
+        (lambda p: p.write_bytes(png_that_claims(13_400, 13_400)), "exceeds limit .* bomb"),
         (lambda p: (p.mkdir(), (p / "x").touch()), "^(is a directory|permission denied)$"),
         (lambda p: os.mkfifo(p), "^empty file$"),
         (lambda p: p.symlink_to(p), "^too many levels of symbolic links$"),
@@ -93,6 +94,25 @@ def test_a_file_that_is_no_image_is_named_with_the_reason(tmp_path, make, reason
         Photographs(tmp_path, ["x.jpg"])[0].pixels(8)
     assert error.value.name == "x.jpg" and re.search(reason, error.value.reason)
     assert "\n" not in error.value.reason and str(tmp_path) not in error.value.reason
+
+
+def test_a_photograph_of_108_megapixels_is_decoded(tmp_path):
+    Image.new("L", (12_000, 9_000), 77).save(tmp_path / "phone.jpg")
+    pixels = Photographs(tmp_path, ["phone.jpg"])[0].pixels(8)
+    assert pixels.image.shape == (3, 1125, 1500) and (pixels.image == 77).all()
+
+
+def test_images_of_one_color_or_almost_black_are_named_by_the_check(tmp_path, capsys):
+    dark = RANDOM.point(lambda value: value // 20)
+    for name, image in (("a.png", plain((9, 200, 30))), ("b.png", dark), ("c.png", RANDOM)):
+        image.save(tmp_path / name)
+    (tmp_path / "d.png").touch()
+    names = ["a.png", "b.png", "c.png", "d.png"]
+    assert check_images(ImageFiles(tmp_path, names)) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["look at  a.png: one color", "look at  b.png: almost black"]
+    assert lines[2] == "bad      d.png: empty file"
+    assert lines[-1] == "checked  4 images: 3 can be read, 1 cannot"
 
 
 def folder_with_bad(folder, bad, count=9):

@@ -44,9 +44,22 @@ FOLDER = "b.jpg a.PNG x/y/z.webp grüße/Füssen1.jpeg .hidden/h.jpg ._a.jpg"
 )
 def test_each_layout_finds_its_images_sorted(tmp_path, layout, there, expected):
     tree(tmp_path, *there.split())
-    (tmp_path / "readme.txt").write_text("no image")
     assert found(tmp_path, layout) == expected.split()
-    assert find_images(tmp_path, layout)[::2] == (tmp_path, "")
+    assert find_images(tmp_path, layout)[::2] == (tmp_path, f"{tmp_path}, layout {layout}")
+
+
+def test_what_is_left_out_is_counted_and_named(tmp_path):
+    tree(
+        tmp_path / "phone", "a.jpg", "b.JFIF", "c.jpe", "IMG_2.HEIC", "IMG_1.heic", "sub/notes.txt"
+    )
+    tree(tmp_path / "phone", "@eaDir/a.jpg/THUMB.jpg", "folder.jpg/d.png", ".x/y.heic")
+    root, paths, notice = find_images(tmp_path / "phone")
+    assert paths.tolist() == ["a.jpg", "b.JFIF", "c.jpe", "folder.jpg/d.png"]
+    left = "left out: 2 .heic (first IMG_1.heic), 1 .txt (first sub/notes.txt)"
+    assert notice == f"{root}, layout folder; {left}"
+    tree(tmp_path / "net", "train/n1/a.jpg", "train/n2/images/b.jpg", "train/n3/n3.tar")
+    notice = find_images(tmp_path / "net", "imagenet")[2]
+    assert "2 folders without an image (first train/n2), 1 .tar (first train/n3/n3.tar)" in notice
 
 
 def test_odd_names_are_found_from_anywhere(tmp_path, monkeypatch):
@@ -113,7 +126,11 @@ def touched(count, end):
         (touched(40, "jpg"), "", "none of 16 files tried .*: empty file"),
         (touched(1, "txt"), "0.txt", "no images .*one image path per line"),
         (lambda root: (root / "l.txt").write_text("gone.jpg"), "l.txt", "gone.jpg: no such file"),
-        (lambda root: (root / "b").write_bytes(b"\xff\xfe\0\x81"), "b", "b is not a text file of"),
+        (
+            lambda root: (root / "b").write_bytes(b"\xff\xfe\0\x81"),
+            "b",
+            "b is not a text file with one name",
+        ),
     ],
 )
 def test_a_wrong_path_says_in_one_line_what_was_expected_and_found(tmp_path, prepare, asked, words):
@@ -166,22 +183,37 @@ def test_a_run_learns_from_a_subset_of_what_is_not_held_out_a_tenth_at_most(tmp_
     assert out[0].shape == chosen[0].shape == chosen[0].pixels().image.shape == (3, 6, 9)
     assert about.startswith("30 images: ") and "taken as a plain folder" in about
     assert about.endswith("; 3 are kept out for the result; 20 of the others, at random")
-    again, other = (open_images(tmp_path, held_out=3, seed=seed) for seed in (1, 2))
-    assert again.held_out.paths.tolist() == out.paths.tolist() != other.held_out.paths.tolist()
-    assert sorted([*again.images.paths, *out.paths]) == found(tmp_path)
-    assert open_images(tmp_path).about == f"30 images: {tmp_path}, layout folder"
+    one, other = (open_images(tmp_path, held_out=3, seed=seed) for seed in (1, 2))
+    assert one[1].paths.tolist() == out.paths.tolist() != other[1].paths.tolist()
+    assert sorted([*one[0].paths, *out.paths]) == found(tmp_path)
+    assert open_images(tmp_path)[2] == f"30 images: {tmp_path}, layout folder"
 
 
-def test_label_maps_beside_photographs_are_named(tmp_path):
-    labels = [f"labels/{i}.PNG" for i in range(8)]
-    for others in ([], [f"b/{i}.png" for i in range(8)], [f"b/{i}.jpg" for i in range(4)]):
-        assert images.look_like_labels(labels + others) == ""
-    assert images.look_like_labels([f"{i}.{end}" for i in range(8) for end in ("jpg", "png")]) == ""
-    tree(tmp_path, *labels, *(f"Images/{i}.JPG" for i in range(5)))
-    assert open_images(tmp_path).about.endswith(
-        "\nwarning  5 files of labels/ have the names of images in Images/ and may be label maps: "
-        "give the folder Images as --data-dir"
-    )
+def layout_of(folders, ends, count=9):
+    return [
+        f"{f}/a_{i}{end}" for f, end in zip(folders.split(), ends.split()) for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("paths, places", [
+    (layout_of("V/JPEGImages V/SegmentationClass", ".jpg .png"), "9 of SegmentationClass"),
+    (layout_of("leftImg8bit/train/ulm gtFine/train/ulm", "_leftImg8bit.png _gtFine_labelIds.png"),
+     "9 of gtFine"),
+    (layout_of("images/training annotations/training", ".jpg .png"), "9 of annotations"),
+    (layout_of("x x", ".jpg _mask.png"), "9 of _mask.png"),
+    (layout_of("A Labels GT", ".png .png .bmp"), "9 of Labels, 9 of GT"),
+    (layout_of("V/SegmentationClass masks", ".png .png"), ""),  # all of them: this was asked for
+    (layout_of("a b unlabeled2017 landmarks", ".jpg .png .jpg .jpg"), ""),
+])  # fmt: skip
+def test_label_maps_beside_photographs_are_named(paths, places):
+    advice = ": give the folder of the photographs, or a list, as --data-dir"
+    assert images.look_like_labels(paths) == (f"label maps? {places}{advice}" if places else "")
+
+
+def test_label_maps_are_a_warning_of_a_run(tmp_path):
+    tree(tmp_path, "photos/a.jpg", "labels/a.png")
+    about = open_images(tmp_path)[2]
+    assert "\nwarning  label maps? 1 of labels" in about and about.startswith("2 images: ")
 
 
 def test_a_digest_is_of_all_names_in_their_order():

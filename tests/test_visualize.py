@@ -22,7 +22,7 @@ def places(tmp_path):
         PHOTOS=str(tmp_path / "photos"),
         CAT=str(tmp_path / "photos" / "cat.png"),
         RUN=str(run),
-        RUNS=str(write_run(tmp_path / "b", [json.dumps(record(10))], seed=1)),
+        RUNS=str(write_run(tmp_path / "b_$5_$6", [json.dumps(record(10))], seed=1)),
         EMPTY=str(write_run(tmp_path / "empty", ["{}"])),
         OUT=str(tmp_path / "out.png"),
     )
@@ -39,7 +39,7 @@ def places(tmp_path):
     ("groups TRAINED --size 32 --slots 1" + 13 * " CAT",
      "groups_cat_and_12_more-001 groups_cat_and_12_more-002"),
     ("training RUN", "training"),
-    ("training RUN RUNS", "training_with_b"),
+    ("training RUN RUNS", "training_with_b_$5_$6"),
 ])  # fmt: skip
 def test_figures_are_beside_what_they_show_and_named_after_it(
     command, names, places, capsys, tmp_path, monkeypatch
