@@ -23,11 +23,10 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.utils.data import Subset
 
-from engine.files import write_atomically, write_json
+from engine.files import read_lines, write_atomically, write_json
 from engine.images import BadImage, Photograph, Photographs
 from grouping import GroupingNetwork
-from measures.datasets import lines_of
-from measures.figures import as_images, grid, prototype_colors
+from measures.figures import as_images, grid, prototype_colors, save
 from measures.groups import winner
 from measures.streams import spaced, stream
 from photometric import normalize
@@ -105,7 +104,7 @@ def mask_files(photos: Photographs, folder: Path) -> list[Path]:
 def read_names(file: Path | None, k: int) -> dict[int, str]:
     """Names of prototypes from lines such as "3 sky"; {} without a file. Raises ValueError."""
     names = {}
-    for line in filter(None, map(str.strip, lines_of(file) if file else ())):
+    for line in filter(None, read_lines(file) if file else ()):
         number, _, name = line.partition(" ")
         if not (number.isdecimal() and int(number) < k and name):
             expected = f"expected a prototype from 0 to {k - 1} and its name, such as '3 sky'"
@@ -191,4 +190,4 @@ def draw_sheet(folder: Path, photos: Photographs, files: Sequence[Path], palette
     if pairs:
         rows = [pairs[i : i + 4] for i in range(0, len(pairs), 4)]
         title = "Photographs and their masks: a color means a prototype"
-        grid(title, rows, side=1.9)[0].savefig(folder / "contact_sheet.png", dpi=110)
+        save(grid(title, rows, side=1.9)[0], folder / "contact_sheet.png", 110)
