@@ -151,8 +151,8 @@ SLIDES = {  # data set -> pretraining -> score
 
 
 def slides_of(c: Shared, tested: int) -> Mapping[str, Mapping[str, float]]:
-    """The slides' numbers, if c is what they measured: the released settings but for OWN, and as many
-    images were tested.
+    """The slides' numbers, if c is what they measured: the released settings but for OWN, and as
+    many images were tested.
     """
     released = dataclasses.asdict(PRESETS[c.task][c.dataset])
     changed = options.differences(c, {**released, **{n: getattr(c, n) for n in OWN}})
