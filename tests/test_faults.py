@@ -128,6 +128,45 @@ def test_processes_that_see_different_checkpoints_do_not_start(photographs, tmp_
     assert all(re.search(line, complaints(output)[0]) for output in outputs)
 
 
+def srun(folder, photographs, signal_at=""):
+    """What srun does for `python train.py` with two tasks: SLURM's variables, none of torchrun's.
+
+    signal_at: SIGUSR1 to all tasks once this is printed -> the statuses and outputs.
+    """
+    command = [sys.executable, "train.py", *staged.command_line(folder, photographs=photographs)]
+    job = dict(JOB_ID=os.getpid(), STEP_ID=0, NTASKS=2, JOB_NODELIST="127.0.0.[1-3,9]")
+    started, files = [], [folder.with_name(f"{folder.name}.{task}.txt") for task in range(2)]
+    for task, file in enumerate(files):
+        variables = dict(job, PROCID=task, LOCALID=task).items()
+        own = {f"SLURM_{name}": str(value) for name, value in variables}
+        given = {**os.environ, **own, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        with file.open("w") as out:
+            started.append(subprocess.Popen(command, cwd=ROOT, env=given, stdout=out, stderr=out))
+    deadline = time.monotonic() + staged.PATIENCE
+    while signal_at not in files[0].read_text():
+        assert time.monotonic() < deadline and started[0].poll() is None, files[0].read_text()
+        time.sleep(0.02)
+    for process in started if signal_at else ():
+        process.send_signal(signal.SIGUSR1)
+    statuses = [process.wait(staged.PATIENCE) for process in started]
+    return statuses, [file.read_text() for file in files]
+
+
+def test_tasks_of_srun_are_one_run_that_pauses_at_the_clusters_signal_and_goes_on_exactly(
+    undisturbed, photographs, tmp_path
+):
+    """`srun python train.py` with --signal=USR1@120: the signal reaches every task by itself."""
+    statuses, outputs = srun(tmp_path / "run", photographs, signal_at="step 6/18")
+    assert statuses == [0, 0], outputs
+    step = last_of(tmp_path / "run")["step"]
+    assert 6 <= step < STEPS and f"stopped by SIGUSR1 after step {step} of 18" in outputs[0]
+    assert "cpu, 1 threads, 2 processes, float32" in outputs[0] and "device" not in outputs[1]
+    statuses, outputs = srun(tmp_path / "run", photographs)  # as after scontrol requeue
+    assert statuses == [0, 0], outputs
+    assert f"resumed  {tmp_path}/run/last.pth after step {step}\n" in outputs[0]
+    assert not difference(state_of(tmp_path / "run"), undisturbed[2])
+
+
 def test_ctrl_c_under_torchrun_pauses_both_processes_and_the_same_command_goes_on(
     photographs, tmp_path
 ):

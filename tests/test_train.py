@@ -26,7 +26,7 @@ from engine import options
 from engine.batches import RunSampler, Samples
 from engine.optimizers import LARS, learning_rate
 from engine.processes import Place
-from engine.program import Stopped, run_program
+from engine.program import Stopped, run_program, task_of_slurm
 from engine.run import seed_of
 from measures import results
 from photometric import Photometric
@@ -467,6 +467,37 @@ def test_toy_scenes_end_with_a_result(tmp_path, capsys):
     assert "32 toy scenes, drawn here" in text and "8 scenes never trained on" in text
     assert {"result.json", "groups.png", "backbone.pth"} <= {f.name for f in tmp_path.iterdir()}
     assert json.loads((tmp_path / "result.json").read_text())["seconds"] > 0
+
+
+SRUN = dict(
+    SLURM_JOB_ID="1234567", SLURM_STEP_ID="2", SLURM_NTASKS="8", SLURM_PROCID="5",
+    SLURM_LOCALID="1", SLURM_JOB_NODELIST="gpu[07-08,12],x1",
+)  # fmt: skip
+TASK = dict(
+    RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", MASTER_ADDR="gpu07", MASTER_PORT="24569"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changed, expected",
+    [
+        ({}, TASK),
+        (dict(SLURM_STEP_NODELIST="r[2-3]-n[04,5],z"), {**TASK, "MASTER_ADDR": "r2-n04"}),
+        (dict(SLURM_STEP_NODELIST="z,gpu[1-2]"), {**TASK, "MASTER_ADDR": "z"}),
+        (dict(SLURM_STEP_NUM_TASKS="4"), {**TASK, "WORLD_SIZE": "4"}),
+        (dict(MASTER_PORT="1"), {**TASK, "MASTER_PORT": "1"}),
+        (dict(CUDA_VISIBLE_DEVICES="3"), {**TASK, "LOCAL_RANK": "0"}),  # --gpus-per-task=1
+        (dict(CUDA_VISIBLE_DEVICES="2,3"), TASK),
+        (dict(RANK="0", WORLD_SIZE="2"), {}),  # srun torchrun
+        (dict(WORLD_SIZE="1"), {}),  # a process that wants to be alone
+        (dict(SLURM_STEP_NUM_TASKS="1"), {}),
+        (dict(SLURM_STEP_ID="4294967290", SLURM_PROCID="0"), {}),  # the shell of salloc
+        (dict(SLURM_STEP_ID=None, SLURM_PROCID="0"), {}),  # the script of sbatch
+        (dict.fromkeys(SRUN), {}),
+    ],
+)  # fmt: skip
+def test_a_task_of_srun_knows_its_rank_and_where_to_meet_and_a_shell_is_no_task(changed, expected):
+    assert task_of_slurm({k: v for k, v in {**SRUN, **changed}.items() if v}) == expected
 
 
 def raising(error):
