@@ -2,6 +2,7 @@
 
 import os
 import resource
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional
 
 import staged
+from engine import batches
 from engine.images import ImageFiles
 from measures import streams
 
@@ -46,11 +48,13 @@ NONE_LEFT = READERS.format(".*File too large")
         (refuse, None, "^an image of one pixel$"),
         (die, None, READERS.format(r"DataLoader worker \(pid.* exited unexpectedly")),
         (None, 2_000_000, NONE_LEFT),  # the batch does not fit
-        (None, 50_000, NONE_LEFT),  # nothing does
+        (None, 10, NONE_LEFT),  # not even a lock does
     ],
 )
-def test_readers_that_cannot_hand_over_are_one_line_at_once(view, shared, line):
+def test_readers_that_cannot_hand_over_are_one_line_at_once(view, shared, line, monkeypatch):
     """shared: bytes that a file may have, also one in shared memory."""
+    monkeypatch.setattr(batches, "PATIENCE", 20)
+    monkeypatch.setattr(sys, "unraisablehook", pytest.fail)
     view = view or streams.center_view(512)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (shared or before[0], before[1]))
@@ -62,6 +66,7 @@ def test_readers_that_cannot_hand_over_are_one_line_at_once(view, shared, line):
 
 
 def test_a_path_of_temporary_files_too_long_for_sockets_is_one_line_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(batches, "PATIENCE", 20)
     staged.lengthen_tmpdir(monkeypatch, tmp_path)
     with pytest.raises(ValueError, match=READERS.format("OSError: AF_UNIX path too long")):
         list(streams.stream(torch.zeros(8, 3, 9, 9, dtype=torch.uint8), refuse, 8, 1))
