@@ -191,8 +191,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return start(c, given)
     images, held_out, about = images_of(c, "dataset" in given)
     print(about)
-    parts, workers = [p for p in (images, held_out) if len(p)], processes.workers_of(c.workers)
-    bad = sum(batches.check_images(part, workers) for part in parts)
+    parts = [part for part in (images, held_out) if len(part)]
+    bad = sum(batches.check_images(part, c.workers) for part in parts)
     return 1 if bad > batches.BAD_SHARE * sum(map(len, parts)) else 0
 
 

@@ -95,7 +95,7 @@ def learn(system: System, scenes: Scenes, c: Any) -> dict[str, float]:
     if run.ended == "signal":
         raise KeyboardInterrupt
     if not run.finished:
-        raise Stopped(f"training ended after {run.steps} steps: {run.reader.trouble or run.ended}")
+        raise Stopped(f"training ended after {run.steps} steps: {run.trouble or run.ended}")
     loss = statistics.fmean(losses[-max(run.steps // 10, 1) :])
     return dict(steps=run.steps, bad_steps=run.bad_steps, seconds=seconds, loss=loss)
 

@@ -15,7 +15,7 @@ from downstream.settings import Shared
 from engine.batches import Loaded
 from engine.guards import Paused
 from engine.images import BadImage
-from engine.processes import Place, workers_of
+from engine.processes import Place
 from engine.ranks import gather_objects
 from measures.networks import open_backbone
 
@@ -107,7 +107,7 @@ def share(
     Paused at the end of all ranks' shares where one was `stopped`, which ends its share.
     """
     mine = range(place.rank, len(data), place.world_size)
-    items = Loaded(data, tuple, workers_of(workers), stopped, batch_size=None, sampler=mine)
+    items = Loaded(data, tuple, workers, stopped, batch_size=None, sampler=mine)
     silent = None if place.is_main else True  # None: only on a terminal
     try:
         for item, index in zip(tqdm(items, "test", len(mine), disable=silent, leave=False), mine):

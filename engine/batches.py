@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from engine.images import BadImage, ImageFiles
@@ -133,7 +133,7 @@ class Loaded:
     ):  # fmt: skip
         self.stopped, others = stopped, set(multiprocessing.active_children())
         try:
-            if workers:
+            if workers := workers_of(workers):
                 # Here nothing is half made when it fails
                 torch.empty(LOCKS, dtype=torch.uint8).share_memory_()
                 how |= dict(num_workers=workers, worker_init_fn=begin_to_read, timeout=GLANCE)
@@ -171,43 +171,6 @@ class Loaded:
             process.kill()
         if self.processes:
             Loaded.abandoned += (self.batches,)
-
-
-class Reader:
-    """This rank's batches, each fetched during the step before; trouble: why there is no next."""
-
-    def __init__(
-        self, samples: Samples, sampler: RunSampler, place: Place, workers: int, skipped: Skipped,
-        collate: Collate = default_collate, stopped: Callable[[], bool] = lambda: False,
-    ):  # fmt: skip
-        self.device, self.skipped, self.trouble, self.waited = place.device, skipped, "", 0.0
-        self.batch: Any = None
-        how = dict(batch_sampler=sampler, pin_memory=place.device.type == "cuda")
-        self.batches = Loaded(samples, partial(join, collate), workers_of(workers), stopped, **how)
-
-    def fetch(self) -> None:
-        """Have the next batch ready, on the device; none where the run is asked to stop."""
-        began = time.perf_counter()
-        try:
-            batch, failures = next(self.batches, (None, []))
-            self.skipped.record(failures)
-        except ValueError as error:
-            self.trouble = str(error)
-            return
-        finally:
-            self.waited += time.perf_counter() - began
-        # From pinned memory, so that no GPU waits for it
-        self.batch = moved(batch, lambda tensor: tensor.to(self.device, non_blocking=True))
-
-    def take(self) -> Any:
-        """The batch that was fetched."""
-        batch, self.batch = self.batch, None
-        return batch
-
-    def waited_since(self) -> float:
-        """Seconds spent waiting for batches since this was last asked."""
-        waited, self.waited = self.waited, 0.0
-        return waited
 
 
 def join(collate: Collate, samples: Sequence[tuple[Any, Failures]]) -> tuple[Any, Failures]:

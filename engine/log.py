@@ -1,5 +1,6 @@
 """What a run prints and writes while it runs: log.jsonl, the same for the eye, a progress bar."""
 
+import datetime
 import json
 import math
 import sys
@@ -55,9 +56,7 @@ class Log:
         if done < 3 or not left:
             return ""
         seconds = round((time.perf_counter() - self.began) / done * left)
-        hours, minutes = seconds // 3600, seconds // 60 % 60
-        left = f"{hours} h {minutes:02d}" if hours else f"{minutes}:{seconds % 60:02d}"
-        return f"  {left} left"
+        return f"  {datetime.timedelta(seconds=seconds)} left"
 
     def close(self) -> None:
         """Take the bar away."""

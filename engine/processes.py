@@ -45,10 +45,9 @@ def start(device: str, amp: str = "off") -> Place:
         torch.cuda.set_device(found)
         torch.backends.cudnn.benchmark = True  # the sizes of a pretraining never change
     if world_size > 1:
-        backend = "nccl" if found.type == "cuda" else "gloo"
-        silent = datetime.timedelta(seconds=SILENT)
-        own = found if found.type == "cuda" else None
-        dist.init_process_group(backend, timeout=silent, device_id=own)
+        on_gpu = dict(backend="nccl", device_id=found)
+        how = on_gpu if found.type == "cuda" else dict(backend="gloo")
+        dist.init_process_group(**how, timeout=datetime.timedelta(seconds=SILENT))
     return Place(found, rank, world_size, precision(amp, found))
 
 

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from engine import checkpoints, files, processes
-from engine.batches import Collate, Reader, RunSampler, Samples, Skipped
+from engine.batches import Collate, Loaded, RunSampler, Samples, Skipped, join, moved
 from engine.guards import Lock, StopSignals
 from engine.log import Log, say
 from engine.processes import Place
@@ -64,7 +65,6 @@ class Run:
             parts = f"{place.world_size} process(es) x --accumulate {options.accumulate}"
             found = f"--batch-size {size} must be a multiple of {parts}"
             raise ValueError(f"{found}, and at most the {count} images that there are")
-        sampler = RunSampler(len(images), options.batch_size, place, options.seed)
         self.options, self.place, self.model, self.optimizer = options, place, model, optimizer
         self.images, self.settings, self.names = images, dict(settings), (*names, "grad_norm")
         self.folder = Path(options.output_dir) if options.output_dir else None
@@ -86,23 +86,40 @@ class Run:
             self.open_folder(changed)
         self.timed = self.steps
         self.network = processes.wrap(model, place)
-        skipped = Skipped(self.folder and self.folder / "skipped.txt", len(images))
-        self.steps_per_epoch = max(len(images) // options.batch_size, 1)
-        samples, sampler.start = Samples(images, view, options.seed), self.position
-        given = place, options.workers, skipped, collate, self.stopped
-        self.reader = Reader(samples, sampler, *given)
+        self.steps_per_epoch = max(count // size, 1)
+        self.skipped = Skipped(self.folder and self.folder / "skipped.txt", count)
+        self.batch, self.trouble = None, ""  # the next one, or why there is none
+        self.waited = 0.0  # seconds without a batch, since the last line of the log
+        sampler = RunSampler(count, size, place, options.seed, self.position)
+        how = dict(batch_sampler=sampler, pin_memory=place.device.type == "cuda")
+        samples, collate = Samples(images, view, options.seed), partial(join, collate)
+        self.loaded = Loaded(samples, collate, options.workers, self.stopped, **how)
 
     def batches(self) -> Iterator[Any]:
         """From where the run stands to its end, or to a pause."""
         if self.finished:
-            self.ended = self.ended or "done"
-        elif not self.ended:  # a test before the first step may have been stopped
-            self.reader.fetch()
-            found = gather_objects((self.stopped(), bool(self.reader.trouble)))
+            self.ended = self.ended or "done"  # unless its test was stopped
+        else:
+            self.fetch()
+            found = gather_objects((self.stopped(), bool(self.trouble)))
             self.ended = ending(*map(any, zip(*found)))
         while not self.ended:
-            yield self.reader.take()
+            yield self.batch
             self.save_if_due()
+
+    def fetch(self) -> None:
+        """Have the next batch ready, on the device; none where the run is asked to stop."""
+        began = time.perf_counter()
+        try:
+            batch, failures = next(self.loaded, (None, []))
+            self.skipped.record(failures)
+        except ValueError as error:
+            self.trouble = str(error)
+            return
+        finally:
+            self.waited += time.perf_counter() - began
+        # From pinned memory, so that no GPU waits for it
+        self.batch = moved(batch, lambda tensor: tensor.to(self.place.device, non_blocking=True))
 
     def remember(self) -> None:
         """Before a forward: keep what it moves, in case the step does not count."""
@@ -134,8 +151,8 @@ class Run:
         """
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
-        self.reader.fetch()
-        wanted = torch.tensor([self.stopped(), bool(self.reader.trouble)])
+        self.fetch()
+        wanted = torch.tensor([self.stopped(), bool(self.trouble)])
         numbers = torch.cat([values.detach(), norm[None], wanted.to(values.device)])
         *sums, stop, trouble = sum_over_ranks(numbers).tolist()
         self.values = [total / self.place.world_size for total in sums]
@@ -202,12 +219,12 @@ class Run:
             epoch=round(self.position / self.steps_per_epoch, 4),
             **{name: total / steps for name, total in zip(self.names, self.sums)},
             images_per_second=self.images_per_second,
-            data_seconds=self.reader.waited_since() / timed,
+            data_seconds=self.waited / timed,
             memory_gb=processes.peak_memory_gb(self.place.device),
             skipped_steps=self.bad_steps,
             **more,
         )
-        self.logged, self.sums = self.steps, [0.0] * len(self.names)
+        self.logged, self.sums, self.waited = self.steps, [0.0] * len(self.names), 0.0
         self.timed, self.timed_at = self.steps, now
         if self.log_file:
             self.log_file.write(record, brief(record))
@@ -325,7 +342,7 @@ class Run:
                 self.save()
         finally:
             self.signals.__exit__()
-            self.reader.batches.close()
+            self.loaded.close()
             if self.log_file:
                 self.log_file.close()
             if self.lock:
@@ -333,9 +350,8 @@ class Run:
 
     def end(self) -> int:
         """Says how the run ended -> exit status. Raises Stopped where it could not go on."""
-        skipped = self.reader.skipped
-        if skipped.names and self.place.is_main:
-            print(f"skipped  {len(skipped.names)} images that could not be read: {skipped.file}")
+        if (count := len(self.skipped.names)) and self.place.is_main:
+            print(f"skipped  {count} images that could not be read: {self.skipped.file}")
         if self.ended == "diverged":
             raise Stopped(
                 f"{MAX_BAD_STEPS} steps in a row had no finite loss and gradient, and changed no "
@@ -344,7 +360,7 @@ class Run:
         held = f"{self.folder}/last.pth holds step {self.steps}: the same command goes on"
         held = held if self.steps else "no step was taken"
         if self.ended == "trouble":
-            reason = self.reader.trouble or "another process has no images, and says why"
+            reason = self.trouble or "another process has no images, and says why"
             raise Stopped(f"{reason}; {held}")
         if self.ended != "signal":
             return 0

@@ -222,7 +222,7 @@ def die_in_the_next_save(run):
 
 
 def kill_a_reader(run):
-    next(iter(run.reader.batches.processes)).kill()
+    next(iter(run.loaded.processes)).kill()
 
 
 def fill_the_disk(run):
@@ -232,7 +232,7 @@ def fill_the_disk(run):
 
 def interrupt_as_a_terminal_does(run):
     """Ctrl-C reaches every process in front of it."""
-    for pid in (*(reader.pid for reader in run.reader.batches.processes), os.getpid()):
+    for pid in (*(reader.pid for reader in run.loaded.processes), os.getpid()):
         os.kill(pid, signal.SIGINT)
 
 

@@ -133,7 +133,7 @@ def vote(rank, place, values, stop, trouble):
     """What a rank knows after the ranks agreed."""
     run = run_of(SlotCon("tiny", K, HIDDEN, D), place)
     run.signals.received = "SIGTERM" if rank in stop else ""
-    run.reader.trouble = "gone" if rank in trouble else ""
+    run.trouble = "gone" if rank in trouble else ""
     return run.agree(torch.tensor(values[rank])), run.ended, run.values[:2]
 
 
@@ -353,6 +353,26 @@ def test_devices_that_are_not_there_are_one_line(alone):
     alone.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match="asks for GPU 2, found 2: start fewer processes, or use"):
         processes.start("auto")
+
+
+def test_a_process_of_several_on_gpus_binds_its_group_to_its_gpu(alone):
+    """Without a GPU: what would be asked of torch; and memory is said as it is reserved."""
+    asked, set_to = {}, []
+    alone.setattr(torch.cuda, "is_available", lambda: True)
+    alone.setattr(torch.cuda, "device_count", lambda: 4)
+    alone.setattr(torch.cuda, "set_device", set_to.append)
+    alone.setattr(torch.backends.cudnn, "benchmark", False)
+    alone.setattr(dist, "init_process_group", lambda **given: asked.update(given))
+    for name, value in dict(RANK=7, LOCAL_RANK=3, WORLD_SIZE=8).items():
+        alone.setenv(name, str(value))
+    own = torch.device("cuda", 3)
+    assert processes.start("auto") == Place(own, 7, 8) and set_to == [own]
+    assert (asked["backend"], asked["device_id"]) == ("nccl", own)
+    alone.setattr(torch.cuda, "max_memory_reserved", lambda device: 5e9 if device == own else 0)
+    assert processes.peak_memory_gb(own) == 5
+    asked.clear()
+    processes.start("cpu")
+    assert asked["backend"] == "gloo" and not asked.get("device_id")
 
 
 @pytest.mark.parametrize(

@@ -368,7 +368,7 @@ def test_readers_change_no_bit_and_the_end_waits_for_none_of_them(whole, tmp_pat
     began = time.monotonic()
     run = program(tmp_path / "run", last, view=view, workers=2)
     assert time.monotonic() - began < 30 and run.end() == 0
-    readers = run.reader.batches.processes
+    readers = run.loaded.processes
     assert readers and not any(reader.is_alive() for reader in readers if not reader.join(9))
     assert same(tmp_path / "run", whole)
 

@@ -3,6 +3,7 @@
 import os
 import resource
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -63,6 +64,24 @@ def test_readers_that_cannot_hand_over_are_one_line_at_once(view, shared, line, 
             list(streams.stream(torch.zeros(8, 3, 512, 512, dtype=torch.uint8), view, 8, 1))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def sleep(_images):
+    time.sleep(600)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_nobody_waits_for_two_readers_that_sleep(asked, monkeypatch):
+    """Until a stop is asked for, or for as long as a batch may take; PyTorch waits 5 s for each."""
+    monkeypatch.setattr(batches, "PATIENCE", 600 if asked else 1)
+    began = time.monotonic()
+    given = dict(stopped=lambda: asked and time.monotonic() > began + 1, batch_size=1)
+    try:
+        end = list(batches.Loaded(range(4), sleep, 2, **given))
+    except ValueError as error:
+        end = str(error)
+    assert end == [] if asked else "(nothing for 1 s)" in end
+    assert time.monotonic() - began < 8
 
 
 def test_a_path_of_temporary_files_too_long_for_sockets_is_one_line_at_once(tmp_path, monkeypatch):
