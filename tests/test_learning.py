@@ -155,11 +155,11 @@ def test_the_law_is_printed_once_from_the_reports_of_the_first_steps(monkeypatch
 
 
 @pytest.mark.parametrize("name, words, sizes", [
-    ("failed_temperatures", "--temp-teacher", (16, 30, 384)),
-    ("failed_momentum", "--momentum-teacher", (16, 30, 480)),
+    ("failed_temperatures", "--temp-teacher", (32, 30, 480)),
+    ("failed_momentum", "--momentum-teacher", (32, 30, 480)),
     ("failed_backbone", "--arch", (16, 30, 240)),
-    ("healthy_toy", "", (16, 30, 1728)),
-    ("healthy_toy_k24", "", (24, 30, 1728)),
+    ("healthy_toy", "", (32, 30, 1536)),
+    ("healthy_toy_k16", "", (16, 30, 1536)),
     ("healthy_photos_k32", "", (32, 40, 800)),
 ])  # fmt: skip
 def test_a_failed_run_is_warned_of_once_before_its_end_and_a_healthy_one_never(name, words, sizes):

@@ -24,7 +24,7 @@ def result_of(folder, *options) -> dict:
 @pytest.mark.slow
 def test_a_short_toy_run_beats_color_and_chance(tmp_path):
     result = result_of(tmp_path)
-    # 0.42 and 0.53 were seen, 0.08 and 0.08 for k-means on colors
+    # 0.42 and 0.55 were seen, 0.08 and 0.08 for k-means on colors
     assert result["miou"] > 0.17 and result["nmi"] > 0.2
     for baseline in ("untrained", "rgb_kmeans"):
         assert result["miou"] > result[baseline]["miou"] + 0.05
@@ -35,10 +35,8 @@ def test_a_short_toy_run_beats_color_and_chance(tmp_path):
 @pytest.mark.slow
 def test_with_a_teacher_nearly_as_soft_as_the_student_the_assignment_stays_uniform(tmp_path):
     """The features move all the same: the groups of such a run are not blind."""
-    # The recipe for which the limits were seen
-    before = "--num-prototypes", "16", "--momentum-center", "0.9"
-    result_of(tmp_path, "--temp-teacher", "0.09", *before)
+    result_of(tmp_path, "--temp-teacher", "0.09")
     lines = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
-    shares = [line["group_loss"] / (2 * math.log(16)) for line in lines]
-    # 0.994 was seen; 0.91 at the published 0.07, and 0.56 after half as many steps at 0.03
+    shares = [line["group_loss"] / (2 * math.log(32)) for line in lines]
+    # 0.991 was seen; 0.94 at the published 0.07, and 0.36 at 0.03
     assert min(shares[-5:]) > 0.98 and max(shares[-5:]) < 1.01
