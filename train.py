@@ -56,7 +56,7 @@ def train(c: Config, run: Run, model: SlotCon, schedule: Schedule) -> None:
             run.backward(loss)
             reports.append(report)
         losses = torch.stack([report.losses for report in reports]).mean(dim=0)  # over the parts
-        if run.agree(losses):  # all ranks: finite, nobody must stop; the one wait for the device
+        if run.agree(losses):  # all ranks: finite, nobody must stop; the host waits here
             run.step(schedule.learning_rate(run.steps))
             means = torch.stack([report.center_mean for report in reports])
             model.update_center(means.mean(dim=0), c.momentum_center)  # over the parts
