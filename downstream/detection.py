@@ -45,8 +45,9 @@ def prepare(c: Detection, backbone: nn.Module) -> tuple[nn.Module, Sequence, Seq
     seen.ids = some_of([id for id in seen.ids if seen._load_target(id)], c)
     unseen = seen if c.test_on == "train" else CocoObjects(c.data_dir, "val")
     if seen.names != unseen.names:
-        differ = dict(sorted(seen.names.items() ^ unseen.names.items(), key=str))
-        raise ValueError(f"the categories of train2017 and val2017 differ: {differ}: give both all")
+        differ = sorted(f"{n} {name}" for n, name in seen.names.items() ^ unseen.names.items())
+        found = f"the categories of train2017 and val2017 differ: {', '.join(differ[:6])}"
+        raise ValueError(f"{found}; give both files all categories")
     labeled = wrap_dataset_for_transforms_v2(seen, ("boxes", "labels", "masks"))
     return Detector(backbone, len(seen.labels), c), labeled, unseen
 

@@ -5,6 +5,9 @@ anywhere and continued is the whole run, bit for bit; a step without finite numb
 every line of the log averages the steps since the last one; files are written when they should be.
 """
 
+import errno
+import fcntl
+import functools
 import itertools
 import json
 import math
@@ -24,6 +27,7 @@ from torch import nn
 
 from engine import batches, files
 from engine.batches import RunSampler, moved
+from engine.guards import Lock
 from engine.images import BadImage
 from engine.processes import Place
 from engine.program import Stopped
@@ -337,6 +341,21 @@ def test_a_file_is_old_or_new_at_any_moment_and_a_failed_write_leaves_nothing(tm
     files.write_lines(pipe, ["a", "b"])
     assert pipe.is_fifo() and os.read(reader, 99) == b"a\nb\n"
     os.close(reader)
+
+
+def test_a_file_system_without_locks_keeps_no_run_out_and_another_process_does(
+    tmp_path, monkeypatch, capsys
+):
+    def refuse(number, *_given):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "lockf", functools.partial(refuse, errno.ENOLCK))
+    Lock(tmp_path).release()
+    assert "is on a file system without locks" in capsys.readouterr().err
+    for number in (errno.EAGAIN, errno.EACCES):
+        monkeypatch.setattr(fcntl, "lockf", functools.partial(refuse, number))
+        with pytest.raises(ValueError, match="is in use by another process"):
+            Lock(tmp_path)
 
 
 def test_a_second_run_in_a_folder_is_refused_with_host_and_process(tmp_path):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from pycocotools import mask as encoding
 from test_datasets import draw_ade20k, draw_cityscapes, draw_voc
 from torchvision.datasets import wrap_dataset_for_transforms_v2
@@ -255,6 +255,44 @@ def test_an_annotation_that_cannot_be_used_is_refused_with_its_id_and_file(key, 
     assert str(caught.value).startswith(
         f"{file}, annotations, id 1: {key} cannot be {value!r:.60}; "
     )
+
+
+@pytest.mark.parametrize("box, key", [
+    ([0.1, 0.25, 0.25, 0.33], "segmentation"),  # shares of 40 x 24 px
+    ([9, 10, 10, 8], "segmentation"),  # the center first
+    ([4, 6, 40, 14], "bbox"), ([-500, -500, 10, 8], "bbox"),
+])  # fmt: skip
+def test_a_box_that_is_not_where_its_mask_is_or_leaves_the_image_is_refused(box, key, tmp_path):
+    coco_with(tmp_path, dict(bbox=box))
+    with pytest.raises(ValueError, match=rf"id 1: {key} cannot be .*{box[0]}"):
+        opened(tmp_path)
+    coco_with(tmp_path, dict(bbox=[3, 5, 12, 9]))  # a pixel wider is drawn by hand
+    opened(tmp_path)
+
+
+def test_boxes_of_which_half_are_below_a_pixel_are_refused(tmp_path):
+    tiny = dict(bbox=[5, 6, 0.5, 0.5], segmentation=[[5, 6, 5.5, 6, 5.5, 6.5]])
+    contents = json.loads(coco_with(tmp_path, {}).read_text())
+    for each in contents["annotations"][:3]:
+        each.update(tiny, iscrowd=0)
+    (tmp_path / "a.json").write_text(json.dumps(contents))
+    with pytest.raises(ValueError, match="only 1 of 5 boxes have a pixel; expected x y width"):
+        read_annotations(tmp_path / "a.json")
+
+
+def test_categories_that_differ_between_the_parts_are_refused(tmp_path):
+    coco_with(tmp_path, dict(name="cat"), "val", "categories")
+    with pytest.raises(ValueError, match=r"differ: 18 cat, 18 dog; give"):
+        opened(tmp_path)
+
+
+def test_a_photograph_that_viewers_turn_is_not_compared_with_boxes(tmp_path):
+    draw_coco(tmp_path)
+    file, exif = tmp_path / "train2017" / "000000000005.jpg", Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    Image.open(file).save(file, exif=exif)
+    with pytest.raises(ValueError, match=r"000000000005.jpg: its EXIF orientation is 3"):
+        opened(tmp_path)[0][0]
 
 
 @pytest.mark.parametrize("kind, changes, complaint", [
