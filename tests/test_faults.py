@@ -47,7 +47,7 @@ FAULTS = {
     "kill -9": Fault(Signals("SIGKILL"), (1, -9), -9, (5,), "", SAVED),
     "kill -9 in a save": Fault(staged.die_in_the_next_save, (-9, 1), -9, (5,), "", SAVED, rank=0),
     "dead reader": Fault(
-        staged.kill_a_reader, (1, 1), 1, (6, 7, 8, 9, 10), "that reads images died", READER
+        staged.kill_a_reader, (1, 1), 1, (6, 7, 8, 9, 10), "that read images died", READER
     ),
     "full disk": Fault(
         staged.fill_the_disk, (1, 0), 1, (5,), "step 6: File too large.* goes on", SAVED, rank=0
