@@ -4,6 +4,7 @@ Promised: losses do not depend on precision, compilation, a launcher or an inter
 rounding; a step has the CPU's numbers; the colors wait for nothing.
 """
 
+import copy
 import os
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from engine import processes
+from engine.norms import summed
 from engine.optimizers import LARS
 from engine.processes import Place
 from photometric import Draw, Photometric
@@ -82,11 +84,11 @@ def test_a_run_that_is_paused_and_goes_on_has_the_losses_of_one_that_is_not(
     assert scales[0] == scales[1] and (scales[0] is None) == (amp == "off")
 
 
-def three_steps(device, world_size=1):
+def three_steps(device, world_size=1, sync_norm="torch"):
     """Losses and weights of steps on fixed noise, as a process among so many makes its model."""
     torch.manual_seed(0)
     place = Place(torch.device(f"{device}:0"), 0, world_size)
-    model = processes.synchronized(SlotCon("tiny", 5, 12, 7).train(), place)
+    model = processes.synchronized(SlotCon("tiny", 5, 12, 7).train(), place, sync_norm)
     network = processes.wrap(model, place)
     optimizer = LARS([p for p in model.parameters() if p.requires_grad], 0.1)
     views, flipped = torch.randn(4, 2, 3, 32, 32), torch.rand(4, 2) < 0.5
@@ -103,14 +105,32 @@ def three_steps(device, world_size=1):
     return torch.stack(found), {name: value.cpu() for name, value in model.state_dict().items()}
 
 
-def test_a_step_through_nccl_ddp_and_synchronized_norms_is_the_plain_step(tmp_path):
+@pytest.mark.parametrize("sync_norm", ["torch", "ours"])
+def test_a_step_through_nccl_ddp_and_synchronized_norms_is_the_plain_step(sync_norm, tmp_path):
     values, state = three_steps(DEVICE)
     group = dict(init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
     dist.init_process_group("nccl" if IS_CUDA else "gloo", **group)
-    others, other_state = three_steps(DEVICE, world_size=2)  # else nothing would be wrapped
+    others, other_state = three_steps(DEVICE, 2, sync_norm)  # or nothing is wrapped
     dist.destroy_process_group()
     torch.testing.assert_close(others, values, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(other_state, state, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, limit", [("float32", 1e-5), ("float16", 1e-2), ("bfloat16", 5e-2)])
+def test_norms_of_ours_have_the_numbers_of_a_batch_norm_and_take_no_rows(dtype, limit):
+    norm, generator = torch.nn.BatchNorm2d(7), torch.Generator().manual_seed(0)
+    maps = (2 * torch.randn(6, 7, 5, 4, generator=generator) + 3).to(getattr(torch, dtype))
+    gradient, found = torch.randn(maps.shape, generator=generator), []
+    for each, device in ((norm, "cpu"), (summed(copy.deepcopy(norm).to(DEVICE)), DEVICE)):
+        given = maps.to(device, memory_format=torch.channels_last).detach().requires_grad_()
+        out = each(given if device == DEVICE else given.float())
+        out.backward(gradient.to(device, out.dtype))
+        found.append([x.float().cpu() for x in (out, given.grad, *each.state_dict().values())])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=limit, atol=limit)
+    none = maps[:0].to(DEVICE).requires_grad_()
+    each(none).sum().backward()
+    assert none.grad.shape == none.shape
 
 
 @only_cuda

@@ -23,7 +23,7 @@ from kernels import written_out
 from measures.learning import statistics
 from slotcon import SlotCon
 from slots import SlotPredictor
-from staged import fork_server, join
+from staged import At, fork_server, join, play
 
 K, D, HIDDEN, H, W = 6, 7, 9, 4, 5
 B = 4  # images per process
@@ -322,6 +322,25 @@ def test_sums_leave_what_is_summed_and_rows_come_in_the_order_of_the_ranks_even_
         assert rank["sum"].tolist() == [3.0, 21.0] and rank["kept"].tolist() == [1.0 + r, 10.0 + r]
         assert all(rows.equal(random(5, D)) for rows in rank["rows"])
         assert rank["objects"] == [{"rank": 0}, {"rank": 1}]
+
+
+def keep_statistics(run):
+    """What a norm of this process has seen, beside the folder of the run."""
+    file = run.folder.with_name(f"{run.folder.name}.{run.place.rank}.pth")
+    torch.save(run.model.student.backbone[1].running_mean, file)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sync_norm", ["torch", "ours"])
+def test_a_run_on_cpus_has_one_batch_norm_for_all_processes_where_it_is_asked(
+    sync_norm, photographs, tmp_path
+):
+    arguments, accident = ("--sync-norm", sync_norm, "--max-steps", 3), At(2, keep_statistics)
+    given = dict(photographs=photographs, processes=2, accident=accident)
+    statuses, printed = play(tmp_path / "run", *arguments, **given)
+    assert statuses == [0, 0], printed
+    first, second = (torch.load(tmp_path / f"run.{rank}.pth") for rank in (0, 1))
+    assert torch.equal(first, second) == (sync_norm == "ours")
 
 
 @pytest.fixture
