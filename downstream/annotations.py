@@ -96,7 +96,7 @@ RULES = {  # what is expected, and whether the value v of an entry is it
         "image_id": ("an id of images", lambda v, _, known: v in known["images"]),
         "category_id": ("an id of categories", lambda v, _, known: v in known["categories"]),
         "iscrowd": ("0 or 1", lambda v, *_: v in (None, 0, 1)),
-        "area": ("px", lambda v, *_: 0 <= v < 1e10),  # COCOeval leaves out what is larger
+        "area": ("a number", lambda v, *_: 0 <= v < 1e10),  # COCOeval leaves out what is larger
         "bbox": ("x y width height in px, inside the image", is_inside),
         "segmentation": ("outlines or runs that fill the image, where bbox {bbox} is", is_there),
     },
