@@ -30,7 +30,7 @@ class Normalize(torch.autograd.Function):
 
     mean = sum x / n, var = sum x^2 / n - mean^2
 
-    The sums are in the type of the weight; in float32 var is right to 1e-7 (1 + mean^2 / var).
+    The sums are in the type of the weight; in float32 var is right to about 1e-7 (1 + mean^2 / var).
     """
 
     @staticmethod
@@ -38,13 +38,15 @@ class Normalize(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """-> y, and mean (c), var (c), n (1) over the ranks."""
-        c, over = len(weight), [0, *range(2, x.ndim)]
-        total = x.sum(over, dtype=weight.dtype)
-        squares = torch.linalg.vector_norm(x, dim=over, dtype=weight.dtype).square()
-        rows = weight.new_full((1,), x.numel() // c)
-        total, squares, n = sum_over_ranks(torch.cat([total, squares, rows])).split([c, c, 1])
-        mean = total / n
-        var = (squares / n - mean.square()).clamp(min=0)
+        rows, sums = x.numel() // len(weight), weight.new_zeros(2, len(weight))
+        if len(x):  # from the mean and the variance, since sums of many squares lose digits
+            over = [0, *range(2, x.ndim)]
+            var, mean = torch.var_mean(x.to(weight.dtype), over, correction=0)
+            sums = rows * torch.stack([mean, var + mean.square()])
+        sums = sum_over_ranks(torch.cat([sums.flatten(), weight.new_full((1,), rows)]))
+        n = sums[-1:]
+        mean, squares = (sums[:-1] / n).view(2, -1)
+        var = (squares - mean.square()).clamp(min=0)
         ctx.save_for_backward(x, weight, mean, var, n)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, var, n)

@@ -277,6 +277,13 @@ def test_norms_over_ranks_are_those_of_the_whole_batch_whoever_has_the_rows(norm
                 assert (part[name] - whole[name]).abs().max() < max(limit**2, 1e-12)
 
 
+def test_a_variance_beside_a_large_mean_keeps_its_digits_in_float32():
+    norm, maps = summed(torch.nn.BatchNorm2d(D)), random(64, D, 14, 14).float() + 10
+    norm(maps)
+    expected = 0.9 + 0.1 * maps.double().var((0, 2, 3))
+    torch.testing.assert_close(norm.running_var.double(), expected, rtol=3e-6, atol=0)
+
+
 def test_a_process_without_queries_keeps_up_with_torchs_norms_in_half_precision(normed):
     first, *others = (rank["torch"] for rank in normed)
     assert all(g.isfinite().all() for g in first) and any(g.any() for g in first)
