@@ -30,7 +30,7 @@ class Normalize(torch.autograd.Function):
 
     mean = sum x / n, var = sum x^2 / n - mean^2
 
-    The sums are in the type of the weight; in float32 var is right to about 1e-7 (1 + mean^2 / var).
+    Sums are in the type of the weight; in float32 var is right to about 1e-7 (1 + mean^2 / var).
     """
 
     @staticmethod
