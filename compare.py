@@ -102,7 +102,7 @@ def run(args: argparse.Namespace, entries: Sequence[Entry]) -> None:
             record, groups = train_and_judge(entry, seed)
             done += 1
             records[entry.label].append(record)
-            shown.setdefault(entry.label, groups[:SHOWN])
+            shown.setdefault(entry.label, (groups[:SHOWN], systems.without_names(record)))
             print(systems.brief(entry.label, record), flush=True)
             result["seconds"] = time.perf_counter() - BEGAN
             files.write_json(args.output_dir / "comparison.json", result)

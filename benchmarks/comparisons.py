@@ -23,6 +23,7 @@ MEASURES = {
     "ari_instances": "ARI instances",
     "ari_objects": "ARI objects",
     "ari_classes": "ARI classes",
+    "ari_foreground": "ARI foreground",
 }
 
 

@@ -14,10 +14,7 @@ from engine.options import chosen_for
 if TYPE_CHECKING:
     from comparisons.common import System
 
-SYSTEMS = {  # name -> file of this folder, and class; in the order of the talk
-    "moco": "moco.Moco",
-    "dense": "dense.Dense",
-    "given_masks": "given_masks.GivenMasks",
+SYSTEMS = {  # name -> file of this folder, and class; in the order of the talk's argument
     "slot_attention": "slot_attention.Reconstruction",
     "independent_queries": "independent_queries.Independent",
     "motion": "motion.Motion",
@@ -27,6 +24,9 @@ SYSTEMS = {  # name -> file of this folder, and class; in the order of the talk
     "picie": "picie.Picie",
     "sinkhorn": "sinkhorn.Sinkhorn",
     "self_distillation": "self_distillation.SelfDistillation",
+    "moco": "moco.Moco",
+    "dense": "dense.Dense",
+    "given_masks": "given_masks.GivenMasks",
     "slotcon": "whole_method.WholeMethod",
 }
 
@@ -45,7 +45,7 @@ class Variant(NamedTuple):
 FLAT = Variant("slot_attention: flat", preset="flat")
 VARIANTS = {name: (Variant(name),) for name in SYSTEMS} | {
     "given_masks": tuple(Variant(f"given_masks: {kind}", {"masks": kind}) for kind in MASK_KINDS),
-    "slot_attention": (Variant("slot_attention: scene"), FLAT),
+    "slot_attention": (FLAT, Variant("slot_attention: scene")),
 }
 
 

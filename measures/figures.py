@@ -17,6 +17,7 @@ from torch import Tensor
 
 from engine.files import write_atomically
 from grouping import GroupingNetwork, assignment
+from measures import metrics
 from measures.groups import winner
 from measures.metrics import IGNORE
 from measures.retrieval import Retrieval
@@ -181,14 +182,32 @@ def draw_groups(
 
 def save_comparison(
     file: Path, scenes: Tensor, semantic: Tensor, regions: Tensor,
-    groups: Mapping[str, Tensor], title: str,
+    groups: Mapping[str, tuple[Tensor, bool]], title: str,
 ) -> None:  # fmt: skip
-    """Columns: scenes (n 3 y x) uint8; rows: truth and groups (n y x), each with its own colors."""
+    """Columns: scenes (n 3 y x) uint8; rows: truth and groups (n y x).
+
+    groups: row -> groups, and whether they are of one image each. A group has the color of the
+    class that it is matched with, one to one; of one image each: of the region. Gray: of none.
+    """
     rows = {"scene": as_images(scenes)}
-    numbered = {"truth: classes": semantic, "truth: objects": regions, **groups}
-    for name, numbers in numbered.items():
-        rows[name] = prototype_colors(int(numbers.max()) + 1)[numbers.long().cpu().numpy()]
-    save(grid(title, list(rows.values()), list(rows), side=1.15)[0], file, 90)
+    for name, truth in {"truth: classes": semantic, "truth: objects": regions}.items():
+        rows[name] = prototype_colors(int(truth.max()) + 1)[truth.long().numpy()]
+    for name, (found, alone) in groups.items():
+        if alone:
+            rows[name] = np.concatenate(
+                [color_groups(*pair) for pair in zip(found.split(1), regions.split(1))]
+            )
+        else:
+            rows[name] = color_groups(found, semantic)
+    save(grid(title, list(rows.values()), list(rows), side=0.8)[0], file, 90)
+
+
+def color_groups(groups: Tensor, truth: Tensor) -> np.ndarray:
+    """groups, truth (n y x) -> the color of what each group is matched with (n y x 3)."""
+    sizes = int(groups.max()) + 1, int(truth.max()) + 1
+    classes = metrics.match(metrics.confusion_matrix(groups, truth, *sizes))
+    colors = np.vstack([prototype_colors(sizes[1]), GRAY])  # the last one: `UNMATCHED`
+    return colors[classes[groups.long()].numpy()]
 
 
 def principal_colors(embeddings: Tensor, size: tuple[int, int]) -> Tensor:

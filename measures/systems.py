@@ -18,7 +18,9 @@ from photometric import normalize
 SAMPLE = 8192  # [U] cells of the features that k-means is fitted to
 OWN, CLUSTERS = "own groups", "k-means on backbone features"
 FEWEST_GROUPS = 4  # fewer of k in use is a collapse
-MEASURES = ("miou", "nmi", "probe_miou", "ari_instances", "ari_objects", "ari_classes")
+MEASURES = (
+    "miou", "nmi", "probe_miou", "ari_instances", "ari_objects", "ari_classes", "ari_foreground",
+)  # fmt: skip
 
 
 class Truth(NamedTuple):
@@ -58,6 +60,7 @@ def judge(
         ari_instances=rand_index(groups, truth.regions),
         ari_objects=rand_index(groups, truth.regions, truth.instance > 0),
         ari_classes=rand_index(groups, semantic),
+        ari_foreground=rand_index(groups, truth.instance > 0),
         groups_used=max(len(some.unique()) for some in (groups if per_image else [groups])),
     )
     return found, groups
@@ -102,6 +105,11 @@ def collapsed(found: Mapping[str, Any], untrained: Mapping[str, Any]) -> bool:
     return found["groups_used"] < FEWEST_GROUPS or found["nmi"] <= untrained["nmi"]
 
 
+def without_names(record: Mapping[str, Any]) -> bool:
+    """Whether group 3 of one image is not group 3 of another: slots."""
+    return record["grouped_by"] == OWN != record["named_by"]
+
+
 def brief(label: str, record: Mapping[str, Any]) -> str:
     """One line about one row and seed."""
     form = "mIoU {miou:.3f}  NMI {nmi:.3f}  probe {probe_miou:.3f}  {steps} steps, {seconds:.0f} s"
@@ -112,8 +120,8 @@ def brief(label: str, record: Mapping[str, Any]) -> str:
 # key of a row -> heading
 COLUMNS = {
     "miou": "mIoU", "nmi": "NMI", "probe_miou": "probe", "ari_instances": "ARI inst.",
-    "ari_objects": "ARI obj.", "ari_classes": "ARI class", "groups_used": "used", "steps": "steps",
-    "seconds": "seconds",
+    "ari_objects": "ARI obj.", "ari_classes": "ARI class", "ari_foreground": "ARI fore.",
+    "groups_used": "used", "steps": "steps", "seconds": "seconds",
 }  # fmt: skip
 EXPLANATION = f"""\
 * of {CLUSTERS}: the system has no groups, or none with names.

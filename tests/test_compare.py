@@ -44,7 +44,7 @@ def test_without_options_every_system_has_its_rows_and_every_file_its_system():
     assert files - used == {"__init__", "bench", "common", "scenes"} and used <= files
     labels = [row.label for row in rows if row.name == "given_masks"]
     assert labels == ["given_masks: grid", "given_masks: color", "given_masks: truth"]
-    assert [row.preset for row in rows if row.name == "slot_attention"] == ["scene", "flat"]
+    assert [row.preset for row in rows if row.name == "slot_attention"] == ["flat", "scene"]
     assert {row.c for row in rows} == {compare.configuration(7)} and rows[0].c.steps == 7
 
 
@@ -168,7 +168,7 @@ def test_from_the_command_line_to_the_file(tmp_path, small, capsys):
     assert compare.main([*words, "--output-dir", str(tmp_path / "out")]) == 0
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert (tmp_path / "out" / "comparison.png").stat().st_size > 1000
-    assert list(found["rows"]) == ["moco", "slot_attention: scene", "slot_attention: flat"]
+    assert list(found["rows"]) == ["moco", "slot_attention: flat", "slot_attention: scene"]
     for records in found["rows"].values():
         assert [record["seed"] for record in records] == [0, 1]
         for record in records:
@@ -177,5 +177,5 @@ def test_from_the_command_line_to_the_file(tmp_path, small, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "row 1 of 6, moco"
     assert "All systems (2 steps: too few to judge), median of 2 seed(s)" in lines
-    assert "row 3 of 6, slot_attention: flat, about 0 min left" in lines
+    assert "row 3 of 6, slot_attention: scene, about 0 min left" in lines
     assert compare.left(done=2, rows=12, spent=300.0) == ", about 25 min left"

@@ -108,13 +108,19 @@ def test_groups_and_truth_have_the_colors_of_the_matched_prototypes(tmp_path):
     assert c < 0.01  # only in the legend
 
 
-def test_a_comparison_has_a_row_for_each_system(tmp_path):
-    scenes, truth = torch.zeros(3, 3, 8, 8).byte(), torch.zeros(3, 8, 8).byte()
-    rows = dict(one=torch.full((3, 8, 8), 4), two=torch.full((3, 8, 8), 2))
-    figures.save_comparison(tmp_path / "c.png", scenes, truth, truth, rows, "title")
-    image, colors = pixels(tmp_path / "c.png"), prototype_colors(K)
-    one, two, both = (share_of(image, colors[k]) for k in (4, 2, 0))
-    assert one > 0.05 and one == pytest.approx(two, rel=0.1) and both == pytest.approx(2 * one, 0.1)
+def test_in_a_comparison_a_group_has_the_color_of_what_it_is_matched_with(tmp_path):
+    classes, regions = torch.ones(2, 3, 8, 8).byte()
+    regions[:2] = 2
+    with_names, slots = torch.full((3, 8, 8), 4), torch.full((3, 8, 8), 3)
+    with_names[:, :, 4:] = 3  # matched with no class
+    rows = {"with names": (with_names, False), "slots": (slots, True)}
+    scenes, file = torch.zeros(3, 3, 8, 8).byte(), tmp_path / "c.png"
+    figures.save_comparison(file, scenes, classes, regions, rows, "title")
+    image, colors = pixels(file), prototype_colors(3)
+    first, second, gray = (share_of(image, color) for color in (*colors[1:], figures.GRAY))
+    # Of class 1: three images, one of three regions, half of the groups, and one image of the slots
+    assert first > 0.1 and first == pytest.approx(6.5 / 4 * second, rel=0.1)
+    assert gray == pytest.approx(1.5 / 4 * second, rel=0.1)
 
 
 @pytest.mark.parametrize("d", [2, 3, 7])
