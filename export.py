@@ -3,7 +3,7 @@
     python export.py runs/coco/last.pth --format torchvision --output resnet50.pth
     python export.py runs/coco/last.pth --format detectron2 --output detectron2.pkl
 
-torchvision's names serve timm and mmsegmentation too.
+torchvision's names serve timm and mmsegmentation too; a backbone of timm keeps timm's.
 
 Slides: tables 2, 3, 4 and 7.
 Paper: section 4.2.
@@ -25,7 +25,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add, text = parser.add_argument, "last.pth of a run, a released checkpoint, or backbone.pth"
     add("checkpoint", type=options.checkpoint_path, help=text)
     add("--format", choices=("torchvision", "detectron2"), default="torchvision", help="its names")
-    text = "file to write; *.pkl: numpy arrays, for detectron2 only"
+    text = "file to write: *.pth, *.safetensors, or for detectron2 *.pkl, numpy arrays"
     add("--output", type=options.path, required=True, help=text)
     add("--network", choices=("teacher", "student"), default="teacher", help="which of the two")
     args = parser.parse_args(argv)
@@ -34,8 +34,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ValueError(f"--output {output} is the checkpoint itself: give another name")
     if output.is_file() and output.name == "last.pth":
         raise ValueError(f"--output {output} is the last.pth of a run: give another name")
-    if output.suffix not in (".pth", ".pt", ".pkl"[: 4 * (args.format == "detectron2")]):
-        raise ValueError(f"--output {output}: expected *.pth, or *.pkl with --format detectron2")
+    kinds = (".pth", ".pt", ".safetensors") if args.format == "torchvision" else (".pth", ".pkl")
+    if output.suffix not in kinds:
+        expected = "*.pth or *.safetensors, and *.pth or *.pkl with --format detectron2"
+        raise ValueError(f"--output {output}: expected {expected}")
     return args
 
 
@@ -44,7 +46,7 @@ if __name__ == "__main__":  # a misspelled option is answered before torch is lo
 
 import torch
 
-from backbone import RESNETS
+from backbone import RESNETS, TIMM
 from downstream import exported
 from engine import files
 from measures.networks import open_backbone
@@ -55,23 +57,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     backbone, config = open_backbone(args.checkpoint, args.network)
     arch, state = config["arch"], backbone.state_dict()
-    if arch not in RESNETS:
+    form = "timm" if arch.startswith(TIMM) and args.format == "torchvision" else args.format
+    if arch not in RESNETS and form != "timm":
         raise ValueError(
             f"{args.checkpoint} holds the backbone {arch}. Only {', '.join(RESNETS)} can be "
             "exported, which timm and torchvision have: train with --arch resnet18, for example"
         )
     options.check_writable(args.output, "--output")
-    arrays = args.output.suffix == ".pkl"
-    contents = exported.encoded(state, args.format, arrays)
-    image = torch.rand(1, 3, 97, 129, generator=torch.Generator().manual_seed(0))
+    contents = exported.encoded(state, form, args.output.suffix)
+    size = (224, 224) if form == "timm" else (97, 129)
+    image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    other = exported.decoded(contents, arch, form, args.output.suffix)
     with torch.inference_mode():
         features = backbone(image)
-        other = exported.decoded(contents, arch, args.format, arrays)(image)
-    if not torch.equal(features.flatten(1), other):
+        same = torch.equal(features.flatten(1), other(image))
+    if not same:
         raise Stopped(f"{args.output} would give other features than the checkpoint: not written")
     files.write_atomically(args.output, lambda file: file.write(contents))
     print(f"read     {config['source']}: {arch}, {len(state)} tensors")
-    print(f"written  {args.output}, under {args.format}'s names")
+    print(f"written  {args.output}, under {form}'s names")
     print(f"proved   features {(*features.shape,)} of a random image are identical")
     if args.format == "detectron2":
         print(f"needs    {exported.DETECTRON2_SETTINGS}")

@@ -1,15 +1,19 @@
-"""Files for other libraries: a ResNet under the names of torchvision or of detectron2, whose
-modeling/backbone/resnet.py has every norm inside its convolution.
+"""Files for other libraries: a network of timm, or a ResNet under the names of torchvision or of
+detectron2, whose modeling/backbone/resnet.py has every norm inside its convolution.
 """
 
+import importlib
 import io
 import pickle
 import re
 from collections.abc import Mapping
+from types import ModuleType
 
 import torch
 import torchvision
 from torch import Tensor, nn
+
+from backbone import build_backbone
 
 DETECTRON2_SETTINGS = (  # what a configuration must say for such a file
     'INPUT.FORMAT "RGB"; MODEL.PIXEL_MEAN [123.675, 116.28, 103.53]; '
@@ -33,24 +37,46 @@ def name_of(name: str, form: str) -> str:
     return name
 
 
-def encoded(state: Mapping[str, Tensor], form: str, arrays: bool) -> bytes:
-    """A file for the target's checkpointer; arrays: as detectron2 writes *.pkl."""
-    contents = {name_of(n, form): v.numpy() if arrays else v for n, v in state.items()}
+def encoded(state: Mapping[str, Tensor], form: str, suffix: str) -> bytes:
+    """A file for the target's checkpointer; *.pkl: arrays, as detectron2 writes them.
+
+    Raises ValueError where safetensors is not installed.
+    """
+    contents = {name_of(name, form): value for name, value in state.items()}
+    if suffix == ".safetensors":
+        return safetensors().save({name: v.contiguous() for name, v in contents.items()})
+    if suffix == ".pkl":
+        contents = {name: value.numpy() for name, value in contents.items()}
     if form == "detectron2":
         contents = dict(model=contents, __author__="SlotCon", matching_heuristics=True)
-    if arrays:
+    if suffix == ".pkl":
         return pickle.dumps(contents)
     file = io.BytesIO()
     torch.save(contents, file)
     return file.getvalue()
 
 
-def decoded(file: bytes, arch: str, form: str, arrays: bool) -> nn.Module:
-    """torchvision's own network with what our file holds: images (1 3 y x) -> C5, flat."""
-    contents = pickle.loads(file) if arrays else torch.load(io.BytesIO(file))
+def decoded(file: bytes, arch: str, form: str, suffix: str) -> nn.Module:
+    """The target's own network with what our file holds: images (1 3 y x) -> its last map, flat."""
+    if suffix == ".safetensors":
+        contents = safetensors().load(file)
+    else:
+        contents = pickle.loads(file) if suffix == ".pkl" else torch.load(io.BytesIO(file))
     named = contents["model"] if form == "detectron2" else contents
+    if form == "timm":
+        network = nn.Sequential(build_backbone(arch), nn.Flatten())
+        network[0].load_state_dict(named)
+        return network.eval()
     network = getattr(torchvision.models, arch)(weights=None)
     network.avgpool = network.fc = nn.Identity()
     names = network.state_dict().keys()
     network.load_state_dict({n: torch.as_tensor(named[name_of(n, form)]) for n in names})
     return network.eval()
+
+
+def safetensors() -> ModuleType:
+    """The library's part for torch. Raises ValueError where it is not installed."""
+    try:
+        return importlib.import_module("safetensors.torch")
+    except ImportError:
+        raise ValueError("*.safetensors needs it: pip install safetensors") from None

@@ -33,8 +33,9 @@ def build(name: str, pretrained: bool = False) -> nn.Module:
         line = str(error).partition("\n")[0]
         raise ValueError(f"timm could not make {name}: {line}; weights: --init FILE") from None
     model.forward = MethodType(last_map, model)
-    maps = model.eval()(torch.zeros(1, 3, size, size))
-    maps.sum().backward()
+    with torch.enable_grad():
+        maps = model.eval()(torch.zeros(1, 3, size, size))
+        maps.sum().backward()
     for weight in model.parameters():  # one without a gradient comes after the map
         weight.requires_grad_(weight.grad is not None)
         weight.grad = None

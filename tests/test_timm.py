@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+import export
 from backbone import build_backbone
 from measures.networks import open_network
 from photometric import IMAGENET_MEAN, IMAGENET_STD
@@ -74,7 +75,29 @@ def test_a_run_on_timm_resumes_to_the_same_bits_and_loads_back_strictly(
     assert (
         config["arch"] == f"timm:{name}" and network(torch.randn(1, 3, 64, 64))[1].isfinite().all()
     )
-    timm.create_model(name, num_classes=0).load_state_dict(network.backbone.state_dict())
+    for file in (tmp_path / "f.safetensors", tmp_path / "f.pth"):
+        assert export.main([str(tmp_path / "whole"), "--output", str(file)]) == 0
+        model = timm.create_model(name, num_classes=0, checkpoint_path=str(file))  # strictly
+        learned = network.backbone.state_dict()
+        assert all(torch.equal(value, learned[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pth"])
+@pytest.mark.parametrize("name", SMALLEST)
+def test_a_run_starts_from_a_file_of_timm(name, ending, photographs, tmp_path):
+    timm = pytest.importorskip("timm")
+    weights, file = timm.create_model(name).state_dict(), tmp_path / f"weights.{ending}"
+    if ending == "pth":
+        torch.save(weights, file)
+    else:
+        pytest.importorskip("safetensors.torch").save_file(weights, file)
+    more = ("--arch", f"timm:{name}", *SIZES, "--init", file, "--freeze-backbone")
+    text = train_here(tmp_path / "run", *more, "--max-steps", "1", photographs=photographs)
+    assert f"timm:{name}, frozen, 5 prototypes" in text
+    found = last_of(tmp_path / "run")["model"]
+    own = [key for key in weights if f"student.backbone.{key}" in found]
+    assert len(own) >= len(weights) - 2  # the classifier is not there
+    assert all(torch.equal(found[f"teacher.backbone.{key}"], weights[key]) for key in own)
 
 
 def test_a_frozen_backbone_stays_bit_for_bit_and_is_computed_once_per_view(photographs, tmp_path):
