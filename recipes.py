@@ -164,7 +164,7 @@ PRESETS = {
         num_prototypes=24, dim_hidden=256, dim_out=64, temp_teacher=0.03, momentum_center=0.8,
         momentum_teacher=(0.99, 0.99), min_area=0.2, jitter=(0.4, 0.4, 0.2, 0.05, 0.8), p_gray=0.0,
         p_blur=(0.2, 0.1), solarize=(0.0, 0.0, 128.0), optimizer="adamw", batch_size=32,
-        base_lr=0.024, weight_decay=0.01, steps=3000, warmup=80, threads=1, workers=1, log_every=20,
+        base_lr=0.024, weight_decay=0.01, steps=3000, warmup=80, threads=2, workers=1, log_every=20,
         save_minutes=2.0, keep_every=0,
     ),
     "coco-r50": COCO,

@@ -20,7 +20,7 @@ from downstream import segmentation, settings
 from engine import checkpoints
 from engine.program import run_program
 from measures import metrics
-from staged import At, Signals, difference, last_of, log_of, staged
+from staged import At, Signals, difference, fork_server, last_of, log_of, staged
 
 SMALL = (
     "segmentation --dataset toy --labeled 10 --test-on train --batch-size 4 --base-steps 3 "
@@ -326,16 +326,21 @@ def test_a_run_is_continued_by_its_own_options_and_task_only(whole, tmp_path, ca
     assert "task: pretraining then, segmentation now" in capsys.readouterr().err
 
 
-def _play(argv, place, accident, output):
+def _play(argv, place, accident, output, signal_at):
     sys.stdout = sys.stderr = open(output, "w", buffering=1)  # noqa: SIM115, until the end
     os.environ.update({name: str(value) for name, value in place.items()})
+    multiprocessing.set_start_method("fork", force=True)
+    if signal_at:
+        SeenImages(pytest.MonkeyPatch(), signal_at, ranks=[1])
     with staged(accident):
         sys.exit(run_program("transfer.py", transfer.main, argv))
 
 
-def play(folder, *arguments, processes=1, accident=None, small=SMALL):
-    """The exit statuses of the processes of a run, and what the first one has printed."""
-    fork = multiprocessing.get_context("fork")
+def play(folder, *arguments, processes=1, accident=None, small=SMALL, signal_at=0):
+    """The exit statuses of the processes of a run, and what the first one has printed; signal_at:
+    the image of a test at which rank 1 is asked to stop.
+    """
+    fork = fork_server()  # a fork of a process that has gone backward could not do so
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -345,7 +350,7 @@ def play(folder, *arguments, processes=1, accident=None, small=SMALL):
         meeting = dict(MASTER_PORT=port, MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
         place = {**sizes, **meeting} if processes > 1 else {}
         output = folder.with_name(f"{folder.name}.{rank}.txt")
-        played.append(fork.Process(target=_play, args=(argv, place, accident, output)))
+        played.append(fork.Process(target=_play, args=(argv, place, accident, output, signal_at)))
         played[-1].start()
     for one in played:
         one.join(180)
@@ -380,9 +385,7 @@ def test_two_processes_share_the_images_and_continue_exactly(tmp_path):
 def test_a_signal_to_one_process_ends_the_test_of_both(tmp_path):
     whole, folder = tmp_path / "whole", tmp_path / "run"
     assert play(whole, processes=2)[0] == [0, 0]
-    with pytest.MonkeyPatch.context() as patch:
-        SeenImages(patch, signal_at=2, ranks=[1])
-        statuses, said = play(folder, processes=2)
+    statuses, said = play(folder, processes=2, signal_at=2)
     assert statuses == [0, 0] and last_of(folder)["step"] == 6 and "Traceback" not in said
     assert "stopped by a signal to another process after step 6 of 12" in said
     assert play(folder, processes=2)[0] == [0, 0]
