@@ -29,17 +29,9 @@ RELEASED = {
 WRAPPERS = ("model", "state_dict", "teacher", "student")  # under which files keep their tensors
 # What stands before the names of a backbone in files of other methods, the slow network first
 PREFIXES = ("momentum_encoder.", "backbone.", "encoder_q.", "base_encoder.", "encoder.", "")
-HEADS = (
-    "fc.",
-    "head.weight",
-    "head.bias",
-    "head.fc.",
-    "head.mlp.",
-    "head.last_layer.",
-    "projector.",
-    "predictor.",
-    "projection_head.",
-    "prototypes.",
+HEADS = (  # not all of head.*: a ConvNeXt of timm has a norm there
+    *("fc.", "head.weight", "head.bias", "head.fc.", "head.mlp.", "head.last_layer."),
+    *("projector.", "predictor.", "projection_head.", "prototypes."),
 )
 OTHERS = {  # how files begin that are no checkpoints, and what torch says -> what they are
     r"\s*<": "a web page; download the file itself",
