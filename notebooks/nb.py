@@ -1,9 +1,23 @@
-"""What the notebooks share: figures with captions, checks that can fail, exercises.
+"""What the notebooks share: the diagram, exercises, colors, checks, figures with captions.
 
 A notebook begins with `sys.path[:0] = [".", "notebooks"]; import nb`, which works from its own
 folder and from the root of the repository. Nothing of the method stands here.
+
+    nb.method("slots")                     the diagram of the whole method, one box framed; boxes:
+                                           views, student, teacher, similarity, aligned, slots,
+                                           group loss, slot loss, center, average
+    nb.exercise("attentive_pooling", mine) the reader's function against the module's on random
+                                           tensors; what it is, and its wrong variants, stand in
+                                           solutions.py; a number or list is compared as it is
+    model, config, colors = nb.trained()   toy.pth as `SlotCon`, its configuration, and the colors
+                                           (k 3) of its prototypes, by the rule of
+    nb.class_colors(groups, truth, k)      (k 3): a prototype has the color of the class that it is
+                                           matched with (`toy.CLASS_COLORS`), the others are gray
+    nb.paint(groups, colors)               numbers -> colors; a number k instead of colors: the
+                                           palette of visualize.py
 """
 
+import functools
 import inspect
 import io
 import itertools
@@ -15,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
 
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
@@ -23,10 +37,20 @@ import torch  # noqa: E402
 from IPython.display import Image, Markdown, display  # noqa: E402
 from PIL import Image as Pillow  # noqa: E402
 
+import recipes  # noqa: E402
+import solutions  # noqa: E402
+import toy  # noqa: E402
+from engine import checkpoints  # noqa: E402
+from engine.options import chosen_for  # noqa: E402
+from measures import metrics  # noqa: E402
+from measures.datasets import UNSEEN  # noqa: E402
 from measures.figures import prototype_colors  # noqa: E402
+from measures.groups import segment  # noqa: E402
+from slotcon import SlotCon  # noqa: E402
 
 torch.set_num_threads(1)
-plt.rcParams.update({"figure.dpi": 80, "savefig.dpi": 80, "figure.constrained_layout.use": True})
+DPI = 160
+plt.rcParams.update({"savefig.dpi": DPI, "font.size": 11, "figure.constrained_layout.use": True})
 
 
 def check(name: str, condition: Any, message: str = "") -> None:
@@ -37,19 +61,41 @@ def check(name: str, condition: Any, message: str = "") -> None:
     print(f"check passed: {name}{numbers}")
 
 
-def exercise(name: str, attempt: Callable[[], Any], expected: Any, tolerance: float = 1e-5) -> None:
-    """Print todo (for None), pass, or what is wrong; never raise, so that Run All goes on."""
-    try:
-        found = attempt()
-        if found is None:
-            raise NotImplementedError
-        difference = (torch.as_tensor(found) - torch.as_tensor(expected)).double().abs().max()
-        result = "pass" if difference <= tolerance else f"largest difference {difference:.3g}"
-    except NotImplementedError:
-        result = "todo"
-    except Exception as error:  # whatever a reader's first attempt raises
-        result = f"not yet, {type(error).__name__}: {error}"
-    print(f"exercise {name}: {result}")
+def exercise(name: str, attempt: Any, expected: Any = None) -> None:
+    """Print todo (for None or ...), pass, or what is wrong; never raise, so that Run All goes on.
+
+    attempt: a function, or a value; expected: in place of the entry in `solutions.EXERCISES`.
+    """
+    print(f"exercise {name}: {solutions.result(name, attempt, expected)}")
+
+
+@functools.cache
+def trained() -> tuple[SlotCon, recipes.Config, np.ndarray]:
+    """The committed network in training mode, its configuration, the colors of its prototypes."""
+    config, _ = recipes.parse(["--preset", "toy"])
+    model = SlotCon(**chosen_for(SlotCon, config))
+    model.load_state_dict(checkpoints.read(ROOT / "notebooks" / "toy.pth").contents["model"])
+    scenes = toy.ToyImages(UNSEEN, 64)
+    with torch.no_grad():
+        groups, _ = segment(model.teacher.eval(), scenes.images)
+    model.teacher.train()
+    return model, config, class_colors(groups, scenes.semantic, config.num_prototypes)
+
+
+def class_colors(groups: torch.Tensor, truth: torch.Tensor, k: int) -> np.ndarray:
+    """groups, truth (...) -> colors (k 3) in 0..1, of the class matched one to one, else gray."""
+    counts = metrics.confusion_matrix(groups, truth, k, len(toy.CLASS_NAMES))
+    matched = metrics.match(counts)
+    shades = np.linspace(0.3, 0.85, k)[np.arange(k) * 7 % k]
+    of_class = toy.CLASS_COLORS[matched.clamp(min=0)] / 255
+    return np.where((matched < 0)[:, None], shades[:, None], of_class)
+
+
+def method(box: str = "") -> None:
+    """Show the diagram of the method with one of `method.BOXES` framed."""
+    import method as diagram  # which imports this module
+
+    display(Image(diagram.framed(box), format="png", width=900))
 
 
 def source(*things: Any) -> None:
@@ -72,7 +118,7 @@ def dial(draw: Callable[..., None], **knobs: tuple[Any, Sequence[Any]]) -> None:
 def finish(text: str, marks: dict[str, float] | None = None) -> None:
     """Show the current figure, and below it what is drawn and what to look at.
 
-    marks: name -> height of a dashed line. At most 256 colors take a third of the bytes.
+    marks: name -> height of a dashed line.
     """
     for name, value in (marks or {}).items():
         plt.axhline(value, color="gray", ls="--", lw=1)
@@ -80,9 +126,15 @@ def finish(text: str, marks: dict[str, float] | None = None) -> None:
     drawn, small = io.BytesIO(), io.BytesIO()
     plt.savefig(drawn, format="png", bbox_inches="tight")
     plt.close()
-    picture = Pillow.open(drawn).convert("RGB").quantize(256, dither=Pillow.Dither.NONE)
+    picture = few_colors(Pillow.open(drawn))
     picture.save(small, format="png", optimize=True)
-    display(Image(small.getvalue(), format="png"), Markdown(f"*{text}*"))
+    size = dict(width=picture.width // 2, height=picture.height // 2)  # twice as sharp
+    display(Image(small.getvalue(), format="png", **size), Markdown(f"*{text}*"))
+
+
+def few_colors(picture: Pillow.Image, refine: int = 0) -> Pillow.Image:
+    """At most 256 colors, which take a third of the bytes. refine: rounds of k-means."""
+    return picture.convert("RGB").quantize(256, kmeans=refine, dither=Pillow.Dither.NONE)
 
 
 def as_image(image: Any) -> np.ndarray:
@@ -105,13 +157,13 @@ def grid(
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
     for axis, title in zip(axes[0], titles):
-        axis.set_title(title, fontsize=9)
+        axis.set_title(title)
     for axis, label in zip(axes[:, 0], labels):
-        axis.set_ylabel(label, fontsize=9)
+        axis.set_ylabel(label)
     if legend:
         patches = [plt.Rectangle((0, 0), 1, 1, color=np.asarray(c) / 255) for c in legend.values()]
         where = dict(loc="outside lower center", ncols=len(patches), columnspacing=1)
-        figure.legend(patches, list(legend), frameon=False, fontsize=9, handlelength=1, **where)
+        figure.legend(patches, list(legend), frameon=False, handlelength=1, **where)
     finish(text)
 
 
@@ -128,7 +180,7 @@ def heat(
     axis.set_yticks(range(len(rows)), map(str, rows))
     axis.set_xticks(range(len(columns)), map(str, columns))
     for (i, j), value in np.ndenumerate(array) if array.size < 50 else ():
-        axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=9, bbox=paper)
+        axis.text(j, i, f"{value:.2f}", ha="center", va="center", bbox=paper)
     finish(text)
 
 
@@ -147,12 +199,13 @@ def bars(
 ) -> None:
     """Named numbers as bars, each with its value. more: of `finish`."""
     _, axis = plt.subplots(figsize=size)
-    axis.bar_label(axis.bar(list(values), list(values.values())), fmt="%.2f", fontsize=9)
+    axis.bar_label(axis.bar(list(values), list(values.values())), fmt="%.2f")
     axis.set_ylabel(ylabel)
     axis.margins(y=0.15)
     finish(text, **more)
 
 
-def paint(numbers: Any, count: int) -> np.ndarray:
-    """Numbers of groups (... y x) in 0..count-1 -> their colors (... y x 3) in 0..1."""
-    return prototype_colors(count)[np.asarray(numbers)]
+def paint(numbers: Any, colors: int | np.ndarray) -> np.ndarray:
+    """Numbers of groups (... y x) -> (... y x 3) in 0..1. colors: (k 3), or k."""
+    palette = prototype_colors(colors) if isinstance(colors, int) else colors
+    return palette[np.asarray(numbers)]

@@ -1,0 +1,179 @@
+"""The diagram of the method: every box is a tensor of one step of the committed network, toy.pth.
+
+    python notebooks/method.py        writes docs/images/method.png
+
+`nb.method("slots")` shows it with the box of that name framed.
+"""
+
+import io
+import random
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from einops import rearrange
+from matplotlib.patches import FancyArrowPatch, Rectangle
+from PIL import Image, ImageDraw
+
+import nb  # first: it finds the modules
+
+import losses
+import toy
+from data import Batch, TwoCrops, draw_crop
+from engine.options import chosen_for
+from measures.datasets import UNSEEN
+from measures.figures import principal_colors
+from photometric import IMAGENET_MEAN, IMAGENET_STD, Photometric
+from slotcon import Report, SlotCon
+
+FILE = nb.ROOT / "docs" / "images" / "method.png"
+WIDTH, HEIGHT = 13.0, 7.0  # inches
+SEED = 55  # of the crops; the first scene of the batch is shown
+BOXES = {  # name -> left, bottom, width, height, as shares of the figure
+    "views": (0.005, 0.365, 0.275, 0.63),
+    "student": (0.295, 0.69, 0.15, 0.305),
+    "teacher": (0.295, 0.365, 0.15, 0.305),
+    "similarity": (0.465, 0.365, 0.15, 0.63),
+    "aligned": (0.635, 0.365, 0.15, 0.63),
+    "group loss": (0.805, 0.52, 0.19, 0.325),
+    "average": (0.105, 0.005, 0.34, 0.335),
+    "slots": (0.465, 0.005, 0.15, 0.335),
+    "slot loss": (0.635, 0.005, 0.15, 0.335),
+    "center": (0.805, 0.005, 0.19, 0.335),
+}
+ARROWS = (  # x and y of the tail, of the head
+    (0.28, 0.83, 0.295, 0.83), (0.28, 0.51, 0.295, 0.51), (0.445, 0.83, 0.465, 0.83),
+    (0.445, 0.51, 0.465, 0.51), (0.615, 0.68, 0.635, 0.68), (0.785, 0.68, 0.805, 0.68),
+    (0.54, 0.365, 0.54, 0.34), (0.615, 0.17, 0.635, 0.17), (0.37, 0.34, 0.37, 0.365),
+    (0.90, 0.34, 0.90, 0.52),
+)  # fmt: skip
+
+
+def step() -> tuple[torch.Tensor, Batch, torch.Tensor, Report]:
+    """Scenes (b 3 y x), their crops, the crops recolored (b v 3 y x), what a forward finds."""
+    model, config, _ = nb.trained()
+    scenes, rng = toy.ToyImages(UNSEEN, 16).images, random.Random(SEED)
+    crops = TwoCrops(**chosen_for(TwoCrops, config))
+    batch = Batch(*map(torch.stack, zip(*(crops(scene, rng) for scene in scenes))))
+    recolor = Photometric(**chosen_for(Photometric, config))
+    views = recolor(batch.views, torch.Generator().manual_seed(SEED))
+    with torch.no_grad():
+        return scenes, batch, views, model(views, batch.boxes, batch.flipped)[1]
+
+
+def panel(place: tuple[float, float], size: tuple[float, float], image: Any, text: str, **more: Any):
+    """An image at a place (shares of the figure), size in inches, a text below it."""
+    axis = plt.gcf().add_axes((*place, size[0] / WIDTH, size[1] / HEIGHT))
+    axis.imshow(nb.as_image(image), interpolation="nearest", aspect="auto", **more)
+    axis.set(xticks=[], yticks=[])
+    axis.set_xlabel(text, fontsize=10, labelpad=2)
+    return axis
+
+
+def four_maps(similarity: torch.Tensor, order: list[int], colors: np.ndarray) -> np.ndarray:
+    """similarity (k h w) -> those of four prototypes (2h 2w 3): white is 0, its color is 1."""
+    strong = similarity[order].clamp(0, 1)[..., None].numpy()
+    tinted = 1 - strong * (1 - colors[order][:, None, None])
+    tinted = np.repeat(np.repeat(tinted, 8, 1), 8, 2)
+    tinted[:, :1], tinted[:, :, :1] = 0.5, 0.5  # lines between the maps
+    return rearrange(tinted, "(row column) h w rgb -> (row h) (column w) rgb", row=2)
+
+
+def slot_rows(slots: torch.Tensor, owned: list[int], colors: np.ndarray) -> np.ndarray:
+    """slots (k d) -> rows of the owned ones, the prototype's color first, then blue to red."""
+    rows = plt.get_cmap("coolwarm")(slots[owned].numpy() / 8 + 0.5)[..., :3]
+    return np.concatenate([np.repeat(colors[owned][:, None], 4, 1), rows], axis=1)
+
+
+def frame() -> None:
+    """Boxes, their names, arrows, the legend."""
+    figure = plt.figure(figsize=(WIDTH, HEIGHT), layout="tight")
+    figure.set_layout_engine("none")
+    for name, (left, bottom, width, height) in BOXES.items():
+        style = dict(fc="#f6f6f6", ec="#b0b0b0", zorder=-1)
+        figure.add_artist(Rectangle((left, bottom), width, height, **style))
+        figure.text(left + 0.006, bottom + height - 0.01, name, va="top", weight="bold")
+    for *tail, x, y in ARROWS:
+        figure.add_artist(FancyArrowPatch(tail, (x, y), arrowstyle="-|>", mutation_scale=20, lw=2, color="black"))
+    patches = [Rectangle((0, 0), 1, 1, color=color / 255) for color in toy.CLASS_COLORS]
+    where = dict(loc="lower left", bbox_to_anchor=(0, 0.0), handlelength=1, frameon=False)
+    title = "prototypes\nmatched with"
+    figure.legend(patches, toy.CLASS_NAMES, fontsize=10, title=title, title_fontsize=10, **where)
+
+
+def draw() -> None:
+    """The diagram, as the current figure."""
+    model, config, colors = nb.trained()
+    scenes, _, views, report = step()
+    s1, t2 = report.student[0], report.teacher[1]
+    frame()
+    square, rng = (1.55, 1.55), random.Random(SEED)
+    first = draw_crop(64, 64, rng, config.min_area)
+    second = draw_crop(64, 64, rng, config.min_area, first)
+    axis = panel((0.014, 0.565), square, scenes[0], "a scene, two crops")
+    for (top, left, height, width), color in ((first, "white"), (second, "black")):
+        axis.add_patch(Rectangle((left, top), width - 1, height - 1, fill=False, ec=color, lw=3))
+    mean, std = (torch.tensor(x)[:, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
+    most = s1.similarity[0].argmax(0).flatten().bincount(minlength=len(colors))  # over k
+    order = most.argsort(descending=True)[:4].tolist()
+    both = torch.stack([s1.embeddings[0], t2.embeddings[0]])
+    embedded = principal_colors(both, both.shape[-2:])
+    for v, (y, record) in enumerate(((0.735, s1), (0.41, t2))):
+        panel((0.152, y), square, (views[0, v] * std + mean).clamp(0, 1), f"view {v + 1}")
+        panel((0.311, y), square, embedded[v], "embeddings, PCA")
+        panel((0.481, y), square, four_maps(record.similarity[0], order, colors), "4 prototypes of k")
+        panel((0.651, y), square, colors[record.aligned[0].argmax(0)], "nearest prototype")
+    target = ((t2.aligned[0] - model.center[:, None, None]) / model.temp_teacher).softmax(0)
+    cost = -(target * (s1.aligned[0] / model.temp_student).log_softmax(0)).sum(0)  # over k
+    panel((0.84, 0.57), square, cost, "cross-entropy of each cell", cmap="magma", vmin=0)
+    draw_lower_row(model, report, colors)
+
+
+def draw_lower_row(model: SlotCon, report: Report, colors: np.ndarray) -> None:
+    """Average, slots, slot loss and center."""
+    s1, t2, pairs, k = report.student[0], report.teacher[1], report.pairs[0], len(colors)
+    owned = (s1.occupied[0] & t2.occupied[0]).nonzero().flatten().tolist()
+    for x, view, name in ((0.473, s1, "student"), (0.545, t2, "teacher")):
+        panel((x, 0.05), (0.85, 1.55), slot_rows(view.slots[0], owned, colors), name)
+    networks = (0.118, model.student, "student's prototypes"), (0.285, model.teacher, "teacher's")
+    for x, network, name in networks:
+        rows = slot_rows(network.prototypes.weight.detach(), list(range(k)), colors)
+        panel((x, 0.05), (1.95, 1.55), rows, name)
+    with torch.no_grad():
+        queries, keys = losses.unit_rows(s1.slots, t2.slots, model.predictor, pairs)
+    n, m = int((pairs.queries < 4 * k).sum()), int((pairs.keys < 4 * k).sum())
+    cosines = (queries @ keys.T)[:n, :m]
+    panel((0.651, 0.05), (1.55, 1.55), cosines, "queries, keys (4 scenes)", vmin=-1, vmax=1)
+    axis = plt.gcf().add_axes((0.845, 0.06, 0.14, 0.21))
+    axis.bar(range(k), model.center.numpy(), color=colors)
+    axis.set_xlabel("mean similarity of each k", fontsize=10, labelpad=2)
+    axis.tick_params(labelsize=9)
+
+
+def write() -> None:
+    """Save the diagram."""
+    draw()
+    drawn = io.BytesIO()
+    plt.savefig(drawn, dpi=100)
+    plt.close()
+    nb.few_colors(Image.open(drawn), refine=1).save(FILE, optimize=True)
+    print(f"figure: {FILE}")
+
+
+def framed(box: str = "") -> bytes:
+    """The committed diagram as PNG, with one box framed. Raises KeyError for another name."""
+    with Image.open(FILE) as file:
+        picture = file.convert("RGB")
+    if box:
+        left, bottom, width, height = BOXES[box]
+        corners = left, 1 - bottom - height, left + width, 1 - bottom
+        scaled = [share * side for share, side in zip(corners, 2 * picture.size)]
+        ImageDraw.Draw(picture).rounded_rectangle(scaled, 12, outline=(220, 30, 30), width=6)
+    small, out = nb.few_colors(picture), io.BytesIO()
+    small.save(out, format="png", optimize=True)
+    return out.getvalue()
+
+
+if __name__ == "__main__":
+    write()
