@@ -62,7 +62,7 @@ def step() -> tuple[torch.Tensor, Batch, torch.Tensor, Report]:
         return scenes, batch, views, model(views, batch.boxes, batch.flipped)[1]
 
 
-def panel(place: tuple[float, float], size: tuple[float, float], image: Any, text: str, **more: Any):
+def panel(place: tuple[float, float], size: tuple[float, float], image: Any, text: str, **more):
     """An image at a place (shares of the figure), size in inches, a text below it."""
     axis = plt.gcf().add_axes((*place, size[0] / WIDTH, size[1] / HEIGHT))
     axis.imshow(nb.as_image(image), interpolation="nearest", aspect="auto", **more)
@@ -95,7 +95,8 @@ def frame() -> None:
         figure.add_artist(Rectangle((left, bottom), width, height, **style))
         figure.text(left + 0.006, bottom + height - 0.01, name, va="top", weight="bold")
     for *tail, x, y in ARROWS:
-        figure.add_artist(FancyArrowPatch(tail, (x, y), arrowstyle="-|>", mutation_scale=20, lw=2, color="black"))
+        style = dict(arrowstyle="-|>", mutation_scale=20, lw=2, color="black")
+        figure.add_artist(FancyArrowPatch(tail, (x, y), **style))
     patches = [Rectangle((0, 0), 1, 1, color=color / 255) for color in toy.CLASS_COLORS]
     where = dict(loc="lower left", bbox_to_anchor=(0, 0.0), handlelength=1, frameon=False)
     title = "prototypes\nmatched with"
@@ -122,7 +123,8 @@ def draw() -> None:
     for v, (y, record) in enumerate(((0.735, s1), (0.41, t2))):
         panel((0.152, y), square, (views[0, v] * std + mean).clamp(0, 1), f"view {v + 1}")
         panel((0.311, y), square, embedded[v], "embeddings, PCA")
-        panel((0.481, y), square, four_maps(record.similarity[0], order, colors), "4 prototypes of k")
+        maps = four_maps(record.similarity[0], order, colors)
+        panel((0.481, y), square, maps, "4 prototypes of k")
         panel((0.651, y), square, colors[record.aligned[0].argmax(0)], "nearest prototype")
     target = ((t2.aligned[0] - model.center[:, None, None]) / model.temp_teacher).softmax(0)
     cost = -(target * (s1.aligned[0] / model.temp_student).log_softmax(0)).sum(0)  # over k

@@ -98,21 +98,31 @@ def uniform(generator: Generator, *shape: int) -> Tensor:
     return 2 * torch.rand(shape, generator=generator) - 1
 
 
-def pooled(z: Tensor, s: Tensor, t: float, over: int = 1, least: float = 1e-6) -> Tensor:
-    """Attentive pooling, with a softmax over one axis of (b k n)."""
+def pooled(z: Tensor, s: Tensor, t: float, over=1, least=1e-6, divide=True) -> Tensor:
+    """Attentive pooling, with a softmax over an axis of (b k n)."""
     weights = (s.flatten(2) / t).softmax(over) + least
-    return weights / weights.sum(2, keepdim=True) @ z.flatten(2).transpose(1, 2)
+    weights = weights / (weights.sum(2, keepdim=True) if divide else 1)
+    return weights @ z.flatten(2).transpose(1, 2)
 
 
-def consistency(s: Tensor, t: Tensor, c: Tensor, hot: float, cold: float, over: int = 1) -> Tensor:
-    """Group consistency of s and t (b k h w), with a softmax over one axis; t has a gradient."""
+def consistency(
+    s: Tensor, t: Tensor, c: Tensor, hot: float, cold: float, over: int = 1, stop: bool = True
+) -> Tensor:
+    """Group consistency, with a softmax over an axis of (b k h w)."""
     target = ((t - c[:, None, None]) / cold).softmax(over)
+    target = target.detach() if stop else target
     return -(target * (s / hot).log_softmax(over)).sum(1).mean()
 
 
 def all_valid(s: Tensor, t: Tensor, *rest: Any) -> Tensor:
     """`losses.group_consistency` where all crops overlap."""
     return losses.group_consistency(s, t, *rest, torch.ones(len(s), dtype=torch.bool))
+
+
+def next_center(center: Tensor, maps1: Tensor, maps2: Tensor, momentum: float) -> Tensor:
+    """`losses.update_center` with the mean of both views."""
+    losses.update_center(center, losses.mean_over_pixels([maps1, maps2]), momentum)
+    return center
 
 
 def next_teacher(old: Tensor, new: Tensor, momentum: float) -> Tensor:
@@ -122,73 +132,47 @@ def next_teacher(old: Tensor, new: Tensor, momentum: float) -> Tensor:
     return networks[0][0].detach()
 
 
-def next_center(center: Tensor, maps1: Tensor, maps2: Tensor, momentum: float) -> Tensor:
-    """`losses.update_center` with the mean of both views."""
-    losses.update_center(center, losses.mean_over_pixels([maps1, maps2]), momentum)
-    return center
-
-
 EXERCISES: dict[str, Any] = {
     "attentive_pooling": Task(
         slots.attentive_pooling,
         lambda g: (uniform(g, 2, 5, 3, 4), uniform(g, 2, 6, 3, 4), 0.07),
         {
-            "the softmax runs over the pixels, it should run over k (dim=1)":
-                lambda z, s, t: pooled(z, s, t, over=2),
-            "the weights are not divided by their sum over the pixels":
-                lambda z, s, t: pooled(z, s, t) * ((s / t).softmax(1) + 1e-6).sum((2, 3))[..., None],
-            "the weights are divided by the number of pixels, not by their sum":
-                lambda z, s, t: pooled(z, s, t) * ((s / t).softmax(1) + 1e-6).mean((2, 3))[..., None],
-            "the 1e-6 is missing": lambda z, s, t: pooled(z, s, t, least=0),
+            "the softmax runs over the pixels, not over k": lambda *x: pooled(*x, over=2),
+            "the weights are not divided by their sum": lambda *x: pooled(*x, divide=False),
+            "the 1e-6 is missing": lambda *x: pooled(*x, least=0),
             "the temperature is missing": lambda z, s, t: pooled(z, s, 1),
-            "the similarity is multiplied by the temperature, not divided":
-                lambda z, s, t: pooled(z, s, 1 / t),
-            "the embeddings are pooled as they are, without being normalized":
-                lambda z, s, t: pooled(F.normalize(z, dim=1), s, t),
-            "the axes are (b d k), they should be (b k d)":
-                lambda z, s, t: pooled(z, s, t).transpose(1, 2),
-            "nothing is detached here: student's slots need both gradients":
-                lambda z, s, t: pooled(z, s.detach(), t),
+            "the similarity is multiplied by the temperature": lambda z, s, t: pooled(z, s, 1 / t),
+            "embeddings are not normalized": lambda z, *x: pooled(F.normalize(z, dim=1), *x),
+            "the axes are (b d k), not (b k d)": lambda *x: pooled(*x).transpose(1, 2),
+            "the similarity needs its gradient": lambda z, s, t: pooled(z, s.detach(), t),
         },
     ),
     "group_consistency": Task(
         all_valid,
         lambda g: (uniform(g, 2, 6, 3, 4), uniform(g, 2, 6, 3, 4), uniform(g, 6) / 5, 0.1, 0.04),
         {
-            "the target has a gradient: the stop-gradient is missing": consistency,
-            "the sign is wrong: a cross-entropy has a minus":
-                lambda s, t, *rest: -consistency(s, t.detach(), *rest),
-            "student and teacher are exchanged":
-                lambda s, t, c, *rest: consistency(t, s.detach(), c, *rest),
-            "the center is not subtracted":
-                lambda s, t, c, *rest: consistency(s, t.detach(), 0 * c, *rest),
-            "the center is added, it should be subtracted":
-                lambda s, t, c, *rest: consistency(s, t.detach(), -c, *rest),
-            "the center is subtracted from the student too":
-                lambda s, t, c, *rest: consistency(s - c[:, None, None], t.detach(), c, *rest),
-            "the temperatures are exchanged: the teacher is the sharp one":
-                lambda s, t, c, hot, cold: consistency(s, t.detach(), c, cold, hot),
-            "the teacher has the student's temperature: sharpening is missing":
-                lambda s, t, c, hot, cold: consistency(s, t.detach(), c, hot, hot),
-            "the student has the teacher's temperature":
-                lambda s, t, c, hot, cold: consistency(s, t.detach(), c, cold, cold),
-            "the softmax runs over another axis, it should run over k (dim=1)":
-                lambda s, t, *rest: consistency(s, t.detach(), *rest, over=3),
-            "the mean runs over k too: sum over k, then take the mean over b, h and w":
-                lambda s, t, *rest: consistency(s, t.detach(), *rest) / s.shape[1],
+            "the stop-gradient is missing": lambda *x: consistency(*x, stop=False),
+            "student and teacher are exchanged": lambda s, t, *x: consistency(t, s, *x),
+            "the center is missing": lambda s, t, c, *x: consistency(s, t, 0 * c, *x),
+            "the center is added, not subtracted": lambda s, t, c, *x: consistency(s, t, -c, *x),
+            "the student has no center":
+                lambda s, t, c, *x: consistency(s - c[:, None, None], t, c, *x),
+            "the temperatures are exchanged": lambda *x: consistency(*x[:3], x[4], x[3]),
+            "the teacher has the student's temperature": lambda *x: consistency(*x[:4], x[3]),
+            "the student has the teacher's temperature": lambda *x: consistency(*x[:3], x[4], x[4]),
+            "the softmax does not run over k": lambda *x: consistency(*x, over=3),
+            "over k one takes the sum, not the mean": lambda *x: consistency(*x) / x[0].shape[1],
         },
     ),
     "update_center": Task(
         next_center,
         lambda g: (uniform(g, 6), uniform(g, 2, 6, 3, 4), uniform(g, 2, 6, 3, 4), 0.9),
         {
-            "old and new are exchanged: the momentum belongs to the old center":
-                lambda c, a, b, m: next_center(c, a, b, 1 - m),
-            "only the first view is there": lambda c, a, b, m: next_center(c, a, a, m),
-            "only the second view is there": lambda c, a, b, m: next_center(c, b, b, m),
-            "the views are added: take their mean": lambda c, a, b, m: next_center(c, 2 * a, 2 * b, m),
-            "the new mean is added without 1 - momentum":
-                lambda c, a, b, m: m * c + (a + b).mean((0, 2, 3)) / 2,
+            "old and new are exchanged": lambda c, a, b, m: next_center(c, a, b, 1 - m),
+            "the second view is missing": lambda c, a, b, m: next_center(c, a, a, m),
+            "the first view is missing": lambda c, a, b, m: next_center(c, b, b, m),
+            "of two views take the mean": lambda c, a, b, m: next_center(c, 2 * a, 2 * b, m),
+            "1 - momentum is missing": lambda c, a, b, m: m * c + (a + b).mean((0, 2, 3)) / 2,
         },
         gradients=False,
     ),
@@ -197,7 +181,7 @@ EXERCISES: dict[str, Any] = {
         lambda g: (uniform(g, 3, 4), uniform(g, 3, 4), 0.99),
         {
             "teacher and student are exchanged": lambda t, s, m: next_teacher(s, t, m),
-            "the student is added without 1 - momentum": lambda t, s, m: m * t + s,
+            "1 - momentum is missing": lambda t, s, m: m * t + s,
         },
         gradients=False,
     ),
