@@ -5,6 +5,7 @@ import functools
 import statistics
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor
 import comparisons
 import toy
 from comparisons.common import System
-from comparisons.scenes import Scenes
+from comparisons.scenes import Scenes, whole_scene
 from data import TwoCrops
 from engine.optimizers import make_optimizer, schedule_for
 from engine.options import chosen_for
@@ -47,12 +48,17 @@ class Entry(NamedTuple):
         return comparisons.build(self.name, c, **self.arguments)
 
 
-def train_and_judge(entry: Entry, seed: int) -> tuple[dict[str, Any], Tensor]:
-    """The record of a row and seed, and its groups in unseen scenes (n y x). Raises Stopped."""
+def train_and_judge(entry: Entry, seed: int, weights: Path) -> tuple[dict[str, Any], Tensor]:
+    """The record of a row and seed, and its groups in unseen scenes (n y x). Raises Stopped.
+
+    weights: a file for the learned tensors, in half precision.
+    """
     untrained, _ = judge(entry.build(seed), entry)
     system = entry.build(seed)
     c = dataclasses.replace(entry.c, seed=seed)
-    trained = learn(system, draw(seed, c.subset, system.sees, system.extra, entry.preset), c)
+    count = c.subset * system.times_scenes
+    trained = learn(system, draw(seed, count, system.sees, system.extra, entry.preset), c)
+    torch.save({name: value.half() for name, value in system.state_dict().items()}, weights)
     found, groups = judge(system, entry)
     record = dict(system=entry.name, seed=seed, **found, **trained)
     record["untrained"] = {key: untrained[key] for key in systems.MEASURES}
@@ -66,20 +72,19 @@ def learn(system: System, scenes: Scenes, c: Any) -> dict[str, float]:
     Returns steps, bad_steps, seconds, and loss, the mean of the last tenth.
     """
     place, began, losses = Place(torch.device("cpu")), time.perf_counter(), []
+    c = dataclasses.replace(c, **system.changes)
     system = synchronized(system.train(), place)
     schedule = schedule_for(num_images=len(scenes), **chosen_for(schedule_for, c))
-    schedule = schedule._replace(peak=system.rate * schedule.peak)
     optimizer = make_optimizer(c.optimizer, system.parameters(), schedule.peak, c.weight_decay)
     photometric = Photometric(**chosen_for(Photometric, c))
     steps, nowhere = schedule.total_steps, dataclasses.replace(c, output_dir="")
     options = Options(last_step=steps, **chosen_for(Options, nowhere))
-    crops = TwoCrops(**chosen_for(TwoCrops, c))
-    run = Run(options, place, system, optimizer, scenes, crops, settings={})
-    flow = system.sees == "flow"  # its colors are directions, so they are not jittered
+    view = whole_scene if system.whole else TwoCrops(**chosen_for(TwoCrops, c))
+    run = Run(options, place, system, optimizer, scenes, view, settings={})
     with run:
         for batch in run.batches():
             seen, extra = batch.views[:, :, :3], batch.views[:, :, 3:].float() / 255
-            views = normalize(seen) if flow else photometric(seen, run.generator())
+            views = normalize(seen) if system.whole else photometric(seen, run.generator())
             run.remember()
             loss, memo = run.network(views, batch.boxes, batch.flipped, extra)
             run.backward(loss)

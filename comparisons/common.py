@@ -1,9 +1,11 @@
 """What the systems of this folder share: one interface, and small parts that several of them need.
 
-A system is built from values named as in the configuration. All systems share the backbone, the
-views, the optimizer and the measures; a file of this folder shows the rest.
+A system is built from values named as in the configuration. All systems share the measures; and
+the backbone, the views and the optimizer, where its file does not state others.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,16 +24,19 @@ Step = tuple[Tensor, Any]  # this rank's loss, and what `after_step` needs of th
 class System(nn.Module):
     """The interface. A subclass overrides `forward` and `judged`, and the others where needed."""
 
-    sees = "image"  # input of its backbone: "image", or "flow" painted as an image
-    extra = ""  # input of its training only: "", "depth", "grid", "color" or "truth"
+    sees = "image"  # input of its backbone: "image"; "flow" or "depth", painted as an image
+    extra = ""  # input of its training only: "", "grid", "color" or "truth"
     per_image = False  # its groups have no names: group 3 of one image is not group 3 of another
-    rate = 1.0  # its learning rate, as a share of the preset's
+    whole = False  # its views: one whole scene, as it is; otherwise two jittered crops
+    # What its paper and the preset do not share, as values of the configuration
+    changes: Mapping[str, Any] = MappingProxyType({})
+    times_scenes = 1  # it learns from so many times the preset's number of scenes
     wraps: type[nn.Module] | None = None  # a class that gets its other arguments
     judged = ""  # the part whose backbone is measured: the teacher if there is one
 
     def forward(self, views: Tensor, boxes: Tensor, flipped: Tensor, extra: Tensor) -> Step:
         """views (b v 3 y x) normalized; boxes (b v 4), flipped (b v) as SlotCon takes them; extra
-        (b v m y x) in 0..1, m = 0 for a system without.
+        (b v m y x) in 0..1, m = 0 for a system without. v is 1 for a system of whole scenes.
         """
         raise NotImplementedError
 

@@ -1,17 +1,16 @@
-"""Depth as the cue: slots of the image must paint how far everything is.
+"""Depth as the cue: slots that must paint how far everything is find what is equally far.
 
 Slide: "And also on real-world data if motion or depth is available".
 Paper: SAVi++ (Elsayed et al., NeurIPS 2022), section 3.
 Differs: single images instead of video, and no hints where objects are in the first frame; the
-depth is toy.py's order of drawing, dense, not the sparse points of a LiDAR. Only training uses the
-depth: groups are found in images without it.
+depth is toy.py's order of drawing, dense, not the sparse points of a LiDAR; and the network sees
+the depth itself, as motion.py sees flow, where SAVi++ sees the video and only paints the depth.
 """
 
 from comparisons.slot_attention import Reconstruction
 
 
 class Depth(Reconstruction):
-    """slot_attention.py with depth as the target: 0 far and 1 near."""
+    """slot_attention.py on depth, painted in gray: black is far, white is near."""
 
-    extra = "depth"
-    channels = 1
+    sees = "depth"

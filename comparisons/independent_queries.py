@@ -9,12 +9,12 @@ name, but they are measured like the slots of slot_attention.py.
 
 from torch import nn
 
-from comparisons.slot_attention import NUM_SLOTS, IndependentQueries, Reconstruction
+from comparisons.slot_attention import DIM, NUM_SLOTS, IndependentQueries, Reconstruction
 
 
 class Independent(Reconstruction):
     """slot_attention.py with one module exchanged."""
 
-    def make_slots(self, dim: int) -> nn.Module:
+    def make_slots(self) -> nn.Module:
         """Learned queries in place of slots."""
-        return IndependentQueries(dim, NUM_SLOTS)
+        return IndependentQueries(DIM, NUM_SLOTS)

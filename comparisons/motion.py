@@ -5,7 +5,8 @@ Paper: "Self-Supervised Video Object Segmentation by Motion Grouping", Yang et a
 Differs: the true flow of toy.py's frame pairs instead of an estimated one; more slots than two, and
 no consistency between several flows of one frame. As in the paper the backbone sees the flow and
 never the image: a single image does not say how things will move. So its features know shapes and
-motion only, and the probe reads classes from them. Crops are cut from the flow, without jitter.
+motion only, and the probe reads classes from them. Scenes that lie in another way keep the flow's
+colors, which only have to differ from object to object.
 """
 
 import torch

@@ -1,18 +1,22 @@
 """Toy scenes as the systems need them: input of the backbone, extra input of training, truth.
 
 The extra input is stacked behind the image's three channels, so that both are cut, resized and
-mirrored by the same `data.TwoCrops`. All of it are amounts, which may be interpolated.
+mirrored alike, by `data.TwoCrops` or `whole_scene`. All of it are amounts, which may be
+interpolated.
 """
+
+import random
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor
 
 import toy
 from comparisons.given_masks import MASKS, color_clusters
 from comparisons.motion import SPEED, flow_image
+from data import Batch
 
 
 class Scenes(toy.ToyImages):
@@ -34,13 +38,13 @@ class Scenes(toy.ToyImages):
         if sees == "flow":
             pairs = (toy.frame_pair(seed, index, preset, SPEED) for index in range(count))
             seen = flow_image(torch.from_numpy(np.stack([pair.flow for pair in pairs])))
+        elif sees == "depth":
+            seen = repeat(self.depth, "n y x -> n rgb y x", rgb=3)
         self.images = torch.cat([seen, self.channels(extra)], dim=1) if extra else seen
 
     def channels(self, kind: str) -> Tensor:
-        """Extra input (n m y x) uint8: depth, or MASKS masks, 255 in one of them. ValueError."""
+        """Extra input (n m y x) uint8: MASKS masks, 255 in one of them. ValueError."""
         n, y, x = self.semantic.shape
-        if kind == "depth":
-            return self.depth[:, None]
         if kind == "truth":
             numbers = self.regions.long()
         elif kind == "grid":
@@ -49,5 +53,20 @@ class Scenes(toy.ToyImages):
         elif kind == "color":
             numbers = torch.stack([color_clusters(image) for image in self.colors])
         else:
-            raise ValueError(f"extra input is depth, grid, color or truth, found {kind!r}")
+            raise ValueError(f"extra input is grid, color or truth, found {kind!r}")
         return rearrange(255 * F.one_hot(numbers, MASKS).byte(), "n y x m -> n m y x")
+
+    @property
+    def blocks(self) -> Tensor:
+        """Every scene in 2 x 4 blocks (n y x): groups that know nothing but the place."""
+        n, y, x = self.semantic.shape
+        down, right = 2 * torch.arange(y) // y, 4 * torch.arange(x) // x
+        return (4 * down[:, None] + right).expand(n, -1, -1)
+
+
+def whole_scene(image: Tensor, rng: random.Random) -> Batch:
+    """image (m y x) -> itself as the only view (1 m y x), in one of the eight ways it can lie."""
+    mirrored = rng.random() < 0.5
+    view = image.rot90(rng.randrange(4), (1, 2))
+    view = view.flip(2) if mirrored else view
+    return Batch(view[None], torch.tensor([[0.0, 0, 1, 1]]), torch.tensor([mirrored]))

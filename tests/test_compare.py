@@ -21,6 +21,7 @@ from comparisons.common import System
 from comparisons.scenes import Scenes
 from engine.program import Stopped, run_program
 from measures import systems
+from photometric import normalize
 
 SMALL = dict(subset=36, held_out=8, workers=0)
 
@@ -113,12 +114,12 @@ def taught(system, steps, **changes):
 
 def test_every_system_takes_the_given_steps_on_the_same_views_and_the_rest_follows():
     first, second = Still(), Still()
-    first.extra = "depth"
+    first.extra = "grid"
     for system in (first, second):
         found = taught(system, steps=6)
         assert found["steps"] == 6 == len(system.asked) and found["bad_steps"] == 0
     views, extra = first.asked[0]
-    assert views.shape == (2, 2, 3, 48, 48) and extra.shape == (2, 2, 1, 48, 48)
+    assert views.shape == (2, 2, 3, 48, 48) and extra.shape == (2, 2, 9, 48, 48)
     assert extra.min() >= 0 and 0.5 < extra.max() <= 1 and views.min() < 0
     assert second.asked[0][1].shape == (2, 2, 0, 48, 48)
     assert all(one[0].equal(other[0]) for one, other in zip(first.asked, second.asked))
@@ -143,12 +144,14 @@ def test_ctrl_c_ends_the_training():
     assert len(system.asked) == 2
 
 
-def test_flow_is_not_jittered():
+def test_whole_scenes_are_neither_cut_nor_jittered_and_a_system_changes_its_own_options():
     system = Still()
-    system.sees = "flow"
-    taught(system, steps=1, geometric=False)
-    views = system.asked[0][0]
-    assert views[:, 0].equal(views[:, 1])  # the same crop: only colors could differ
+    system.whole, system.changes = True, dict(batch_size=4)
+    taught(system, steps=1)
+    views, scenes = system.asked[0][0], normalize(Scenes(0, 5).images)
+    assert views.shape == (4, 1, 3, 64, 64)
+    values = [scene.flatten().sort()[0] for scene in scenes]
+    assert all(any(v.flatten().sort()[0].allclose(w) for w in values) for v in views)
 
 
 def test_slotcon_here_is_train_py_weight_for_weight(tmp_path, small):
@@ -169,6 +172,10 @@ def test_from_the_command_line_to_the_file(tmp_path, small, capsys):
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert (tmp_path / "out" / "comparison.png").stat().st_size > 1000
     assert list(found["rows"]) == ["moco", "slot_attention: flat", "slot_attention: scene"]
+    system = entries("--only", "slot_attention")[0].build(seed=9)
+    kept = torch.load(tmp_path / "out" / "slot_attention-flat_1.pth", weights_only=True)
+    system.load_state_dict(kept)
+    assert {value.dtype for value in kept.values()} == {torch.float16}
     for records in found["rows"].values():
         assert [record["seed"] for record in records] == [0, 1]
         for record in records:
@@ -178,4 +185,5 @@ def test_from_the_command_line_to_the_file(tmp_path, small, capsys):
     assert lines[0] == "row 1 of 6, moco"
     assert "All systems (2 steps: too few to judge), median of 2 seed(s)" in lines
     assert "row 3 of 6, slot_attention: scene, about 0 min left" in lines
+    assert any(line.startswith("2 x 4 blocks know the place only: ARI inst. 0.") for line in lines)
     assert compare.left(done=2, rows=12, spent=300.0) == ", about 25 min left"

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import random as random_module
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ import comparisons
 import recipes
 from comparisons import common, dense, given_masks, kmeans, motion, self_distillation, slot_matching
 from comparisons import sinkhorn as balanced
-from comparisons.scenes import Scenes
+from comparisons.scenes import Scenes, whole_scene
+from comparisons.slot_attention import PLACES
 from grouping import inverse_augmentation
 from slotcon import SlotCon
 
@@ -21,6 +23,7 @@ B, K, D, HIDDEN, H, W = 3, 6, 7, 9, 4, 5  # h w of the map: a view has 16 x 20 p
 SIZES = dict(arch="tiny", num_prototypes=K, dim_hidden=HIDDEN, dim_out=D)
 C = dataclasses.replace(recipes.Config(), **SIZES, temp_teacher=0.04, momentum_center=0.8)
 ROWS = [(name, row.arguments) for name, rows in comparisons.VARIANTS.items() for row in rows]
+SLOTS = ["slot_attention", "independent_queries", "motion", "depth"]  # with their own encoder
 VALID = torch.tensor([True, False, True])  # image 1's crops do not overlap
 
 
@@ -50,7 +53,7 @@ def batch(system=None):
     high = 1 - random(B, 2, 2, seed=10).sigmoid() * 0.4
     boxes = torch.cat([low, high], dim=2)
     boxes[1] = 0
-    channels = {"": 0, "depth": 1}.get(system.extra if system else "", given_masks.MASKS)
+    channels = given_masks.MASKS if system and system.extra else 0
     return views, boxes, flipped, random(B, 2, channels, 4 * H, 4 * W, seed=11).sigmoid()
 
 
@@ -140,7 +143,8 @@ def test_all_systems_start_from_the_same_backbone():
         torch.manual_seed(3)
         return comparisons.build(name, C).backbone[0].weight
 
-    assert all(start(name).equal(start("moco")) for name in comparisons.SYSTEMS)
+    alike = [name for name in comparisons.SYSTEMS if name not in SLOTS]
+    assert all(start(name).equal(start("moco")) for name in alike)
 
 
 def test_without_any_overlap_a_loss_is_a_zero_with_a_gradient():
@@ -338,21 +342,23 @@ def test_the_system_without_stop_gradient_is_its_own_teacher():
     assert torch.allclose(memo, torch.stack(maps).mean((0, 1, 3, 4)))
 
 
-@pytest.mark.parametrize("name", ["slot_attention", "independent_queries", "motion", "depth"])
-def test_what_is_painted_is_compared_with_the_first_view_at_the_size_of_the_map(name):
+@pytest.mark.parametrize("name", SLOTS)
+def test_what_is_painted_is_compared_with_random_places_of_the_scene_at_half_its_size(name):
     system = build(name)
-    views, boxes, flipped, extra = batch(system)
-    torch.manual_seed(5)  # slots start from noise
-    painted, masks = system.paint(views[:, 0])
-    wanted, total = extra[:, 0] if name == "depth" else views[:, 0], 0
-    for b, h, w in itertools.product(range(B), range(H), range(W)):
-        target = wanted[b, :, 4 * h : 4 * h + 4, 4 * w : 4 * w + 4].mean((1, 2))
-        total += (painted[b, :, h, w] - target).square().mean() / (B * H * W)
+    views, *rest = batch(system)
     torch.manual_seed(5)
-    assert_equal(system(views, boxes, flipped, extra)[0], total)
-    assert painted.shape == (B, 1 if name == "depth" else 3, H, W)
-    assert torch.allclose(masks.sum(1), torch.ones(B, H, W, dtype=torch.float64))
-    assert system.sees == ("flow" if name == "motion" else "image")
+    places = torch.randperm(4 * H * W)[:PLACES]  # the order: then slots start from noise
+    painted, masks = system.paint(views[:, 0], places)
+    total = 0
+    for b, n in itertools.product(range(B), range(len(places))):
+        y, x = divmod(places[n].item(), 2 * W)
+        target = views[b, 0, :, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2].mean((1, 2))
+        total += (painted[b, :, n] - target).square().mean()
+    torch.manual_seed(5)
+    assert_equal(system(views, *rest)[0], total / (B * len(places)))
+    assert painted.shape == (B, 3, len(places))
+    assert torch.allclose(masks.sum(1), torch.ones(B, len(places), dtype=torch.float64))
+    assert system.sees == dict(motion="flow", depth="depth").get(name, "image") and system.whole
 
 
 def test_slot_matching_attracts_the_best_of_all_pairings_and_repels_all_others():
@@ -374,9 +380,11 @@ def test_slot_matching_attracts_the_best_of_all_pairings_and_repels_all_others()
 
 
 def test_scenes_stack_the_extra_input_behind_the_image():
-    plain, depth, flow = Scenes(3, 4), Scenes(3, 4, extra="depth"), Scenes(3, 4, sees="flow")
+    plain, grid, flow = Scenes(3, 4), Scenes(3, 4, extra="grid"), Scenes(3, 4, sees="flow")
     assert plain.images.shape == flow.images.shape == (4, 3, 64, 64) and len(plain) == 4
-    assert depth[2][:3].equal(plain[2]) and set(depth[2][3].unique().tolist()) >= {0, 255}
+    assert grid[2][:3].equal(plain[2]) and set(grid[2][3].unique().tolist()) == {0, 255}
+    depth = Scenes(3, 4, sees="depth")
+    assert all(depth.images[:, i].equal(plain.depth) for i in range(3))
     assert flow.colors.equal(plain.images) and not flow.images.equal(plain.images)
     flat = Scenes(3, 4, preset="flat")
     assert flat.semantic.equal(plain.semantic) and not flat.images.equal(plain.images)
@@ -404,3 +412,19 @@ def test_regions_are_the_objects_and_both_kinds_of_stuff():
         stuff, kinds = regions[~things], semantic[~things]
         assert set(stuff.unique().tolist()) <= {0, 1}
         assert all(len(kinds[stuff == number].unique()) == 1 for number in stuff.unique())
+
+
+def test_a_whole_scene_is_one_view_that_lies_in_one_of_eight_ways():
+    image, rng = torch.arange(3 * 16).reshape(3, 4, 4), random_module.Random(0)
+    batches = [whole_scene(image, rng) for _ in range(80)]
+    seen = {batch.views.flatten().numpy().tobytes() for batch in batches}
+    assert len(seen) == 8 and image.flatten().numpy().tobytes() in seen
+    for views, boxes, flipped in batches:
+        assert views.shape == (1, 3, 4, 4) and boxes.shape == (1, 4) and flipped.shape == (1,)
+        assert views[0, 0].unique().equal(image[0].unique())
+
+
+def test_blocks_divide_every_scene_by_place_alone():
+    blocks = Scenes(3, 2).blocks
+    assert blocks.shape == (2, 64, 64) and blocks.unique().tolist() == [*range(8)]
+    assert blocks[1, 31, 15] == 0 and blocks[1, 31, 16] == 1 and blocks[0, 32, 63] == 7

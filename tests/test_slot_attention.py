@@ -2,38 +2,45 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import torch
 
+from comparisons import build
 from comparisons.slot_attention import (
+    DIM,
+    WAVES,
     IndependentQueries,
     PositionEmbedding,
     SlotAttention,
     SpatialBroadcastDecoder,
 )
 
-B, K, D, N, C, H, W = 3, 5, 7, 8, 2, 4, 6
+B, K, D, N, H, W = 3, 5, 7, 8, 4, 6
 
 
 def random(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def layer_norm(x):
-    return (x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt()
+def layer_norm(x, norm):
+    return (x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt() * norm.weight + norm.bias
 
 
 def test_slot_attention_is_its_published_algorithm():
     """Algorithm 1 of Locatello et al., 2020, image by image and slot by slot."""
     module = SlotAttention(D, K, iterations=2, dim_hidden=9).double()
+    for i, p in enumerate(module.parameters()):
+        p.data = random(*p.shape, seed=i) / 2
     pixels, start = random(B, N, D), random(B, K, D, seed=1)
     slots, history = module(pixels, start)
     assert slots.shape == (B, K, D) and [a.shape for a in history] == [(B, K, N)] * 2
     for b in range(B):
-        inputs = [layer_norm(pixel) for pixel in pixels[b]]
+        inputs = [layer_norm(pixel, module.norm_pixels) for pixel in pixels[b]]
         state = list(start[b])
         for attention in history:
-            queries = [module.to_query.weight @ layer_norm(slot) for slot in state]
+            normed = [layer_norm(slot, module.norm_slots) for slot in state]
+            queries = [module.to_query.weight @ slot for slot in normed]
             keys = [module.to_key.weight @ x for x in inputs]
             logits = torch.stack([torch.stack([key @ q for key in keys]) for q in queries])
             shares = (logits / math.sqrt(D)).exp()
@@ -43,7 +50,8 @@ def test_slot_attention_is_its_published_algorithm():
                 weights = (shares[k] + 1e-6) / (shares[k] + 1e-6).sum()
                 update = sum(a * (module.to_value.weight @ x) for a, x in zip(weights, inputs))
                 moved = module.gru(update[None], state[k][None])[0]
-                hidden = module.mlp[0].weight @ layer_norm(moved) + module.mlp[0].bias
+                normed = layer_norm(moved, module.norm_mlp)
+                hidden = module.mlp[0].weight @ normed + module.mlp[0].bias
                 state[k] = moved + module.mlp[2].weight @ hidden.clamp(min=0) + module.mlp[2].bias
         assert torch.allclose(slots[b], torch.stack(state), rtol=1e-8)
 
@@ -72,23 +80,37 @@ def test_independent_queries_pool_what_each_attends_to_and_do_not_notice_each_ot
     assert moved.tolist() == [False, False, True, False, False]
 
 
-def test_positions_are_a_linear_function_of_the_distances_from_four_borders():
-    module, maps = PositionEmbedding(C).double(), random(B, C, H, W)
-    found = module(maps)
-    for h, w in itertools.product(range(H), range(W)):
-        v, u = h / (H - 1), w / (W - 1)
-        distances = torch.tensor([v, u, 1 - v, 1 - u], dtype=torch.float64)
-        expected = maps[:, :, h, w] + module.project.weight @ distances + module.project.bias
-        assert torch.allclose(found[:, :, h, w], expected)
+def test_positions_are_a_linear_function_of_products_of_cosines():
+    module = PositionEmbedding(D, deviation=1).double()
+    waves = torch.empty(H, W, WAVES, WAVES, dtype=torch.float64)
+    for h, w, i, j in itertools.product(range(H), range(W), range(WAVES), range(WAVES)):
+        down, right = math.pi * i * (h + 0.5) / H, math.pi * j * (w + 0.5) / W
+        waves[h, w, i, j] = math.cos(down) * math.cos(right)
+    waves = waves.flatten(2)
+    scaled = waves / waves.std((0, 1), correction=0).clamp(min=0.5)
+    expected = scaled @ module.project.weight.T
+    assert torch.allclose(module(H, W), expected, atol=1e-4)
 
 
-def test_every_slot_paints_a_whole_image_and_a_softmax_over_slots_mixes_them():
-    module, slots = SpatialBroadcastDecoder(D, C, width=6).double(), random(B, K, D)
+def test_every_slot_paints_every_place_and_a_softmax_over_slots_mixes_them():
+    module, slots = SpatialBroadcastDecoder().double(), random(B, K, DIM)
     image, masks = module(slots, (H, W))
-    for b in range(B):
-        cells = [slot[:, None, None].expand(D, H, W)[None] for slot in slots[b]]
-        painted = [module.paint(module.position(cell))[0] for cell in cells]
-        shares = torch.stack([each[C].exp() for each in painted])
-        shares = shares / shares.sum(0)
-        mixture = sum(share * each[:C] for share, each in zip(shares, painted))
-        assert torch.allclose(masks[b], shares) and torch.allclose(image[b], mixture)
+    assert image.shape == (B, 3, H * W) and masks.shape == (B, K, H * W)
+    places = module.position(H, W)
+    for b, h, w in itertools.product(range(B), range(H), range(W)):
+        painted = module.paint(module.from_slot(slots[b]) * places[h, w])
+        shares = painted[:, 3].exp() / painted[:, 3].exp().sum()
+        mixture = sum(share * color for share, color in zip(shares, painted[:, :3]))
+        assert torch.allclose(masks[b, :, h * W + w], shares)
+        assert torch.allclose(image[b, :, h * W + w], mixture)
+    some = torch.tensor([3, 0, 7])
+    assert torch.allclose(module(slots, (H, W), some)[0], image[:, :, some])
+
+
+def test_pixels_are_features_of_a_quarter_of_the_resolution_plus_their_position():
+    encoder = build("slot_attention", SimpleNamespace()).double().encoder
+    images = random(B, 3, 16, 24)
+    rows = encoder.mlp(encoder.backbone(images).permute(0, 2, 3, 1))
+    expected = (rows + encoder.position(4, 6)).permute(0, 3, 1, 2)
+    assert expected.shape == (B, DIM, 4, 6) and torch.allclose(encoder(images), expected)
+    assert encoder.position(4, 6).std() > 0.1
