@@ -167,6 +167,41 @@ def grid(
     finish(text)
 
 
+def label(axes: Any, rows: Sequence = (), columns: Sequence = ()) -> None:
+    """Names of the rows and columns of axes (r c) of images, which lose their ticks."""
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    for axis, name in zip(axes[:, 0], rows):
+        axis.set_ylabel(name)
+    for axis, name in zip(axes[0], columns):
+        axis.set_title(name)
+
+
+def dots(
+    rows: dict[str, dict[str, Any]], text: str, xlabel: str = "", size: tuple = (7.5, 0),
+    mark: str = "",
+) -> None:  # fmt: skip
+    """Rows of named numbers as dots. A number, or median, least and most, drawn as a line; mark:
+    a row in bold.
+    """
+    names = list(dict.fromkeys(name for values in rows.values() for name in values))
+    _, axis = plt.subplots(figsize=(size[0], size[1] or 1.1 + 0.32 * len(rows)))
+    for y, values in enumerate(rows.values()):
+        for name, value in values.items():
+            color, shape = f"C{names.index(name)}", "osD^v"[names.index(name) % 5]
+            middle, *ends = np.ravel(value)
+            axis.plot(ends, [y] * len(ends), color=color, lw=2)
+            axis.plot(middle, y, shape, color=color, label=name if y == 0 else None)
+    axis.set_yticks(range(len(rows)), list(rows))
+    axis.set(ylim=(len(rows) - 0.5, -0.5), xlabel=xlabel)
+    axis.grid(axis="y", alpha=0.3)
+    for tick in axis.get_yticklabels():
+        tick.set_fontweight("bold" if tick.get_text() == mark else "normal")
+    if len(names) > 1:
+        axis.legend(bbox_to_anchor=(1, 1), loc="upper left", frameon=False, fontsize=9)
+    finish(text)
+
+
 def heat(
     matrix: Any, text: str, rows: Sequence = (), columns: Sequence = (), xlabel: str = "",
     ylabel: str = "", limits: tuple | None = None, size: tuple[float, float] = (5.5, 4.0),

@@ -5,6 +5,7 @@ the gradients of the module's function, however it is written. Whoever gives up 
 """
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+import grouping
 import losses
 import slots
 import teacher
@@ -132,7 +134,97 @@ def next_teacher(old: Tensor, new: Tensor, momentum: float) -> Tensor:
     return networks[0][0].detach()
 
 
+def read_box(
+    maps: Tensor, boxes: Tensor, flipped: Tensor, half: float = 0.5, swap: bool = False,
+    padding: str = "border", corners: bool = False,
+) -> Tensor:  # fmt: skip
+    """Inverse augmentation, cell by cell of the grid; x and y may be exchanged."""
+    (h, w), (x1, y1, x2, y2) = maps.shape[-2:], boxes[:, :, None].unbind(1)
+    x1, x2 = torch.where(flipped[:, None], x2, x1), torch.where(flipped[:, None], x1, x2)
+    x = x1 + (x2 - x1) * (torch.arange(w) + half) / w
+    y = y1 + (y2 - y1) * (torch.arange(h) + half) / h
+    grid = 2 * torch.stack(torch.broadcast_tensors(x[:, None], y[:, :, None]), dim=-1) - 1
+    grid = grid.flip(-1) if swap else grid
+    return F.grid_sample(maps, grid, padding_mode=padding, align_corners=corners)
+
+
+def two_boxes(g: Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Maps, boxes that reach the border of the view, and one mirrored view of two."""
+    boxes = torch.cat(
+        [torch.rand((2, 2), generator=g) / 3, 1 - torch.rand((2, 2), generator=g) / 3], 1
+    )
+    boxes[0, 0], boxes[1, 3] = 0, 1
+    return uniform(g, 2, 3, 4, 5), boxes, torch.tensor([True, False])
+
+
+def contrast(q: Tensor, k: Tensor, positives: Tensor, t: float) -> Tensor:
+    """Slot contrast of rows as they are; the keys have a gradient."""
+    return 2 * t * F.cross_entropy(q @ k.T / t, positives)
+
+
+def unit_contrast(q: Tensor, k: Tensor, positives: Tensor, t: float) -> Tensor:
+    """The loss of one direction, by the parts of `losses.slot_contrast`."""
+    total = losses.contrast_in_parts(losses.unit(q), positives, losses.unit(k.detach()), t)
+    return 2 * t * total / len(q)
+
+
 EXERCISES: dict[str, Any] = {
+    "a box by hand": [0.25, 0.0, 1.0, 0.5],
+    "half a cell": 4 / 3,
+    "queries, keys, positives": [3, 4, 0, 2, 3],
+    "slot loss by chance": 0.4 * math.log(300),
+    "name the number": 16,
+    "the teacher's memory": 69,
+    "half and half": math.log(2),
+    "match by hand": [10, 12],
+    "IoU of the first class": 6 / 11,
+    "inverse_augmentation": Task(
+        grouping.inverse_augmentation,
+        two_boxes,
+        {
+            "the flip is not undone": lambda m, b, f: read_box(m, b, f & False),
+            "every map is mirrored, also where the view is not":
+                lambda m, b, f: read_box(m, b, f | True),
+            "the unmirrored views are mirrored, and the mirrored ones not":
+                lambda m, b, f: read_box(m, b, ~f),
+            "the map is read at the edges of the cells, not at their centers: + 1/2 is missing":
+                lambda m, b, f: read_box(m, b, f, half=0),
+            "x and y of the grid are exchanged": lambda m, b, f: read_box(m, b, f, swap=True),
+            "align_corners=True takes the outermost centers for the border":
+                lambda m, b, f: read_box(m, b, f, corners=True),
+            "zeros are read beyond the outermost centers: padding_mode is border":
+                lambda m, b, f: read_box(m, b, f, padding="zeros"),
+            "the grid counts from 0 to 1, grid_sample from -1 to 1":
+                lambda m, b, f: read_box(m, b / 2 + 0.5, f),
+            "the whole map is returned, the box is not cut out":
+                lambda m, b, f: read_box(m, torch.tensor([0.0, 0, 1, 1]).expand(2, 4), f),
+            "the map is returned as it is": lambda m, b, f: m,
+        },
+        gradients=False,
+    ),
+    "slot_contrast": Task(
+        unit_contrast,
+        lambda g: (uniform(g, 4, 5), uniform(g, 6, 5), torch.randperm(6, generator=g)[:4], 0.2),
+        {
+            "a gradient reaches the keys: they are targets":
+                lambda q, k, p, t: contrast(F.normalize(q), F.normalize(k), p, t),
+            "the rows are not brought to length 1":
+                lambda q, k, p, t: contrast(q, k.detach(), p, t),
+            "the queries are not brought to length 1":
+                lambda q, k, p, t: contrast(q, F.normalize(k).detach(), p, t),
+            "the keys are not brought to length 1":
+                lambda q, k, p, t: contrast(F.normalize(q), k.detach(), p, t),
+            "the rows are normalized over n, they should be over d (dim=1)":
+                lambda q, k, p, t: contrast(q / q.norm(dim=0), (k / k.norm(dim=0)).detach(), p, t),
+            "the factor 2 tau is missing": lambda q, k, p, t: unit_contrast(q, k, p, t) / (2 * t),
+            "the cosines are not divided by the temperature":
+                lambda q, k, p, t: unit_contrast(q, k, p, 1) * t,
+            "it is a sum over the queries, it should be their mean":
+                lambda q, k, p, t: unit_contrast(q, k, p, t) * len(q),
+            "the positive of row n is positives[n], not key n":
+                lambda q, k, p, t: unit_contrast(q, k, torch.arange(4), t),
+        },
+    ),
     "attentive_pooling": Task(
         slots.attentive_pooling,
         lambda g: (uniform(g, 2, 5, 3, 4), uniform(g, 2, 6, 3, 4), 0.07),
