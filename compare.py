@@ -53,6 +53,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 if __name__ == "__main__":  # a misspelled option is answered before torch is loaded
     run_early("compare.py", parse)
 
+import numpy as np
 import torch
 
 from comparisons.bench import LABELED, Entry, draw, train_and_judge
@@ -60,7 +61,7 @@ from comparisons.scenes import Scenes
 from engine import files
 from measures import systems
 from measures.datasets import UNSEEN
-from measures.figures import save_comparison
+from measures.figures import as_images, color_groups, draw_rows, prototype_colors
 
 
 def entries_of(args: argparse.Namespace) -> list[Entry]:
@@ -91,27 +92,31 @@ def run(args: argparse.Namespace, entries: Sequence[Entry]) -> None:
     began, done, in_all = time.perf_counter(), 0, args.seeds * len(entries)
     title = f"Table {args.table}: {recipes.TABLES[args.table][0]}" if args.table else "All systems"
     title += f" ({args.steps} steps: too few to judge)" if args.steps < STEPS else ""
-    k, shown = recipes.PRESETS["toy"].num_prototypes, {}
+    k, scenes = recipes.PRESETS["toy"].num_prototypes, draw(UNSEEN, SHOWN)
+    shown = {"scene": as_images(scenes.colors)}
+    for name, truth in (("classes", scenes.semantic), ("objects", scenes.regions)):
+        shown[f"truth: {name}"] = prototype_colors(int(truth.max()) + 1)[truth]
     records: dict[str, list[dict]] = {entry.label: [] for entry in entries}
     result = dict(table=args.table or "", seeds=args.seeds, steps=args.steps, k=k)
     result.update(labeled_scenes=LABELED, rows=records)
     for seed in range(args.seeds):
         for entry in entries:
-            spent = time.perf_counter() - began
-            print(
-                f"row {done + 1} of {in_all}, {entry.label}{left(done, in_all, spent)}", flush=True
-            )
+            estimate = left(done, in_all, time.perf_counter() - began)
+            print(f"row {done + 1} of {in_all}, {entry.label}{estimate}", flush=True)
             weights = args.output_dir / f"{entry.label.replace(': ', '-')}_{seed}.pth"
             record, groups = train_and_judge(entry, seed, weights)
             done += 1
             records[entry.label].append(record)
-            shown.setdefault(entry.label, (groups[:SHOWN], systems.without_names(record)))
+            alone = systems.without_names(record)
+            truth, size = (scenes.regions, 1) if alone else (scenes.semantic, SHOWN)
+            pairs = zip(groups.split(size), truth.split(size))  # the first SHOWN of the scenes
+            painted = np.concatenate([color_groups(*pair) for pair in pairs])
+            shown.setdefault(entry.label, painted)
             print(systems.brief(entry.label, record), flush=True)
             result["seconds"] = time.perf_counter() - BEGAN
             files.write_json(args.output_dir / "comparison.json", result)
-    scenes, file = draw(UNSEEN, SHOWN), args.output_dir / "comparison.png"
-    truth = scenes.colors, scenes.semantic, scenes.regions
-    save_comparison(file, *truth, shown, f"{title}: groups in scenes never trained on")
+    file = args.output_dir / "comparison.png"
+    draw_rows(file, f"{title}: groups in scenes never trained on", shown, 0.8)
     print(f"\n{title}, median of {args.seeds} seed(s)\n{systems.format_table(records)}")
     found = by_place(draw(UNSEEN, recipes.PRESETS["toy"].held_out))
     print(f"2 x 4 blocks know the place only: ARI inst. {found[0]:.3f}, obj. {found[1]:.3f}\n")

@@ -27,7 +27,7 @@ def commands() -> options.Commands:
     options.add_checkpoint(parser)
     options.add_images(parser, "folder of images, nested or flat (COCO: val2017); else toy scenes")
     add = parser.add_argument
-    add("--show", nargs="+", default=["used"], help="used (the default), extremes, all, or numbers")
+    add("--show", nargs="+", default=["used"], help="used (the default), extremes, or numbers")
     add("--count", type=options.positive, default=12, help="of the used (default: 12)")
     add("--top", type=options.positive, default=5, help="segments of each (default: 5)")
     add("--size", type=options.side, help=size)
@@ -36,7 +36,6 @@ def commands() -> options.Commands:
     options.add_checkpoint(parser)
     add = parser.add_argument
     add("images", nargs="*", type=options.path, help="files, or a folder (default: toy scenes)")
-    add("--data-dir", type=options.folder, help="the same as a folder")
     add("--count", type=options.positive, default=6, help="of a folder, of scenes (default: 6)")
     add("--slots", type=options.positive, default=4, help="soft assignments (default: 4)")
     add("--size", type=options.side, help=size)
@@ -62,16 +61,16 @@ def show_prototypes(args: Namespace) -> dict:
     images, file, view, network, _ = opened(args, args.limit)
     found = retrieval.retrieve(network, images, view, args.top, args.batch_size, args.workers)
     chosen = retrieval.choose_prototypes(found.active, args.show, args.count)
-    files = figures.draw_prototypes(file, network, images, view, found, chosen)
-    return dict(files=printed(files), prototypes=chosen, images=len(images))
+    figures.draw_prototypes(file, network, images, view, found, chosen)
+    return dict(file=printed(file), prototypes=chosen, images=len(images))
 
 
 def show_groups(args: Namespace) -> dict:
     """Groups, soft assignments and features of images."""
     images, file, view, network, config = opened(args, args.count)
     views = streams.read_views(images, view)
-    files = figures.draw_parts(file, network, views, config.get("temp_teacher", 0.07), args.slots)
-    return dict(files=printed(files), images=len(views))
+    figures.draw_parts(file, network, views, config.get("temp_teacher", 0.07), args.slots)
+    return dict(file=printed(file), images=len(views))
 
 
 def opened(args: Namespace, count: int) -> tuple[Sequence[Tensor], Path, Callable, Module, dict]:
@@ -79,7 +78,7 @@ def opened(args: Namespace, count: int) -> tuple[Sequence[Tensor], Path, Callabl
 
     The named images, or `count` of a folder, or as many toy scenes. Raises ValueError.
     """
-    named, folder = getattr(args, "images", []), args.data_dir
+    named, folder = getattr(args, "images", []), getattr(args, "data_dir", None)
     if len(named) == 1 and named[0].is_dir():
         named, folder = [], named[0]
     name = folder.absolute().name if folder else "toy_scenes"
@@ -102,13 +101,13 @@ def show_training(args: Namespace) -> dict:
     name = f"training_with{others}" if others else "training"
     file = options.output_file(args.output, first / f"{name}.png")
     figures.save(curves.draw_runs(runs), file, 110)
-    return dict(files=printed([file]), last_steps=[run.records[-1]["step"] for run in runs])
+    return dict(file=printed(file), last_steps=[run.records[-1]["step"] for run in runs])
 
 
-def printed(files: list) -> list[str]:
-    """Where the figures are."""
-    print("\n".join(f"figure: {file}" for file in files))
-    return list(map(str, files))
+def printed(file: Path) -> str:
+    """Where the figure is."""
+    print(f"figure: {file}")
+    return str(file)
 
 
 def main(argv: list[str] | None = None) -> int:

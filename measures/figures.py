@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from engine.files import write_atomically
 from grouping import GroupingNetwork, assignment
 from measures import metrics
 from measures.groups import winner
-from measures.metrics import IGNORE
+from measures.metrics import UNMATCHED
 from measures.retrieval import Retrieval
 from photometric import normalize
 
@@ -29,8 +28,6 @@ FIRST_COLORS = """
     #e69f00 #56b4e9 #009e73 #f0e442 #0072b2 #d55e00 #cc79a7 #870f69 #a50fff #3c0fd2 #00f0c3 #8778f0
     #a51e00 #ff00e1 #006900 #00d200 #ffa5ff #e10069 #2d5aff #784bb4 #c300b4 #969600 #ff8778 #d269ff
 """.split()
-GRAY = (0.63, 0.63, 0.63)  # what has no label
-PER_PAGE = 12  # columns of prototypes, rows of images
 
 
 def prototype_colors(k: int, use: Tensor | None = None) -> np.ndarray:
@@ -47,28 +44,28 @@ def prototype_colors(k: int, use: Tensor | None = None) -> np.ndarray:
     return colors
 
 
-def matched_colors(matched: Sequence[int | None], use: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Colors of classes 0..t-1, (t 3), and of prototypes 0..k-1, (k 3): that of a class and of the
-    prototype that is matched with it are one. matched: by class; use (k) as above.
+def color_groups(
+    groups: Tensor, truth: Tensor, owner: Sequence[int | None] | None = None
+) -> np.ndarray:
+    """Groups (n y x) in the colors that `prototype_colors` has for truth (n y x), as (n y x 3).
+
+    A group has the color of the class that it is matched with, one to one; the others have the
+    next colors, by use. owner: the group of each class; None: as these images are matched best.
     """
-    t, use = len(matched), use.double().clone()
-    owned = [k for k in matched if k is not None]
-    use[owned] = -1  # they need no color of their own
-    colors = prototype_colors(t + len(use), F.pad(use, (t, 0), value=torch.inf))
-    colors[[t + k for k in owned]] = colors[[i for i in range(t) if matched[i] is not None]]
-    return colors[:t], colors[t:]
+    k, t = int(groups.max()) + 1, len(owner) if owner else int(truth.max()) + 1
+    counts = metrics.confusion_matrix(groups, truth, k, t)
+    classes = metrics.match(counts)
+    if owner:
+        classes = torch.tensor([owner.index(g) if g in owner else UNMATCHED for g in range(k)])
+    use = counts.sum(1).masked_fill(classes != UNMATCHED, -1)  # over t
+    others = use.argsort(descending=True, stable=True)[: int((use >= 0).sum())]
+    classes[others] = torch.arange(t, t + len(others))
+    return prototype_colors(t + k)[classes[groups.long()]]
 
 
 def as_images(images: Tensor) -> np.ndarray:
     """images (b 3 y x) uint8 -> (b y x 3) in 0..1."""
     return rearrange(images, "b rgb y x -> b y x rgb").cpu().numpy() / 255
-
-
-def pages(items: Sequence, file: Path) -> list[tuple[Path, Sequence]]:
-    """The items, `PER_PAGE` to a file: FILE-001, FILE-002, ..., or FILE alone if they all fit."""
-    parts = [items[i : i + PER_PAGE] for i in range(0, len(items), PER_PAGE)]
-    names = [file.with_stem(f"{file.stem}-{number:03d}") for number in range(1, len(parts) + 1)]
-    return [(file, items)] if len(parts) == 1 else list(zip(names, parts))
 
 
 def save(figure: Figure, file: Path, dpi: int) -> None:
@@ -105,6 +102,17 @@ def grid(
     return figure, axes
 
 
+def draw_rows(
+    file: Path, title: str, rows: Mapping[str, np.ndarray], side: float, legend: Sequence[str] = ()
+) -> None:
+    """Images (n y x 3) beside the name of their row; legend: of the colors of classes 0..t-1."""
+    figure, _ = grid(title, list(rows.values()), list(rows), side)
+    if legend:
+        handles = [Patch(facecolor=color) for color in prototype_colors(len(legend))]
+        figure.legend(handles, legend, loc="outside lower center", ncols=4, frameon=False)
+    save(figure, file, 130)
+
+
 @torch.no_grad()
 def segment_of(network: GroupingNetwork, image: Tensor, prototype: int) -> Tensor:
     """The pixels of image (3 y x) uint8 that belong to a prototype, (y x) bool."""
@@ -121,25 +129,21 @@ def segment_of(network: GroupingNetwork, image: Tensor, prototype: int) -> Tenso
 def draw_prototypes(
     file: Path, network: GroupingNetwork, images: Sequence[Tensor], view: Callable,
     found: Retrieval, chosen: Sequence[int],
-) -> list[Path]:  # fmt: skip
-    """One column per prototype, the best segment on top -> the files, one per page."""
+) -> None:  # fmt: skip
+    """One column per prototype, the best segment on top."""
     colors, top = prototype_colors(len(found.cells), found.cells), found.images.shape[1]
     title = (
         f"The {top} best segments of each prototype, best on top, in a line of its color.\n"
         "All else in an image is gray. An arrow points at a small segment."
     )
-    files = []
-    for page, numbers in pages(chosen, file):
-        figure, axes = grid(title, [[None] * len(numbers)] * top, side=1.3)
-        for k, column in zip(numbers, axes.T):
-            column[0].set_title(f"prototype {k}\nin {int(found.active[k])} images", fontsize=8)
-            for axis, index in zip(column, found.images[k].tolist()):
-                if index >= 0:
-                    image = view(images[index])
-                    draw_retrieved(axis, image, segment_of(network, image, k), colors[k])
-        save(figure, page, 120)
-        files.append(page)
-    return files
+    figure, axes = grid(title, [[None] * len(chosen)] * top, side=1.3)
+    for k, column in zip(chosen, axes.T):
+        column[0].set_title(f"prototype {k}\nin {int(found.active[k])} images", fontsize=8)
+        for axis, index in zip(column, found.images[k].tolist()):
+            if index >= 0:
+                image = view(images[index])
+                draw_retrieved(axis, image, segment_of(network, image, k), colors[k])
+    save(figure, file, 120)
 
 
 def draw_retrieved(axis: Axes, image: Tensor, segment: Tensor, color: np.ndarray) -> None:
@@ -157,57 +161,6 @@ def draw_retrieved(axis: Axes, image: Tensor, segment: Tensor, color: np.ndarray
         tail = place + 0.3 * size * np.where(place < size / 2, 1, -1)
         arrow = dict(color="black", ec="white", width=2, headwidth=7, headlength=7)
         axis.annotate("", place[::-1], tail[::-1], arrowprops=arrow)
-
-
-def draw_groups(
-    file: Path, images: Tensor, groups: Tensor, target: Tensor, k: int, report: Mapping[str, Any]
-) -> None:
-    """Images (b 3 y x) uint8, groups (b y x), truth (b y x); report: of `groups.compare`."""
-    matching = report["matching"]
-    use = groups.flatten().bincount(minlength=k)
-    classes, colors = matched_colors(list(matching.values()), use)
-    of_class = np.vstack([classes, np.full((IGNORE + 1 - len(classes), 3), GRAY)])
-    rows = dict(scene=as_images(images), groups=colors[groups], truth=of_class[target])
-    title = "Scenes never trained on, and the groups found in them without a label"
-    figure, _ = grid(title, list(rows.values()), list(rows))
-    entries = []
-    for color, (name, prototype) in zip(classes, matching.items()):
-        owner = "no prototype" if prototype is None else f"prototype {prototype}"
-        score = "" if report["iou"][name] is None else f", IoU {report['iou'][name]:.2f}"
-        entries.append(Patch(facecolor=color, label=f"{name}: {owner}{score}"))
-    text = "A class and the prototype that is matched with it have one color."
-    figure.legend(handles=entries, loc="outside lower center", ncols=4, frameon=False, title=text)
-    save(figure, file, 130)
-
-
-def save_comparison(
-    file: Path, scenes: Tensor, semantic: Tensor, regions: Tensor,
-    groups: Mapping[str, tuple[Tensor, bool]], title: str,
-) -> None:  # fmt: skip
-    """Columns: scenes (n 3 y x) uint8; rows: truth and groups (n y x).
-
-    groups: row -> groups, and whether they are of one image each. A group has the color of the
-    class that it is matched with, one to one; of one image each: of the region. Gray: of none.
-    """
-    rows = {"scene": as_images(scenes)}
-    for name, truth in {"truth: classes": semantic, "truth: objects": regions}.items():
-        rows[name] = prototype_colors(int(truth.max()) + 1)[truth.long().numpy()]
-    for name, (found, alone) in groups.items():
-        if alone:
-            rows[name] = np.concatenate(
-                [color_groups(*pair) for pair in zip(found.split(1), regions.split(1))]
-            )
-        else:
-            rows[name] = color_groups(found, semantic)
-    save(grid(title, list(rows.values()), list(rows), side=0.8)[0], file, 90)
-
-
-def color_groups(groups: Tensor, truth: Tensor) -> np.ndarray:
-    """groups, truth (n y x) -> the color of what each group is matched with (n y x 3)."""
-    sizes = int(groups.max()) + 1, int(truth.max()) + 1
-    classes = metrics.match(metrics.confusion_matrix(groups, truth, *sizes))
-    colors = np.vstack([prototype_colors(sizes[1]), GRAY])  # the last one: `UNMATCHED`
-    return colors[classes[groups.long()].numpy()]
 
 
 def principal_colors(embeddings: Tensor, size: tuple[int, int]) -> Tensor:
@@ -240,31 +193,24 @@ def tint(image: np.ndarray, color: np.ndarray, sure: np.ndarray) -> np.ndarray:
 def draw_parts(
     file: Path, network: GroupingNetwork, images: Tensor, temperature: float, slots: int = 4,
     use: Tensor | None = None,
-) -> list[Path]:  # fmt: skip
-    """A row per image (b 3 y x) uint8: groups, soft slots, features -> the files, one per page.
+) -> None:  # fmt: skip
+    """A row per image (b 3 y x) uint8: groups, soft slots, features.
 
     use (k): for `prototype_colors`; by default, the pixels in these images.
     """
-    k, size, files = network.prototypes.num_embeddings, images.shape[-2:], []
-    parts = []
-    for some in images.split(PER_PAGE):
-        some = normalize(some.to(network.prototypes.weight.device))
-        embeddings, similarity = (each.cpu() for each in network(some))
-        features = principal_colors(embeddings.float(), size).numpy()
-        parts.append((winner(similarity, size), assignment(similarity, temperature), features))
-    pixels = torch.cat([segments.flatten() for segments, _, _ in parts]).bincount(minlength=k)
-    colors = prototype_colors(k, pixels if use is None else use)
+    k, size = network.prototypes.num_embeddings, images.shape[-2:]
+    shown = normalize(images.to(network.prototypes.weight.device))
+    embeddings, similarity = (each.cpu() for each in network(shown))
+    groups, maps = winner(similarity, size), assignment(similarity, temperature)
+    colors = prototype_colors(k, groups.flatten().bincount(minlength=k) if use is None else use)
+    features, rows = principal_colors(embeddings.float(), size).numpy(), []
+    for image, ids, soft, feature in zip(as_images(images), groups, maps, features):
+        enlarged = F.interpolate(soft[None], size, mode="bilinear")[0].numpy()
+        mass = reduce(soft, "k h w -> k", "mean")
+        cells = [("image", image), (f"{len(ids.unique())} groups", colors[ids])]
+        for slot in mass.topk(min(slots, k)).indices.tolist():
+            drawn = tint(image, colors[slot], enlarged[slot])
+            cells.append((f"slot {slot}: {float(mass[slot]):.0%}", drawn))
+        rows.append([*cells, ("features", feature)])
     title = "A color is one prototype. Slot: how much a place belongs to it. Features: PCA."
-    for (page, some), part in zip(pages(images, file), parts):
-        rows = []
-        for image, groups, maps, feature in zip(as_images(some), *part):
-            cells = [("image", image), (f"{len(groups.unique())} groups", colors[groups])]
-            enlarged = F.interpolate(maps[None], size, mode="bilinear")[0].numpy()
-            mass = reduce(maps, "k h w -> k", "mean")
-            for slot in mass.topk(min(slots, k)).indices.tolist():
-                drawn = tint(image, colors[slot], enlarged[slot])
-                cells.append((f"slot {slot}: {float(mass[slot]):.0%}", drawn))
-            rows.append([*cells, ("features", feature)])
-        save(grid(title, rows, side=1.7)[0], page, 130)
-        files.append(page)
-    return files
+    save(grid(title, rows, side=1.7)[0], file, 130)

@@ -6,10 +6,9 @@ FOLDER/contact_sheet.png
 """
 
 import hashlib
-import heapq
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,8 @@ LONGEST = 1024  # side px at which a mask is decided; larger ones repeat its pix
 NARROWEST = 32  # px; in smaller views a backbone's padding is wider than its map
 NEAREST, SHOWN = 5, 12  # segments of a prototype; photographs on the contact sheet
 
+Segments = dict[str, tuple[float, float]]  # prototype -> share of pixels, similarity of its cells
+
 
 def view(photo: Photograph, size: int) -> tuple[Tensor, Tensor]:
     """The whole photograph with its short side at `size` px, or its long side at 8 times that:
@@ -53,10 +54,8 @@ def view(photo: Photograph, size: int) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def segments_of(
     network: GroupingNetwork, image: Tensor, whole: Sequence[int]
-) -> tuple[Image.Image, dict[int, tuple[float, float]]]:
-    """image (1 3 y x) uint8 -> the mask of size `whole` (y, x), and of each prototype in it the
-    share of the pixels and the mean similarity of its cells.
-    """
+) -> tuple[Image.Image, Segments]:
+    """image (1 3 y x) uint8 -> the mask of size `whole` (y, x), and what is in it."""
     similarity = network(normalize(image.to(network.prototypes.weight.device)))[1]
     factor = min(1, LONGEST / max(whole))
     ids = winner(similarity, tuple(max(1, round(side * factor)) for side in whole))[0]
@@ -65,40 +64,39 @@ def segments_of(
     best, owner = similarity[0].max(dim=0)  # over k
     numbers, counts = np.unique(np.asarray(mask), return_counts=True)
     found = {}
-    for number, count in zip(numbers.tolist(), (counts / counts.sum()).tolist()):
+    for number, share in zip(numbers.tolist(), (counts / counts.sum()).tolist()):
         mine = best[owner == number]
         # A mask that is enlarged can have a prototype that wins no cell
         score = mine.mean() if len(mine) else similarity[0, number].max()
-        found[number] = (round(count, 6), round(score.item(), 6))
+        found[str(number)] = round(share, 6), round(score.item(), 6)
     return mask, found
 
 
-def write_mask(file: Path, mask: Image.Image, palette: bytes, about: Mapping[str, Any]) -> None:
-    """A PNG with the palette, and with what is known about it as JSON in a text. Raises OSError."""
+def write_mask(file: Path, mask: Image.Image, palette: np.ndarray, about: Mapping) -> None:
+    """A PNG with the palette (k 3), and with JSON in a text. Raises OSError."""
     text = PngInfo()
     text.add_itxt("slotcon", json.dumps(about))
-    if mask.mode in ("L", "P"):
-        mask.putpalette(palette)
+    if mask.mode == "L":
+        mask.putpalette(palette.tobytes())
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, lambda out: mask.save(out, "PNG", pnginfo=text))
 
 
-def read_about(file: Path, network: str) -> dict[str, Any] | None:
-    """What a mask says of itself; None: there is none, or one of another network or size."""
+def read_segments(file: Path, made_by: str) -> Segments | None:
+    """What is in a mask; None: there is no mask, or one that was made otherwise."""
     try:
         with Image.open(file) as mask:
             about = json.loads(mask.text["slotcon"])
+            return about["segments"] if about["made_by"] == made_by else None
     except (OSError, AttributeError, KeyError, ValueError):
         return None
-    return about if about["network"] == network else None
 
 
-def mask_files(photos: Photographs, folder: Path) -> list[Path]:
-    """NAME.png for each photograph; where two differ in their ending only, NAME.jpg.png."""
-    stems = [str(Path(path).with_suffix("")) for path in photos.paths]
-    count = Counter(stems)
-    names = [s if count[s] == 1 else path for s, path in zip(stems, photos.paths.tolist())]
-    return [folder / f"{name}.png" for name in names]
+def mask_files(paths: Sequence[str], folder: Path) -> list[Path]:
+    """NAME.png of each photograph; where two differ in their ending only, NAME.jpg.png."""
+    names = [Path(path).with_suffix(".png") for path in paths]
+    count = Counter(names)
+    return [folder / (n if count[n] == 1 else f"{path}.png") for n, path in zip(names, paths)]
 
 
 def read_names(file: Path | None, k: int) -> dict[int, str]:
@@ -120,74 +118,53 @@ def write_masks(
     """All files, for the photographs that lack a mask -> the contents of prototypes.json, and the
     shares of each photograph. Raises OSError.
     """
-    weights, files = network.prototypes.weight.detach().cpu(), mask_files(photos, folder)
-    by = f"{hashlib.sha256(weights.numpy().tobytes()).hexdigest()} {size}"
-    colors = prototype_colors(len(weights))
-    palette = np.uint8(colors * 255 + 0.5).tobytes()
-    todo = []
-    for i, file in enumerate(files):
-        about = read_about(file, by)
-        if about is None:
-            todo.append(i)
-        elif about["names"] != named(about["segments"], names):
-            with Image.open(file) as mask:
-                about["names"] = named(about["segments"], names)
-                write_mask(file, mask.copy(), palette, about)
+    made_by = hashlib.sha256(repr((size, sorted(names.items()))).encode())
+    for weights in network.state_dict().values():
+        made_by.update(weights.cpu().numpy().tobytes())
+    about = dict(made_by=made_by.hexdigest(), names=names)
+    colors = prototype_colors(network.prototypes.num_embeddings)
+    palette, files = np.uint8(colors * 255 + 0.5), mask_files(photos.paths.tolist(), folder)
+    known = [read_segments(file, about["made_by"]) for file in files]
+    todo = [i for i, segments in enumerate(known) if segments is None]
     todo_photos, see = Subset(photos, todo), partial(view, size=size)
     for place, (image, whole) in stream(todo_photos, see, 1, workers, "masks"):
-        mask, segments = segments_of(network, image, whole[0].tolist())
-        about = dict(network=by, segments=segments, names=named(segments, names))
-        write_mask(files[todo[int(place)]], mask, palette, about)
-    known = (read_about(file, by) for file in files)
-    pairs = ((path, about) for path, about in zip(photos.paths.tolist(), known) if about)
-    result = summary(pairs, colors, names)
-    write_json(folder / "prototypes.json", result["prototypes"])
-    draw_sheet(folder, photos, files, palette)
-    return result
+        mask, known[todo[place]] = segments_of(network, image, whole[0].tolist())
+        write_mask(files[todo[place]], mask, palette, dict(about, segments=known[todo[place]]))
+    found = {photo: segments for photo, segments in zip(photos.paths.tolist(), known) if segments}
+    prototypes = [about_prototype(k, found, color, names) for k, color in enumerate(colors)]
+    write_json(folder / "prototypes.json", prototypes)
+    draw_sheet(folder, photos, {i: files[i] for i, each in enumerate(known) if each}, palette)
+    shares = {photo: {k: share for k, (share, _) in each.items()} for photo, each in found.items()}
+    return dict(prototypes=prototypes, photos=shares)
 
 
-def named(segments: Mapping, names: Mapping[int, str]) -> dict[str, str]:
-    """The names of the prototypes in a mask."""
-    return {str(k): names[int(k)] for k in segments if int(k) in names}
-
-
-def summary(
-    known: Iterator[tuple[str, dict[str, Any]]], colors: np.ndarray, names: Mapping[int, str]
+def about_prototype(
+    k: int, found: Mapping[str, Segments], color: np.ndarray, names: Mapping[int, str]
 ) -> dict[str, Any]:
-    """From photographs and what their masks say: each prototype, and the shares in each."""
-    photos: dict[str, dict[str, float]] = {}
-    nearest: list[list[tuple[float, str]]] = [[] for _ in colors]
-    for photo, about in known:
-        photos[photo] = {k: share for k, (share, _) in about["segments"].items()}
-        for k, (_, score) in about["segments"].items():
-            best = nearest[int(k)]
-            best[:] = heapq.nlargest(NEAREST, [*best, (score, photo)])
-    prototypes = []
-    for k, color in enumerate(colors):
-        shares = [of_photo[str(k)] for of_photo in photos.values() if str(k) in of_photo]
-        prototypes.append(
-            dict(
-                prototype=k,
-                name=names.get(k, ""),
-                color=to_hex(color),
-                share=round(sum(shares) / max(len(photos), 1), 6),
-                images=len(shares),
-                nearest=[dict(photo=photo, similarity=score) for score, photo in nearest[k]],
-            )
-        )
-    return dict(prototypes=prototypes, photos=photos)
+    """A prototype in all photographs: found, by their names."""
+    mine = {photo: each[str(k)] for photo, each in found.items() if str(k) in each}
+    best = sorted(((score, photo) for photo, (_, score) in mine.items()), reverse=True)
+    return dict(
+        prototype=k,
+        name=names.get(k, ""),
+        color=to_hex(color),
+        share=round(sum(share for share, _ in mine.values()) / max(len(found), 1), 6),
+        images=len(mine),
+        nearest=[dict(photo=photo, similarity=score) for score, photo in best[:NEAREST]],
+    )
 
 
-def draw_sheet(folder: Path, photos: Photographs, files: Sequence[Path], palette: bytes) -> None:
+def draw_sheet(
+    folder: Path, photos: Photographs, masks: Mapping[int, Path], palette: np.ndarray
+) -> None:
     """Up to SHOWN photographs, evenly spaced, each beside its mask, two to a row."""
-    ready = [i for i, file in enumerate(files) if file.is_file()]
-    pairs, colors = [], np.frombuffer(palette, np.uint8).reshape(-1, 3)
-    for i in (ready[place] for place in spaced(len(ready), SHOWN) if ready):
+    cells = []
+    for i in (list(masks)[place] for place in spaced(len(masks), SHOWN)):
         small, _ = view(photos[i], 160)
-        with Image.open(files[i]) as mask:
+        with Image.open(masks[i]) as mask:
             ids = np.asarray(mask.resize(small.shape[:0:-1], Image.NEAREST))
-        pairs += [as_images(small[None])[0], colors[ids] / 255]
-    if pairs:
-        rows = [pairs[i : i + 4] for i in range(0, len(pairs), 4)]
+        cells += [as_images(small[None])[0], palette[ids]]
+    if cells:
+        rows = [cells[i : i + 4] for i in range(0, len(cells), 4)]
         title = "Photographs and their masks: a color means a prototype"
         save(grid(title, rows, side=1.9)[0], folder / "contact_sheet.png", 110)

@@ -1,6 +1,5 @@
 """What a run shows at its end: numbers, a table and figures of images it was not trained on."""
 
-import shlex
 from typing import Any
 
 import torch
@@ -9,56 +8,62 @@ import toy
 from engine.files import write_json
 from engine.images import ImageFiles
 from engine.run import Run
-from measures import retrieval, slot_statistics
+from measures import figures, retrieval, slot_statistics
 from measures.datasets import UNSEEN
-from measures.figures import draw_groups, draw_parts, draw_prototypes
 from measures.groups import compare_in_memory, format_table, segment
-from measures.networks import untrained_network
+from measures.networks import sizes_of, untrained_network
 from measures.streams import center_view, stream
 
 SHOWN = 8  # images in groups.png
 SIZE, BATCH = 224, 16  # of photographs: px; at a time
+TITLE = """Scenes never trained on, and the groups found in them without a label.
+A class and the prototype that is matched with it have one color."""
 
 
 def toy_result(run: Run, c: Any) -> dict:
     """Write result.json and groups.png of unseen scenes, print and return the report."""
-    teacher, folder, k = run.model.teacher, run.folder, c.num_prototypes
-    device, scenes = teacher.prototypes.weight.device, toy.ToyImages(UNSEEN, c.held_out)
-    untrained = untrained_network(c.arch, k, c.dim_hidden, c.dim_out, device, c.seed)
+    teacher, scenes = run.model.teacher, toy.ToyImages(UNSEEN, c.held_out)
+    device = teacher.prototypes.weight.device
+    untrained = untrained_network(**sizes_of(vars(c)), device=device, seed=c.seed)
     report = compare_in_memory(teacher, untrained, scenes.images, scenes.semantic, toy.CLASS_NAMES)
-    images, label = scenes.images[:SHOWN], scenes.semantic[:SHOWN]
-    draw_groups(folder / "groups.png", images, segment(teacher, images)[0], label, k, report)
-    report["seconds"] = round(run.seconds, 1)
-    write_json(folder / "result.json", report)
-    print(f"\n{c.held_out} scenes never trained on, {report['seconds']:.0f} s in all\n")
-    print(format_table(report))
-    print(f"\nfigures  {folder / 'groups.png'}; the numbers are in {folder / 'result.json'}")
-    return report
+    images, truth = scenes.images[:SHOWN], scenes.semantic[:SHOWN]
+    groups, owner = segment(teacher, images)[0], list(report["matching"].values())
+    rows = dict(scene=figures.as_images(images))
+    rows["groups"] = figures.color_groups(groups, truth, owner)
+    rows["truth"] = figures.prototype_colors(len(owner))[truth]
+    pairs = zip(report["iou"].items(), owner)
+    legend = [f"{name}: prototype {k}, IoU {iou or 0:.2f}" for (name, iou), k in pairs]
+    figures.draw_rows(run.folder / "groups.png", TITLE, rows, 1.5, legend)
+    text = f"{c.held_out} scenes never trained on\n\n{format_table(report)}"
+    return written(run, report, text, "groups.png")
 
 
 @torch.no_grad()
 def photos_result(run: Run, c: Any, images: ImageFiles) -> dict:
     """`toy_result` for photographs kept out of training; {}: none is readable."""
-    teacher, folder = run.model.teacher.eval(), run.folder
-    view, shown = center_view(SIZE), shlex.quote(str(folder))
+    teacher, view = run.model.teacher.eval(), center_view(SIZE)
     batches = list(stream(images, view, BATCH))  # without those that cannot be read
     if not batches:
-        reason = "no photograph that was kept out can be read"
-        print(f"\nfigures  none: {reason}; for others: python visualize.py groups {shown} A.jpg")
+        print("\nfigures  none: no photograph that was kept out can be read")
         return {}
     report = slot_statistics.slot_report(*slot_statistics.slot_counts(teacher, batches))
-    views, file = torch.cat([views for _, views in batches]), folder / "groups.png"
+    views = torch.cat([views for _, views in batches])
     found = retrieval.retrieve(teacher, views, view, 5, BATCH, workers=0)
     chosen = retrieval.choose_prototypes(found.active, ["used"], 12)
-    files = draw_prototypes(folder / "prototypes.png", teacher, views, view, found, chosen)
-    files += draw_parts(file, teacher, views[:SHOWN], c.temp_teacher, use=found.cells)
+    file = run.folder / "prototypes.png"
+    figures.draw_prototypes(file, teacher, views, view, found, chosen)
+    file = run.folder / "groups.png"
+    figures.draw_parts(file, teacher, views[:SHOWN], c.temp_teacher, use=found.cells)
+    text = f"{len(views)} photographs kept out of training\n{slot_statistics.format_slots(report)}"
+    how = f"of {SIZE} px; the log counts in crops of {c.image_size} px, which show less"
+    text += f"\ncounted in whole photographs {how}, so fewer slots are occupied"
+    return written(run, report, text, "prototypes.png and groups.png")
+
+
+def written(run: Run, report: dict, text: str, figures: str) -> dict:
+    """Puts a report into result.json and prints it -> the report, with the seconds of the run."""
     report["seconds"] = round(run.seconds, 1)
-    write_json(folder / "result.json", report)
-    print(f"\n{len(views)} photographs kept out of training, {report['seconds']:.0f} s in all")
-    print(slot_statistics.format_slots(report))
-    print(f"counted in whole photographs of {SIZE} px; the log counts in crops of {c.image_size} "
-          "px, which show less, so fewer slots are occupied")  # fmt: skip
-    print(f"\nfigures  {', '.join(map(str, files))}; the numbers are in {folder / 'result.json'}")
-    command = f"python evaluate.py segmentation {shown} --dataset folder --data-dir F --size {SIZE}"
-    print(f"labels   with images/ and labels/ in a folder F, measure them: {command}")
+    write_json(run.folder / "result.json", report)
+    print(f"\n{text}\n\n{report['seconds']:.0f} s in all")
+    print(f"figures  {figures} in {run.folder}; the numbers are in result.json")
     return report

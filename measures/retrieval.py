@@ -51,15 +51,15 @@ def retrieve(
 
 
 def choose_prototypes(active: Tensor, show: Sequence[str], count: int) -> list[int]:
-    """The prototypes to draw: used, extremes, all, or numbers. Raises ValueError."""
+    """The prototypes to draw: used, extremes, or numbers. Raises ValueError."""
     order = [int(k) for k in active.argsort(descending=True, stable=True) if active[k] > 0]
     if not order:
         raise ValueError("no prototype is occupied in any image")
     extremes = order if len(order) <= 10 else order[:5] + order[-5:]
-    by_name = {"used": order[:count], "extremes": extremes, "all": sorted(order)}
+    by_name = {"used": order[:count], "extremes": extremes}
     if len(show) == 1 and show[0] in by_name:
         return by_name[show[0]]
     if not all(each.isdigit() and int(each) < len(active) for each in show):
-        known = f"used, extremes, all, or numbers from 0 to {len(active) - 1}"
+        known = f"used, extremes, or numbers from 0 to {len(active) - 1}"
         raise ValueError(f"--show {' '.join(show)}: {known}")
     return [int(each) for each in show]

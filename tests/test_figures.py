@@ -59,14 +59,6 @@ def test_no_soft_panel_is_near_gray():
         assert (panel.max(axis=2) - panel.min(axis=2)).min() > 0.23
 
 
-def test_a_class_and_its_prototype_have_one_color_whatever_else_is_used():
-    use = torch.tensor([9, 1, 4, 30, 2])
-    classes, prototypes = figures.matched_colors([3, None, 1], use)
-    assert (classes == prototype_colors(3)).all()
-    assert (prototypes[[3, 1]] == classes[[0, 2]]).all()
-    assert (prototypes[[0, 2, 4]] == prototype_colors(6)[3:]).all()  # by use
-
-
 def test_the_segment_of_a_prototype_is_where_its_enlarged_map_wins():
     image = torch.zeros(3, 36, 36, dtype=torch.uint8)
     left, right, speck, none = (figures.segment_of(BySide(), image, k) for k in (2, 4, 3, 0))
@@ -80,9 +72,8 @@ def test_the_segment_of_a_prototype_is_where_its_enlarged_map_wins():
 def test_each_column_shows_the_segments_of_its_prototype_and_all_else_gray(shade, tmp_path):
     images = [torch.tensor(shade, dtype=torch.uint8)[:, None, None].expand(3, 36, 36)] * 3
     found = retrieve(BySide(), images, center_view(36), top=3, batch_size=2, workers=0)
-    (file,) = figures.draw_prototypes(
-        tmp_path / "p.png", BySide(), images, center_view(36), found, [2, 4]
-    )
+    file = tmp_path / "p.png"
+    figures.draw_prototypes(file, BySide(), images, center_view(36), found, [2, 4])
     image = pixels(file)
     colors = prototype_colors(K, found.cells)
     assert all(share_of(image, colors[k]) > 0.001 for k in (2, 4))  # the lines
@@ -96,31 +87,21 @@ def test_each_column_shows_the_segments_of_its_prototype_and_all_else_gray(shade
         assert np.sign(within.nonzero()[1].mean() - rest.nonzero()[1].mean()) == side
 
 
-def test_groups_and_truth_have_the_colors_of_the_matched_prototypes(tmp_path):
-    images, truth = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2, 8, 8).byte()
-    groups = torch.full((2, 8, 8), 3)
-    truth[:, :, 4:], groups[:, :, 4:] = 1, 1
-    report = dict(matching=dict(a=3, b=None, c=0), iou=dict(a=0.5, b=0.0, c=None))
-    figures.draw_groups(tmp_path / "g.png", images, groups, truth, K, report)
-    image = pixels(tmp_path / "g.png")
-    a, b, c, other = (share_of(image, color) for color in prototype_colors(4))
-    assert a > 0.05 and b == pytest.approx(other, rel=0.2) and a == pytest.approx(2 * b, rel=0.2)
-    assert c < 0.01  # only in the legend
-
-
-def test_in_a_comparison_a_group_has_the_color_of_what_it_is_matched_with(tmp_path):
-    classes, regions = torch.ones(2, 3, 8, 8).byte()
-    regions[:2] = 2
-    with_names, slots = torch.full((3, 8, 8), 4), torch.full((3, 8, 8), 3)
-    with_names[:, :, 4:] = 3  # matched with no class
-    rows = {"with names": (with_names, False), "slots": (slots, True)}
-    scenes, file = torch.zeros(3, 3, 8, 8).byte(), tmp_path / "c.png"
-    figures.save_comparison(file, scenes, classes, regions, rows, "title")
-    image, colors = pixels(file), prototype_colors(3)
-    first, second, gray = (share_of(image, color) for color in (*colors[1:], figures.GRAY))
-    # Of class 1: three images, one of three regions, half of the groups, and one image of the slots
-    assert first > 0.1 and first == pytest.approx(6.5 / 4 * second, rel=0.1)
-    assert gray == pytest.approx(1.5 / 4 * second, rel=0.1)
+def test_a_group_has_the_color_of_what_it_is_matched_with_and_others_the_next_by_use(tmp_path):
+    truth, groups = torch.zeros(3, 8, 8).byte(), torch.full((3, 8, 8), 4)
+    truth[:, :, 2:] = 1  # group 4: of class 1; 3: of no class; 0: of class 0, and 2: of no class
+    groups[:, 0, 2:], groups[:, :, 0], groups[:, :2, 0] = 3, 0, 2
+    colors, found = prototype_colors(4), figures.color_groups(groups, truth)
+    for group, place in {4: 1, 3: 2, 0: 0, 2: 3}.items():
+        assert (found[groups == group] == colors[place]).all()
+    # As another set of images has them matched: class 0 with 3, class 1 with nothing, 2 with 4
+    colors, found = prototype_colors(6), figures.color_groups(groups, truth, [3, None, 4])
+    for group, place in {3: 0, 4: 2, 0: 3, 2: 4}.items():
+        assert (found[groups == group] == colors[place]).all()
+    rows, file = dict(truth=colors[truth], groups=found), tmp_path / "g.png"
+    figures.draw_rows(file, "title", rows, 1.5, ["a", "b", "c"])
+    shares = [share_of(pixels(file), colors[place]) for place in (0, 1, 5)]
+    assert shares[1] > shares[0] > 0.05 and shares[2] == 0
 
 
 @pytest.mark.parametrize("d", [2, 3, 7])
