@@ -35,8 +35,6 @@ def commands() -> options.Commands:
         parser = known.add(name, text)
         options.add_checkpoint(parser)
         options.add_images(parser, "folder of the data set; not needed for toy scenes")
-        names = ("folder", "toy") if name == "slots" else tuple(LABELED)
-        parser.add_argument("--dataset", choices=names, help="default: folder, or toy scenes")
         several = dict(nargs="+") if name == "segmentation" else {}
         text = f"side of the images, px (default: {size}; toy scenes as drawn)"
         parser.add_argument("--size", type=options.side, metavar="N", help=text, **several)
@@ -44,6 +42,15 @@ def commands() -> options.Commands:
             add_labeled(parser)
     add_masks(known.add("masks", "the groups of photographs as files", paths="photos"))
     return known
+
+
+def add_labeled(parser: options.Parser) -> None:
+    """The options of labeled images."""
+    add = parser.add_argument
+    add("--dataset", choices=tuple(LABELED), help="default: folder, or toy scenes")
+    add("--split", help="part to measure on (default: val; all of a folder without parts)")
+    text = "folder: ids are below this (default: classes.txt, otherwise the ids are counted)"
+    add("--num-classes", type=options.positive, default=0, metavar="N", help=text)
 
 
 def add_masks(parser: options.Parser) -> None:
@@ -59,19 +66,6 @@ def add_masks(parser: options.Parser) -> None:
     add("--workers", type=options.whole, default=0, metavar="N", help="processes that decode (0)")
 
 
-def add_labeled(parser: argparse.ArgumentParser) -> None:
-    """The options of labeled images."""
-    add = parser.add_argument
-    add("--split", help="part to measure on (default: val; all of a folder without parts)")
-    text = "coco_stuff: file of image ids, one per line (default: the curated ones, by rule)"
-    add("--list", type=options.list_file, help=text)
-    text = "folder: ids are below this (default: classes.txt, otherwise the ids are counted)"
-    add("--num-classes", type=options.positive, default=0, metavar="N", help=text)
-    text = "toy: how many (default: 256)"
-    add("--toy-scenes", type=options.positive, default=256, metavar="N", help=text)
-    add("--toy-preset", choices=tuple(toy.SCENE_PRESETS), default="scene", help="toy: which kind")
-
-
 if __name__ == "__main__":  # a misspelled option is answered before torch is loaded
     run_early("evaluate.py", commands().parse)
 
@@ -85,7 +79,7 @@ def measure_segmentation(args: argparse.Namespace) -> dict:
     network, config = networks.open_network(args.checkpoint, args.network, args.device)
     result = source(args, config)
     untrained = networks.untrained_network(**networks.sizes_of(config), device=args.device)
-    labeled, k = open_labeled(args), config["num_prototypes"]
+    labeled, k = open_labeled(args, args.split), config["num_prototypes"]
     if labeled.notice:
         print(f"note: {labeled.notice}")
     # 320 px is PiCIE's size [P], 224 px the one of training [U].
@@ -156,18 +150,17 @@ def measure_masks(args: argparse.Namespace) -> dict:
     return dict(checkpoint=str(args.checkpoint), output=str(args.output), **found)
 
 
-def open_labeled(args: argparse.Namespace, split: str | None = None) -> datasets.Labeled:
+def open_labeled(args: argparse.Namespace, split: str | None) -> datasets.Labeled:
     """The labeled images that the options ask for."""
-    dataset, split = dataset_of(args), split or args.split
-    own = dict(toy=dict(count=args.toy_scenes, preset=args.toy_preset))
-    own |= dict(coco_stuff=dict(list_file=args.list), folder=dict(num_classes=args.num_classes))
-    labeled = datasets.open_labeled(dataset, args.data_dir, split, **own.get(dataset, {}))
-    return labeled.subset(streams.spaced(len(labeled), args.limit)) if args.limit else labeled
+    dataset = dataset_of(args)
+    own = dict(num_classes=args.num_classes) if dataset == "folder" else {}
+    labeled = datasets.open_labeled(dataset, args.data_dir, split, **own)
+    return labeled.subset(streams.spaced(len(labeled), args.limit))
 
 
 def dataset_of(args: argparse.Namespace) -> str:
     """--dataset; without it a folder if there is --data-dir, otherwise toy scenes."""
-    return args.dataset or ("folder" if args.data_dir else "toy")
+    return getattr(args, "dataset", None) or ("folder" if args.data_dir else "toy")
 
 
 def source(args: argparse.Namespace, config: Mapping[str, Any]) -> dict:

@@ -276,7 +276,6 @@ def _at_least(low: int, text: str) -> int:
 
 
 folder = partial(_no_image, "a folder")
-list_file = partial(_no_image, "a text file with one name per line")
 whole = partial(_at_least, 0)
 positive = partial(_at_least, 1)
 # --size, px. In smaller views the reflect padding of a backbone can be wider than its map.

@@ -16,7 +16,7 @@ from tqdm import tqdm
 import toy
 from engine.files import found_in, read_lines
 from engine.images import BadImage, ImageFiles, Photographs, bad_image, find_images
-from measures.layouts import COARSE_NAMES, FIRST_STUFF, IGNORE, LABELED, WRONG, unlabeled
+from measures.layouts import COARSE_NAMES, FIRST_STUFF, IGNORE, LABELED, WRONG
 
 MANY = 150  # more classes than ADE20K has are believed only where classes.txt names them [U]
 UNSEEN = 2**32  # a seed of toy scenes that no run trains on: those of runs end at 2^31
@@ -31,9 +31,9 @@ class Labeled:
 
     images: Photographs | toy.ToyImages
     label_of: Callable[[int], Tensor]  # index -> (y x) classes
+    places: Sequence[int]  # the chosen ones, as indices of `images`
     class_names: tuple[str, ...]  # of the ids 0..t-1; (): segments without classes
     notice: str = ""  # what the reader of the numbers should know
-    indices: tuple[int, ...] | None = None  # the images of a subset
 
     def __len__(self) -> int:
         return len(self.places)
@@ -51,14 +51,9 @@ class Labeled:
             raise ValueError(f"{self.images.name(place)} is {size} but its label is {found}")
         return image, label
 
-    @property
-    def places(self) -> Sequence[int]:
-        """The images, as indices of `images`."""
-        return range(len(self.images)) if self.indices is None else self.indices
-
     def subset(self, indices: Sequence[int]) -> "Labeled":
         """The images at these places."""
-        return replace(self, indices=tuple(self.places[index] for index in indices))
+        return replace(self, places=[self.places[index] for index in indices])
 
     def files(self) -> set[Path]:
         """The image files; of toy scenes, which are drawn, none."""
@@ -69,76 +64,72 @@ class Labeled:
 def open_labeled(
     dataset: str, data_dir: str | Path | None = None, split: str | None = None, **options: Any
 ) -> Labeled:
-    """One split; None: val, or all of a folder. Raises ValueError with one line."""
-    if dataset == "toy":
-        return draw_toy(split, **options)
+    """One split; None: val, or all of a folder. Raises ValueError with one line.
+
+    options: of toy scenes those of `toy.ToyImages`, of others those of `open_files`.
+    """
+    if dataset == "toy":  # the split train has the next seed
+        given = dict(seed=UNSEEN, count=256) | options
+        scenes = toy.ToyImages(given.pop("seed") + (split == "train"), **given)
+        places = range(len(scenes))
+        return Labeled(scenes, scenes.semantic.__getitem__, places, toy.CLASS_NAMES)
     if not data_dir:
         raise ValueError(f"--data-dir is missing: the folder of {dataset}: {LABELED[dataset].tree}")
     return open_files(dataset, Path(data_dir), split, **options)
 
 
-def draw_toy(split: str | None, count: int = 256, seed: int = UNSEEN, **dials: Any) -> Labeled:
-    """Toy scenes with their 8 classes; the split train has the next seed."""
-    scenes = toy.ToyImages(seed + (split == "train"), count, **dials)
-    return Labeled(scenes, scenes.semantic.__getitem__, toy.CLASS_NAMES)
-
-
-def open_files(
-    dataset: str, root: Path, split: str | None, list_file: Path | None = None, num_classes: int = 0
-) -> Labeled:
-    """list_file: names of the images to take; num_classes: of a folder, 0: count them."""
+def open_files(dataset: str, root: Path, split: str | None, num_classes: int = 0) -> Labeled:
+    """One split of a data set that is no toy; num_classes: of a folder, 0: count them."""
     layout = LABELED[dataset]
     root = next((root / top for top in layout.tops if (root / top).is_dir()), root)
     part = folder_part(root, split) if layout.classes is None else split or "val"
-    images = root / layout.images.format(split=layout.splits.get(part, part))
-    if not images.is_dir():
-        raise wrong_tree(dataset, root, f"no folder {images}")
-    paths, files = zip(*paired(dataset, root, images, part, list_file))
+    folder = root / layout.images.format(split=layout.splits.get(part, part))
+    paths, files = zip(*paired(dataset, root, folder, part))
     names, notice = layout.classes, curated_notice(paths, part) if layout.curated else ""
     if names is None:
         named = class_names(root / "classes.txt") or [f"class {t}" for t in range(num_classes)]
         count, notice = count_classes(files, sure=bool(named))
         names = tuple(named or [f"class {number}" for number in range(count)])
+    places = range(len(paths))
+    if part == "." and split:  # every fifth image is for val
+        places = [i for i in places if (i % 5 == 0) == (split == "val")]
     label_of = partial(read_label, files, layout.ids, len(names))
-    found = Labeled(Photographs(images, paths), label_of, names, notice)
-    if part == "." and split:  # no folders of splits: every fifth image is for val
-        return found.subset([i for i in found.places if (i % 5 == 0) == (split == "val")])
-    return found
+    return Labeled(Photographs(folder, paths), label_of, places, names, notice)
 
 
-def paired(
-    dataset: str, root: Path, images: Path, split: str, list_file: Path | None
-) -> list[tuple[str, Path]]:
+def paired(dataset: str, root: Path, images: Path, split: str) -> list[tuple[str, Path]]:
     """The path of every image below the folder `images`, and its label file; in order."""
     layout = LABELED[dataset]
-    if layout.listed and not list_file:
-        list_file = root / layout.listed.format(split=split)
-        if not list_file.is_file():
-            raise wrong_tree(dataset, list_file.parent, f"no {list_file}")
-    if list_file:
+    if layout.listed:
+        listed = root / layout.listed.format(split=split)
+        require(dataset, [listed])
         # Some lists name paths from the top: "/JPEGImages/x.jpg /SegmentationClassAug/x.png".
-        lines = [line.split()[0] for line in read_lines(list_file) if line]
+        lines = [line.split()[0] for line in read_lines(listed) if line]
         paths = [f"{Path(line).stem}{layout.suffix}" for line in lines]
     else:
+        require(dataset, [images])
         paths = [path for path in find_images(images)[1].tolist() if path.endswith(layout.suffix)]
-    if not paths:
-        raise wrong_tree(dataset, root, f"no {images}/*{layout.suffix}")
-    names = (path.removesuffix(layout.suffix or Path(path).suffix) for path in paths)
+    require(dataset, [images / path for path in paths or [f"*{layout.suffix}"]], "images")
     labels, folder = layout.other_labels.get(split, layout.labels), layout.splits.get(split, split)
+    names = (path.removesuffix(layout.suffix or Path(path).suffix) for path in paths)
     files = [root / labels.format(split=folder, name=name) for name in names]
-    for kind, needed in (("images", [images / path for path in paths]), ("labels", files)):
-        missing = [file for file in needed if not file.is_file()]
-        if missing:
-            reason = f"{len(missing)} of {len(needed)} {kind} are missing, first {missing[0]}"
-            raise wrong_tree(dataset, root, reason)
+    require(dataset, files, "labels")
     pairs = list(zip(paths, files))
-    return pairs if list_file or not layout.curated else curated(pairs)
+    return curated(pairs) if layout.curated else pairs
 
 
-def wrong_tree(dataset: str, root: Path, reason: str, tree: str = "") -> ValueError:
-    """What is wrong with a folder, what it should hold (tree: if not in `LABELED`), and does."""
+def require(dataset: str, needed: Sequence[Path], kind: str = "") -> None:
+    """Raises ValueError where a path is missing. kind: of several, in words."""
+    missing = [path for path in needed if not path.exists()]
+    if missing:
+        how = f"{len(missing)} of {len(needed)} {kind} are missing, first" if kind else "no"
+        raise wrong_tree(dataset, missing[0].parent, f"{how} {missing[0]}")
+
+
+def wrong_tree(dataset: str, folder: Path, reason: str, tree: str = "") -> ValueError:
+    """What is wrong; what the data set should hold (tree: if not in `LABELED`); what is there."""
     expected = f"--dataset {dataset} expects in --data-dir: {tree or LABELED[dataset].tree}"
-    return ValueError(f"{reason}; {expected}; {found_in(root)}")
+    return ValueError(f"{reason}; {expected}; {found_in(folder)}")
 
 
 def read_label(files: Sequence[Path], ids: Sequence[int], num_classes: int, index: int) -> Tensor:
@@ -189,24 +180,19 @@ def curated_notice(paths: Sequence[str], split: str) -> str:
 
 
 def folder_part(root: Path, split: str | None) -> str:
-    """The folder of a split within images/ and labels/; ".": there is none. Raises ValueError."""
-    if not split or (root / "images" / split).is_dir():
-        return split or "."
-    other = dict(train="val", val="train").get(split)
-    # Where only one of train and val is there, a part of all images would share some with it.
-    if not other or (root / "images" / other).is_dir():
-        there = f"images/{other} is there" if other else "a split is train or val"
-        raise ValueError(f"{there}, but {root} has no images/{split}: add it, or use images/ alone")
-    return "."
+    """The folder of a split within images/ and labels/; ".": no split, or none has a folder."""
+    parts = any((root / "images" / part).is_dir() for part in ("train", "val"))
+    return "." if not split or (split in ("train", "val") and not parts) else split
 
 
-def class_names(file: Path) -> tuple[str, ...]:
-    """A name per line, none twice; line 1 is id 0. () without the file. Raises ValueError."""
-    text = "\n".join(read_lines(file)).rstrip() if file.is_file() else ""
-    names = tuple(text.split("\n")) if text else ()
-    wrong = [i for i, name in enumerate(names) if not name or name in names[:i]]
-    if wrong:
-        raise ValueError(f"{file}: line {wrong[0] + 1} is blank, or its name stands there twice")
+def class_names(file: Path) -> list[str]:
+    """A name per line, none twice; line 1 is id 0. [] without the file. Raises ValueError."""
+    names = read_lines(file) if file.is_file() else []
+    while names and not names[-1]:
+        names.pop()
+    for i, name in enumerate(names):
+        if not name or name in names[:i]:
+            raise ValueError(f"{file}: line {i + 1} is blank, or its name stands there twice")
     return names
 
 
@@ -220,18 +206,16 @@ def count_classes(files: Sequence[Path], sure: bool = False) -> tuple[int, str]:
             first.setdefault(number, file)
         if sure and len(first.keys() - {IGNORE}) > 1:
             return 0, ""
-    ids = sorted(first.keys() - {IGNORE})
-    if not ids:
-        raise unlabeled(f"the {len(files)} label files")
-    if len(ids) == 1:
+    *others, largest = sorted(first.keys() - {IGNORE}) or [IGNORE]
+    if not others:
         found = (
-            f"the labels hold only {' and '.join(map(str, sorted(first)))}; {IGNORE} means no class"
+            f"the labels hold only {' and '.join(map(str, sorted(first)))}; {IGNORE} is no class"
         )
         raise ValueError(f"{found}, and of one class every score is 100 %: write masks as 0 and 1")
-    if len(ids) > MANY:
-        found = f"{len(ids)} ids occur in the labels, such as {ids[-1]} in {first[ids[-1]]}"
-        raise ValueError(f"{found}: name them in classes.txt, or write masks without smooth edges")
-    largest, count = ids[-1], ids[-1] + 1
-    notice = f"{count} classes counted, but only {len(ids)} ids occur, {largest} first in"
-    advice = "if that is a mistake, correct the file, or set --num-classes"
-    return count, "" if count == len(ids) else f"{notice} {first[largest]}: {advice}"
+    count, occur = largest + 1, f"{len(others) + 1} ids occur in the labels"
+    last = f"{largest} first in {first[largest]}"
+    if len(others) >= MANY:
+        advice = "name them in classes.txt, or write masks without smooth edges"
+        raise ValueError(f"{occur}, {last}: {advice}")
+    notice = f"{count} classes counted, but only {occur}, {last}: correct it, or set --num-classes"
+    return count, "" if len(others) == largest else notice

@@ -58,11 +58,10 @@ def rgb_kmeans(pixels: Tensor, num_groups: int, seed: int = 0) -> Segmenter:
     tree = KDTree(kmeans(pixels.numpy(), k, seed))
 
     def segmenter(images: Tensor) -> tuple[Tensor, Tensor]:
-        b, _, y, x = images.shape
-        nearest = tree.query(rearrange(images, "b rgb y x -> (b y x) rgb").cpu().numpy())[1]
-        segments = rearrange(torch.from_numpy(nearest), "(b y x) -> b y x", b=b, y=y, x=x)
-        present = torch.zeros(b, num_groups, dtype=torch.bool)
-        return segments, present.scatter(1, rearrange(segments, "b y x -> b (y x)"), True)
+        colors = rearrange(images, "b rgb y x -> b y x rgb").cpu().numpy()
+        segments = torch.from_numpy(tree.query(colors)[1])
+        present = torch.zeros(len(images), num_groups, dtype=torch.bool)
+        return segments, present.scatter(1, segments.flatten(1), True)
 
     return segmenter
 
@@ -81,13 +80,12 @@ class Tally:
         self.class_names = class_names
         self.confusion = torch.zeros(num_groups, len(class_names), dtype=torch.long)  # (k t)
         self.active = torch.zeros(num_groups, dtype=torch.long)  # (k): images that occupy it
-        self.images, self.labeled_images, self.rand_index = 0, 0, 0.0
+        self.images, self.rand_indices = 0, []
 
     def add(self, segments: Tensor, owned: Tensor, label: Tensor) -> None:
         """segments (b y x) in 0..k-1; owned (b k) bool; label (b y x) in 0..t-1 or IGNORE."""
         k = len(self.active)
         self.images += len(segments)
-        self.labeled_images += int((label != IGNORE).flatten(1).any(dim=1).sum())
         self.active += owned.sum(0)  # over b
         if self.class_names:
             self.confusion += metrics.confusion_matrix(segments, label, k, len(self.class_names))
@@ -95,18 +93,19 @@ class Tally:
         for one, target in zip(segments, label):  # without classes, an id is of one image only
             if (target != IGNORE).any():
                 counts = metrics.confusion_matrix(one, target, k, int(target.max()) + 1)
-                self.rand_index += metrics.adjusted_rand_index(counts)
+                self.rand_indices.append(metrics.adjusted_rand_index(counts))
 
     def report(self) -> dict:
         """All numbers. Raises ValueError where no pixel has a label."""
-        if not self.labeled_images:
+        if not (self.confusion.any() or self.rand_indices):
             raise unlabeled(f"the {self.images} labels")
-        used, mean = int((self.active > 0).sum()), int(self.active.sum()) / self.images
-        usage = dict(occupied_per_image=mean, prototypes_used=used)
+        per_image, used = int(self.active.sum()) / self.images, int((self.active > 0).sum())
+        usage = dict(occupied_per_image=per_image, prototypes_used=used)
         if not self.class_names:
-            return dict(adjusted_rand_index=self.rand_index / self.labeled_images, **usage)
+            mean = sum(self.rand_indices) / len(self.rand_indices)
+            return dict(adjusted_rand_index=mean, **usage)
         one, many = metrics.match(self.confusion), metrics.majority(self.confusion)
-        prototype_of = {int(t): k for k, t in enumerate(one) if t != metrics.UNMATCHED}
+        owner = dict(zip(one.tolist(), range(len(one))))  # class -> prototype
         return dict(
             nmi=metrics.nmi(self.confusion),
             miou=metrics.miou(self.confusion, one),
@@ -115,7 +114,7 @@ class Tally:
             accuracy_many_to_one=metrics.pixel_accuracy(self.confusion, many),
             **usage,
             iou=metrics.by_class(self.class_names, metrics.iou(self.confusion, one)),
-            matching={name: prototype_of.get(t) for t, name in enumerate(self.class_names)},
+            matching={name: owner.get(t) for t, name in enumerate(self.class_names)},
         )
 
 
@@ -148,7 +147,7 @@ def table(rows: Mapping[str, Sequence[str]], columns: Sequence[str]) -> str:
     widths = [2 + max(map(len, column)) for column in zip(columns, *rows.values())]
     lines = []
     for name, cells in {"": columns, **rows}.items():
-        texts = [f"{cell:>{width}}" for cell, width in zip(cells, widths)]
+        texts = (f"{cell:>{width}}" for cell, width in zip(cells, widths))
         lines.append(f"{name:<{first}}" + "".join(texts))
     return "\n".join(lines)
 
@@ -159,7 +158,6 @@ COLUMNS = {
     "miou_many_to_one": "mIoU n:1", "accuracy_many_to_one": "acc. n:1",
     "occupied_per_image": "occupied", "prototypes_used": "used",
 }  # fmt: skip
-ROWS = {"trained": "trained", "untrained": "untrained network", "rgb_kmeans": "k-means on RGB"}
 EXPLANATION = """\
 mIoU, accuracy: prototypes matched one-to-one with classes. n:1: each gets its majority class,
 which favors a large k. occupied: prototypes per image. used: in any image."""
@@ -167,12 +165,12 @@ which favors a large k. occupied: prototypes per image. used: in any image."""
 
 def format_table(report: dict) -> str:
     """A report of `compare` as text: one row per method."""
-    keys, rows = [key for key in COLUMNS if key in report], {}
-    for row, name in ROWS.items():
-        numbers = report.get(row, report)
-        rows[name] = [f"{numbers[key]:.{0 if key == 'prototypes_used' else 3}f}" for key in keys]
-    text = table(rows, [COLUMNS[key] for key in keys])
-    return f"{text}\n{EXPLANATION}" if "miou" in keys else text
+    rows = {"trained": report, "untrained network": report["untrained"]}
+    rows["k-means on RGB"] = report["rgb_kmeans"]
+    digits = {key: 0 if key == "prototypes_used" else 3 for key in COLUMNS if key in report}
+    cells = {name: [f"{row[key]:.{n}f}" for key, n in digits.items()] for name, row in rows.items()}
+    text = table(cells, [COLUMNS[key] for key in digits])
+    return f"{text}\n{EXPLANATION}" if "miou" in digits else text
 
 
 def format_classes(report: dict) -> str:

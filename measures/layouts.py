@@ -12,7 +12,6 @@ WRONG = -1  # an id that no label file may have
 class Layout(NamedTuple):
     """Where images and labels lie. {split}: a folder; {name}: of an image below `images`."""
 
-    tree: str  # what --data-dir holds, in words
     images: str  # folder of the images
     labels: str  # file of a label map
     classes: tuple[str, ...] | None  # (): segments without classes; None: the folder names them
@@ -23,6 +22,14 @@ class Layout(NamedTuple):
     splits: Mapping[str, str] = {}  # split -> its folder, where the two differ
     other_labels: Mapping[str, str] = {}  # split -> `labels`, where it has others
     curated: bool = False  # PiCIE's rule chooses the images
+
+    @property
+    def tree(self) -> str:
+        """What --data-dir holds, in words."""
+        parts = filter(None, (f"{self.images}/*{self.suffix}", self.labels, self.listed))
+        folders = ",".join(self.splits.values()) or "train,val"
+        tree = " + ".join(parts).replace("{split}", f"{{{folders}}}").replace("{name}", "*")
+        return " or in ".join([tree, *self.tops])
 
 
 def unlabeled(what: str) -> ValueError:
@@ -70,40 +77,26 @@ _EVALUATED = tuple(CITYSCAPES.values())
 
 # fmt: off
 LABELED = {
-    "toy": Layout("nothing: scenes are drawn", "", "", toy.CLASS_NAMES),
-    "folder": Layout(
-        "images/ + labels/ with equal names, labels as PNG of ids, and if you like classes.txt "
-        "with a name per line; images/{train,val} and labels/{train,val}, otherwise every fifth "
-        "image is for testing",
-        "images/{split}", "labels/{split}/{name}.png", None),
+    "toy": Layout("", "", toy.CLASS_NAMES),
+    "folder": Layout("images/{split}", "labels/{split}/{name}.png", None),
     "coco_stuff": Layout(
-        "{train2017,val2017}/*.jpg + stuffthingmaps_trainval2017/{train2017,val2017}/*.png",
         "{split}", "stuffthingmaps_trainval2017/{split}/{name}.png", COARSE_NAMES, FINE_TO_COARSE,
         suffix=".jpg", splits={"train": "train2017", "val": "val2017"}, curated=True),
     "voc": Layout(
-        "JPEGImages/*.jpg + SegmentationClass/*.png + ImageSets/Segmentation/{train,val}.txt, and "
-        "for train_aug SegmentationClassAug/*.png + ImageSets/Segmentation/train_aug.txt, in it "
-        "or in its VOC2012 or VOCdevkit/VOC2012",
         "JPEGImages", "SegmentationClass/{name}.png", VOC_NAMES,
-        suffix=".jpg", tops=("VOCdevkit/VOC2012", "VOC2012"),
+        suffix=".jpg", tops=("VOC2012", "VOCdevkit/VOC2012"),
         listed="ImageSets/Segmentation/{split}.txt",
         other_labels=dict.fromkeys(("train_aug", "trainaug"), "SegmentationClassAug/{name}.png")),
     "cityscapes": Layout(
-        "leftImg8bit/{train,val}/CITY/*_leftImg8bit.png + "
-        "gtFine/{train,val}/CITY/*_gtFine_labelIds.png",
         "leftImg8bit/{split}", "gtFine/{split}/{name}_gtFine_labelIds.png", tuple(CITYSCAPES),
         tuple(_EVALUATED.index(i) if i in _EVALUATED else IGNORE for i in range(256)),
         suffix="_leftImg8bit.png"),
     "ade20k": Layout(
-        "images/{training,validation}/*.jpg + annotations/{training,validation}/*.png, in it or "
-        "in its ADEChallengeData2016",
         "images/{split}", "annotations/{split}/{name}.png",
         tuple(f"class {number}" for number in range(1, 151)),
         (IGNORE, *range(150)),  # 0 is none of the classes
         suffix=".jpg", tops=("ADEChallengeData2016",),
         splits={"train": "training", "val": "validation"}),
-    "bsds": Layout(
-        "images/{train,val,test}/*.jpg + segments/{train,val,test}/*.png",
-        "images/{split}", "segments/{split}/{name}.png", ()),
+    "bsds": Layout("images/{split}", "segments/{split}/{name}.png", ()),
 }
 # fmt: on

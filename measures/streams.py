@@ -50,11 +50,9 @@ def stream(
             yield default_collate(items)
 
 
-def labeled_batches(
-    labeled: Labeled, size: int, batch_size: int, workers: int = 0, title: str = ""
-) -> Batches:
+def labeled_batches(labeled: Labeled, size: int, *given: Any, **named: Any) -> Batches:
     """`stream` of images (b 3 size size) uint8 with labels (b size size), both `square`."""
-    return stream(labeled, partial(square, size=size), batch_size, workers, title)
+    return stream(labeled, partial(square, size=size), *given, **named)
 
 
 def square(pair: tuple[Tensor, Tensor], size: int) -> tuple[Tensor, Tensor]:
@@ -78,21 +76,19 @@ def open_images(dataset: str, data_dir: Path | None, limit: int = 0) -> ImageFil
     if not data_dir:
         raise ValueError("--data-dir is missing: the folder of images to show the network")
     folder = data_dir / "val2017" if (data_dir / "val2017").is_dir() else data_dir
-    root, paths, _ = find_images(folder)
-    return ImageFiles(root, paths[spaced(len(paths), limit)])
+    photos = open_photographs([folder])
+    return ImageFiles(photos.root, photos.paths[spaced(len(photos), limit)])
 
 
 def open_photographs(places: Sequence[Path]) -> Photographs:
     """The photographs in files and folders, named from where all lie. Raises ValueError."""
-    files = []
-    for place in places:
-        root, paths, _ = find_images(place) if place.is_dir() else (place.parent, [place.name], "")
-        files += [os.path.abspath(root / path) for path in paths]
-    if missing := [file for file in files if not os.path.isfile(file)]:
-        raise ValueError(f"there is no photograph {missing[0]}")
-    files = sorted(set(files))
+    files = {os.path.abspath(place) for place in places if place.is_file()}
+    for folder in (place for place in places if not place.is_file()):
+        root, paths, notice = find_images(folder)
+        print(f"{len(paths)} images: {notice}")
+        files.update(os.path.join(root, path) for path in paths)
     root = os.path.commonpath([os.path.dirname(file) for file in files])
-    return Photographs(root, [os.path.relpath(file, root) for file in files])
+    return Photographs(root, sorted(os.path.relpath(file, root) for file in files))
 
 
 def read_views(images: Sequence[Tensor], view: Callable[[Tensor], Tensor]) -> Tensor:

@@ -144,4 +144,4 @@ def test_another_network_size_or_names_make_other_masks_and_wrong_input_is_one_l
     run(checkpoint, photos, *out, "--names", names, status=2)
     assert "'6 sky': expected a prototype from 0 to 5" in capsys.readouterr().err
     run(checkpoint, tmp_path / "no.jpg", *out, status=2)
-    assert "there is no photograph" in capsys.readouterr().err
+    assert "no such folder" in capsys.readouterr().err
