@@ -96,6 +96,8 @@ def method(box: str = "") -> None:
     import method as diagram  # which imports this module
 
     display(Image(diagram.framed(box), format="png", width=900))
+    display(Markdown("*One step of SlotCon on one scene: every image is a tensor of the trained toy "
+                     "network. In red: what this notebook is about.*"))  # fmt: skip
 
 
 def source(*things: Any) -> None:
@@ -155,7 +157,7 @@ def grid(
     for axis, image in zip(axes.flat, itertools.chain(*rows)):
         axis.imshow(as_image(image), cmap, vmin=low, vmax=high, interpolation="nearest")
         axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
+        axis.spines[:].set(color="gray", lw=0.6)
     for axis, title in zip(axes[0], titles):
         axis.set_title(title)
     for axis, label in zip(axes[:, 0], labels):

@@ -7,6 +7,7 @@ the gradients of the module's function, however it is written. Whoever gives up 
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ import grouping
 import losses
 import slots
 import teacher
+from comparisons.slot_attention import query_attention
 
 
 class Task(NamedTuple):
@@ -169,6 +171,7 @@ def unit_contrast(q: Tensor, k: Tensor, positives: Tensor, t: float) -> Tensor:
 
 
 EXERCISES: dict[str, Any] = {
+    "position in driving": 0.31582,
     "a box by hand": [0.25, 0.0, 1.0, 0.5],
     "half a cell": 4 / 3,
     "queries, keys, positives": [3, 4, 0, 2, 3],
@@ -224,6 +227,19 @@ EXERCISES: dict[str, Any] = {
             "the positive of row n is positives[n], not key n":
                 lambda q, k, p, t: unit_contrast(q, k, torch.arange(4), t),
         },
+    ),
+    "competing attention": Task(
+        partial(query_attention, compete=True),
+        lambda g: (uniform(g, 2, 3, 8), uniform(g, 2, 5, 8)),
+        {
+            "the sum runs over n, so the queries are independent":
+                partial(query_attention, compete=False),
+            "the division by the root of d is missing":
+                lambda q, k: query_attention(q, k, True, temperature=q.shape[2] ** -0.5),
+            "it is divided by d, not by its root":
+                lambda q, k: query_attention(q, k, True, temperature=q.shape[2] ** 0.5),
+        },
+        gradients=False,
     ),
     "attentive_pooling": Task(
         slots.attentive_pooling,
