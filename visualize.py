@@ -96,10 +96,9 @@ def opened(args: Namespace, count: int) -> tuple[Sequence[Tensor], Path, Callabl
 def show_training(args: Namespace) -> dict:
     """The curves of one run, or of several in one figure."""
     runs = [curves.read_run(run) for run in args.runs]
-    first = args.runs[0] if args.runs[0].is_dir() else args.runs[0].parent
     others = "".join(f"_{run.name}" for run in runs[1:4])
     name = f"training_with{others}" if others else "training"
-    file = options.output_file(args.output, first / f"{name}.png")
+    file = options.output_file(args.output, args.runs[0] / f"{name}.png")
     figures.save(curves.draw_runs(runs), file, 110)
     return dict(file=printed(file), last_steps=[run.records[-1]["step"] for run in runs])
 

@@ -36,27 +36,23 @@ class Run(NamedTuple):
 
     name: str
     records: list[dict]  # the lines of log.jsonl, one per step, ascending
-    config: dict  # config.json, {} where there is none
+    config: dict  # config.json, {} where none can be read
 
 
 def read_run(folder: Path) -> Run:
-    """The run of an output directory, or of a log.jsonl. Raises ValueError with one line."""
-    file = folder if folder.suffix == ".jsonl" else folder / "log.jsonl"
+    """The run of an output directory. Raises ValueError with one line."""
+    file, records, config = folder / "log.jsonl", {}, {}
     if not file.is_file():
         raise ValueError(f"no {file}: give the output directory of a run")
-    records = {}
     for line in file.read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a torn line is left out
             record = json.loads(line)
             records[record["step"]] = record  # one repeated after resuming counts once
     if not records:
         raise ValueError(f"{file} has no line with a step yet: wait until the run has written one")
-    settings = file.with_name("config.json")
-    try:
-        config = dict(json.loads(settings.read_text())) if settings.is_file() else {}
-    except (ValueError, TypeError) as error:  # not JSON, not even text, or no object
-        raise ValueError(f"{settings} is damaged ({error}): move it away to draw curves") from None
-    return Run(file.absolute().parent.name, [records[step] for step in sorted(records)], config)
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        config = dict(json.loads((folder / "config.json").read_text()))
+    return Run(folder.absolute().name, [records[step] for step in sorted(records)], config)
 
 
 def chance_lines(records: Sequence[dict], config: Mapping[str, Any]) -> dict[str, list[float]]:
@@ -83,8 +79,8 @@ def legend_of(runs: Sequence[Run]) -> list[str]:
     lines = []
     for name, _, config in runs:
         words = [f"{each.replace('_', '-')} {config[each]}" for each in names if each in config]
-        known = textwrap.shorten(", ".join(words), 150) or "no option differs"
-        lines.append(f"{name}: {known if config else 'no config.json'}")
+        known = ", ".join(words) or ("no option differs" if config else "no config.json")
+        lines.append(textwrap.shorten(f"{name}: {known}", 150))
     return lines
 
 
@@ -125,6 +121,5 @@ def draw_curve(axis: Axes, key: str, number: int, run: Run) -> Line2D:
     if key.endswith("_loss") and not any(values):
         values = chance = missing
     steps = [record["step"] for record in run.records]
-    (curve,) = axis.plot(steps, values, style, color=color)
     axis.plot(steps, chance, "--", color=color, lw=0.8)
-    return curve
+    return axis.plot(steps, values, style, color=color)[0]

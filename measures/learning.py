@@ -47,35 +47,33 @@ WARNINGS = dict(
 def statistics(report: Report, center: Tensor, temp_teacher: float) -> dict[str, float]:
     """Numbers over the images of all ranks, for the log; center (k). Waits for the device."""
     world_size = rank_and_world_size()[1]
-    teacher_occupied = torch.stack([view.occupied for view in report.teacher])
-    v, b, _ = teacher_occupied.shape
+    teacher_occupied = torch.stack([view.occupied for view in report.teacher]).float()  # (v b k)
     maps = torch.cat([view.similarity for view in report.teacher])
     p = assignment(maps - center[:, None, None], temp_teacher)
-    mean = sum_over_ranks(reduce(p, "b k h w -> k", "mean")) / world_size
     pairs = zip(report.student, reversed(report.teacher))  # (s1, t2), (s2, t1)
     same = [s.aligned.argmax(1) == t.aligned.argmax(1) for s, t in pairs]  # over k
     same = reduce(torch.stack(same).float(), "v b h w -> b", "mean")
     entropy = reduce(torch.special.entr(p), "b k h w -> b h w", "sum").mean()
-    sums = [teacher_occupied.sum() / (v * b), entropy, (same * report.valid).sum()]
-    sums = sum_over_ranks(torch.stack([*sums, report.valid.sum()]).float())
-    used = sum_over_ranks(reduce(teacher_occupied.long(), "v b k -> k", "sum")) > 0
+    active = reduce(teacher_occupied, "v b k -> k", "sum")
+    means = [entropy, active.sum() / teacher_occupied[..., 0].numel(), (same * report.valid).sum()]
+    means = sum_over_ranks(torch.stack([*means, report.valid.sum()]).float()) / world_size
+    mean = sum_over_ranks(reduce(p, "b k h w -> k", "mean")) / world_size
     return dict(
-        occupied_per_image=sums[0].item() / world_size,
-        prototypes_used=int(used.sum()),
-        entropy_teacher=sums[1].item() / world_size,
+        occupied_per_image=means[1].item(),
+        prototypes_used=int((sum_over_ranks(active) > 0).sum()),
+        entropy_teacher=means[0].item(),
         entropy_mean=torch.special.entr(mean).sum().item(),
-        agreement=(sums[2] / sums[3].clamp(min=1)).item(),
+        agreement=(means[2] / means[3].clamp(min=1 / world_size)).item(),
     )
 
 
 def brief(record: Mapping[str, Any]) -> str:
     """A line of the log for the screen."""
-    losses = "loss {loss:.3f} (group {group_loss:.3f}, slot {slot_loss:.3f})"
-    groups = (
-        "occupied {occupied_per_image:.1f}  in use {prototypes_used}  agreement {agreement:.2f}"
-    )
-    speed = "{images_per_second:.0f} images/s  {memory_gb:.1f} GB"
-    return f"{losses}  {groups}  {speed}".format(**record)
+    return (
+        "loss {loss:.3f} (group {group_loss:.3f}, slot {slot_loss:.3f})  "
+        "occupied {occupied_per_image:.1f}  in use {prototypes_used}  agreement {agreement:.2f}  "
+        "{images_per_second:.0f} images/s  {memory_gb:.1f} GB"
+    ).format(**record)
 
 
 def moments(first: Tensor, second: Tensor) -> Tensor:

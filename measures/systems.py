@@ -18,9 +18,14 @@ from photometric import normalize
 SAMPLE = 8192  # [U] cells of the features that k-means is fitted to
 OWN, CLUSTERS = "own groups", "k-means on backbone features"
 FEWEST_GROUPS = 4  # fewer of k in use is a collapse
-MEASURES = (
-    "miou", "nmi", "probe_miou", "ari_instances", "ari_objects", "ari_classes", "ari_foreground",
-)  # fmt: skip
+MEASURES = {  # key of a record -> heading
+    "miou": "mIoU", "nmi": "NMI", "probe_miou": "probe", "ari_instances": "ARI inst.",
+    "ari_objects": "ARI obj.", "ari_classes": "ARI class", "ari_foreground": "ARI fore.",
+}  # fmt: skip
+COUNTS = {"groups_used": "used", "steps": "steps", "seconds": "seconds"}
+EXPLANATION = f"""\
+* of {CLUSTERS}: the system has no groups, or none with names.
+Collapsed: fewer than {FEWEST_GROUPS} groups in use, or NMI not above the untrained network's."""
 
 
 class Truth(NamedTuple):
@@ -77,11 +82,10 @@ def rand_index(groups: Tensor, truth: Tensor, counted: Tensor | None = None) -> 
     return sum(values) / max(len(values), 1)
 
 
-def cluster_maps(features: Tensor, k: int, seed: int = 0) -> Tensor:
+def cluster_maps(features: Tensor, k: int) -> Tensor:
     """k-means on the directions of features (n c h w) -> closeness to each center (n k h w)."""
     directions = F.normalize(features.float(), dim=1)  # over c
-    rows = rearrange(directions, "n c h w -> (n h w) c")
-    rng = np.random.default_rng(seed)
+    rows, rng = rearrange(directions, "n c h w -> (n h w) c"), np.random.default_rng(0)
     some = rows[torch.from_numpy(rng.permutation(len(rows))[:SAMPLE])]
     centers = torch.from_numpy(kmeans(some.numpy(), k, rng)).to(rows.dtype)
     dots = einsum(centers, directions, "k c, n c h w -> n k h w")
@@ -113,33 +117,18 @@ def without_names(record: Mapping[str, Any]) -> bool:
 def brief(label: str, record: Mapping[str, Any]) -> str:
     """One line about one row and seed."""
     form = "mIoU {miou:.3f}  NMI {nmi:.3f}  probe {probe_miou:.3f}  {steps} steps, {seconds:.0f} s"
-    gone = "  collapsed" if record["collapsed"] else ""
+    gone = "  collapsed" * record["collapsed"]
     return f"seed {record['seed']}  {label:<28} {form.format(**record)}{gone}"
-
-
-# key of a row -> heading
-COLUMNS = {
-    "miou": "mIoU", "nmi": "NMI", "probe_miou": "probe", "ari_instances": "ARI inst.",
-    "ari_objects": "ARI obj.", "ari_classes": "ARI class", "ari_foreground": "ARI fore.",
-    "groups_used": "used", "steps": "steps", "seconds": "seconds",
-}  # fmt: skip
-EXPLANATION = f"""\
-* of {CLUSTERS}: the system has no groups, or none with names.
-Collapsed: fewer than {FEWEST_GROUPS} groups in use, or NMI not above the untrained network's."""
 
 
 def format_table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """label -> the records of its seeds: medians, and how many of the seeds have collapsed."""
     cells = {}
     for label, records in rows.items():
-        gone = sum(record["collapsed"] for record in records)
-        cells[label] = [*(median(records, key) for key in COLUMNS), f"{gone} of {len(records)}"]
-    return f"{table(cells, [*COLUMNS.values(), 'collapsed'])}\n{EXPLANATION}"
-
-
-def median(records: Sequence[Mapping[str, Any]], key: str) -> str:
-    """One cell: the median over the seeds, and the star."""
-    how = records[0]["named_by" if key in ("miou", "nmi") else "grouped_by"]
-    star = "*" if key.startswith(("miou", "nmi", "ari")) and how == CLUSTERS else " "
-    digits = 0 if key in ("groups_used", "steps", "seconds") else 3
-    return f"{np.median([record[key] for record in records]):.{digits}f}{star}"
+        named, grouped = (records[0][by] == CLUSTERS for by in ("named_by", "grouped_by"))
+        starred = dict(miou=named, nmi=named, probe_miou=False)
+        median = {key: np.median([r[key] for r in records]) for key in (*MEASURES, *COUNTS)}
+        cells[label] = [f"{median[key]:.3f}{' *'[starred.get(key, grouped)]}" for key in MEASURES]
+        cells[label] += [f"{median[key]:.0f} " for key in COUNTS]
+        cells[label] += [f"{sum(record['collapsed'] for record in records)} of {len(records)}"]
+    return f"{table(cells, [*MEASURES.values(), *COUNTS.values(), 'collapsed'])}\n{EXPLANATION}"
