@@ -71,7 +71,7 @@ if __name__ == "__main__":  # a misspelled option is answered before torch is lo
 
 import torch
 
-from measures import datasets, groups, masks, networks, probes, slot_statistics, streams
+from measures import datasets, groups, masks, networks, probes, retrieval, streams
 
 
 def measure_segmentation(args: argparse.Namespace) -> dict:
@@ -108,9 +108,9 @@ def measure_slots(args: argparse.Namespace) -> dict:
     result = source(args, config)
     images = streams.open_images(result["dataset"], args.data_dir, args.limit)
     view = streams.center_view(args.size or streams.default_size(result["dataset"], config))
-    batches = streams.stream(images, view, args.batch_size, args.workers, "slots")
-    report = slot_statistics.slot_report(*slot_statistics.slot_counts(network, batches))
-    print(slot_statistics.format_slots(report))
+    reading = dict(batch_size=args.batch_size, workers=args.workers)
+    report = retrieval.slot_report(retrieval.retrieve(network, images, view, **reading))
+    print(retrieval.format_slots(report))
     print("visualize.py prototypes --show extremes draws their best segments")
     return {**result, **report}
 

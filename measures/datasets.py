@@ -87,14 +87,14 @@ def open_files(dataset: str, root: Path, split: str | None, num_classes: int = 0
     paths, files = zip(*paired(dataset, root, folder, part))
     names, notice = layout.classes, curated_notice(paths, part) if layout.curated else ""
     if names is None:
-        named = class_names(root / "classes.txt") or [f"class {t}" for t in range(num_classes)]
-        count, notice = count_classes(files, sure=bool(named))
-        names = tuple(named or [f"class {number}" for number in range(count)])
+        names = class_names(root / "classes.txt") or [f"class {t}" for t in range(num_classes)]
+        count = count_classes(files, named=bool(names))
+        names = names or [f"class {number}" for number in range(count)]
     places = range(len(paths))
     if part == "." and split:  # every fifth image is for val
         places = [i for i in places if (i % 5 == 0) == (split == "val")]
     label_of = partial(read_label, files, layout.ids, len(names))
-    return Labeled(Photographs(folder, paths), label_of, places, names, notice)
+    return Labeled(Photographs(folder, paths), label_of, places, tuple(names), notice)
 
 
 def paired(dataset: str, root: Path, images: Path, split: str) -> list[tuple[str, Path]]:
@@ -196,26 +196,19 @@ def class_names(file: Path) -> list[str]:
     return names
 
 
-def count_classes(files: Sequence[Path], sure: bool = False) -> tuple[int, str]:
-    """The largest id + 1, and one line where ids below it occur nowhere. Raises ValueError where
-    the labels can measure nothing. sure: the number is known, and two ids are enough.
-    """
+def count_classes(files: Sequence[Path], named: bool) -> int:
+    """The largest id + 1. Raises ValueError where the labels can measure nothing."""
     first: dict[int, Path] = {}  # id -> the first file that has it
     for file in tqdm(files, "classes", unit="label", disable=None, leave=False):
         for number in np.unique(read_ids(file)).tolist():
             first.setdefault(number, file)
-        if sure and len(first.keys() - {IGNORE}) > 1:
-            return 0, ""
-    *others, largest = sorted(first.keys() - {IGNORE}) or [IGNORE]
-    if not others:
+    ids = sorted(first.keys() - {IGNORE})
+    if len(ids) < 2:
         found = (
             f"the labels hold only {' and '.join(map(str, sorted(first)))}; {IGNORE} is no class"
         )
         raise ValueError(f"{found}, and of one class every score is 100 %: write masks as 0 and 1")
-    count, occur = largest + 1, f"{len(others) + 1} ids occur in the labels"
-    last = f"{largest} first in {first[largest]}"
-    if len(others) >= MANY:
-        advice = "name them in classes.txt, or write masks without smooth edges"
-        raise ValueError(f"{occur}, {last}: {advice}")
-    notice = f"{count} classes counted, but only {occur}, {last}: correct it, or set --num-classes"
-    return count, "" if len(others) == largest else notice
+    if len(ids) > MANY and not named:
+        found = f"{len(ids)} ids occur in the labels, {ids[-1]} first in {first[ids[-1]]}"
+        raise ValueError(f"{found}: name them in classes.txt, or write masks without smooth edges")
+    return ids[-1] + 1

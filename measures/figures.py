@@ -132,10 +132,7 @@ def draw_prototypes(
 ) -> None:  # fmt: skip
     """One column per prototype, the best segment on top."""
     colors, top = prototype_colors(len(found.cells), found.cells), found.images.shape[1]
-    title = (
-        f"The {top} best segments of each prototype, best on top, in a line of its color.\n"
-        "All else in an image is gray. An arrow points at a small segment."
-    )
+    title = f"The {top} best segments of each prototype, best on top, in a line of its color"
     figure, axes = grid(title, [[None] * len(chosen)] * top, side=1.3)
     for k, column in zip(chosen, axes.T):
         column[0].set_title(f"prototype {k}\nin {int(found.active[k])} images", fontsize=8)
@@ -147,20 +144,13 @@ def draw_prototypes(
 
 
 def draw_retrieved(axis: Axes, image: Tensor, segment: Tensor, color: np.ndarray) -> None:
-    """A segment (y x) bool of image (3 y x) uint8 in a line, all else gray; an arrow if small."""
-    mask, size = segment.numpy(), np.array(segment.shape)
-    picture = as_images(image[None])[0]
+    """A segment (y x) bool of image (3 y x) uint8 in a line, all else gray."""
+    mask, picture = segment.numpy(), as_images(image[None])[0]
     # A little of the color, since what is inside can be white or gray itself
     inside = 0.8 * picture + 0.2 * color
     axis.imshow(np.where(mask[..., None], inside, pale(picture)), interpolation="nearest")
     if mask.any() and not mask.all():
         axis.contour(mask, levels=[0.5], colors=[color], linewidths=1.2)
-    if 0 < mask.mean() < 0.03:
-        places = np.argwhere(mask)  # rows of (y, x)
-        place = places[np.square(places - places.mean(axis=0)).sum(axis=1).argmin()]
-        tail = place + 0.3 * size * np.where(place < size / 2, 1, -1)
-        arrow = dict(color="black", ec="white", width=2, headwidth=7, headlength=7)
-        axis.annotate("", place[::-1], tail[::-1], arrowprops=arrow)
 
 
 def principal_colors(embeddings: Tensor, size: tuple[int, int]) -> Tensor:

@@ -112,9 +112,7 @@ def correlation_of(one: Tensor, other: Tensor) -> float:
 
 
 def view_correlation(first: Tensor, second: Tensor) -> float:
-    """rho in [-1, 1] of two views (b n c) of the same n places. Raises ValueError for one image."""
-    if len(first) < 2:
-        raise ValueError(f"rho needs two images or more, found {len(first)}")
+    """rho in [-1, 1] of two views (b n c) of the same n places of two images or more."""
     rows = ((rearrange(x[i::2], "b n c -> (b n) c") for x in (first, second)) for i in (0, 1))
     return correlation_of(*(moments(*pair) for pair in rows))
 

@@ -15,17 +15,16 @@ from measures.streams import Batches
 from photometric import normalize
 
 NEIGHBORS, NEIGHBOR_TEMPERATURE = 20, 0.07  # as in DINO's nearest-neighbor classifier
-ROWS = (("trained", "trained"), ("random_backbone", "random backbone"))  # key, name
 
 Classifier = Callable[[Tensor], Tensor]  # maps (b c h w) -> class scores (b t h w)
 
 
 def check_parts(learned: Labeled, tested: Labeled) -> None:
     """Raises ValueError unless the parts have the same named classes and no image in common."""
-    one, other = (len(part.class_names) for part in (learned, tested))
-    if not other:
+    if not tested.class_names:
         raise ValueError("a probe learns classes, and these segments have no names")
     if learned.class_names != tested.class_names:
+        one, other = (len(part.class_names) for part in (learned, tested))
         raise ValueError(f"{one} classes to learn and {other} to test: give --num-classes")
     # VOC's trainval; images/test of a folder without train, which learns from all
     if learned.files() & tested.files():
@@ -50,11 +49,9 @@ def collect_cells(
             kept = kept[share_of[kept].sum(1) > 0]  # over t
             features.append(cells[kept])
             shares.append(F.normalize(share_of[kept], p=1, dim=1))  # over t
-        if sum(map(len, features)) >= most:
-            break
     if not sum(map(len, features)):
         raise unlabeled(f"the {num_images} labels to learn from")
-    return torch.cat(features).float()[:most], torch.cat(shares)[:most]
+    return torch.cat(features).float(), torch.cat(shares)
 
 
 def linear_probe(features: Tensor, shares: Tensor, decay: float = 1e-4) -> Classifier:
@@ -119,5 +116,8 @@ def probe(
 def format_probes(result: Mapping[str, dict]) -> str:
     """The rows trained and random_backbone of a result as a table."""
     columns = [(kind, key) for kind in ("linear", "neighbors") for key in ("miou", "accuracy")]
-    rows = {name: [f"{result[row][kind][key]:.3f}" for kind, key in columns] for row, name in ROWS}
-    return table(rows, [f"{kind} {key}".replace("miou", "mIoU") for kind, key in columns])
+    names = dict(trained="trained", random_backbone="random backbone")
+    cells = {
+        names[row]: [f"{result[row][kind][key]:.3f}" for kind, key in columns] for row in names
+    }
+    return table(cells, [f"{kind} {key}".replace("miou", "mIoU") for kind, key in columns])

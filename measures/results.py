@@ -8,7 +8,7 @@ import toy
 from engine.files import write_json
 from engine.images import ImageFiles
 from engine.run import Run
-from measures import figures, retrieval, slot_statistics
+from measures import figures, retrieval
 from measures.datasets import UNSEEN
 from measures.groups import compare_in_memory, format_table, segment
 from measures.networks import sizes_of, untrained_network
@@ -42,19 +42,19 @@ def toy_result(run: Run, c: Any) -> dict:
 def photos_result(run: Run, c: Any, images: ImageFiles) -> dict:
     """`toy_result` for photographs kept out of training; {}: none is readable."""
     teacher, view = run.model.teacher.eval(), center_view(SIZE)
-    batches = list(stream(images, view, BATCH))  # without those that cannot be read
-    if not batches:
+    shown = [views for _, views in stream(images, view, BATCH)]  # what can be read
+    if not shown:
         print("\nfigures  none: no photograph that was kept out can be read")
         return {}
-    report = slot_statistics.slot_report(*slot_statistics.slot_counts(teacher, batches))
-    views = torch.cat([views for _, views in batches])
-    found = retrieval.retrieve(teacher, views, view, 5, BATCH, workers=0)
+    views = torch.cat(shown)
+    found = retrieval.retrieve(teacher, views, view)
+    report = retrieval.slot_report(found)
     chosen = retrieval.choose_prototypes(found.active, ["used"], 12)
     file = run.folder / "prototypes.png"
     figures.draw_prototypes(file, teacher, views, view, found, chosen)
     file = run.folder / "groups.png"
     figures.draw_parts(file, teacher, views[:SHOWN], c.temp_teacher, use=found.cells)
-    text = f"{len(views)} photographs kept out of training\n{slot_statistics.format_slots(report)}"
+    text = f"{len(views)} photographs kept out of training\n{retrieval.format_slots(report)}"
     how = f"of {SIZE} px; the log counts in crops of {c.image_size} px, which show less"
     text += f"\ncounted in whole photographs {how}, so fewer slots are occupied"
     return written(run, report, text, "prototypes.png and groups.png")

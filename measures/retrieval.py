@@ -1,4 +1,4 @@
-"""The best segments of every prototype in a data set, where the prototype is occupied."""
+"""In which images every prototype is occupied, and the best segments of each."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,13 +15,15 @@ class Retrieval:
     """The images with the best segment of each prototype; at a tie, the earlier image.
 
     scores (k top), best first, -inf where fewer images were found; images (k top) int64, -1 there;
-    active, cells (k) int64: images in which the prototype is occupied, and cells that it owns.
+    active, cells (k) int64: images in which the prototype is occupied, and cells that it owns;
+    seen: images.
     """
 
     def __init__(self, num_prototypes: int, top: int = 5):
         self.scores = torch.full((num_prototypes, top), -torch.inf)
         self.images = torch.full((num_prototypes, top), -1)
         self.active, self.cells = torch.zeros(2, num_prototypes, dtype=torch.long)
+        self.seen = 0
 
     def add(self, indices: Tensor, similarity: Tensor) -> None:
         """indices (b) int64 of the images, ascending over all calls; similarity (b k h w)."""
@@ -29,6 +31,7 @@ class Retrieval:
         # A segment's score is the mean similarity of its pixels; without a pixel, -inf.
         found = similarity.new_full(similarity.shape[:2], -torch.inf)
         found = found.scatter_reduce(1, owner, score, "mean", include_self=False).T.float().cpu()
+        self.seen += len(indices)
         self.active += found.isfinite().sum(dim=1)  # over b
         self.cells += owner.flatten().bincount(minlength=len(self.cells)).cpu()
         scores = torch.cat([self.scores, found], dim=1)
@@ -40,8 +43,9 @@ class Retrieval:
 
 @torch.no_grad()
 def retrieve(
-    network: Module, images: Sequence, view: Callable, top: int, batch_size: int, workers: int
-) -> Retrieval:
+    network: Module, images: Sequence, view: Callable, top: int = 5, batch_size: int = 16,
+    workers: int = 0,
+) -> Retrieval:  # fmt: skip
     """The best segments of every prototype among the images; view: image (3 y x) -> square."""
     device = network.prototypes.weight.device
     found = Retrieval(network.prototypes.num_embeddings, top)
@@ -63,3 +67,27 @@ def choose_prototypes(active: Tensor, show: Sequence[str], count: int) -> list[i
         known = f"used, extremes, or numbers from 0 to {len(active) - 1}"
         raise ValueError(f"--show {' '.join(show)}: {known}")
     return [int(each) for each in show]
+
+
+def slot_report(found: Retrieval) -> dict:
+    """The statistics of the slides; top: the five prototypes that are occupied most often; bottom:
+    of the others in use the five that are occupied least often.
+    """
+    order = found.active.argsort(descending=True, stable=True).tolist()
+    active, count = found.active.tolist(), max(found.seen, 1)
+    used = [dict(prototype=k, images=active[k]) for k in order if active[k] > 0]
+    return dict(
+        images=found.seen, num_prototypes=len(active), occupied_per_image=sum(active) / count,
+        prototypes_used=len(used), top=used[:5], bottom=used[5:][:-6:-1], active=active,
+    )  # fmt: skip
+
+
+def format_slots(report: dict) -> str:
+    """The report as text."""
+    mean = "{occupied_per_image:.2f} slots are occupied per image, over {images} images"
+    used = "{prototypes_used} of {num_prototypes} prototypes are in use"
+    lines = [f"{mean}; {used}".format(**report)]
+    for title, key in (("most often", "top"), ("least often, of those in use", "bottom")):
+        numbers = (f"prototype {each['prototype']} ({each['images']})" for each in report[key])
+        lines += [f"{title}: {', '.join(numbers)}"] if report[key] else []
+    return "\n".join(lines)

@@ -23,31 +23,25 @@ from measures.datasets import UNSEEN, Labeled
 Batches = Iterable[tuple[Tensor, tuple[Tensor, Tensor]]]  # labeled: indices, (images, label)
 
 
-def read(
-    images: Sequence, view: Callable, indices: Sequence[int]
-) -> tuple[list[tuple[int, Any]], list[str]]:
-    """Pairs of i and view(images[i]), and a line for each image that cannot be read."""
-    items, lines = [], []
+def read(images: Sequence, view: Callable, indices: Sequence[int]) -> list[tuple[int, Any]]:
+    """Pairs of i and view(images[i]); an image that cannot be read is a line and no pair."""
+    items = []
     for i in indices:
         try:
             items.append((i, view(images[i])))
         except BadImage as bad:
-            lines.append(f"left out {bad}")
-    return items, lines
+            tqdm.write(f"left out {bad}", file=sys.stderr)
+    return items
 
 
 def stream(
     images: Sequence, view: Callable, batch_size: int, workers: int = 0, title: str = ""
 ) -> Iterator[tuple[Tensor, Any]]:
     """Batches of indices (b) and views; an unreadable image is left out. Raises ValueError."""
-    collate, count = partial(read, images, view), len(images)
-    batches = Loaded(range(count), collate, workers, batch_size=batch_size)
+    places, collate = range(len(images)), partial(read, images, view)
+    batches, count = Loaded(places, collate, workers, batch_size=batch_size), len(images)
     bar = tqdm(batches, title, -(-count // batch_size), unit="batch", disable=None, leave=False)
-    for items, lines in bar:
-        for line in lines:
-            tqdm.write(line, file=sys.stderr)
-        if items:
-            yield default_collate(items)
+    yield from (default_collate(items) for items in bar if items)
 
 
 def labeled_batches(labeled: Labeled, size: int, *given: Any, **named: Any) -> Batches:

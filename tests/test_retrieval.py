@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from measures import retrieval
 from measures.retrieval import Retrieval, choose_prototypes
 
 K, H, W = 7, 4, 5
@@ -34,6 +35,7 @@ def test_streamed_retrieval_equals_the_naive_one_with_ties_and_unoccupied_protot
     found = Retrieval(K, top=4)
     for indices in torch.arange(13).split(batch):
         found.add(indices, similarity[indices])
+    assert found.seen == 13
     assert found.cells.tolist() == [int((similarity.argmax(1) == k).sum()) for k in range(K)]
     for k, expected in enumerate(naive_retrieval(similarity, 4)):
         missing = 4 - len(expected)
@@ -54,3 +56,23 @@ def test_prototypes_are_chosen_by_use_by_extremes_or_by_number():
             choose_prototypes(active, wrong, 3)
     with pytest.raises(ValueError, match="no prototype is occupied"):
         choose_prototypes(torch.zeros(3), ["used"], 3)
+
+
+def report_of(active, seen):
+    found = Retrieval(len(active))
+    found.active, found.seen = torch.tensor(active), seen
+    return retrieval.slot_report(found)
+
+
+def test_the_report_names_the_most_and_the_least_active_of_the_slots_in_use():
+    active = [3, 0, 9, 9, 1, 2, 4, 0]
+    report = report_of(active, 10)
+    assert [each["prototype"] for each in report["top"]] == [2, 3, 6, 0, 5]
+    assert report["bottom"] == [dict(prototype=4, images=1)]  # none that is in top
+    numbers = dict(prototypes_used=6, images=10, occupied_per_image=2.8, active=active)
+    assert numbers.items() <= report.items()
+    text = retrieval.format_slots(report)
+    assert "2.80 slots" in text and "6 of 8" in text and "prototype 4 (1)" in text
+    assert "least often" not in retrieval.format_slots(report_of([3, 0, 9], 9))
+    many = report_of(list(range(14)), 13)
+    assert [each["prototype"] for each in many["bottom"]] == [1, 2, 3, 4, 5]

@@ -19,7 +19,7 @@ from measures import streams
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_images_come_in_order_and_one_that_cannot_be_read_is_named_and_left_out(
-    tmp_path, capsys, workers
+    tmp_path, capfd, workers
 ):
     for i in range(4):
         Image.fromarray(np.full((8, 8, 3), i, dtype=np.uint8)).save(tmp_path / f"{i}.png")
@@ -28,7 +28,7 @@ def test_images_come_in_order_and_one_that_cannot_be_read_is_named_and_left_out(
     found = list(streams.stream(images, streams.center_view(8), 2, workers))
     assert [indices.tolist() for indices, _ in found] == [[0], [2, 3]]
     assert torch.cat([views for _, views in found])[:, 0, 0, 0].tolist() == [0, 2, 3]
-    assert "left out 1.png" in capsys.readouterr().err
+    assert "left out 1.png" in capfd.readouterr().err
 
 
 def refuse(image):
