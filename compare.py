@@ -31,8 +31,8 @@ SHOWN = 8  # scenes in the image
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, without torch. Raises ValueError with one line."""
-    about = dict(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser, names = options.Parser("compare.py", **about), tuple(comparisons.SYSTEMS)
+    parser = options.Parser("compare.py", description=__doc__)
+    names = tuple(comparisons.SYSTEMS)
     add = parser.add_argument
     text = f"these systems: {', '.join(names)}"
     add("--only", nargs="+", choices=names, metavar="NAME", help=text)

@@ -40,7 +40,7 @@ def commands() -> options.Commands:
         parser.add_argument("--size", type=options.side, metavar="N", help=text, **several)
         if name != "slots":
             add_labeled(parser)
-    add_masks(known.add("masks", "the groups of photographs as files", paths="photos"))
+    add_masks(known.add("masks", "the groups of photographs as files"))
     return known
 
 
@@ -67,7 +67,7 @@ def add_masks(parser: options.Parser) -> None:
 
 
 if __name__ == "__main__":  # a misspelled option is answered before torch is loaded
-    run_early("evaluate.py", commands().parse)
+    run_early("evaluate.py", commands().parse_args)
 
 import torch
 

@@ -103,8 +103,6 @@ class Config:
         "torch", "batch norms of several processes: torch's SyncBN, on GPUs only, or ours, which "
         "never waits and is not yet measured on GPUs", choices=("torch", "ours"), free=True)
     compile: bool = machine(False, "torch.compile both networks: minutes at first", free=True)
-    threads: int = machine(
-        0, "of a CPU process; 0: torch's choice; changes last bits", low=0, high=4096, free=True)
     workers: int = machine(
         -1, "processes per rank that read images; -1: one per core", low=-1, high=512, free=True)
 
@@ -123,7 +121,12 @@ class Config:
         10.0, "minutes between two writings of last.pth", low=0, high=1e6, free=True)
     keep_every: int = files(
         100, "keep epoch_N.pth at every such epoch, 0: none", low=0, high=10**6, free=True)
-    tensorboard: bool = files(False, "also log to TensorBoard, if it is installed", free=True)
+
+    @property
+    def threads(self) -> int:
+        """Of a CPU process, 0: as torch chooses; small networks gain nothing from more."""
+        return 0 if "OMP_NUM_THREADS" in os.environ else {"tiny": 1, "small": 2}.get(self.arch, 0)
+
 
 COCO = Config(dataset="coco")
 PRESETS = {
@@ -147,7 +150,7 @@ PRESETS = {
         num_prototypes=32, dim_hidden=64, dim_out=32, temp_teacher=0.03, momentum_center=0.8,
         momentum_teacher=(0.99, 0.99), min_area=0.2, jitter=(0.2, 0.2, 0.3, 0.5, 1.0),
         p_blur=(0.0, 0.0), solarize=(0.5, 0.5, 0.0), optimizer="adamw", batch_size=16,
-        base_lr=0.16, weight_decay=0.01, epochs=32, warmup=0.625, threads=1, workers=1,
+        base_lr=0.16, weight_decay=0.01, epochs=32, warmup=0.625, workers=1,
         log_every=20, save_minutes=0.5, keep_every=0,
     ),
     # For a folder of about 300 photographs or more and one small machine. All [U]; measured in
@@ -164,7 +167,7 @@ PRESETS = {
         num_prototypes=24, dim_hidden=256, dim_out=64, temp_teacher=0.03, momentum_center=0.8,
         momentum_teacher=(0.99, 0.99), min_area=0.2, jitter=(0.4, 0.4, 0.2, 0.05, 0.8), p_gray=0.0,
         p_blur=(0.2, 0.1), solarize=(0.0, 0.0, 128.0), optimizer="adamw", batch_size=32,
-        base_lr=0.024, weight_decay=0.01, steps=3000, warmup=80, threads=2, workers=1, log_every=20,
+        base_lr=0.024, weight_decay=0.01, steps=3000, warmup=80, workers=1, log_every=20,
         save_minutes=2.0, keep_every=0,
     ),
     "coco-r50": COCO,

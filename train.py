@@ -116,7 +116,7 @@ def start(c: Config, given: set[str]) -> int:
         files.write_lines(run.folder / "subset.txt", names)
     with run:
         run.print(f"device   {processes.describe(place)}", f"data     {about}")
-        run.print(*describe(c, schedule, place, model), f"disk     {run.space()}")
+        run.print(*describe(c, schedule, place, model))
         run.print(f"start    {f'after step {run.steps}' if run.steps else started}")
         train(c, run, model, schedule)
     status = run.end()

@@ -86,9 +86,9 @@ def test(c: Shared, run: Run, unseen: Sequence[Any]) -> None:
     name, result = TASKS[c.task].SCORE, dict(step=run.steps, **found)
     score, best = result[name] or 0.0, run.notes.get("best", -1.0)
     run.notes.update(tested=run.steps, best=max(score, best))
-    if run.log_file:
+    if run.writes:
         line = {key: value for key, value in result.items() if not isinstance(value, dict)}
-        run.log_file.write(line, f"{name} {score:.4f}")
+        run.write(line, f"{name} {score:.4f}")
         try:
             files.write_json(run.folder / "result.json", result)
             # A run that goes on in another folder left its best weights in the first one.
@@ -155,8 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with run:
         run.print(f"device   {processes.describe(place)}", f"backbone {about}")
         run.print(f"data     {len(seen)} images to learn from, {len(unseen)} to test; "
-                  f"{c.total_steps} steps of {c.batch_size}, base_lr {c.base_lr:g}",
-                  f"disk     {run.space()}")  # fmt: skip
+                  f"{c.total_steps} steps of {c.batch_size}, base_lr {c.base_lr:g}")  # fmt: skip
         train(c, run, unseen)
     status = run.end()
     if run.ended == "done" and place.is_main:

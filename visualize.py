@@ -32,7 +32,7 @@ def commands() -> options.Commands:
     add("--top", type=options.positive, default=5, help="segments of each (default: 5)")
     add("--size", type=options.side, help=size)
     options.add_output(parser, "prototypes_FOLDER.png beside the checkpoint")
-    parser = known.add("groups", "of images: groups, soft assignments, PCA", paths="images")
+    parser = known.add("groups", "of images: groups, soft assignments, PCA")
     options.add_checkpoint(parser)
     add = parser.add_argument
     add("images", nargs="*", type=options.path, help="files, or a folder (default: toy scenes)")
@@ -40,14 +40,14 @@ def commands() -> options.Commands:
     add("--slots", type=options.positive, default=4, help="soft assignments (default: 4)")
     add("--size", type=options.side, help=size)
     options.add_output(parser, "groups_NAME.png beside the checkpoint")
-    parser = known.add("training", "the curves of one run or several, beside chance", paths="runs")
+    parser = known.add("training", "the curves of one run or several, beside chance")
     parser.add_argument("runs", nargs="+", type=options.path, metavar="RUN", help="their folders")
     options.add_output(parser, "training.png in the folder of the first run")
     return known
 
 
 if __name__ == "__main__":  # a misspelled option is answered before torch is loaded
-    run_early("visualize.py", commands().parse)
+    run_early("visualize.py", commands().parse_args)
 
 from torch import Tensor
 from torch.nn import Module

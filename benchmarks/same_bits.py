@@ -31,7 +31,7 @@ RECIPE = (
     "--momentum-teacher 0.99 0.99 --min-area 0.2 --jitter 0.2 0.2 0.3 0.5 1 --p-gray 0.2 "
     "--p-blur 0 0 --solarize 0.5 0.5 0 --optimizer adamw --batch-size 16 --base-lr 0.16 "
     "--weight-decay 0.01 --epochs 36 --warmup 0.625 --group-weight 0.5 --seed 0 --held-out 8 "
-    "--device cpu --threads 1 --workers 0 --log-every 20 --save-minutes 1000 --keep-every 0"
+    "--device cpu --workers 0 --log-every 20 --save-minutes 1000 --keep-every 0"
 ).split()
 RUNS = {
     "one": [],

@@ -1,14 +1,12 @@
 """From images to batches: reading processes, the order of a whole run, and bad files replaced."""
 
-import collections
+import contextlib
 import itertools
-import math
 import multiprocessing
 import os
 import random
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -19,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -64,30 +63,27 @@ class Samples(Dataset):
                     raise ValueError(found) from None
 
 
-class RunSampler:
+def join(collate: Collate, samples: Sequence[tuple[Any, Failures]]) -> tuple[Any, Failures]:
+    """A batch of what the samples show, and all their failures."""
+    views, failures = zip(*samples)
+    return collate(views), list(itertools.chain(*failures))
+
+
+def order_of(
+    num_images: int, batch_size: int, place: Place, seed: int = 0, start: int = 0
+) -> Iterator[list[int]]:
     """This rank's share of every batch of a run, from position `start` on, without end.
 
     Position p is batch p % steps_per_epoch of epoch p // steps_per_epoch, whose order is a function
     of (seed, epoch) alone. Yields lists of samples = epoch * num_images + index.
     """
-
-    def __init__(
-        self, num_images: int, batch_size: int, place: Place, seed: int = 0, start: int = 0
-    ):
-        self.num_images, self.batch_size = num_images, batch_size
-        self.seed, self.start = seed, start
-        share = batch_size // place.world_size
-        self.share = slice(place.rank * share, (place.rank + 1) * share)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        steps_per_epoch = self.num_images // self.batch_size
-        first, skipped = divmod(self.start, steps_per_epoch)
-        for epoch in itertools.count(first):
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.num_images)
-            for step in range(skipped, steps_per_epoch):
-                batch = order[step * self.batch_size : (step + 1) * self.batch_size]
-                yield (epoch * self.num_images + batch[self.share]).tolist()
-            skipped = 0
+    share, steps_per_epoch = batch_size // place.world_size, num_images // batch_size
+    first, skipped = divmod(start, steps_per_epoch)
+    for epoch in itertools.count(first):
+        order = np.random.default_rng([seed, epoch]).permutation(num_images)
+        for step in range(skipped if epoch == first else 0, steps_per_epoch):
+            begin = step * batch_size + place.rank * share
+            yield (epoch * num_images + order[begin : begin + share]).tolist()
 
 
 class Skipped:
@@ -102,16 +98,15 @@ class Skipped:
         if lines.keys() <= self.names or self.file is None:
             return
         try:
-            if self.file.exists():  # an earlier part of this run, or another rank, may know more
-                known = self.file.read_bytes().splitlines()
-                self.names |= {line.split(b"\t")[0] for line in known}
-            elif not self.names:
-                say(f"{': '.join(failures[0])}: its neighbor takes its place; see {self.file}")
-            with self.file.open("ab") as out:
+            with self.file.open("a+b") as file:
+                file.seek(0)  # an earlier part of this run, or another rank, may know more
+                self.names |= {line.split(b"\t")[0] for line in file}
+                if not self.names:
+                    say(f"{': '.join(failures[0])}: its neighbor takes its place; see {file.name}")
                 for name in lines.keys() - self.names:
-                    out.write(name + b"\t" + lines[name].encode() + b"\n")
+                    file.write(name + b"\t" + lines[name].encode() + b"\n")
         except OSError as error:
-            say(f"could not write to {self.file}: {error.strerror or error}; the run goes on")
+            say(f"could not write to {self.file}: {error.strerror}; the run goes on")
         self.names |= lines.keys()
         if len(self.names) > BAD_SHARE * self.num_images:
             found = f"{len(self.names)} of {self.num_images} images could not be read, more than"
@@ -143,8 +138,8 @@ class Loaded:
             raise ValueError(why(error)) from None
         self.processes = set(multiprocessing.active_children()) - others
         # PyTorch raises the death of a reader anywhere, even in a save; without its handler the
-        # death shows at the next batch
-        if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        # death shows at the next batch. There is none on Windows, nor in another thread
+        with contextlib.suppress(AttributeError, ValueError):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def __iter__(self) -> "Loaded":
@@ -173,12 +168,6 @@ class Loaded:
             Loaded.abandoned += (self.batches,)
 
 
-def join(collate: Collate, samples: Sequence[tuple[Any, Failures]]) -> tuple[Any, Failures]:
-    """A batch of what the samples show, and all their failures."""
-    views, failures = zip(*samples)
-    return collate(views), list(itertools.chain(*failures))
-
-
 def begin_to_read(_worker: int) -> None:
     """In a reading process: signals reach every process of a job, and a run needs its readers until
     its step is done. Raises OSError where no tensor can be handed over: else a thread would.
@@ -191,7 +180,7 @@ def begin_to_read(_worker: int) -> None:
 
 def shared(collate: Collate, samples: Sequence[Any]) -> Any:
     """A batch in shared memory: else a thread would put it there, and fail without an end."""
-    return moved(collate(samples), Tensor.share_memory_)
+    return tree_map_only(Tensor, Tensor.share_memory_, collate(samples))
 
 
 def why(error: BaseException) -> str:
@@ -204,43 +193,25 @@ def why(error: BaseException) -> str:
     return f"the processes that read images died or hand nothing over ({line}): try {advice}"
 
 
-def moved(batch: Any, move: Callable[[Tensor], Any]) -> Any:
-    """The same tuples, lists and dictionaries with move(tensor) in place of every tensor."""
-    if isinstance(batch, Tensor):
-        return move(batch)
-    if isinstance(batch, dict):
-        return {key: moved(value, move) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        values = [moved(value, move) for value in batch]
-        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
-    return batch
-
-
-def size_and_remark(images: ImageFiles, index: int) -> tuple[tuple[int, int] | None, str]:
-    """The size (y, x) of an image, None: it cannot be read; and what is odd about it."""
+def remark(images: ImageFiles, index: int) -> tuple[str, str]:
+    """("bad", why an image cannot be read), ("look at", what is odd about it) or ("", "")."""
     try:
         image = images.open(index).pixels().image
     except BadImage as bad:
-        return None, bad.reason
+        return "bad", bad.reason
+    if torch.equal(image.amax((1, 2)), image.amin((1, 2))):  # over y, x
+        return "look at", "one color"
     dark = (image > 15).count_nonzero() < 0.01 * image.numel()
-    plain = torch.equal(image.amax((1, 2)), image.amin((1, 2)))  # over y, x
-    return tuple(image.shape[-2:]), "one color" if plain else "almost black" if dark else ""
+    return ("look at", "almost black") if dark else ("", "")
 
 
 def check_images(images: ImageFiles, workers: int = 0) -> int:
     """Read every file once and print what was found -> how many cannot be read."""
-    look = partial(size_and_remark, images)
-    found = Loaded(range(len(images)), look, workers, batch_size=None)
+    found = Loaded(range(len(images)), partial(remark, images), workers, batch_size=None)
     found = list(tqdm(found, total=len(images), unit="image", disable=not sys.stderr.isatty()))
-    for index, (size, remark) in enumerate(found):
-        if remark:
-            print(f"{'look at' if size else 'bad':<9}{images.name(index)}: {remark}")
-    sizes = collections.Counter(tuple(size) for size, _ in found if size)
-    if sizes:
-        small, large = (pick(sizes, key=math.prod) for pick in (min, max))
-        (usual, times) = sizes.most_common(1)[0]
-        line = "sizes    {} different, from {} x {} to {} x {} (height x width); most often {} x {}"
-        print(line.format(len(sizes), *small, *large, *usual) + f", {times} times")
-    good = sizes.total()
-    print(f"checked  {len(found)} images: {good} can be read, {len(found) - good} cannot")
-    return len(found) - good
+    for index, (kind, reason) in enumerate(found):
+        if kind:
+            print(f"{kind:<9}{images.name(index)}: {reason}")
+    bad = sum(kind == "bad" for kind, _ in found)
+    print(f"checked  {len(found)} images: {len(found) - bad} can be read, {bad} cannot")
+    return bad

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import math
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -14,8 +15,6 @@ from torch import Tensor
 from engine.files import write_atomically
 
 FORMAT = 1  # goes up when older programs could not continue from a file
-TRAINING = {"format", "config", "step", "position", "num_images", "world_size", "model",
-            "optimizer", "scaler", "logged", "sums", "bad_steps", "seconds"}  # fmt: skip
 # Names of the released SlotCon -> names here. The released `_k` networks are the teacher.
 RELEASED = {
     "encoder_q.": "student.backbone.",
@@ -49,6 +48,7 @@ class Checkpoint:
     def __init__(self, path: Path, contents: Mapping[str, Any]):
         self.path, self.contents = path, contents
         config = contents.get("config") or contents.get("args")
+        config = getattr(config, "__dict__", config)  # of an argparse.Namespace
         self.config: dict[str, Any] = dict(config) if isinstance(config, Mapping) else {}
         self.state = released_names(tensors_of(contents))
         self.holds_network = any(key.startswith("student.") for key in self.state)
@@ -87,30 +87,31 @@ def read(path: str | Path) -> Checkpoint:
     path = path / "last.pth" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}")
-    with path.open("rb") as file:
-        start = file.read(40).decode("latin-1")
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # decoders meet damaged files with exceptions of every kind
-        text = str(error).strip() or type(error).__name__
-        kinds = [kind for way, kind in OTHERS.items() if re.match(way, start + text, re.DOTALL)]
-        if forbidden := re.search(r"(?:GLOBAL|Unsupported class) (\S+)", text):
-            kinds = [
-                f"it asks to run {forbidden[1]}, which a checkpoint needs not; nothing was run"
-            ]
-        reason = (*kinds, text.partition("\n")[0][:100])[0]
-        raise ValueError(f"{path} is no checkpoint, or damaged: {reason}") from None
+        raise ValueError(f"{path} is no checkpoint, or damaged: {kind_of(path, error)}") from None
     if not isinstance(contents, Mapping):
         raise ValueError(f"{path} holds a {type(contents).__name__}, not a checkpoint's dictionary")
-    plain = {k: vars(v) if isinstance(v, argparse.Namespace) else v for k, v in contents.items()}
-    found = Checkpoint(path, plain)
+    found = Checkpoint(path, contents)
     for name, value in found.state.items():
         if value.is_floating_point() and not value.isfinite().all():
             advice = "the run diverged, or the file is damaged: take an earlier one"
             raise ValueError(f"{path}: {name} has numbers that are not finite; {advice}")
     return found
+
+
+def kind_of(path: Path, error: Exception) -> str:
+    """What a file is that torch refuses, for a person."""
+    text = str(error).strip() or type(error).__name__
+    if forbidden := re.search(r"(?:GLOBAL|Unsupported class) (\S+)", text):
+        return f"it asks to run {forbidden[1]}, which a checkpoint needs not; nothing was run"
+    with path.open("rb") as file:
+        found = file.read(40).decode("latin-1") + text
+    kinds = (kind for way, kind in OTHERS.items() if re.match(way, found, re.DOTALL))
+    return next(kinds, text.partition("\n")[0][:100])
 
 
 def released_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -170,18 +171,19 @@ def start_from(model: torch.nn.Module, path: str) -> str:
     in words. Raises ValueError where the backbone is not there as a whole.
     """
     found, own = read(path), model.state_dict()
-    given, source, networks = found.state, path, ("student", "teacher")
+    given = found.state
     if not found.holds_network:
-        source = found.source()
-        given = {f"{n}.backbone.{k}": v for n in networks for k, v in found.backbone().items()}
+        networks, backbone = ("student", "teacher"), found.backbone()
+        given = {f"{n}.backbone.{k}": v for n in networks for k, v in backbone.items()}
     used = {k: v for k, v in given.items() if k in own and own[k].shape == v.shape}
-    needed = [k for k in own if ".backbone." in k and "num_batches_tracked" not in k]
-    if missing := [k for k in needed if k not in used]:
+    needed = {k for k in own if ".backbone." in k and "num_batches_tracked" not in k}
+    if missing := sorted(needed - used.keys()):
         arch = f"--arch {found.config['arch']}" if "arch" in found.config else "the file's --arch"
         lacks = f"{len(missing)} of its tensors are missing or of another shape, first {missing[0]}"
-        found = f"{lacks}; found {some_keys(given)}; give {arch}"
-        raise ValueError(f"--init {path} does not hold this backbone: {found}")
+        reason = f"{lacks}; found {some_keys(given)}; give {arch}"
+        raise ValueError(f"--init {path} does not hold this backbone: {reason}")
     model.load_state_dict({**own, **used})
+    source = path if found.holds_network else found.source()
     return f"{source}: {len(used)} of {len(own)} tensors used, the others are random"
 
 
@@ -191,7 +193,7 @@ def restore(
 ) -> Mapping[str, Any]:  # fmt: skip
     """Put a training checkpoint back -> its contents. Raises ValueError for what has `changed`."""
     saved = read(path).contents
-    if not saved.keys() >= TRAINING or saved["format"] > FORMAT:
+    if saved.get("format", math.inf) > FORMAT:
         found = f"it holds no training state (found {some_keys(saved)}), or one of a newer version"
         raise ValueError(f"{path} cannot be continued: {found}; its network can be evaluated")
     if differences := changed(saved):

@@ -11,13 +11,9 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None
     """Write a file so that `path` holds the old content or the new one at any moment.
 
     write(file) fills a temporary neighbor, which is flushed to the disk and renamed. Raises OSError
-    that names `path`, which is untouched. What is no file, such as a pipe, is written to directly.
+    that names `path`, which is untouched.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():
-        with open(path, "wb") as device:
-            write(device)
-        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -25,11 +21,10 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException as error:
+    except OSError as error:  # that of a full disk names no file
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+    finally:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):  # that of a full disk names no file
-            raise OSError(error.errno, error.strerror or str(error), str(path)) from None
-        raise
 
 
 def write_json(path: str | Path, contents: Any) -> None:
@@ -46,10 +41,9 @@ def write_lines(path: str | Path, lines: Iterable[str]) -> None:
 def read_lines(file: str | Path) -> list[str]:
     """The lines of a list of names, without spaces at both ends. Raises ValueError, OSError."""
     try:  # "-sig": some editors begin a file with a mark, which is no part of the first name
-        text = Path(file).read_text(encoding="utf-8-sig")
+        return [line.strip() for line in Path(file).read_text("utf-8-sig").splitlines()]
     except UnicodeDecodeError:
         raise ValueError(f"{file} is not a text file with one name per line") from None
-    return [line.strip() for line in text.splitlines()]
 
 
 def found_in(path: Path) -> str:
@@ -58,9 +52,3 @@ def found_in(path: Path) -> str:
     names = sorted(entry.name + "/" * entry.is_dir() for entry in os.scandir(folder))
     more = f" and {len(names) - 6} more" if len(names) > 6 else ""
     return f"found in {folder}: {', '.join(names[:6]) or 'nothing'}{more}"
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files of processes that died while they wrote into the folder."""
-    for file in folder.glob(".*.[0-9]*.tmp"):
-        file.unlink(missing_ok=True)

@@ -5,9 +5,9 @@ import errno
 import os
 import signal
 import socket
-import threading
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
 from engine.log import say
 
@@ -16,7 +16,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-STOPS = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
+STOPS = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")  # of which Windows lacks some
 
 
 class Paused(Exception):
@@ -30,9 +30,8 @@ class StopSignals:
         self.received, self.before = "", {}
 
     def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            numbers = [getattr(signal, name) for name in STOPS if hasattr(signal, name)]
-            self.before = {number: signal.signal(number, self.note) for number in numbers}
+        numbers = [getattr(signal, name) for name in STOPS if hasattr(signal, name)]
+        self.before = {number: signal.signal(number, self.note) for number in numbers}
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
@@ -53,28 +52,22 @@ class StopSignals:
                 os.write(2, line.encode())
 
 
-class Lock:
-    """A lock of this process on a run's folder. Raises ValueError where another has it; OSError."""
-
-    def __init__(self, folder: Path):
-        self.file = open(folder / "run.lock", "a+", encoding="utf-8")  # noqa: SIM115, for the run
-        try:
-            if fcntl:
-                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                say(f"{folder} is on a file system without locks: start no second run in it")
-                return
-            self.file.seek(0)
-            holder = self.file.read().strip() or "another process"
-            self.file.close()
+def lock(folder: Path) -> TextIO:
+    """Lock a folder for this process, until the returned file is closed. Raises ValueError where
+    another process has it; OSError.
+    """
+    file = open(folder / "run.lock", "a+", encoding="utf-8")  # noqa: SIM115, for the whole run
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            file.seek(0)
+            holder = file.read().strip() or "another process"
             advice = "wait for that run, or give another --output-dir"
             raise ValueError(f"--output-dir {folder} is in use by {holder}: {advice}") from None
-        self.file.truncate(0)
-        self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self.file.flush()
-
-    def release(self) -> None:
-        """Let go. The file stays, since another run may be waiting for this very one."""
-        self.file.truncate(0)
-        self.file.close()
+        say(f"{folder} is on a file system without locks: start no second run in it")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file

@@ -18,12 +18,20 @@ from einops import rearrange
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from engine import LAYOUTS, SUFFIXES
+from engine import LAYOUTS
 from engine.files import found_in, read_lines
 
-PROBES = 16  # files that are tried before a folder counts as unreadable [U]
+SUFFIXES = (  # how the names of image files end
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp"),
+    *(".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"),
+)
 HIDDEN = (".", "@eaDir")  # how the names begin of what is left out; @eaDir holds a NAS's thumbnails
-Left = dict[str, list[str]]  # what was left out: a kind of files or folders -> their paths
+# How folders of label maps begin in VOC, Cityscapes, ADE20K and COCO-Stuff, and how their names end
+LABELS = re.compile(
+    r"(?i)(?:^|/)(?:segment|gt|ground.?truth|anno|stuffthing|label|mask)\w*(?=/)"
+    r"|_(?:mask|label|labelids|seg|gt)s?\.\w+$"
+)
+Left = collections.defaultdict[str, list[str]]  # what was left out: kind of files or folders, paths
 
 
 class BadImage(Exception):
@@ -87,10 +95,9 @@ class Photograph:
     def labeled(self) -> Tensor:
         """All pixels (3 y x), to lie beside a label. Raises BadImage, also if viewers turn it."""
         if self.orientation in range(2, 9):
-            reason = (
-                f"its EXIF orientation is {self.orientation}: viewers turn it, and nothing says"
-            )
-            raise BadImage(self.name, f"{reason} whether its label is turned; save it upright")
+            found = f"its EXIF orientation is {self.orientation}: viewers turn it"
+            advice = "and nothing says whether its label is turned; save it upright"
+            raise BadImage(self.name, f"{found}, {advice}")
         return self.pixels().image
 
 
@@ -152,27 +159,32 @@ def find_images(
 ) -> tuple[Path, np.ndarray, str]:
     """The images of a data set -> root, paths (array of str, sorted, relative to root), notice.
 
-    layout: a key of LAYOUTS. strict: whether a folder with another layout is refused, or taken as a
-    plain folder. notice: how the folder was read, and what was left out. Raises ValueError if there
-    is no image, or none that can be read; OSError.
+    data_dir: a folder, or a list of images; layout: a key of LAYOUTS. strict: whether a folder with
+    another layout is refused, or taken as a plain folder. notice: how the folder was read, and what
+    was left out. Raises ValueError if there is no image; OSError.
     """
-    data_dir = Path(os.path.abspath(Path(data_dir).expanduser()))
-    layout, left = "list" if data_dir.is_file() else layout, collections.defaultdict(list)
-    found = [_search(data_dir, folder, left) for folder in LAYOUTS[layout]]
-    names = list(itertools.chain(*found)) if all(found) else []
-    notice = f"{data_dir}, layout {layout}"
-    if layout == "list":
-        names = [line for line in read_lines(data_dir) if line and not f"{line} ".startswith("# ")]
+    data_dir, left = Path(os.path.abspath(Path(data_dir).expanduser())), Left(list)
+    if data_dir.is_file():
+        lines = read_lines(data_dir)
+        names = [line for line in lines if line and not f"{line} ".startswith("# ")]
+        root, notice = data_dir.parent, f"the list {data_dir}"
+    else:
+        found = [_search(data_dir, folder, left) for folder in LAYOUTS[layout]]
+        names = list(itertools.chain(*found)) if all(found) else []
+        root, notice = data_dir, f"{data_dir}, layout {layout}"
     if not names and not strict:
         left.clear()
         names = _search(data_dir, ".", left)
         notice = f"{data_dir} is not laid out as {layout}: taken as a plain folder of images"
     if not names:
         what = "no images in" if data_dir.exists() else "no such folder:"
-        raise ValueError(f"{what} {data_dir}; {_expected(data_dir, layout)}")
-    images = ImageFiles(data_dir.parent if layout == "list" else data_dir, np.sort(names))
-    _require_readable(images)
-    return Path(images.root), images.paths, notice + _left_out(left)
+        expected = f"the layout {layout} has them in {' and '.join(LAYOUTS[layout])}"
+        raise ValueError(f"{what} {data_dir}; {expected}; {found_in(data_dir)}")
+    if left:  # the most frequent kinds first
+        kinds = sorted(left.items(), key=lambda item: -len(item[1]))
+        words = [f"{len(paths)} {kind} (first {min(paths)})" for kind, paths in kinds[:4]]
+        notice += f"; left out: {', '.join(words)}{', ...' * (len(kinds) > 4)}"
+    return root, np.sort(names), notice
 
 
 def _search(data_dir: Path, pattern: str, left: Left) -> list[str]:
@@ -191,72 +203,37 @@ def _search(data_dir: Path, pattern: str, left: Left) -> list[str]:
             continue
         entered.add(real)
         folders[:] = sorted(name for name in folders if deep and not name.startswith(HIDDEN))
-        before, start = len(images), "" if folder == "." else f"{folder}/"
-        for path in (start + name for name in names if not name.startswith(HIDDEN)):
-            suffix = os.path.splitext(path)[1].lower()
+        before = len(images)
+        for name in (name for name in names if not name.startswith(HIDDEN)):
+            suffix = os.path.splitext(name)[1].lower()
             kind = images if suffix in SUFFIXES else left[suffix or "without a suffix"]
-            kind.append(path)
+            kind.append(os.path.normpath(os.path.join(folder, name)))
         if len(images) == before and not deep:
             left["folders without an image"].append(folder)
     return images
-
-
-def _left_out(left: Left) -> str:
-    """What was left out, the most frequent kinds first, in words."""
-    kinds = sorted(left.items(), key=lambda item: -len(item[1]))
-    words = [f"{len(paths)} {kind} (first {min(paths)})" for kind, paths in kinds[:4]]
-    return f"; left out: {', '.join(words)}{', ...' * (len(kinds) > 4)}" if kinds else ""
-
-
-def _expected(data_dir: Path, layout: str) -> str:
-    """The files that a layout asks for, and what is there instead."""
-    folders = (folder.replace(".", "...") for folder in LAYOUTS[layout])
-    trees = " and ".join(f"{data_dir}/{folder}/*.jpg" for folder in folders)
-    expected = trees or "a text file with one image path per line"
-    if layout not in ("list", "folder"):
-        expected += ", or the layout 'folder', which takes any"
-    return f"expected {expected}; {found_in(data_dir)}"
-
-
-def _require_readable(images: ImageFiles) -> None:
-    """Raises ValueError if none of a few images can be read."""
-    tried = np.linspace(0, len(images) - 1, min(PROBES, len(images))).astype(int)
-    for index in tried:
-        try:
-            images[index]
-            return
-        except BadImage as bad:
-            what = f"none of {len(tried)} files tried in {images.root} is a readable image; {bad}"
-    raise ValueError(what)
 
 
 def open_images(
     data_dir: str | Path, layout: str = "folder", strict: bool = True, subset: int = 0,
     long_tailed: bool = False, held_out: int = 0, seed: int = 0,
 ) -> tuple[Photographs, ImageFiles, str]:  # fmt: skip
-    """`find_images`, `hold_out`, `choose_subset` of the others -> what to learn from, what is kept
-    out for the result at the end, and what was found and chosen; a second line is a warning.
+    """Images to learn from, others that are kept out for the result at the end, and what was found
+    and chosen; a second line is a warning.
 
-    subset, held_out: numbers of images, 0: all, none. seed: of both choices. Raises their errors.
+    subset, held_out: numbers of images, 0: all, none; at most a tenth is kept out. seed: of both
+    choices. Raises ValueError, OSError.
     """
     root, paths, notice = find_images(data_dir, layout, strict)
     about = f"{len(paths)} images: {notice}"
-    paths, out = hold_out(paths, held_out, seed)
-    if len(out):
-        about += f"; {len(out)} are kept out for the result"
+    held_out = min(held_out, len(paths) // 10)
+    order = np.random.default_rng([seed, 10]).permutation(len(paths))
+    out, paths = np.sort(paths[order[:held_out]]), np.sort(paths[order[held_out:]])
+    if held_out:
+        about += f"; {held_out} are kept out for the result"
     if subset:
         paths, how = choose_subset(paths, subset, seed, long_tailed)
-        about += f"; {len(paths)} of {'the others' if len(out) else 'them'}, {how}"
-    if warning := look_like_labels(paths):
-        about += f"\nwarning  {warning}"
-    return Photographs(root, paths), ImageFiles(root, out), about
-
-
-def hold_out(paths: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The paths to learn from, and `count` others, at most a tenth. A function of the seed."""
-    count = min(count, len(paths) // 10)
-    order = np.random.default_rng([seed, 10]).permutation(len(paths))
-    return np.sort(paths[order[count:]]), np.sort(paths[order[:count]])
+        about += f"; {subset} of them are chosen, {how}"
+    return Photographs(root, paths), ImageFiles(root, out), about + look_like_labels(paths)
 
 
 def choose_subset(
@@ -272,8 +249,6 @@ def choose_subset(
     rng = np.random.default_rng([seed, count])
     paths = rng.permutation(paths)
     classes, class_of = np.unique([os.path.dirname(path) for path in paths], return_inverse=True)
-    if long_tailed and len(classes) < 2:
-        raise ValueError("--long-tailed needs folders that are classes, and all images lie in one")
     shares = np.ones(len(classes))
     if long_tailed:  # quantiles of the distribution; the seed says which class has which
         quantiles = (np.arange(len(classes)) + 0.5) / len(classes)
@@ -283,9 +258,8 @@ def choose_subset(
     times = np.array([next(places[index]) for index in class_of]) / shares[class_of]
     chosen = np.argsort(times, kind="stable")[:count]
     counts = np.bincount(class_of[chosen], minlength=len(classes))
-    how = "with a long tail" if long_tailed else "uniform"
-    how = f"{how} over {len(classes)} classes ({counts.min()} to {counts.max()} each)"
-    return np.sort(paths[chosen]), how if len(classes) > 1 else "at random"
+    how = f"{'long-tailed' if long_tailed else 'uniform'} over {len(classes)} folders"
+    return np.sort(paths[chosen]), f"{how} ({counts.min()} to {counts.max()} each)"
 
 
 def digest_of(paths: Sequence[str]) -> str:
@@ -293,17 +267,11 @@ def digest_of(paths: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(map(str, paths)).encode(errors="surrogateescape")).hexdigest()
 
 
-# How folders of label maps begin in VOC, Cityscapes, ADE20K and COCO-Stuff, and how their names end
-LABELS = re.compile(
-    r"(?i)(?:^|/)(?:segment|gt|ground.?truth|anno|stuffthing|label|mask)\w*(?=/)"
-    r"|_(?:mask|label|labelids|seg|gt)s?\.\w+$"
-)
-
-
 def look_like_labels(paths: Sequence[str]) -> str:
     """A warning if the places of some images say that they are label maps of others; else ""."""
     found = filter(None, map(LABELS.search, map(str, paths)))
     places = collections.Counter(match[0].strip("/") for match in found)
     named = ", ".join(f"{count} of {place}" for place, count in places.most_common(4))
-    warning = f"label maps? {named}: give the folder of the photographs, or a list, as --data-dir"
-    return warning if len(paths) / 20 < places.total() < len(paths) else ""
+    advice = "give the folder of the photographs, or a list, as --data-dir"
+    some = len(paths) / 20 < places.total() < len(paths)
+    return f"\nwarning  label maps? {named}: {advice}" if some else ""

@@ -15,16 +15,13 @@ class LARS(torch.optim.SGD):
         g <- g + weight_decay p, then g <- g coefficient |p| / |g|, factor 1 if a norm is 0.
     Biases and norms (ndim 1) are neither decayed nor adapted. Then, for all parameters:
         velocity <- momentum velocity + g, p <- p - lr velocity.
-    A step overwrites the gradients. Raises ValueError for negative settings.
+    A step overwrites the gradients.
     """
 
     def __init__(
         self, params: Iterable[Tensor], lr: float, momentum: float = 0.9,
         weight_decay: float = 1e-5, coefficient: float = 0.001,
     ):  # fmt: skip
-        settings = lr, momentum, weight_decay, coefficient
-        if min(settings) < 0:
-            raise ValueError(f"LARS needs settings of at least 0, found {settings}")
         # SGD's own decay stays 0: it would come after the norm is taken
         super().__init__(params, lr, momentum, fused=True)
         self.weight_decay, self.coefficient = weight_decay, coefficient

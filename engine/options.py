@@ -18,7 +18,6 @@ from math import inf
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
-from engine import SUFFIXES
 from engine.files import write_json
 
 T = TypeVar("T")
@@ -46,20 +45,23 @@ def option(
 
 
 def parse(
-    presets: Mapping[str, T], argv: Sequence[str] | None, description: str, by: str = "preset"
+    presets: Mapping[str, T], argv: Sequence[str] | None, description: str
 ) -> tuple[T, set[str]]:
     """The preset that is named, with the given options replaced, and their names.
 
-    presets: name -> instance of one dataclass, the first is the default; by: the field of the name.
-    Raises ValueError with one line.
+    presets: name -> instance of one dataclass, the first is the default. Raises ValueError with one
+    line.
     """
     parser = Parser(description=description, usage="%(prog)s [options]")
-    add_options(parser, presets, by)
-    return settle(presets, parser.parse_args(argv), by)
+    add_options(parser, presets)
+    return settle(presets, parser.parse_args(argv))
 
 
 def add_options(parser: "Parser", presets: Mapping[str, Any], by: str = "preset") -> None:
-    """One option per field of the presets' dataclass, in the groups of the help."""
+    """One option per field of the presets' dataclass, in the groups of the help.
+
+    by: the field with the preset's name.
+    """
     first = next(iter(presets.values()))
     types = get_type_hints(type(first))
     groups = {group: parser.add_argument_group(group) for group in GROUPS}
@@ -94,18 +96,13 @@ def settle(presets: Mapping[str, T], args: Namespace, by: str = "preset") -> tup
     known = vars(presets[first])
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items() if k in known}
     settings = dataclasses.replace(presets[given.get(by, first)], **given)
-    check_ranges(settings)
-    return settings, set(given)
-
-
-def check_ranges(settings: Any) -> None:
-    """Raises ValueError for the first number out of its range, and for nan."""
     for f in dataclasses.fields(settings):
         value, low, high = getattr(settings, f.name), f.metadata["low"], f.metadata["high"]
         for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, (int, float)) and not low <= number <= high:
+            if isinstance(number, (int, float)) and not low <= number <= high:  # nor nan
                 expected = f"at least {low}" if high == inf else f"{low} to {high}"
                 raise ValueError(f"{flag(f.name)} {number} is out of range: expected {expected}")
+    return settings, set(given)
 
 
 def differences(settings: Any, earlier: Mapping[str, Any]) -> list[str]:
@@ -133,62 +130,47 @@ class Parser(argparse.ArgumentParser):
     """A parser whose complaints are one line. description: a docstring, shown up to its slide."""
 
     def __init__(self, *args: Any, description: str = "", **given: Any):
-        self.paths = ""  # name of a positional list, which argparse fills from one place only
         width = shutil.get_terminal_size((100, 24)).columns
         form = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=width)
-        given = dict(formatter_class=form, allow_abbrev=False) | given
         description = re.split(r"(?m)^(?:Slides?|Paper|Read next)\b", description)[0].strip()
-        super().__init__(*args, description=description, **given)
+        more = dict(formatter_class=form, allow_abbrev=False, description=description)
+        super().__init__(*args, **more, **given)
 
     def error(self, message: str) -> NoReturn:
         """Raises ValueError."""
         raise ValueError(message)
 
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if action.choices is not None and value not in action.choices:
-            name, words = (*action.option_strings, "command")[0], list(map(str, action.choices))
-            near = difflib.get_close_matches(str(value), words, 1, cutoff=0.5)
-            advice = f" (did you mean {near[0]}?)" if near else ""
-            self.error(f"{name} {value}: choose one of {', '.join(words)}{advice}")
-
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """The options. Raises ValueError for words that are none. Subparsers come here too."""
         found, words = super().parse_known_args(args, namespace)
-        options = [word.partition("=")[0] for word in words if word.startswith("-")]
-        if options:
-            near = difflib.get_close_matches(options[0], self._option_string_actions, 1)
+        lists = [a.dest for a in self._get_positional_actions() if a.nargs in ("*", "+")]
+        for word in sorted(words, key=lambda word: not word.startswith("-")):
+            if lists and not word.startswith("-"):  # of "a --size 9 b c", b and c
+                getattr(found, lists[0]).append(path(word))
+                continue
+            near = difflib.get_close_matches(word.partition("=")[0], self._option_string_actions, 1)
             advice = f": did you mean {near[0]}?" if near else ""
-            raise ValueError(f"unrecognized option {options[0]}{advice}")
-        if words and not self.paths:
-            more = f" and {len(words) - 1} more; put a pattern into quotes" if words[1:] else ""
-            raise ValueError(f"unrecognized arguments: {words[0]}{more}")
-        for word in words:  # of "a --size 9 b c", b and c
-            getattr(found, self.paths).append(path(word))
+            raise ValueError(f"unrecognized argument {word}{advice}")
         return found, []
 
 
-class Commands:
-    """The subcommands of a program."""
+class Commands(Parser):
+    """The parser of a program with subcommands."""
 
     def __init__(self, program: str, description: str):
-        self.parser = Parser(program, description=description)
-        self.subparsers = self.parser.add_subparsers(dest="command", required=True)
+        super().__init__(program, description=description)
+        self.known = self.add_subparsers(dest="command", required=True, parser_class=Parser)
 
-    def add(self, name: str, text: str, paths: str = "") -> Parser:
-        """A subcommand -> its parser; paths: the name of its positional list, "" for none."""
-        parser = self.subparsers.add_parser(name, help=text, description=text)
-        parser.paths = paths
+    def add(self, name: str, text: str) -> Parser:
+        """A subcommand -> its parser."""
+        parser = self.known.add_parser(name, help=text, description=text)
         text = "write the result as JSON; -: to stdout, tables to stderr"
         parser.add_argument("--json", type=path, metavar="FILE", help=text)
         return parser
 
-    def parse(self, argv: Sequence[str] | None) -> Namespace:
-        """The options, the subcommand as `command`. Raises ValueError with one line."""
-        return self.parser.parse_args(argv)
-
     def run(self, argv: Sequence[str] | None, functions: Mapping[str, Callable]) -> int:
         """Calls the function of the subcommand, args -> what --json writes; returns the status."""
-        args = self.parse(argv)
+        args = self.parse_args(argv)
         to_stdout = args.json == Path("-")
         if args.json:
             check_writable(args.json, "--json")
@@ -218,13 +200,14 @@ def add_checkpoint(parser: Parser) -> None:
 
 def add_images(parser: Parser, text: str) -> None:
     """--data-dir, and how images are read from it."""
-    parser.add_argument("--data-dir", type=folder, metavar="PATH", help=text)
-    for name, kind, default, about in (
-        ("--limit", whole, 0, "use N images only, evenly spaced; 0: all (default: 0)"),
-        ("--batch-size", positive, 16, "images at a time; changes no result (default: 16)"),
-        ("--workers", whole, 0, "processes that decode images; 2 to 8 help on a GPU (default: 0)"),
-    ):
-        parser.add_argument(name, type=kind, default=default, metavar="N", help=about)
+    add = parser.add_argument
+    add("--data-dir", type=path, metavar="PATH", help=text)
+    text = "use N images only, evenly spaced; 0: all (default: 0)"
+    add("--limit", type=whole, default=0, metavar="N", help=text)
+    text = "images at a time; changes no result (default: 16)"
+    add("--batch-size", type=positive, default=16, metavar="N", help=text)
+    text = "processes that decode images; 2 to 8 help on a GPU (default: 0)"
+    add("--workers", type=whole, default=0, metavar="N", help=text)
 
 
 def add_output(parser: Parser, default: str) -> None:
@@ -247,7 +230,8 @@ def check_writable(file: Path, option: str) -> None:
     """Makes the folder of a file. Raises ValueError where it cannot be written to."""
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-    if file.is_dir() or not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
+    no_file = file.exists() and not file.is_file()  # but a folder, a pipe, a device
+    if no_file or not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
         raise ValueError(f"cannot write {file}: give another place by {option}")
 
 
@@ -258,24 +242,16 @@ def path(text: str) -> Path:
 
 def checkpoint_path(text: str) -> Path:
     """A checkpoint; of a folder, the last.pth in it."""
-    file = _no_image("the checkpoint (last.pth, or the folder of a run)", text)
+    file = path(text)
     return file / "last.pth" if file.is_dir() else file
 
 
-def _no_image(expected: str, text: str) -> Path:
-    file = path(text)
-    if file.suffix.lower() in SUFFIXES and not file.is_dir():
-        raise ArgumentTypeError(f"{text} is an image where {expected} is expected")
-    return file
-
-
 def _at_least(low: int, text: str) -> int:
-    if not re.fullmatch(r"[+-]?\d+", text) or int(text) < low:
+    if not text.isdecimal() or int(text) < low:
         raise ArgumentTypeError(f"{text}: expected a whole number, at least {low}")
     return int(text)
 
 
-folder = partial(_no_image, "a folder")
 whole = partial(_at_least, 0)
 positive = partial(_at_least, 1)
 # --size, px. In smaller views the reflect padding of a backbone can be wider than its map.

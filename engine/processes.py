@@ -1,7 +1,6 @@
 """One process or many: where this one runs, in what precision, how many readers it has."""
 
 import datetime
-import inspect
 import os
 import sys
 from typing import NamedTuple
@@ -11,8 +10,9 @@ import torch.distributed as dist
 from torch import nn
 
 from engine.norms import summed
+from engine.ranks import rank_and_world_size
 
-SILENT = 1800  # seconds after which a silent process counts as lost; a test may be long [U]
+SILENT = datetime.timedelta(minutes=30)  # then a process counts as lost; a test may be long [U]
 
 
 class Place(NamedTuple):
@@ -30,7 +30,7 @@ class Place(NamedTuple):
 
 
 def start(device: str, amp: str = "off") -> Place:
-    """Find the device and, under torchrun, the other processes.
+    """Find the device and, under torchrun or srun, the other processes.
 
     device: auto, cpu, cuda or mps; amp: auto, bf16, fp16 or off. Raises ValueError.
     """
@@ -47,7 +47,7 @@ def start(device: str, amp: str = "off") -> Place:
     if world_size > 1:
         on_gpu = dict(backend="nccl", device_id=found)
         how = on_gpu if found.type == "cuda" else dict(backend="gloo")
-        dist.init_process_group(**how, timeout=datetime.timedelta(seconds=SILENT))
+        dist.init_process_group(**how, timeout=SILENT)
     return Place(found, rank, world_size, precision(amp, found))
 
 
@@ -62,17 +62,12 @@ def pick_device(device: str) -> torch.device:
 
 
 def precision(amp: str, device: torch.device) -> torch.dtype | None:
-    """The type of --amp on this device, None for float32. Raises ValueError for a GPU without."""
+    """The type of --amp on this device, None for float32."""
     if amp == "off" or (amp == "auto" and device.type != "cuda"):
         return None
-    if amp == "fp16":
-        return torch.float16
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        if amp == "auto":
-            return torch.float16
-        name = torch.cuda.get_device_name()
-        raise ValueError(f"--amp bf16, but {name} has no bf16: use --amp fp16")
-    return torch.bfloat16
+    if amp == "auto":
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 
 
 def synchronized(model: nn.Module, place: Place, sync_norm: str = "torch") -> nn.Module:
@@ -93,16 +88,16 @@ def wrap(model: nn.Module, place: Place) -> nn.Module:
     if place.world_size == 1:
         return model
     ids = [place.device.index] if place.device.type == "cuda" else None
+    wrapped = nn.parallel.DistributedDataParallel(model, ids, gradient_as_bucket_view=True)
     # Buffers stay each rank's own: with SyncBN they are equal, and without it rank 0's are saved.
-    ddp = nn.parallel.DistributedDataParallel
-    renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # torch 2.15 and newer
-    buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-    return ddp(model, ids, gradient_as_bucket_view=True, **buffers)
+    # (As a parameter it has another name from torch 2.15 on)
+    wrapped.broadcast_buffers = False
+    return wrapped
 
 
 def finish() -> None:
     """Part from the other processes at the end of a run."""
-    if dist.is_available() and dist.is_initialized():
+    if rank_and_world_size()[1] > 1:
         dist.destroy_process_group()
 
 
@@ -120,7 +115,7 @@ def workers_of(workers: int) -> int:
     """How many processes read images for this one; -1: its share of the cores, at most 8."""
     if workers >= 0:
         return workers
-    known = hasattr(os, "sched_getaffinity")
+    known = hasattr(os, "sched_getaffinity")  # on Linux
     cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
     return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 

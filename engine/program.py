@@ -19,8 +19,6 @@ BEGAN = time.perf_counter()  # the program, since it imports this file before to
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # What the transports between processes say when one of them ended
 LOST = re.compile(r"gloo|nccl|TCPStore|connection (closed|reset|refused)", re.IGNORECASE)
-
-
 # Larger ones are no steps of srun: the shell of salloc has 4294967290
 LAST_STEP = 0xFFFFFFF0
 
@@ -54,12 +52,24 @@ def run_program(
     except KeyboardInterrupt:
         return fail(name, "interrupted", 130)
     except RuntimeError as error:
-        line = (str(error).splitlines() or [""])[0][:120]
+        line = str(error).partition("\n")[0][:120]
         if "out of memory" in line or "can't allocate memory" in line:
             return fail(name, f"{line}: take a smaller --batch-size, --image-size or network", 2)
-        if LOST.search(line) and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if LOST.search(line) and os.environ.get("WORLD_SIZE", "1") != "1":
             return fail(name, f"another process is gone, and may say why ({line})", 1)
         raise
+
+
+def fail(name: str, reason: Exception | str, status: int) -> int:
+    """One line on stderr, from every process that meets it -> the status."""
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    rank = f"rank {os.environ['RANK']}: " if several else ""
+    with contextlib.suppress(OSError):  # nobody reads any more
+        print(f"{name}: {rank}{reason}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    if several:  # ends at once: a group of processes that is taken apart waits for the others
+        os._exit(status)
+    return status
 
 
 def task_of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
@@ -76,19 +86,10 @@ def task_of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
     host = re.sub(r"\[(\w+).*?\]", r"\1", re.match(r"(\[.*?\]|[^,])+", nodes)[0])  # node[07-09],x
     port = 20_000 + (int(known.get("JOB_ID", 0)) + step) % 10_000  # two jobs may share a machine
     one_gpu = "," not in known.get("CUDA_VISIBLE_DEVICES", ",")  # as with --gpus-per-task=1
-    local = "0" if one_gpu else known["LOCALID"]
-    found = dict(RANK=known["PROCID"], WORLD_SIZE=tasks, LOCAL_RANK=local)
-    meeting = dict(MASTER_ADDR=host, MASTER_PORT=str(port))
-    return found | {name: known.get(name, text) for name, text in meeting.items()}
-
-
-def fail(name: str, reason: Exception | str, status: int) -> int:
-    """One line on stderr, from every process that meets it -> the status."""
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    rank = f"rank {os.environ.get('RANK')}: " if several else ""
-    with contextlib.suppress(OSError):  # nobody reads any more
-        print(f"{name}: {rank}{reason}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-    if several:  # ends at once: a group of processes that is taken apart waits for the others
-        os._exit(status)
-    return status
+    return dict(
+        RANK=known["PROCID"],
+        WORLD_SIZE=tasks,
+        LOCAL_RANK="0" if one_gpu else known["LOCALID"],
+        MASTER_ADDR=known.get("MASTER_ADDR", host),
+        MASTER_PORT=known.get("MASTER_PORT", str(port)),
+    )

@@ -3,8 +3,8 @@ a log. A program puts its own step between `remember` and `end_step`, as train.p
 """
 
 import contextlib
+import datetime
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import default_collate
 
-from engine import checkpoints, files, processes
-from engine.batches import Collate, Loaded, RunSampler, Samples, Skipped, join, moved
-from engine.guards import Lock, StopSignals
-from engine.log import Log, say
+from engine import checkpoints, files, log, processes
+from engine.batches import Collate, Loaded, Samples, Skipped, join, order_of
+from engine.guards import StopSignals, lock
+from engine.log import say
 from engine.processes import Place
 from engine.program import BEGAN, Stopped
 from engine.ranks import gather_objects, sum_over_ranks
@@ -44,7 +45,6 @@ class Options:
     log_every: int = 10  # steps
     save_minutes: float = 10.0  # between two writings of last.pth
     keep_every: int = 0  # epochs between two files epoch_N.pth, 0: none
-    tensorboard: bool = False
 
 
 class Run:
@@ -68,7 +68,8 @@ class Run:
         self.options, self.place, self.model, self.optimizer = options, place, model, optimizer
         self.images, self.settings, self.names = images, dict(settings), (*names, "grad_norm")
         self.folder = Path(options.output_dir) if options.output_dir else None
-        self.signals, self.lock, self.log_file = StopSignals(), None, None
+        self.writes = bool(options.output_dir) and place.is_main  # the folder, and to stdout
+        self.signals, self.lock = StopSignals(), None
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
         self.steps = self.position = self.bad_steps = self.bad_in_row = 0
@@ -90,8 +91,8 @@ class Run:
         self.skipped = Skipped(self.folder and self.folder / "skipped.txt", count)
         self.batch, self.trouble = None, ""  # the next one, or why there is none
         self.waited = 0.0  # seconds without a batch, since the last line of the log
-        sampler = RunSampler(count, size, place, options.seed, self.position)
-        how = dict(batch_sampler=sampler, pin_memory=place.device.type == "cuda")
+        order = order_of(count, size, place, options.seed, self.position)
+        how = dict(batch_sampler=order, pin_memory=place.device.type == "cuda")
         samples, collate = Samples(images, view, options.seed), partial(join, collate)
         self.loaded = Loaded(samples, collate, options.workers, self.stopped, **how)
 
@@ -119,7 +120,8 @@ class Run:
         finally:
             self.waited += time.perf_counter() - began
         # From pinned memory, so that no GPU waits for it
-        self.batch = moved(batch, lambda tensor: tensor.to(self.place.device, non_blocking=True))
+        move = partial(Tensor.to, device=self.place.device, non_blocking=True)
+        self.batch = tree_map_only(Tensor, move, batch)
 
     def remember(self) -> None:
         """Before a forward: keep what it moves, in case the step does not count."""
@@ -152,8 +154,9 @@ class Run:
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
         self.fetch()
-        wanted = torch.tensor([self.stopped(), bool(self.trouble)])
-        numbers = torch.cat([values.detach(), norm[None], wanted.to(values.device)])
+        # Filled there: a copy from here would wait, too
+        wanted = [norm.new_full((1,), flag) for flag in (self.stopped(), bool(self.trouble))]
+        numbers = torch.cat([values.detach(), norm[None], *wanted])
         *sums, stop, trouble = sum_over_ranks(numbers).tolist()
         self.values = [total / self.place.world_size for total in sums]
         self.good = math.isfinite(sum(sums))
@@ -191,8 +194,6 @@ class Run:
             self.ended = "diverged"
         elif self.finished:
             self.ended = "done"
-        if self.log_file and self.good:
-            self.log_file.bar.update()
 
     @property
     def finished(self) -> bool:
@@ -226,14 +227,22 @@ class Run:
         )
         self.logged, self.sums, self.waited = self.steps, [0.0] * len(self.names), 0.0
         self.timed, self.timed_at = self.steps, now
-        if self.log_file:
-            self.log_file.write(record, brief(record))
+        left = (self.options.last_step - self.steps) * self.options.batch_size
+        seconds = round(left / self.images_per_second)
+        left = f"  {datetime.timedelta(seconds=seconds)} left" if left and self.steps > 1 else ""
+        self.write(record, brief(record) + left)
         return record
+
+    def write(self, record: Mapping[str, Any], brief: str) -> None:
+        """A line of log.jsonl, and the same for the eye."""
+        self.print(f"step {record['step']}/{self.options.last_step}  {brief}")
+        if self.writes:
+            log.append(self.folder / "log.jsonl", record)
 
     def print(self, *lines: str) -> None:
         """Lines on stdout, from the main process."""
-        if self.log_file and lines:
-            self.log_file.print("\n".join(lines))
+        if self.writes and lines:
+            print("\n".join(lines), flush=True)
 
     def open_folder(self, changed: Callable[[Mapping[str, Any]], list[str]]) -> None:
         """Take the folder, go on from its checkpoint, and open the log. Raises ValueError."""
@@ -241,29 +250,27 @@ class Run:
         named = options.resume not in ("auto", "none", "force")
         last = Path(options.resume) if named else self.folder / "last.pth"
         wanted = named or (options.resume != "none" and last.exists())
-        lost = not wanted and options.resume == "auto" and (self.folder / "config.json").exists()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = Lock(self.folder) if self.place.is_main else None
+            if self.writes:
+                self.lock = lock(self.folder)
             if wanted:
                 self.resume(last, changed if options.resume != "force" else lambda saved: [])
-            if self.place.is_main:
-                if lost:
-                    say(f"{self.folder}: an earlier run left no checkpoint, this one starts anew")
-                files.remove_leftovers(self.folder)
+            if self.writes:
+                log.forget_after(self.folder / "log.jsonl", self.steps)
+                for file in self.folder.glob(".*.[0-9]*.tmp"):  # of a run that died in a save
+                    file.unlink(missing_ok=True)
                 files.write_json(self.folder / "config.json", self.settings)
                 if not self.position:  # a new run names its own
                     (self.folder / "skipped.txt").unlink(missing_ok=True)
-                log = self.folder / "log.jsonl"
-                self.log_file = Log(log, self.steps, options.last_step, options.tensorboard)
         except OSError as error:
             raise ValueError(f"--output-dir {self.folder} cannot be used: {error}") from None
         positions = gather_objects(self.position)
         if len(set(positions)) > 1:
             found = f"the processes found different states of {last} (batches done: {positions})"
             raise ValueError(f"{found}: every machine must see the same --output-dir")
-        if wanted and self.place.is_main:
-            print(f"resumed  {last} after step {self.steps}", flush=True)
+        if wanted:
+            self.print(f"resumed  {last} after step {self.steps}")
 
     def resume(self, path: Path, changed: Callable[[Mapping[str, Any]], list[str]]) -> None:
         """Go on from a checkpoint."""
@@ -273,7 +280,7 @@ class Run:
             setattr(self, name, saved.get(name, getattr(self, name)))
         self.began -= saved["seconds"]
         then, now = saved["world_size"], self.place.world_size
-        if then != now and self.place.is_main:
+        if then != now and self.writes:
             say(f"{then} process(es) then, {now} now: the same images, but not the same bits")
 
     def state(self) -> dict[str, Any]:
@@ -308,9 +315,7 @@ class Run:
     def save(self, also: str = "") -> None:
         """Write last.pth; also: a second name. A full disk costs a line, at the end the run."""
         self.written = time.perf_counter()
-        if not self.folder or not self.place.is_main:
-            return
-        for file in (self.folder / name for name in ("last.pth", also) if name):
+        for file in (self.folder / name for name in ("last.pth", also) if name and self.writes):
             try:
                 checkpoints.save(file, self.state())
             except OSError as error:
@@ -319,16 +324,6 @@ class Run:
                 if self.ended:
                     raise Stopped(f"{line}: make room, and give the same command again") from None
                 say(f"{line}, and the run goes on")
-
-    def space(self) -> str:
-        """What a checkpoint needs and what the disk has. Raises ValueError where none fits."""
-        kept = 1 if isinstance(self.optimizer, torch.optim.SGD) else 2  # velocity, or two moments
-        size = sum(t.nbytes for t in (*self.model.state_dict().values(), *self.trained * kept))
-        free = shutil.disk_usage(self.folder).free
-        line = f"{size / 1e9:.3f} GB a checkpoint, {free / 1e9:.1f} GB free"
-        if size > free:
-            raise ValueError(f"the disk of {self.folder} is too small: {line}")
-        return line
 
     def __enter__(self) -> "Run":
         self.signals.__enter__()
@@ -343,32 +338,28 @@ class Run:
         finally:
             self.signals.__exit__()
             self.loaded.close()
-            if self.log_file:
-                self.log_file.close()
             if self.lock:
-                self.lock.release()
+                self.lock.close()
 
     def end(self) -> int:
         """Says how the run ended -> exit status. Raises Stopped where it could not go on."""
-        if (count := len(self.skipped.names)) and self.place.is_main:
-            print(f"skipped  {count} images that could not be read: {self.skipped.file}")
+        if count := len(self.skipped.names):
+            self.print(f"skipped  {count} images that could not be read: {self.skipped.file}")
+        held = f"{self.folder}/last.pth holds step {self.steps}: the same command goes on"
+        held = held if self.steps else "no step was taken"
         if self.ended == "diverged":
             raise Stopped(
                 f"{MAX_BAD_STEPS} steps in a row had no finite loss and gradient, and changed no "
                 "weights. Go on with --amp off or a lower --base-lr, and --resume force"
             )
-        held = f"{self.folder}/last.pth holds step {self.steps}: the same command goes on"
-        held = held if self.steps else "no step was taken"
         if self.ended == "trouble":
             reason = self.trouble or "another process has no images, and says why"
             raise Stopped(f"{reason}; {held}")
-        if self.ended != "signal":
-            return 0
-        if self.place.is_main:
+        if self.ended == "signal":
             received = self.signals.received or "a signal to another process"
             line = f"stopped by {received} after step {self.steps} of {self.options.last_step}"
-            print(f"{line}; {held}", flush=True)
-        return 130 if self.signals.received == "SIGINT" else 0
+            self.print(f"{line}; {held}")
+        return 130 if (self.ended, self.signals.received) == ("signal", "SIGINT") else 0
 
 
 def ending(stop: float, trouble: float) -> str:

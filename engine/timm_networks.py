@@ -1,7 +1,5 @@
 """Networks of timm, where it is installed, as backbones: any by its name there."""
 
-import difflib
-from functools import partial
 from types import MethodType
 
 import torch
@@ -16,31 +14,38 @@ def build(name: str, pretrained: bool = False) -> nn.Module:
     """
     try:
         import timm
+
+        try:  # a ViT then takes views of any size
+            model = timm.create_model(name, pretrained, num_classes=0, dynamic_img_size=True)
+        except TypeError:
+            model = timm.create_model(name, pretrained, num_classes=0)
     except ImportError:
         raise ValueError(f"--arch timm:{name} needs timm: pip install timm") from None
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), 1)
-        advice = f": did you mean {near[0]}?" if near else ""
-        raise ValueError(f"timm has no {name}{advice}")
-    create = partial(timm.create_model, name, pretrained, num_classes=0)
-    try:
-        try:
-            model, size = create(dynamic_img_size=True), 224  # a ViT then takes views of any size
-        except TypeError:
-            model = create()
-            size = model.pretrained_cfg["input_size"][-1]
     except Exception as error:  # of a network, a server, a file: of every kind
         line = str(error).partition("\n")[0]
         raise ValueError(f"timm could not make {name}: {line}; weights: --init FILE") from None
     model.forward = MethodType(last_map, model)
-    with torch.enable_grad():
-        maps = model.eval()(torch.zeros(1, 3, size, size))
-        maps.sum().backward()
-    for weight in model.parameters():  # one without a gradient comes after the map
-        weight.requires_grad_(weight.grad is not None)
-        weight.grad = None
-    model.out_channels, model.stride = maps.shape[1], size // maps.shape[2]
+    prepare(model.eval())
     return model.train()
+
+
+def prepare(model: nn.Module) -> None:
+    """Give it `out_channels` and `stride`, and freeze what comes after the map.
+
+    Found on the device "meta", which has shapes and gradients and computes nothing.
+    """
+    empty = {
+        name: torch.empty_like(tensor, device="meta", requires_grad=tensor.requires_grad)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    }
+    size = model.pretrained_cfg["input_size"][-1]
+    images = torch.empty(1, 3, size, size, device="meta")
+    with torch.enable_grad():
+        maps = torch.func.functional_call(model, empty, images)
+        maps.sum().backward()
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(empty[name].grad is not None)
+    model.out_channels, model.stride = maps.shape[1], size // maps.shape[2]
 
 
 def last_map(model: nn.Module, images: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ TIMES = ("images_per_second", "data_seconds", "memory_gb")
 SMALL = (
     "--preset coco-r50 --dataset folder --arch tiny --image-size 32 --num-prototypes 5 "
     "--dim-hidden 12 --dim-out 7 --batch-size 4 --epochs 6 --warmup 1 --base-lr 4 --workers 0 "
-    "--device cpu --threads 1 --log-every 2"
+    "--device cpu --log-every 2"
 ).split()
 
 

@@ -23,7 +23,7 @@ from kernels import written_out
 from measures.learning import statistics
 from slotcon import SlotCon
 from slots import SlotPredictor
-from staged import At, fork_server, join, play
+from staged import fork_server, join, last_of, play
 
 K, D, HIDDEN, H, W = 6, 7, 9, 4, 5
 B = 4  # images per process
@@ -331,23 +331,18 @@ def test_sums_leave_what_is_summed_and_rows_come_in_the_order_of_the_ranks_even_
         assert rank["objects"] == [{"rank": 0}, {"rank": 1}]
 
 
-def keep_statistics(run):
-    """What a norm of this process has seen, beside the folder of the run."""
-    file = run.folder.with_name(f"{run.folder.name}.{run.place.rank}.pth")
-    torch.save(run.model.student.backbone[1].running_mean, file)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("sync_norm", ["torch", "ours"])
 def test_a_run_on_cpus_has_one_batch_norm_for_all_processes_where_it_is_asked(
-    sync_norm, photographs, tmp_path
+    photographs, tmp_path
 ):
-    arguments, accident = ("--sync-norm", sync_norm, "--max-steps", 3), At(2, keep_statistics)
-    given = dict(photographs=photographs, processes=2, accident=accident)
-    statuses, printed = play(tmp_path / "run", *arguments, **given)
-    assert statuses == [0, 0], printed
-    first, second = (torch.load(tmp_path / f"run.{rank}.pth") for rank in (0, 1))
-    assert torch.equal(first, second) == (sync_norm == "ours")
+    """With norms of its own, the process that saves would hold other statistics."""
+    for name, count in (("one", 1), ("two", 2)):
+        given = dict(photographs=photographs, processes=count)
+        statuses, printed = play(tmp_path / name, "--sync-norm=ours", "--max-steps=3", **given)
+        assert statuses == [0] * count, printed
+    one, two = (last_of(tmp_path / name)["model"] for name in ("one", "two"))
+    name = "student.backbone.1.running_var"
+    assert torch.allclose(one[name], two[name], rtol=1e-4)
 
 
 @pytest.fixture
@@ -411,17 +406,11 @@ def test_a_process_of_several_on_gpus_binds_its_group_to_its_gpu(alone):
         ("bf16", "cpu", False, torch.bfloat16),
         ("fp16", "cuda", True, torch.float16),
         ("off", "cuda", True, None),
-        ("bf16", "cuda", False, "--amp bf16, but Old GPU has no bf16: use --amp fp16"),
     ],
 )
 def test_the_precision_is_what_the_device_can_do(alone, amp, device, has_bf16, expected):
     alone.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
-    alone.setattr(torch.cuda, "get_device_name", lambda: "Old GPU")
-    if isinstance(expected, str):
-        with pytest.raises(ValueError, match=expected):
-            processes.precision(amp, torch.device(device))
-    else:
-        assert processes.precision(amp, torch.device(device)) == expected
+    assert processes.precision(amp, torch.device(device)) == expected
 
 
 def test_cores_are_shared_among_the_processes_of_a_machine(alone):

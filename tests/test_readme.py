@@ -21,8 +21,8 @@ FILES = [file for folder in FOLDERS for file in ROOT.glob(f"{folder}*.md")]
 TEXTS = {str(file.relative_to(ROOT)): file.read_text() for file in FILES}
 PARSE = {
     "train": recipes.parse,
-    "evaluate": evaluate.commands().parse,
-    "visualize": visualize.commands().parse,
+    "evaluate": evaluate.commands().parse_args,
+    "visualize": visualize.commands().parse_args,
     "compare": compare.parse,
     "transfer": lambda argv: settings.parse(argv, ""),
     "export": export.parse,

@@ -41,7 +41,7 @@ def test_a_backbone_of_timm_says_its_channels_and_stride_and_every_weight_learns
 
 def test_a_name_or_a_size_that_timm_does_not_take_is_one_line():
     pytest.importorskip("timm")
-    with pytest.raises(ValueError, match="timm has no test_vitt: did you mean test_vit"):
+    with pytest.raises(ValueError, match="timm could not make test_vitt: Unknown model"):
         build_backbone("timm:test_vitt")
     with pytest.raises(ValueError, match="does not take views of 50 x 64 px"):
         build_backbone("timm:test_vit")(torch.zeros(1, 3, 50, 64))
