@@ -169,7 +169,7 @@ WRONG = [
     ("probe BACKBONE --network student", "no student"),
     ("segmentation CHECKPOINT --data-dir FOLDER/no", "FOLDER/no/images; --dataset folder expects"),
     ("segmentation CHECKPOINT --dataset voc", "--data-dir is missing"),
-    ("probe CHECKPOINT --dataset mars", "choose one of toy, folder, coco_stuff"),
+    ("probe CHECKPOINT --dataset mars", "--dataset: invalid choice: 'mars' (choose from "),
     ("slots CHECKPOINT --data-dir FOLDER/empty", "no such folder"),
 ]
 

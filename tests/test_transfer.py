@@ -288,7 +288,7 @@ def test_a_backbone_that_is_not_whole_or_another_is_refused(tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments, complaint", [
     (["segmentation", "--dataset", "voc"], "--data-dir is missing: the folder of voc"),
-    (["detection", "--dataset", "voc"], "--dataset voc: choose one of coco"),
+    (["detection", "--dataset", "voc"], "--dataset: invalid choice: 'voc' (choose from"),
     (["detection", "--shorts", "640", "800"], "--shorts 640 800: the larger number comes first"),
     ([*SMALL, "--labeled", "3"], "and at most the 3 images that there are"),
     ([*SMALL, "--aux-weight", "0.4"], "set --aux-weight 0"),
