@@ -14,7 +14,6 @@ from measures import datasets
 from measures.datasets import open_labeled
 from measures.layouts import COARSE_NAMES, FINE_TO_COARSE, FIRST_STUFF, IGNORE, LABELED, WRONG
 
-ON_DISK = [name for name in LABELED if name != "toy"]
 Y, X = 24, 40
 
 
@@ -121,20 +120,14 @@ def test_a_split_has_the_images_and_the_classes_of_its_layout(
     assert label.dtype == torch.long
 
 
-@pytest.mark.parametrize("dataset", ON_DISK)
-def test_a_wrong_folder_is_answered_with_the_expected_tree_and_what_was_found(tmp_path, dataset):
+@pytest.mark.parametrize("dataset", DRAW)
+def test_what_is_missing_is_named_with_the_expected_tree_and_what_was_found(tmp_path, dataset):
     (tmp_path / "holiday").mkdir()
-    with pytest.raises(ValueError) as caught:
-        open_labeled(dataset, tmp_path)
-    for words in (LABELED[dataset].tree, "found in", "holiday/"):
-        assert words in str(caught.value)
-    assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match="--data-dir is missing"):
-        open_labeled(dataset, None)
-
-
-@pytest.mark.parametrize("dataset", ON_DISK)
-def test_missing_labels_are_counted_and_the_first_is_named(tmp_path, dataset):
+    for folder, words in ((tmp_path, "holiday/"), (None, "--data-dir is missing")):
+        with pytest.raises(ValueError) as caught:
+            open_labeled(dataset, folder)
+        line = str(caught.value)
+        assert LABELED[dataset].tree in line and words in line and "\n" not in line
     DRAW[dataset](tmp_path)
     file = open_labeled(dataset, tmp_path).label_of.args[0][0]
     file.unlink()
@@ -144,11 +137,12 @@ def test_missing_labels_are_counted_and_the_first_is_named(tmp_path, dataset):
 
 def test_a_missing_list_names_the_lists_there_are_and_a_listed_image_must_be_there(tmp_path):
     draw_voc(tmp_path)
-    with pytest.raises(ValueError, match=r"no .*trainval\.txt; .*: train\.txt, train_aug"):
-        open_labeled("voc", tmp_path, "trainval")
     (tmp_path / "VOCdevkit/VOC2012/JPEGImages/2008_02.jpg").unlink()
-    with pytest.raises(ValueError, match=r"1 of 2 images are missing, first .*2008_02\.jpg"):
-        open_labeled("voc", tmp_path, "train_aug")
+    missing = r"1 of 2 images are missing, first .*2008_02\.jpg"
+    there = r"no .*trainval\.txt; .*: train\.txt, train_aug"
+    for split, line in (("trainval", there), ("train_aug", missing)):
+        with pytest.raises(ValueError, match=line):
+            open_labeled("voc", tmp_path, split)
 
 
 def test_the_tables_of_ids_are_those_of_their_protocols():
@@ -182,7 +176,7 @@ def turn(image, _label, orientation):
 
 
 @pytest.mark.parametrize("spoil, message", [
-    (lambda image, label: write(label, np.zeros((Y, X + 1))),
+    (lambda image, label: write(label, rows(0, x=X + 1)),
      rf"day/0\.jpg is {X} x {Y} but its label is {X + 1} x {Y}"),
     (lambda image, label: write(label, rows(0, 3)), r"label .*0\.png has id 3, .* its 3 classes"),
     (lambda image, label: write(label, np.zeros((Y, X, 3))), r"0\.png holds colors \(RGB\)"),
@@ -201,56 +195,29 @@ def test_a_spoiled_image_or_label_is_named_in_one_line(tmp_path, spoil, message)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("contents, names", [
-    (b"\xef\xbb\xbfsky\r\nsea \r\n\n \n", ("sky", "sea")),  # neither mark nor blank lines count
-    ("пляж\nsea".encode(), ("пляж", "sea")),
-    (b"\n \n", ("class 0", "class 1", "class 2")),  # names no class: ids are counted
-    (b"sky\n\nsand\n", "line 2"),
-    (b"a\nb\nb \nc", "line 3"),
+@pytest.mark.parametrize("ids, contents, names", [
+    ((0, 2, 255, 1), b"", ("class 0", "class 1", "class 2")),  # ids are counted
+    ((0, 255, 300, 300), b"\n \n", tuple(f"class {t}" for t in range(301))),  # of 16 bits
+    ((0, 1), b"\xef\xbb\xbfsky\r\nsea \r\n\n \n", ("sky", "sea")),  # no mark, no blank line
+    ((0, 1), "пляж\nsea".encode(), ("пляж", "sea")),
+    (range(168), "\n".join(map(str, range(168))).encode(), tuple(map(str, range(168)))),
+    ((0, 1), b"sky\n\nsand\n", "line 2 is blank, or its name stands there twice"),
+    ((0, 1), b"a\nb\nb \nc", "line 3 is blank, or its name stands there twice"),
+    ((0, 255), b"a\nb", "hold only 0 and 255; 255 is no class, and of one class every score is"),
+    ((255, 7), b"", "hold only 7 and 255"),
+    ((255,), b"", "hold only 255"),
+    (range(168), b"", r"168 ids occur .* 167 first in .*png: name them in classes\.txt"),
 ])  # fmt: skip
-def test_a_folder_names_its_classes_in_a_file_each_with_a_name_of_its_own(
-    tmp_path, contents, names
+def test_a_folder_names_its_classes_or_ids_are_counted_and_those_that_measure_nothing_refused(
+    tmp_path, ids, contents, names
 ):
-    draw_folder(tmp_path)
+    draw_folder(tmp_path, [ids[i : i + Y] for i in range(0, len(ids), Y)])
     (tmp_path / "classes.txt").write_bytes(contents)
     if isinstance(names, str):
-        with pytest.raises(ValueError, match=rf"classes\.txt: {names} is blank, or .* twice"):
+        with pytest.raises(ValueError, match=names):
             open_labeled("folder", tmp_path)
     else:
         assert open_labeled("folder", tmp_path).class_names == names
-
-
-@pytest.mark.parametrize("ids, count", [
-    ((0, 2, 255, 1), 3),
-    ((0, 255, 300, 300), 301),  # 16 bits; 255 is ignored
-])  # fmt: skip
-def test_without_names_the_ids_are_counted(tmp_path, ids, count):
-    draw_folder(tmp_path, [ids[:2], ids[1:]])
-    assert len(open_labeled("folder", tmp_path).class_names) == count
-
-
-@pytest.mark.parametrize("named", [False, True])
-@pytest.mark.parametrize("ids, words", [
-    ((0, 255), "hold only 0 and 255; 255 is no class, and of one class every score is 100 %"),
-    ((255, 7), "hold only 7 and 255"),
-    ((255,), "hold only 255"),
-])  # fmt: skip
-def test_labels_by_which_everything_is_perfect_are_refused(tmp_path, named, ids, words):
-    draw_folder(tmp_path, [ids, ids[::-1]])
-    if named:
-        (tmp_path / "classes.txt").write_text("background\nobject")
-    with pytest.raises(ValueError, match=words):
-        open_labeled("folder", tmp_path)
-
-
-def test_hundreds_of_ids_are_classes_only_where_they_are_named(tmp_path):
-    draw_folder(tmp_path, [range(i, i + Y) for i in range(0, 168, Y)])
-    with pytest.raises(
-        ValueError, match=r"168 ids occur .* 167 first in .*6\.png: name them in classes"
-    ):
-        open_labeled("folder", tmp_path)
-    (tmp_path / "classes.txt").write_text("\n".join(map(str, range(168))))
-    assert len(open_labeled("folder", tmp_path).class_names) == 168
 
 
 def test_a_folder_without_parts_is_split_into_fifths_that_share_no_image(tmp_path):
