@@ -77,11 +77,9 @@ def test_every_photograph_has_a_palette_image_of_its_upright_size(
 
 def test_ids_are_those_of_the_segmentation_that_is_measured(checkpoint, photos, tmp_path):
     run(checkpoint, photos / "deep", photos / "gray.png", "--output", tmp_path / "m", "--size", 64)
-    network, _ = open_network(checkpoint)
-    with Image.open(photos / "deep" / "a.png") as image:
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    with Image.open(tmp_path / "m" / "deep" / "a.png") as mask:
-        assert np.array_equal(np.asarray(mask), segment(network, pixels[None])[0][0].numpy())
+    pixels = torch.from_numpy(np.array(Image.open(photos / "deep" / "a.png"))).permute(2, 0, 1)
+    mask = np.asarray(Image.open(tmp_path / "m" / "deep" / "a.png"))
+    assert np.array_equal(mask, segment(open_network(checkpoint)[0], pixels[None])[0][0].numpy())
 
 
 def test_prototypes_json_says_color_share_images_and_the_nearest_segments(

@@ -35,16 +35,14 @@ def test_cells_without_a_label_are_dropped_and_a_bounded_number_comes_from_every
     assert len(features) == 12 and len(features[:, 0].unique()) == 6
 
 
-def test_the_linear_probe_learns_what_is_linear_whatever_the_scale_of_the_features():
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(300, 4, generator=generator)
-    classes = features[:, 1:].argmax(1)
+@pytest.mark.parametrize("scale, shift", [(1, 0), (1000, 50)])
+def test_the_linear_probe_learns_what_is_linear_whatever_the_scale_of_the_features(scale, shift):
+    features = torch.randn(300, 4, generator=torch.Generator().manual_seed(0))
+    classes, scaled = features[:, 1:].argmax(1), features * scale + shift
     shares = torch.nn.functional.one_hot(classes, 3).float()
-    for scale, shift in ((1, 0), (1000, 50)):
-        scaled = features * scale + shift
-        scores = probes.linear_probe(scaled, shares)(scaled.T[None, :, :, None])  # (1 4 300 1)
-        accuracy = (scores[0, :, :, 0].argmax(0) == classes).float().mean()
-        assert scores.shape == (1, 3, 300, 1) and accuracy > 0.95
+    scores = probes.linear_probe(scaled, shares)(scaled.T[None, :, :, None])  # (1 4 300 1)
+    assert scores.shape == (1, 3, 300, 1)
+    assert (scores[0, :, :, 0].argmax(0) == classes).float().mean() > 0.95
 
 
 def test_a_neighbor_votes_with_its_classes_and_the_nearer_the_more():
