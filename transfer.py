@@ -20,7 +20,7 @@ from typing import Any
 
 from downstream import settings
 from downstream.settings import Shared
-from engine.program import Stopped, run_early, run_program
+from engine.program import run_early, run_program
 
 if __name__ == "__main__":  # a misspelled option is answered before torch is loaded
     run_early("transfer.py", lambda argv: settings.parse(argv, __doc__))
@@ -28,11 +28,11 @@ if __name__ == "__main__":  # a misspelled option is answered before torch is lo
 import torch
 
 from downstream import detection, segmentation
-from downstream.backbones import Usable, groups_of, open_pretrained, share
+from downstream.backbones import groups_of, open_pretrained, share, view
 from engine import checkpoints, files, options, processes
 from engine.guards import Paused
 from engine.log import say
-from engine.ranks import copy_from_main, gather_objects
+from engine.ranks import copy_from_main
 from engine.run import Options, Run
 from measures.groups import COLUMNS, format_classes, table
 
@@ -41,8 +41,8 @@ TASKS = {"detection": detection, "segmentation": segmentation}
 
 def train(c: Shared, run: Run, unseen: Sequence[Any]) -> None:
     """From the first step, or from where the run stopped, to the end or to a pause."""
-    if test_is_due(c, run) or (run.finished and gather_objects(read_result(run) is None)[0]):
-        test(c, run, unseen)  # the run was stopped while it was tested, or its result is lost
+    if test_is_due(c, run):
+        test(c, run, unseen)  # the run was stopped while it was tested
     for batch in run.batches():  # whatever ends the loop, what was learned is saved
         torch.manual_seed(run.generator().initial_seed())  # dropout, the sampling of proposals
         run.remember()  # what a forward moves, so that a bad step can change nothing
@@ -66,67 +66,53 @@ def train(c: Shared, run: Run, unseen: Sequence[Any]) -> None:
 def test_is_due(c: Shared, run: Run) -> bool:
     """Whether the weights as they stand are to be scored, and have not been."""
     asked = c.test_every and run.steps and run.steps % c.test_every == 0
-    return bool(asked or run.finished) and run.notes.get("tested", 0) < run.steps
+    return bool(asked or run.finished) and run.notes.get("result", {}).get("step", 0) < run.steps
 
 
 def test(c: Shared, run: Run, unseen: Sequence[Any]) -> None:
-    """Score the weights; all ranks share the images. The best are kept, and that it was done."""
+    """Score the weights; all ranks share the images. The best are kept, and the result."""
     run.save()  # a test may take long
     copy_from_main(run.model.buffers())  # without SyncBN every rank has its own
     run.model.eval()
     torch.backends.cudnn.benchmark = False  # sizes change
     try:
         with run.autocast():
-            found = TASKS[c.task].scores(run.model, unseen, run.place, c.workers, run.stopped)
+            items = share(unseen, run.place, c.workers, run.stopped)
+            found = TASKS[c.task].scores(run.model, unseen, items, run.place)
     except Paused:  # the same command tests again
         run.ended = "signal"
         return
     run.model.train()
     torch.backends.cudnn.benchmark = c.task == "segmentation"
-    name, result = TASKS[c.task].SCORE, dict(step=run.steps, **found)
-    score, best = result[name] or 0.0, run.notes.get("best", -1.0)
-    run.notes.update(tested=run.steps, best=max(score, best))
+    result = dict(step=run.steps, **found)
+    name, best = TASKS[c.task].SCORE, run.notes.get("best", -1.0)
+    score = result[name] or 0.0
+    run.notes.update(result=result, best=max(score, best))
     if run.writes:
         line = {key: value for key, value in result.items() if not isinstance(value, dict)}
         run.write(line, f"{name} {score:.4f}")
         try:
-            files.write_json(run.folder / "result.json", result)
-            # A run that goes on in another folder left its best weights in the first one.
-            if score > best or (score == best and not (run.folder / "best.pth").exists()):
+            if score >= best:
                 kept = dict(config=run.settings, result=result, model=run.model.state_dict())
                 checkpoints.save(run.folder / "best.pth", kept)
         except OSError as error:
-            say(f"could not write best.pth or result.json: {error.strerror}; the run goes on")
+            say(f"could not write best.pth: {error.strerror}; the run goes on")
     run.save()
 
 
-def read_result(run: Run) -> dict[str, Any] | None:
-    """What result.json says of the last test, None where it is missing, damaged or older."""
-    try:
-        result = json.loads((run.folder / "result.json").read_text())
-        return result if result["step"] == run.notes.get("tested") else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def finish(c: Shared, run: Run, tested: int) -> None:
-    """What a run leaves, beside the slides' numbers. Raises Stopped without a result."""
-    result = read_result(run)
-    if result is None:
-        raise Stopped(
-            f"{run.folder}/result.json could not be written: the same command tests again"
-        )
-    whole = run.steps == c.total_steps
+    """What a run leaves, beside the slides' numbers."""
+    result, whole = run.notes["result"], run.steps == c.total_steps
     at = f"{'done' if whole else 'paused':<9}at step {run.steps} of {c.total_steps}"
     again = "" if whole else "; the same command without --max-steps goes on"
     print(f"{at}{again}; best.pth has the best of all tests, {run.notes['best']:.3f}")
     shown = [key for key in result if key in COLUMNS or key in settings.AP]
     rows = {"this run": result, **(settings.slides_of(c, tested) if whole else {})}
-    numbers = {name: [row.get(key) for key in shown] for name, row in rows.items()}
-    cells = {k: ["" if x is None else f"{x:.3f}" for x in row] for k, row in numbers.items()}
+    cells = {k: ["" if r.get(x) is None else f"{r[x]:.3f}" for x in shown] for k, r in rows.items()}
     print(table(cells, [COLUMNS.get(key, key) for key in shown]))
     if "iou" in result:
         print(format_classes(result))
+    files.write_json(run.folder / "result.json", result)
     if c.json == "-":
         print(json.dumps(result))
     elif c.json:
@@ -147,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     optimizer = torch.optim.SGD(groups_of(model, c), c.base_lr, settings.MOMENTUM)
     run = Run(
         Options(last_step=c.last_step, **options.chosen_for(Options, c)),
-        place, model, optimizer, Usable(seen), functools.partial(TASKS[c.task].view, c=c),
+        place, model, optimizer, range(len(seen)), functools.partial(view, TASKS[c.task], seen, c),
         settings=dict(task=c.task, **dataclasses.asdict(c)),
         changed=functools.partial(settings.differences, c, len(seen)),
         collate=TASKS[c.task].collate, names=model.losses,

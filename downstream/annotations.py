@@ -1,6 +1,4 @@
-"""The guard of annotation files in COCO's form: pycocotools checks nothing, and fails late, waits
-for ever, or reads memory that nobody has written.
-"""
+"""The guard of COCO's annotations: on wrong ones pycocotools waits for ever or reads any memory."""
 
 import contextlib
 import json

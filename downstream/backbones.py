@@ -1,12 +1,12 @@
 """What both tasks begin with: the pretrained backbone, made ready, and labeled images to read."""
 
 import dataclasses
+import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from tqdm import tqdm
 
@@ -70,20 +70,12 @@ def groups_of(model: nn.Module, c: Shared) -> list[dict[str, Any]]:
     ]
 
 
-class Usable(Dataset):
-    """Labeled images for a run: one that cannot be used is named, and its neighbor is taken."""
-
-    def __init__(self, labeled: Any):
-        self.labeled = labeled
-
-    def __len__(self) -> int:
-        return len(self.labeled)
-
-    def __getitem__(self, index: int) -> Any:
-        try:
-            return self.labeled[index]
-        except ValueError as error:
-            raise BadImage(f"labeled image {index}", str(error)) from None
+def view(task: Any, seen: Sequence[Any], c: Shared, index: int, rng: random.Random) -> Any:
+    """What a step sees of a labeled image. Raises BadImage where it cannot be used."""
+    try:
+        return task.view(seen[index], rng, c)
+    except ValueError as error:
+        raise BadImage(f"labeled image {index}", str(error)) from None
 
 
 def some_of(every: Sequence[int], c: Shared) -> list[int]:

@@ -1,8 +1,9 @@
 """Table 2, COCO: Mask R-CNN with batch norms from torchvision's parts; average precision [O]."""
 
 import contextlib
+import copy
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as F
 
 from downstream.annotations import read_annotations
-from downstream.backbones import NEAREST, fitting, share, some_of
+from downstream.backbones import NEAREST, fitting, some_of
 from downstream.settings import Detection
 from engine.images import BadImage, Photograph
 from engine.processes import Place
@@ -31,10 +32,7 @@ from photometric import IMAGENET_MEAN, IMAGENET_STD
 SCORE = "box_ap"  # decides which weights are the best
 TREE = "{train2017,val2017}/*.jpg + annotations/instances_{train2017,val2017}.json"
 PRECISION = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")  # COCOeval's first six
-LOSSES = {  # torchvision's name -> the name in the log
-    "loss_classifier": "class_loss", "loss_box_reg": "box_loss", "loss_mask": "mask_loss",
-    "loss_objectness": "proposal_loss", "loss_rpn_box_reg": "proposal_box_loss",
-}  # fmt: skip
+LOSSES = ("loss_classifier", "loss_box_reg", "loss_mask", "loss_objectness", "loss_rpn_box_reg")
 WIDTH = 256  # of the pyramid and of the heads
 Target = dict[str, Tensor]  # boxes, labels, masks of the objects of an image
 
@@ -55,7 +53,7 @@ def prepare(c: Detection, backbone: nn.Module) -> tuple[nn.Module, Sequence, Seq
 class Detector(nn.Module):
     """Mask R-CNN on C2 .. C5 of a ResNet. classes: without the background."""
 
-    losses = ("loss", *LOSSES.values())
+    losses = ("loss", *LOSSES)
 
     def __init__(self, backbone: nn.Module, classes: int, c: Detection):
         super().__init__()
@@ -122,7 +120,10 @@ class CocoObjects(CocoDetection):
             if not data_dir or not path.exists():
                 raise wrong_tree("coco", Path(data_dir), f"no {path}", TREE)
         VisionDataset.__init__(self, folder)
-        self.coco = indexed(read_annotations(file))
+        self.coco = COCO()
+        self.coco.dataset = read_annotations(file)
+        with contextlib.redirect_stdout(None):  # it reports its progress to stdout
+            self.coco.createIndex()
         self.names = {number: str(each.get("name")) for number, each in self.coco.cats.items()}
         self.labels = {number: t for t, number in enumerate(sorted(self.coco.cats), 1)}
         self.ids = sorted(self.coco.imgs)
@@ -144,15 +145,6 @@ class CocoObjects(CocoDetection):
             for a in self.coco.imgToAnns[id]
             if not a["iscrowd"]
         ]
-
-
-def indexed(contents: dict[str, Any]) -> COCO:
-    """pycocotools' tables of annotations. They are copied: its judge writes into them."""
-    coco = COCO()
-    coco.dataset = dict(contents, annotations=list(map(dict, contents["annotations"])))
-    with contextlib.redirect_stdout(None):  # it reports its progress to stdout
-        coco.createIndex()
-    return coco
 
 
 def view(pair: tuple[Tensor, Target], rng: random.Random, c: Detection) -> tuple[Tensor, Target]:
@@ -179,21 +171,20 @@ def collate(samples: Sequence[tuple[Tensor, Target]]) -> tuple[list, list]:
 
 
 def scores(
-    model: Detector, data: CocoObjects, place: Place, workers: int = 0,
-    stopped: Callable[[], bool] = lambda: False,
-) -> dict[str, Any]:  # fmt: skip
+    model: Detector, data: CocoObjects, items: Iterable[tuple[int, Any]], place: Place
+) -> dict[str, Any]:
     """COCO's box_ap, box_ap50 ... mask_ap_large of all ranks in [0, 1]; None without an object.
 
-    The main process alone computes them, which takes long; for the others they are zero.
+    items: this rank's `share`. The main process alone computes; for the others scores are zero.
     """
     own: list[dict[str, Any]] = []
-    for index, (image, _) in share(data, place, workers, stopped):
+    for index, (image, _) in items:
         found = model.predict(image.to(place.device))
         own += as_results(found, data.ids[index], list(data.labels))
     results = [result for part in gather_objects(own) for result in part]
     numbers: dict[str, Any] = {}
     with contextlib.redirect_stdout(None):  # pycocotools prints its tables to stdout
-        truth = indexed(data.coco.dataset)
+        truth = copy.deepcopy(data.coco)  # the judge writes into it
         found = truth.loadRes(results) if results and place.is_main else None
         for kind, name in (("bbox", "box"), ("segm", "mask")):
             judge = COCOeval(truth, found, kind)

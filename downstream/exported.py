@@ -1,13 +1,9 @@
-"""Files for other libraries: a network of timm, or a ResNet under the names of torchvision or of
-detectron2, whose modeling/backbone/resnet.py has every norm inside its convolution.
-"""
+"""Files for other libraries: of timm, or a ResNet under torchvision's or detectron2's names."""
 
-import importlib
 import io
 import pickle
 import re
 from collections.abc import Mapping
-from types import ModuleType
 
 import torch
 import torchvision
@@ -20,7 +16,7 @@ DETECTRON2_SETTINGS = (  # what a configuration must say for such a file
     "MODEL.PIXEL_STD [58.395, 57.12, 57.375]; MODEL.RESNETS.STRIDE_IN_1X1 False; "
     'MODEL.RESNETS.NORM "SyncBN"; MODEL.BACKBONE.FREEZE_AT 0'
 )
-DETECTRON2_NAMES = (  # torchvision -> detectron2, one rule after the other
+DETECTRON2_NAMES = (  # torchvision -> its modeling/backbone/resnet.py, one rule after the other
     (r"^conv1\.", "stem.conv1."),
     (r"^bn1\.", "stem.conv1.norm."),
     (r"^layer(\d)", lambda found: f"res{int(found[1]) + 1}"),
@@ -37,32 +33,19 @@ def name_of(name: str, form: str) -> str:
     return name
 
 
-def encoded(state: Mapping[str, Tensor], form: str, suffix: str) -> bytes:
-    """A file for the target's checkpointer; *.pkl: arrays, as detectron2 writes them.
-
-    Raises ValueError where safetensors is not installed.
-    """
-    contents = {name_of(name, form): value for name, value in state.items()}
-    if suffix == ".safetensors":
-        return safetensors().save({name: v.contiguous() for name, v in contents.items()})
-    if suffix == ".pkl":
-        contents = {name: value.numpy() for name, value in contents.items()}
+def encoded(state: Mapping[str, Tensor], form: str) -> bytes:
+    """A file for the target's checkpointer: of torch, or pickled arrays, as detectron2 writes."""
     if form == "detectron2":
-        contents = dict(model=contents, __author__="SlotCon", matching_heuristics=True)
-    if suffix == ".pkl":
-        return pickle.dumps(contents)
+        arrays = {name_of(name, form): value.numpy() for name, value in state.items()}
+        return pickle.dumps(dict(model=arrays, __author__="SlotCon", matching_heuristics=True))
     file = io.BytesIO()
-    torch.save(contents, file)
+    torch.save(dict(state), file)
     return file.getvalue()
 
 
-def decoded(file: bytes, arch: str, form: str, suffix: str) -> nn.Module:
+def decoded(file: bytes, arch: str, form: str) -> nn.Module:
     """The target's own network with what our file holds: images (1 3 y x) -> its last map, flat."""
-    if suffix == ".safetensors":
-        contents = safetensors().load(file)
-    else:
-        contents = pickle.loads(file) if suffix == ".pkl" else torch.load(io.BytesIO(file))
-    named = contents["model"] if form == "detectron2" else contents
+    named = pickle.loads(file)["model"] if form == "detectron2" else torch.load(io.BytesIO(file))
     if form == "timm":
         network = nn.Sequential(build_backbone(arch), nn.Flatten())
         network[0].load_state_dict(named)
@@ -72,11 +55,3 @@ def decoded(file: bytes, arch: str, form: str, suffix: str) -> nn.Module:
     names = network.state_dict().keys()
     network.load_state_dict({n: torch.as_tensor(named[name_of(n, form)]) for n in names})
     return network.eval()
-
-
-def safetensors() -> ModuleType:
-    """The library's part for torch. Raises ValueError where it is not installed."""
-    try:
-        return importlib.import_module("safetensors.torch")
-    except ImportError:
-        raise ValueError("*.safetensors needs it: pip install safetensors") from None

@@ -1,8 +1,9 @@
 """Tables 2 and 4, Cityscapes, VOC, ADE20K: mmsegmentation's FCN and views [P], mean IoU."""
 
+import functools
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms.v2 import functional as pixels
 
-from downstream.backbones import NEAREST, dilate, fitting, share, some_of
+from downstream.backbones import NEAREST, dilate, fitting, some_of
 from downstream.settings import Segmentation
 from engine.processes import Place
 from engine.ranks import sum_over_ranks
@@ -36,15 +37,14 @@ def prepare(c: Segmentation, backbone: nn.Module) -> tuple[nn.Module, Labeled, L
     Without classes.txt each part of a folder counts its own ids; the network has those of both.
     """
     parts = [c.train_list if c.dataset == "voc" else "train", "val"][: 1 + (c.test_on == "val")]
-    drawn = dict(count=c.labeled or TOY_SCENES, seed=UNSEEN + c.seed)
-    more = [drawn if c.dataset == "toy" else {}, {}]
-    opened = [open_labeled(c.dataset, c.data_dir, p, **m) for p, m in zip(parts, more)]
+    drawn = dict(count=c.labeled or TOY_SCENES, seed=UNSEEN + c.seed) if c.dataset == "toy" else {}
+    open_part = functools.partial(open_labeled, c.dataset, c.data_dir)
+    opened = [open_part(parts[0], **drawn), *map(open_part, parts[1:])]
     classes = {len(each.class_names) for each in opened}
     if len(classes) > 1:
-        more = dict(num_classes=max(classes))
-        opened = [open_labeled(c.dataset, c.data_dir, part, **more) for part in parts]
+        opened = [open_part(part, num_classes=max(classes)) for part in parts]
     seen = opened[0].subset(some_of(range(len(opened[0])), c))
-    return Segmenter(backbone, max(classes), c), seen, opened[1] if len(opened) > 1 else seen
+    return Segmenter(backbone, max(classes), c), seen, opened[1] if opened[1:] else seen
 
 
 class FCNHead(nn.Module):
@@ -203,13 +203,12 @@ def distorted(image: Tensor, rng: random.Random) -> Tensor:
 
 
 def scores(
-    model: Segmenter, data: Labeled, place: Place, workers: int = 0,
-    stopped: Callable[[], bool] = lambda: False,
-) -> dict[str, Any]:  # fmt: skip
-    """miou, accuracy, and iou of each class by name, over all pixels of all ranks, in [0, 1]."""
+    model: Segmenter, data: Labeled, items: Iterable[tuple[int, Any]], place: Place
+) -> dict[str, Any]:
+    """miou, accuracy, iou of each class by name, in [0, 1]; items: this rank's `share`."""
     t = len(data.class_names)
     counts = torch.zeros(t, t, dtype=torch.long)
-    for _, (image, label) in share(data, place, workers, stopped):
+    for _, (image, label) in items:
         found = model.predict(image.to(place.device)).cpu()
         counts += metrics.confusion_matrix(found, label, t, t)
     counts = sum_over_ranks(counts.to(place.device)).cpu()

@@ -97,11 +97,16 @@ def join(processes):
     return [process.exitcode for process in processes]
 
 
-def play(folder, *arguments, photographs, processes=1, accident=None, elsewhere=False):
-    """A whole run in processes -> their exit statuses, and what each printed. elsewhere: the last
+def play(folder, *arguments, photographs, **how):
+    """A whole run of train.py in processes; how: as in `launch`."""
+    argv = command_line(folder, *arguments, photographs=photographs)
+    return launch(train.main, folder, argv, **how)
+
+
+def launch(main, folder, argv, processes=1, accident=None, elsewhere=False):
+    """main(argv) in processes -> their exit statuses, and what each printed. elsewhere: the last
     one has another folder.
     """
-    argv = command_line(folder, *arguments, photographs=photographs)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -113,13 +118,13 @@ def play(folder, *arguments, photographs, processes=1, accident=None, elsewhere=
         place = dict(RANK=rank, LOCAL_RANK=rank, **group) if processes > 1 else {}
         if elsewhere and rank:
             argv = [*argv, "--output-dir", f"{folder}-elsewhere"]
-        process = fork_server().Process(target=_play, args=(argv, place, accident, file))
+        process = fork_server().Process(target=_play, args=(main, argv, place, accident, file))
         process.start()
         started.append(process)
     return join(started), [file.read_text() for file in files]
 
 
-def _play(argv, place, accident, output):
+def _play(main, argv, place, accident, output):
     file = open(output, "w", buffering=1)  # noqa: SIM115, open until the process ends
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)
@@ -128,7 +133,7 @@ def _play(argv, place, accident, output):
     # For the processes that read images, as in a run from a shell
     multiprocessing.set_start_method("fork", force=True)
     with staged(accident):
-        sys.exit(run_program("train.py", train.main, argv))
+        sys.exit(run_program(f"{main.__module__}.py", main, argv))
 
 
 def log_of(folder):
