@@ -14,12 +14,12 @@ from torchvision.datasets import wrap_dataset_for_transforms_v2
 
 from backbone import build_backbone
 from downstream import detection, segmentation
-from downstream.annotations import read_annotations
 from downstream.backbones import share, some_of
 from downstream.settings import PRESETS
 from engine.processes import Place
 from measures.metrics import IGNORE
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # of pycocotools
 HERE = Place(torch.device("cpu"))
 DETECTION, VOC = PRESETS["detection"]["coco"], PRESETS["segmentation"]["voc"]
 
@@ -42,32 +42,32 @@ def draw_folder(root, counts=(("train", 3), ("val", 3))):
     return root
 
 
-SQUARE = [[4, 6, 14, 6, 14, 14, 4, 14]]
-
-
 def draw_coco(root, more=0):
-    """Two images, one of them without an object; square objects, a crowd, a box without an area.
-    more: images like the first.
+    """Two images, one of them without an object, in a folder; outlines, runs as numbers and as
+    text, a crowd, a box without an area, ids of any order, no "info". more: images like the first.
     """
-    crowded = np.arange(960, dtype=np.uint8).reshape(24, 40) % 7 > 2  # many runs, packed as text
-    runs = encoding.encode(np.asfortranarray(crowded.astype(np.uint8)))
-    crowd = dict(bbox=[0, 0, 40, 24], iscrowd=1, area=960, category_id=3,
-                 segmentation={**runs, "counts": runs["counts"].decode()})  # fmt: skip
-    dog = dict(category_id=18, bbox=[4, 6, 10, 8], iscrowd=0, area=80, segmentation=SQUARE)
-    car = dict(category_id=3, bbox=[20, 2, 15, 20], iscrowd=0, area=300,
-               segmentation=[[20, 2, 35, 2, 35, 22, 20, 22]])  # fmt: skip
+    car = np.zeros((24, 40), dtype=np.uint8, order="F")
+    car[2:22, 20:35] = 1
+    many = np.arange(960).reshape(24, 40) % 7 > 2
+    packed = [encoding.encode(each.astype(np.uint8, order="F")) for each in (car, many)]
+    car, crowd = ({**runs, "counts": runs["counts"].decode()} for runs in packed)
+    crowd = dict(bbox=[0, 0, 40, 24], iscrowd=1, area=960, category_id=3, segmentation=crowd)
+    dog = dict(category_id=18, bbox=[4, 6, 10, 8], iscrowd=0, area=80,
+               segmentation=[[4, 6, 14, 6, 14, 14, 4, 14]])  # fmt: skip
+    car = dict(category_id=3, bbox=[20, 2, 15, 20], area=300, segmentation=car)
     flat = dict(car, bbox=[7, 7, 0, 3], area=0, segmentation=[[7, 7, 7, 10, 7, 8]])
-    ids = [6, 5, *range(7, 7 + more)]
+    images = [dict(id=i, file_name=f"{'other/' * (i == 6)}{i:012d}.jpg", height=24, width=40)
+              for i in (6, 5, *range(7, 7 + more))]  # fmt: skip
     for part, shapes in (("train", (dog, car, crowd, flat)), ("val", (dog, car, crowd))):
         plain = dict(crowd, image_id=6, segmentation=dict(size=[24, 40], counts=[7, 953]))
         found = [dict(shape, image_id=5) for shape in shapes] + [plain]
-        found += [dict(shape, image_id=i) for i in ids[2:] for shape in (dog, car)]
-        for i in ids:
-            save(root / f"{part}2017" / f"{i:012d}.jpg", photo(i))
+        found += [dict(shape, image_id=each["id"]) for each in images[2:] for shape in (dog, car)]
+        for each in images:
+            save(root / f"{part}2017" / each["file_name"], photo(each["id"]))
         contents = dict(
-            images=[dict(id=i, file_name=f"{i:012d}.jpg", height=24, width=40) for i in ids],
+            images=images,
             categories=[dict(id=18, name="dog"), dict(id=3, name="car")],
-            annotations=[dict(each, id=n + 1) for n, each in enumerate(found)],
+            annotations=[dict(each, id=(n + 1) % len(found)) for n, each in enumerate(found)],
         )
         (root / "annotations").mkdir(exist_ok=True)
         (root / "annotations" / f"instances_{part}2017.json").write_text(json.dumps(contents))
@@ -216,24 +216,19 @@ def test_objects_of_coco_have_boxes_classes_and_masks_but_crowds_do_not_count(tm
     assert target["boxes"].is_floating_point()  # although the file has whole numbers
     assert target["masks"].sum((1, 2)).tolist() == [80, 300]
     assert unseen[1][1] == []
-    save(tmp_path / "train2017" / "000000000005.jpg", photo(0, 20, 30))
-    with pytest.raises(ValueError, match="is 30 x 20, but its annotations are of 40 x 24"):
-        seen[0]
 
 
 def coco_with(root, changes, part="train", kind="annotations"):
     """COCO's tree with changes in one entry; a change to None takes the key away."""
     file = draw_coco(root) / "annotations" / f"instances_{part}2017.json"
     contents = json.loads(file.read_text())
-    found = contents[kind][0]
-    found.update(changes)
-    for key in [key for key, value in changes.items() if value is None]:
-        del found[key]
+    changed = {**contents[kind][0], **changes}
+    contents[kind][0] = {key: value for key, value in changed.items() if value is not None}
     file.write_text(json.dumps(contents))
     return file
 
 
-BAD_ANNOTATIONS = {
+UNUSABLE = {  # of the first dog
     "segmentation": [
         None, [], [[1, 2, 3]], [[1, 2, 3, 4]], [1, 2, 3, 4, 5, 6], [[1, 2, 3, 4, 5, float("nan")]],
         [[1, 2, 3, 4, 5, 10**9]], dict(size=[24, 40]), dict(size=[40, 24], counts=[960]),
@@ -241,221 +236,142 @@ BAD_ANNOTATIONS = {
         dict(size=[24, 40], counts=[900]), dict(size=[24, 40], counts=[-40, 1000]),
         dict(size=[24, 40], counts="34"),
     ],
-    "category_id": [7], "image_id": [7, [5]], "area": [None],
-    "bbox": [None, [4, 6, 10], [4, 6, 10, -1], [4, 6, float("inf"), 1]],
+    "id": [None, 2], "category_id": [7], "image_id": [7, [5]], "area": [None],
+    "bbox": [None, [4, 6, 10], [4, 6, 10, -1], [4, 6, float("inf"), 1], [4, 6, 40, 14],
+             [-500, -500, 10, 8]],
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "key, value", [(k, v) for k in BAD_ANNOTATIONS for v in BAD_ANNOTATIONS[k]]
-)
-def test_an_annotation_that_cannot_be_used_is_refused_with_its_id_and_file(key, value, tmp_path):
-    file = coco_with(tmp_path, {key: value}, "val")
+@pytest.mark.parametrize("kind, key, value", [
+    *[("annotations", key, value) for key in UNUSABLE for value in UNUSABLE[key]],
+    ("images", "height", None), ("images", "file_name", None), ("categories", "id", "dog"),
+])  # fmt: skip
+def test_an_entry_that_cannot_be_used_is_refused_with_its_id_and_file(kind, key, value, tmp_path):
+    file = coco_with(tmp_path, {key: value}, "val", kind)
     with pytest.raises(ValueError) as caught:
         opened(tmp_path)
-    assert str(caught.value).startswith(
-        f"{file}, annotations, id 1: {key} cannot be {value!r:.60}; "
-    )
+    number = repr(value) if key == "id" else dict(annotations=1, images=6)[kind]
+    found = f"{file}, {kind}, id {number}: {key} cannot be {value!r:.60}; expected "
+    assert str(caught.value).startswith(found)
 
 
-@pytest.mark.parametrize("box, key", [
-    ([0.1, 0.25, 0.25, 0.33], "segmentation"),  # shares of 40 x 24 px
-    ([9, 10, 10, 8], "segmentation"),  # the center first
-    ([4, 6, 40, 14], "bbox"), ([-500, -500, 10, 8], "bbox"),
-])  # fmt: skip
-def test_a_box_that_is_not_where_its_mask_is_or_leaves_the_image_is_refused(box, key, tmp_path):
+@pytest.mark.parametrize("box", [[0.1, 0.25, 0.25, 0.33], [9, 10, 10, 8]])
+def test_a_box_that_is_not_where_its_mask_is_is_refused(box, tmp_path):
+    """As shares of the image, or with the center first."""
     coco_with(tmp_path, dict(bbox=box))
-    with pytest.raises(ValueError, match=rf"id 1: {key} cannot be .*{box[0]}"):
+    with pytest.raises(ValueError, match=rf"id 1: segmentation cannot be .*{box[0]}"):
         opened(tmp_path)
     coco_with(tmp_path, dict(bbox=[3, 5, 12, 9]))  # a pixel wider is drawn by hand
     opened(tmp_path)
 
 
+@pytest.mark.parametrize("contents", [b"[]", b"{", b"\xff", b'{"annotations": [5]}'])
+def test_a_file_without_annotations_is_named(contents, tmp_path):
+    file = draw_coco(tmp_path) / "annotations" / "instances_train2017.json"
+    file.write_bytes(contents)
+    with pytest.raises(ValueError, match=f"{file} holds no annotations in COCO's form: .*$"):
+        opened(tmp_path)
+
+
 def test_boxes_of_which_half_are_below_a_pixel_are_refused(tmp_path):
-    tiny = dict(bbox=[5, 6, 0.5, 0.5], segmentation=[[5, 6, 5.5, 6, 5.5, 6.5]])
-    contents = json.loads(coco_with(tmp_path, {}).read_text())
+    file = coco_with(tmp_path, {})
+    contents = json.loads(file.read_text())
     for each in contents["annotations"][:3]:
-        each.update(tiny, iscrowd=0)
-    (tmp_path / "a.json").write_text(json.dumps(contents))
+        each.update(bbox=[5, 6, 0.5, 0.5], segmentation=[[5, 6, 5.5, 6, 5.5, 6.5]], iscrowd=0)
+    file.write_text(json.dumps(contents))
     with pytest.raises(ValueError, match="only 1 of 5 boxes have a pixel; expected x y width"):
-        read_annotations(tmp_path / "a.json")
+        opened(tmp_path)
 
 
-def test_categories_that_differ_between_the_parts_are_refused(tmp_path):
+def test_parts_with_other_categories_and_images_that_annotations_do_not_fit_are_refused(tmp_path):
+    seen, file = opened(draw_coco(tmp_path))[0], tmp_path / "train2017" / "000000000005.jpg"
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    Image.open(file).save(file, exif=exif)
+    with pytest.raises(ValueError, match=r"000000000005.jpg: its EXIF orientation is 3"):
+        seen[0]  # viewers turn it
+    save(file, photo(0, 20, 30))
+    with pytest.raises(ValueError, match="is 30 x 20, but its annotations are of 40 x 24"):
+        seen[0]
     coco_with(tmp_path, dict(name="cat"), "val", "categories")
     with pytest.raises(ValueError, match=r"differ: 18 cat, 18 dog; give"):
         opened(tmp_path)
 
 
-def test_a_photograph_that_viewers_turn_is_not_compared_with_boxes(tmp_path):
-    draw_coco(tmp_path)
-    file, exif = tmp_path / "train2017" / "000000000005.jpg", Image.Exif()
-    exif[ExifTags.Base.Orientation] = 3
-    Image.open(file).save(file, exif=exif)
-    with pytest.raises(ValueError, match=r"000000000005.jpg: its EXIF orientation is 3"):
-        opened(tmp_path)[0][0]
-
-
-@pytest.mark.parametrize("kind, changes, complaint", [
-    ("annotations", dict(id=2), "annotations, id 2: id cannot be 2; expected a whole number, once"),
-    ("annotations", dict(id=None), "annotations, id None: id cannot be None"),
-    ("images", dict(height=None), "height cannot be None"),
-    ("images", dict(file_name=None), "file_name cannot be None"),
-    ("categories", dict(id="dog"), "categories, id 'dog': id cannot be 'dog'"),
-    *[("", each, "holds no annotations in COCO's form") for each in (b"[]", b"{", b"\xff")],
-    ("", b'{"annotations": [5]}', "holds no annotations in COCO's form"),
-])  # fmt: skip
-def test_a_file_of_annotations_that_cannot_be_used_is_named(kind, changes, complaint, tmp_path):
-    if kind:
-        file = coco_with(tmp_path, changes, kind=kind)
-    else:
-        file = tmp_path / "a.json"
-        file.write_bytes(changes)
-    with pytest.raises(ValueError, match=f"{file}.*{complaint}|{complaint}.*{file}") as caught:
-        read_annotations(file)
-    assert "\n" not in str(caught.value)
-
-
 class Answers:
-    """A network that knows images: it answers what stands beside each."""
+    """A network that finds what a detector would learn from; most: so many objects per image."""
 
-    def __init__(self, pairs):
-        self.known = {tuple(image.flatten()[:99].tolist()): answer for image, answer in pairs}
+    def __init__(self, data, most=99):
+        self.known = {}
+        for image, target in wrap_dataset_for_transforms_v2(data, ("boxes", "labels", "masks")):
+            masks = torch.zeros(0, *image.shape[1:])
+            none = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0).long(), masks=masks)
+            found = {key: target.get(key, value)[:most] for key, value in none.items()}
+            found["scores"] = torch.ones(len(found["boxes"]))
+            self.known[image.numpy().tobytes()] = found
 
     def predict(self, image):
-        return self.known[tuple(image.flatten()[:99].tolist())]
+        return self.known[image.numpy().tobytes()]
 
 
-def detections(target, image):
-    """Boxes and masks of annotations as a detector would find them."""
-    n, size = len(target), image.shape[1:]
-    boxes = torch.tensor([a["bbox"] for a in target]).reshape(n, 4)
-    shapes = (encoding.merge(encoding.frPyObjects(a["segmentation"], *size)) for a in target)
-    masks = [torch.from_numpy(encoding.decode(shape)) > 0 for shape in shapes]
-    return dict(
-        boxes=torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1),
-        labels=torch.tensor([a["category_id"] for a in target], dtype=torch.long),
-        scores=torch.ones(n),
-        masks=torch.stack(masks) if masks else torch.zeros(0, *size),
-    )
+def scores_of(data, **most):
+    return detection.scores(Answers(data, **most), data, share(data, HERE, 0), HERE)
 
 
-@pytest.mark.parametrize("found, precision", [(2, 1), (1, 0.5), (0, 0)])
+@pytest.mark.parametrize("most, precision", [(2, 1), (1, 0.5), (0, 0)])
 def test_finding_everything_is_a_precision_of_one_and_finding_nothing_of_zero(
-    found, precision, tmp_path
+    most, precision, tmp_path
 ):
     """Half of it: one class is found always, the other one never."""
-    coco_with(tmp_path, dict(iscrowd=None), "val")  # it is no crowd then
-    _, data = opened(tmp_path)
-    answers = Answers((image, detections(target[:found], image)) for image, target in data)
+    _, data = opened(draw_coco(tmp_path))
     for _ in range(2):  # scoring changes nothing
-        scores = detection.scores(answers, data, HERE)
-        assert scores["detections"] == found and scores["box_ap_large"] in (None, 0)
+        scores = scores_of(data, most=most)
+        assert scores["detections"] == most and scores["box_ap_large"] in (None, 0)
         for name in ("box_ap", "box_ap50", "mask_ap", "mask_ap75"):
             assert scores[name] == pytest.approx(precision)
-
-
-def a_small_file(rng):
-    """Contents in COCO's form with the oddities that are read: ids of any order, also 0, folders in
-    names, no info, no iscrowd, masks as outlines, runs, or runs packed as text.
-    """
-    images, annotations = [], []
-    categories = rng.choice(9, 3, replace=False).tolist()
-    ids = iter(rng.permutation(99).tolist())
-    for number in rng.choice(9, rng.integers(1, 4), replace=False).tolist():
-        y, x = rng.integers(20, 50, 2).tolist()
-        name = f"{'camera/' * (number % 2)}{number}.png"
-        images.append(dict(id=number, file_name=name, height=y, width=x))
-        for _ in range(rng.integers(1, 4)):
-            w, h = rng.integers(4, (x // 2, y // 2)).tolist()
-            left, top = rng.integers(0, (x - w, y - h)).tolist()
-            outline = [left, top, left + w, top, left + w, top + h, left, top + h]
-            mask = np.zeros((y, x), dtype=np.uint8, order="F")
-            mask[top : top + h, left : left + w] = 1
-            packed = encoding.encode(mask)["counts"].decode()
-            edges = np.flatnonzero(np.diff(mask.ravel(order="F"), prepend=0, append=2))
-            runs = np.diff(edges, prepend=0).tolist()
-            counts = [dict(size=[y, x], counts=runs), dict(size=[y, x], counts=packed)]
-            shape = [[outline], *counts][rng.integers(3)]
-            annotations.append(
-                dict(
-                    id=next(ids),
-                    image_id=number,
-                    category_id=int(rng.choice(categories)),
-                    area=w * h,
-                    bbox=[left, top, w, h],
-                    segmentation=shape,
-                )
-            )
-    return dict(
-        images=images,
-        annotations=annotations,
-        categories=[dict(id=i, name=f"class {i}") for i in categories],
-    )
 
 
 JUNK = (None, True, 0, -1, 1.5, "", "x", "0", [], {}, [1], float("nan"), float("inf"), 10**30, 1e-3)
 
 
 def damage(contents, rng):
-    """Replaces, repeats or takes away something in a nest of dictionaries and lists, or a box."""
-    annotation = contents["annotations"][0]
+    """Replaces, repeats, cuts or takes away something in a nest of dictionaries and lists, or a
+    box.
+    """
+    annotation = rng.choice(contents["annotations"])
     x, y, w, h = annotation["bbox"]
-    boxes = [[x, y, x + w, y + h], [x + w / 2, y + h / 2, w, h], [x / 99, y / 99, w / 99, h / 99],
-             [y, x, h, w], [x - 99, y, w, h], [x, y, -w, h], [x, y, w]]  # fmt: skip
     if rng.random() < 0.3:
-        annotation["bbox"] = boxes[rng.integers(len(boxes))]
+        annotation["bbox"] = rng.choice([
+            [x, y, x + w, y + h], [x + w / 2, y + h / 2, w, h], [x / 99, y / 99, w / 99, h / 99],
+            [y, x, h, w], [x - 99, y, w, h], [x, y, -w, h], [x, y, w]])  # fmt: skip
         return
-    where, key = contents, str(rng.choice(["images", "annotations", "categories"]))
+    where, key = contents, rng.choice(sorted(contents))
     while isinstance(where[key], (dict, list)) and where[key] and rng.random() < 0.9:
         where = where[key]
-        key = (
-            list(where)[rng.integers(len(where))]
-            if isinstance(where, dict)
-            else int(rng.integers(len(where)))
-        )
-    act = rng.integers(4)
-    if act == 0 and isinstance(where[key], str):
-        where[key] = where[key][:-1]
-    elif act == 1 and isinstance(where, list):
-        where.insert(key, where[key])
-    elif act == 2:
+        key = rng.choice(list(where) if isinstance(where, dict) else range(len(where)))
+    act = rng.choice(("replace", "repeat", "cut", "take away"))
+    if act == "take away":
         del where[key]
+    elif act == "repeat" and isinstance(where, list):
+        where.insert(key, where[key])
     else:
-        where[key] = JUNK[rng.integers(len(JUNK))]
+        where[key] = where[key][:-1] if isinstance(where[key], str) else rng.choice(JUNK)
 
 
-def perfect_scores(root, contents):
-    """Of what a detector learns from, as what it found."""
-    (root / "annotations" / "instances_val2017.json").write_text(json.dumps(contents))
-    data = detection.CocoObjects(str(root), "val")
-    learned = wrap_dataset_for_transforms_v2(data, ("boxes", "labels", "masks"))
-    none = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0).long())
-    pairs = []
-    for image, target in (learned[i] for i in range(len(data))):
-        found = {**none, "masks": torch.zeros(0, *image.shape[1:]), **target}
-        pairs.append((image, dict(found, scores=torch.ones(len(found["boxes"])))))
-    return detection.scores(Answers(pairs), data, HERE)
-
-
-@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of pycocotools
-def test_a_damaged_file_is_one_line_and_any_other_gives_perfect_detections_a_score_of_one(tmp_path):
-    refused = 0
+def test_a_damaged_file_is_one_line_or_gives_perfect_detections_a_score_of_one(tmp_path):
+    file, refused = draw_coco(tmp_path) / "annotations" / "instances_val2017.json", 0
+    whole = file.read_text()
     for seed in range(300):
-        rng, root = np.random.default_rng(seed), tmp_path / str(seed)
-        contents = a_small_file(rng)
-        (root / "annotations").mkdir(parents=True)
-        for i, image in enumerate(contents["images"]):
-            save(root / "val2017" / image["file_name"], photo(i, image["height"], image["width"]))
-        if damaged := seed % 4 > 0:
-            damage(contents, rng)
+        contents = json.loads(whole)
+        damage(contents, random.Random(seed))
+        file.write_text(json.dumps(contents))
         try:
-            scores = perfect_scores(root, contents)
+            scores = scores_of(detection.CocoObjects(str(tmp_path), "val"))
             assert (scores["box_ap"], scores["mask_ap"]) == pytest.approx((1, 1)), seed
         except ValueError as error:
-            assert damaged and "\n" not in str(error), seed
+            assert "\n" not in str(error), seed
             refused += 1
-    assert refused > 100
+    assert 100 < refused < 290
 
 
 def test_every_rank_scores_its_own_images():
