@@ -1,13 +1,12 @@
 """The comparisons over two processes: Sinkhorn balances all pixels, contrasts know all keys."""
 
-import multiprocessing
-
 import pytest
 import torch
 import torch.distributed as dist
 
 from comparisons import dense, slot_matching
 from comparisons.sinkhorn import sinkhorn
+from staged import fork_server, join
 
 B, K, D, H, W = 2, 6, 7, 4, 5  # images per process
 VALID = torch.tensor([True, True, False, True])  # images that overlap: unequal numbers per process
@@ -40,8 +39,7 @@ def one_of_two(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     part = slice(rank * B, (rank + 1) * B)
     many = sinkhorn(maps()[part], 0.1, iterations=50)
-    found = dict(many=many, contrasts=contrasts(part))
-    torch.save(found, f"{folder}/{rank}.pth")
+    torch.save(dict(many=many, contrasts=contrasts(part)), f"{folder}/{rank}.pth")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -50,18 +48,12 @@ def one_of_two(rank, folder):
 def found(tmp_path_factory):
     """What each of two processes has found."""
     folder = tmp_path_factory.mktemp("ranks")
-    server = multiprocessing.get_context("forkserver")  # a fork could inherit a lock
-    server.set_forkserver_preload(["torch", "torchvision", "einops"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GLOO_SOCKET_IFNAME", "lo")
-        both = [server.Process(target=one_of_two, args=(rank, str(folder))) for rank in (0, 1)]
+        both = [fork_server().Process(target=one_of_two, args=(rank, folder)) for rank in (0, 1)]
         for process in both:
             process.start()
-    for process in both:
-        process.join(120)
-        if process.is_alive():
-            process.kill()
-    assert [process.exitcode for process in both] == [0, 0]
+    assert join(both) == [0, 0]
     return [torch.load(folder / f"{rank}.pth") for rank in (0, 1)]
 
 

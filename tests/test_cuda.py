@@ -56,16 +56,10 @@ def assert_near(found, expected, rel):
     assert furthest < rel, f"losses differ by {furthest:.2%}"
 
 
-@pytest.mark.parametrize(
-    "arguments, rel",
-    [
-        ("", 2e-3),
-        ("--workers 2", 2e-3),
-        ("--amp bf16", 0.02),
-        ("--amp fp16", 0.02),
-        pytest.param("--compile", 0.01, marks=only_cuda),
-    ],
-)
+@pytest.mark.parametrize("arguments, rel", [
+    ("", 2e-3), ("--workers 2", 2e-3), ("--amp bf16", 0.02), ("--amp fp16", 0.02),
+    pytest.param("--compile", 0.01, marks=only_cuda),
+])  # fmt: skip
 def test_losses_do_not_depend_on_what_should_not_matter(
     arguments, rel, plain, photographs, tmp_path
 ):

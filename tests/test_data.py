@@ -26,14 +26,14 @@ class Script:
 
     def uniform(self, low, high):
         self.asked += 1
-        value = self.uniforms.pop(0)
-        assert low <= value <= high
-        return value
+        return self.answer(self.uniforms, low, high)
 
     def randint(self, low, high):
-        value = self.randints.pop(0)
-        assert low <= value <= high
-        return value
+        return self.answer(self.randints, low, high)
+
+    def answer(self, answers, low, high):
+        assert low <= answers[0] <= high
+        return answers.pop(0)
 
 
 def random_image(height, width, seed=0):
@@ -45,9 +45,6 @@ def painted(crop, height, width):
     canvas = np.zeros((height, width), dtype=bool)
     canvas[crop[0] : crop[0] + crop[2], crop[1] : crop[1] + crop[3]] = True
     return canvas
-
-
-# -------------------------------------------------------------------------------------------- boxes
 
 
 def test_boxes_hold_exactly_the_painted_pixels_that_both_crops_see():
@@ -73,9 +70,6 @@ def test_crops_that_only_touch_or_miss_share_nothing(crop2):
     assert intersection((0, 0, 10, 10), crop2) == 0  # two negative sides make no positive area
 
 
-# -------------------------------------------------------------------------------------------- crops
-
-
 def test_a_crop_has_the_drawn_area_and_ratio_and_a_draw_that_does_not_fit_is_repeated():
     assert draw_crop(60, 80, Script([0.25, math.log(4 / 3)], [7, 11])) == (7, 11, 30, 40)
     assert draw_crop(60, 80, Script([0.05, 0.0], [0, 0]), min_area=0.04) == (0, 0, 15, 15)
@@ -83,16 +77,10 @@ def test_a_crop_has_the_drawn_area_and_ratio_and_a_draw_that_does_not_fit_is_rep
     assert draw_crop(50, 100, again) == (1, 2, 35, 35)
 
 
-@pytest.mark.parametrize(
-    "height, width, expected",
-    [
-        (40, 100, (0, 23, 40, 53)),
-        (100, 30, (30, 0, 40, 30)),
-        (20, 24, (0, 0, 20, 24)),
-        (5000, 1, (2499, 0, 1, 1)),
-        (1, 5000, (0, 2499, 1, 1)),
-    ],
-)
+@pytest.mark.parametrize("height, width, expected", [
+    (40, 100, (0, 23, 40, 53)), (100, 30, (30, 0, 40, 30)), (20, 24, (0, 0, 20, 24)),
+    (5000, 1, (2499, 0, 1, 1)), (1, 5000, (0, 2499, 1, 1)),
+])  # fmt: skip
 def test_ten_draws_that_do_not_fit_give_the_largest_centered_crop(height, width, expected):
     assert draw_crop(height, width, Script([1.0, math.log(4 / 3)] * 10)) == expected
 
@@ -106,17 +94,14 @@ def test_the_second_crop_must_share_one_percent_of_its_own_area_as_drawn():
     assert draw_crop(100, 100, rounded_down, other=(0, 0, 1, 71)) == (0, 0, 50, 50)
 
 
-@pytest.mark.parametrize(
-    "height, other, script, expected, asked",
-    [
-        # a second crop that misses is drawn again
-        (100, (0, 0, 20, 20), ([0.25, 0.0] * 2, [50, 50, 0, 0]), (0, 0, 50, 50), 4),
-        # after ten that miss, one is drawn without the condition
-        (100, (0, 0, 20, 20), ([0.25, 0.0] * 11, [50, 50] * 11), (50, 50, 50, 50), 22),
-        # after ten that do not fit, ten more are drawn before the center
-        (40, (0, 0, 40, 40), ([1.0, 0.0] * 20, []), (0, 23, 40, 53), 40),
-    ],
-)
+@pytest.mark.parametrize("height, other, script, expected, asked", [
+    # a second crop that misses is drawn again
+    (100, (0, 0, 20, 20), ([0.25, 0.0] * 2, [50, 50, 0, 0]), (0, 0, 50, 50), 4),
+    # after ten that miss, one is drawn without the condition
+    (100, (0, 0, 20, 20), ([0.25, 0.0] * 11, [50, 50] * 11), (50, 50, 50, 50), 22),
+    # after ten that do not fit, ten more are drawn before the center
+    (40, (0, 0, 40, 40), ([1.0, 0.0] * 20, []), (0, 23, 40, 53), 40),
+])  # fmt: skip
 def test_a_second_crop_is_tried_ten_times(height, other, script, expected, asked):
     rng = Script(*script)
     assert draw_crop(height, 100, rng, other=other) == expected and rng.asked == asked
@@ -146,9 +131,6 @@ def test_the_distribution_of_the_overlap():
     assert missed_without / 20_000 == pytest.approx(0.029, abs=0.004)
 
 
-# ------------------------------------------------------------------------------------------- pixels
-
-
 @pytest.mark.parametrize("crop", [(0, 0, 40, 60), (3, 5, 17, 30), (39, 59, 1, 1), (0, 7, 40, 1)])
 def test_a_view_is_torchvisions_resized_crop_however_the_image_lies_in_memory(crop):
     image = random_image(40, 60)
@@ -175,9 +157,6 @@ def test_the_center_square_of_a_panorama_is_that_of_its_middle():
     assert center_square(longest, 28).shape == (3, 28, 28)
 
 
-# ---------------------------------------------------------------------------------------- two crops
-
-
 def same(one, other):
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
@@ -192,20 +171,16 @@ def test_a_sample_is_a_function_of_image_and_generator():
 
 
 def test_every_view_has_its_own_flip_which_mirrors_view_and_box():
-    image, flips = random_image(37, 53), []
-    for seed in range(440):
-        if seed < 11:
-            plain = TwoCrops(24, flip=0)(image, random.Random(seed))
-            mirrored = TwoCrops(24, flip=1)(image, random.Random(seed))
-            assert not plain.flipped.any() and mirrored.flipped.all()
-            assert torch.equal(mirrored.views, plain.views.flip(-1))
-            x1, y1, x2, y2 = plain.boxes.unbind(1)
-            expected = torch.stack([1 - x2, y1, 1 - x1, y2], 1)
-            torch.testing.assert_close(mirrored.boxes, expected)
-        flips.append(TwoCrops(4)(image, random.Random(seed)).flipped.tolist())
+    image = random_image(37, 53)
+    for seed in range(11):
+        plain, mirrored = (TwoCrops(24, flip=p)(image, random.Random(seed)) for p in (0, 1))
+        assert not plain.flipped.any() and mirrored.flipped.all()
+        assert torch.equal(mirrored.views, plain.views.flip(-1))
+        x1, y1, x2, y2 = plain.boxes.unbind(1)
+        torch.testing.assert_close(mirrored.boxes, torch.stack([1 - x2, y1, 1 - x1, y2], 1))
+    flips = [TwoCrops(4)(image, random.Random(seed)).flipped.tolist() for seed in range(440)]
     first, second = zip(*flips)
-    both = [a == b for a, b in flips]
-    for found in (first, second, both):
+    for found in (first, second, [a == b for a, b in flips]):
         assert statistics.mean(found) == pytest.approx(0.5, abs=0.08)
 
 
@@ -227,10 +202,9 @@ def test_without_geometry_both_views_are_the_whole_center():
     assert boxes.tolist() == [[0, 0, 1, 1]] * 2 and not flipped.any()
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{"image_size": 0}, {"min_area": 0}, {"min_area": 1.5}, {"min_overlap": -1}, {"flip": 2}],
-)
-def test_impossible_crops_are_refused(settings):
-    with pytest.raises(ValueError, match=f"found .*{next(iter(settings.values()))}"):
-        TwoCrops(**settings)
+@pytest.mark.parametrize("name, value", [
+    ("image_size", 0), ("min_area", 0), ("min_area", 1.5), ("min_overlap", -1), ("flip", 2),
+])  # fmt: skip
+def test_impossible_crops_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"found .*{value}"):
+        TwoCrops(**{name: value})

@@ -18,12 +18,8 @@ from slotcon import SlotCon
 
 B, K, D, HIDDEN, H, W = 3, 5, 7, 9, 8, 12
 ABLATIONS = [
-    {},
-    dict(slot_loss="reg"),
-    dict(align="proj"),
-    dict(image_loss=True),
-    dict(group_weight=1.0),
-]
+    {}, dict(slot_loss="reg"), dict(align="proj"), dict(image_loss=True), dict(group_weight=1.0),
+]  # fmt: skip
 each_ablation = pytest.mark.parametrize("settings", ABLATIONS, ids=str)
 ORDER = torch.tensor([3, 0, 4, 1, 2])
 
@@ -54,9 +50,6 @@ def two_views():
     flipped = torch.tensor([[False, True], [True, True], [True, False]])
     boxes = torch.tensor(boxes, dtype=torch.float64)
     return random(B, 2, 3, 4 * H, 4 * W, seed=7), boxes, flipped
-
-
-# ----------------------------------------------------------------------------------------- the loss
 
 
 def cosine(prototypes, embeddings):
@@ -183,9 +176,6 @@ def test_by_default_68_712_000_parameters_are_trained():
     assert count(model) == 68_712_000
 
 
-# ------------------------------------------------------------------------ what moves, what does not
-
-
 @each_ablation
 def test_no_gradient_reaches_the_teacher_and_all_of_the_student_gets_one(settings):
     model = build(**settings).eval()
@@ -244,9 +234,6 @@ def test_batch_statistics_are_of_one_view_at_a_time_view_1_first(which):
     assert model.predictor.mlp[1].num_batches_tracked == 2  # one direction at a time
 
 
-# --------------------------------------------------------------------------- where nothing is found
-
-
 def backward_is_finite(model, loss):
     loss.backward()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -270,9 +257,6 @@ def test_with_fewer_than_two_queries_the_slot_loss_is_zero_and_everything_has_a_
     loss, report = model(torch.full_like(views, 0.5), boxes, flipped)
     assert report.losses[2] == 0 and report.losses[1] > 0
     assert backward_is_finite(model, loss)
-
-
-# --------------------------------------------------------------------------- precision, the report
 
 
 def tensors_of(report):

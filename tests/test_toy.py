@@ -10,12 +10,10 @@ from benchmarks import shortcuts
 
 each_preset = pytest.mark.parametrize("preset", toy.SCENE_PRESETS)
 # Computed once; equal on every machine and numpy version, or the generator is broken.
-FROZEN = {
-    "scene": "3c3e6415d78a246e",
-    "object_centric": "6f31e749f721d3d3",
-    "driving": "d9be9e64d13bc0c5",
-    "flat": "65ebb14ffe6b0bef",
-}
+FROZEN = dict(
+    scene="3c3e6415d78a246e", object_centric="6f31e749f721d3d3", driving="d9be9e64d13bc0c5",
+    flat="65ebb14ffe6b0bef", pair="f7a7e8010849bb1e",
+)  # fmt: skip
 
 
 def digest(*arrays):
@@ -27,18 +25,12 @@ def scenes(count, *, seed=0, preset="scene", **dials):
     return [toy.scene(seed, index, preset, **dials) for index in range(count)]
 
 
-# ----------------------------------------------------------------------- the same on every machine
-
-
 @each_preset
 def test_scenes_are_the_same_on_every_machine(preset):
     drawn = scenes(20, seed=5, preset=preset, size=48)
     assert digest(*(array for scene in drawn for array in scene)) == FROZEN[preset]
-
-
-def test_frame_pairs_are_the_same_on_every_machine():
     first, second, flow = toy.frame_pair(5, 3)
-    assert digest(*first, *second, flow) == "f7a7e8010849bb1e"
+    assert digest(*first, *second, flow) == FROZEN["pair"]
 
 
 def test_the_stream_is_splitmix64_however_it_is_cut():
@@ -53,9 +45,6 @@ def test_seed_and_index_do_not_stand_for_each_other():
     drawn = [toy.scene(s, i, size=16).image.tobytes() for s in range(5) for i in range(5)]
     assert len(set(drawn)) == 25
     assert toy.scene(1, 2, size=16).image.tobytes() == drawn[7]  # whatever was drawn in between
-
-
-# ---------------------------------------------------------------------------- the table of classes
 
 
 def test_the_table_numbers_classes_and_parts():
@@ -73,11 +62,8 @@ def test_a_scene_has_two_kinds_of_stuff_and_every_class_and_part_occurs():
     assert max(kinds) == 2 and np.mean(kinds) > 1.9  # now and then things cover one of them
 
 
-# --------------------------------------------------------------------------------------- the truth
-
-
 @each_preset
-def test_the_truth_is_consistent(preset):
+def test_the_truth_is_consistent_and_depth_is_the_order_of_drawing(preset):
     low, high = toy.replace(toy.Dials(), **toy.SCENE_PRESETS[preset]).things
     for scene in scenes(12, seed=2, preset=preset, size=40):
         assert scene.image.shape == (40, 40, 3) and scene.image.dtype == np.uint8
@@ -85,27 +71,22 @@ def test_the_truth_is_consistent(preset):
         np.testing.assert_array_equal(scene.instance == 0, scene.semantic < toy.NUM_STUFF)
         assert scene.instance.max() <= len(scene.things) == len(scene.boxes) <= high
         assert preset != "object_centric" or len(scene.things) == low == 1
+        depth = 255 * scene.instance.astype(int) // max(len(scene.things), 1)
+        np.testing.assert_array_equal(scene.depth, depth)
         for number, (kind, box) in enumerate(zip(scene.things, scene.boxes), start=1):
             rows, columns = np.nonzero(scene.instance == number)
             assert set(scene.semantic[rows, columns]) <= {kind}
             tight = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
             assert tuple(box) == (tight if len(rows) else (0, 0, 0, 0))
-
-
-@each_preset
-def test_depth_is_the_order_of_drawing(preset):
-    for scene in scenes(6, seed=2, preset=preset, size=40):
-        count = max(len(scene.things), 1)
-        np.testing.assert_array_equal(scene.depth, 255 * scene.instance.astype(int) // count)
     near = toy.scene(4, 1, things=(2, 2), radius=(0.4, 0.4), crowding=0.2)
-    assert set(near.depth[near.instance == 1]) == {127}
-    assert set(near.depth[near.instance == 2]) == {255}
+    assert [set(near.depth[near.instance == n]) for n in (1, 2)] == [{127}, {255}]
 
 
 @each_preset
 def test_flow_moves_the_first_frame_onto_the_second(preset):
     for index in range(6):
         first, second, flow = toy.frame_pair(8, index, preset, size=56, light=0, noise=0)
+        assert digest(*first) == digest(*toy.scene(8, index, preset, size=56, light=0, noise=0))
         rows, columns = np.indices((56, 56))
         x, y = columns + flow[..., 0], rows + flow[..., 1]
         inside = (x >= 0) & (x < 56) & (y >= 0) & (y < 56)
@@ -118,11 +99,6 @@ def test_flow_moves_the_first_frame_onto_the_second(preset):
             np.testing.assert_array_equal(after[y[seen], x[seen]], before[seen])
 
 
-def test_the_first_frame_is_the_scene_of_that_number():
-    for first, scene in zip(toy.frame_pair(8, 5).first, toy.scene(8, 5)):
-        np.testing.assert_array_equal(first, scene)
-
-
 def test_toy_images_are_a_sequence_of_tensors_with_the_truth_beside():
     images = toy.ToyImages(2, 3, "driving", size=20)
     assert len(images) == 3 and images[1].shape == (3, 20, 20)
@@ -130,9 +106,6 @@ def test_toy_images_are_a_sequence_of_tensors_with_the_truth_beside():
     np.testing.assert_array_equal(images[1].permute(1, 2, 0).numpy(), scene.image)
     for name in ("semantic", "instance", "parts", "depth"):
         np.testing.assert_array_equal(getattr(images, name)[1].numpy(), getattr(scene, name))
-
-
-# ------------------------------------------------------------------------------- presets and dials
 
 
 def touching(scene):
@@ -184,34 +157,26 @@ def test_the_dial_hue_bias_lets_color_give_the_class_away():
     assert found[0] < 0.25 and found[1] > 0.45
 
 
-def test_the_dials_texture_and_noise_roughen_the_image():
-    def roughness(**dials):
-        images = np.stack([scene.image.astype(float) for scene in scenes(12, seed=4, **dials)])
-        return abs(np.diff(images, axis=2)).mean()
-
-    flat = roughness(texture=(0, 0), noise=0)
-    assert 3 * flat < roughness(texture=(0, 0), noise=0.2) and 3 * flat < roughness(noise=0)
+def pixels(count, **dials):
+    return np.stack([scene.image.astype(float) for scene in scenes(count, **dials)])
 
 
-def test_the_dial_light_tilts_the_brightness():
-    dark, lit = (
-        np.stack([scene.image.astype(float) for scene in scenes(24, preset="flat", light=light)])
-        for light in (0.0, 0.6)
-    )
+def test_the_dials_texture_and_noise_roughen_the_image_and_light_tilts_its_brightness():
+    dials = dict(texture=(0, 0), noise=0), dict(texture=(0, 0), noise=0.2), dict(noise=0)
+    flat, *rough = (abs(np.diff(pixels(12, seed=4, **each), axis=2)).mean() for each in dials)
+    assert 3 * flat < min(rough)
+    dark, lit = (pixels(24, preset="flat", light=light) for light in (0.0, 0.6))
     corners = (lit / dark.clip(1))[:, [0, 0, -1, -1], [0, -1, 0, -1]].mean(axis=-1)  # over colors
     assert np.mean(corners.max(axis=1) - corners.min(axis=1)) > 0.4
 
 
-@pytest.mark.parametrize(
-    "preset, dials, message",
-    [
-        ("seaside", {}, "no toy preset 'seaside'; there are scene, object_centric, driving, flat"),
-        ("scene", {"hue": 1}, "no dial 'hue'; there are size, things"),
-        ("scene", {"hue_bias": 1.5}, "the dial hue_bias goes from 0 to 1, found 1.5"),
-        ("scene", {"things": (5, 2)}, "the dial things goes from 0 to 254, found .5, 2."),
-        ("scene", {"layout": "heap"}, "layout is anywhere, centered or road, found 'heap'"),
-    ],
-)
+@pytest.mark.parametrize("preset, dials, message", [
+    ("seaside", {}, "no toy preset 'seaside'; there are scene, object_centric, driving, flat"),
+    ("scene", {"hue": 1}, "no dial 'hue'; there are size, things"),
+    ("scene", {"hue_bias": 1.5}, "the dial hue_bias goes from 0 to 1, found 1.5"),
+    ("scene", {"things": (5, 2)}, "the dial things goes from 0 to 254, found .5, 2."),
+    ("scene", {"layout": "heap"}, "layout is anywhere, centered or road, found 'heap'"),
+])  # fmt: skip
 def test_a_wrong_dial_is_named(preset, dials, message):
     with pytest.raises(ValueError, match=message):
         toy.ToyImages(0, 1, preset, **dials)
