@@ -122,7 +122,7 @@ def finish(c: Shared, run: Run, tested: int) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """From the command line to the end of the run, or to a pause; returns the exit status."""
     c, given = settings.parse(argv, __doc__)
-    torch.set_num_threads(c.threads or torch.get_num_threads())
+    torch.set_num_threads(1 if c.dataset == "toy" else torch.get_num_threads())  # tiny tensors
     place = processes.start(c.device, c.amp)
     torch.backends.cudnn.benchmark = c.task == "segmentation"  # sizes of detection change
     torch.manual_seed(c.seed)  # the same heads on every rank

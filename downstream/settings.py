@@ -43,7 +43,6 @@ class Shared:
         choices=("auto", "cpu", "cuda", "mps"), free=True)
     amp: str = option("auto", "mixed precision; auto: on a GPU", "machine",
         choices=("auto", "bf16", "fp16", "off"), free=True)
-    threads: int = option(0, "of a CPU process; 0: torch's choice", "machine", low=0, free=True)
     workers: int = option(-1, "readers per rank; -1: one per core", "machine", low=-1, free=True)
 
     resume: str = option("auto", "from OUTPUT_DIR; none; force; a path", "files", free=True)
@@ -129,7 +128,7 @@ FOLDER = Segmentation(
 TOY = Segmentation(
     dataset="toy", arch="tiny", base_lr=0.05, base_steps=400, decay="poly", frame=(0, 0),
     scale=(1.0, 1.0), crop=64, output_stride=0, head_width=64, head_convs=1, head_dilation=1,
-    threads=1, workers=0, log_every=20,
+    workers=0, log_every=20,
 )  # fmt: skip
 PRESETS = {  # task -> data set -> settings
     "detection": {"coco": COCO},

@@ -10,7 +10,6 @@ import torch
 from test_datasets import draw_ade20k, draw_cityscapes, draw_voc
 from test_transfer_data import draw_coco, draw_folder
 
-import train
 import transfer
 from backbone import build_backbone
 from downstream import segmentation, settings
@@ -186,7 +185,7 @@ def test_fewer_steps_are_the_beginning_of_more(whole, tmp_path, capsys):
 def folder_run(folder, root, workers="0"):
     small = (
         "segmentation --dataset folder --arch tiny --crop 24 --batch-size 2 --base-steps 1 "
-        "--max-steps 2 --frame 40 24 --head-width 8 --device cpu --threads 1"
+        "--max-steps 2 --frame 40 24 --head-width 8 --device cpu"
     ).split()
     return run(folder, "--data-dir", str(root), "--workers", workers, small=small)
 
@@ -272,17 +271,6 @@ def test_what_cannot_be_is_refused_with_one_line(arguments, complaint, tmp_path,
     assert line.startswith("transfer.py: ") and complaint in line
 
 
-@pytest.mark.parametrize("main, argv", [(transfer.main, SMALL), (train.main, ["--subset", "16"])])
-def test_a_disk_on_which_not_one_checkpoint_fits_is_refused(
-    main, argv, tmp_path, monkeypatch, capsys
-):
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
-    assert run_program("program", main, [*argv, "--output-dir", str(tmp_path / "run")]) == 2
-    line = f"the disk of {tmp_path}/run is too small: 0.001 GB a checkpoint, 0.0 GB free\n"
-    assert capsys.readouterr().err.endswith(line) and not (tmp_path / "run" / "last.pth").exists()
-
-
 def test_a_run_is_continued_by_its_own_options_and_task_only(whole, tmp_path, capsys):
     shutil.copytree(whole, tmp_path / "run")
     assert run(tmp_path / "run", "--base-lr", "3") == 2
@@ -334,7 +322,7 @@ def test_the_real_layouts_train_and_test_with_their_own_settings(
     draw(tmp_path)
     small = ["segmentation", "--dataset", dataset, "--data-dir", str(tmp_path), "--arch",
              *("resnet18 --batch-size 2 --base-steps 1 --frame 80 48 --crop 48 --head-width 16 "
-               "--workers 0 --log-every 1 --threads 1 --device cpu").split()]  # fmt: skip
+               "--workers 0 --log-every 1 --device cpu").split()]  # fmt: skip
     if dataset == "cityscapes":
         small += ["--window", "32", "24"]
     assert run(tmp_path / "run", small=small) == 0
@@ -348,7 +336,7 @@ def test_the_real_layouts_train_and_test_with_their_own_settings(
 DETECTION = (
     "detection --arch resnet18 --labeled 8 --test-on train --shorts 64 64 --test-short 64 "
     "--longest 128 --smallest-anchor 8 --regions 8 --batch-size 8 --base-steps 1 --workers 0 "
-    "--warmup-steps 2 --log-every 1 --threads 1 --device cpu --data-dir"
+    "--warmup-steps 2 --log-every 1 --device cpu --data-dir"
 ).split()
 
 
