@@ -56,9 +56,7 @@ def test_every_benchmark_runs_to_its_result(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_same_bits_tells_the_one_tensor_that_another_run_would_have_changed(
-    tmp_path, monkeypatch, capsys
-):
+def test_same_bits_tells_the_one_tensor_that_changed(tmp_path, monkeypatch, capsys):
     for name, value in dict(RUNS={"one": []}, HALF=1, WHOLE=2).items():
         monkeypatch.setattr(same_bits, name, value)
     same_bits.record(tmp_path)

@@ -60,16 +60,12 @@ def assert_near(found, expected, rel):
     ("", 2e-3), ("--workers 2", 2e-3), ("--amp bf16", 0.02), ("--amp fp16", 0.02),
     pytest.param("--compile", 0.01, marks=only_cuda),
 ])  # fmt: skip
-def test_losses_do_not_depend_on_what_should_not_matter(
-    arguments, rel, plain, photographs, tmp_path
-):
+def test_losses_are_the_same(arguments, rel, plain, photographs, tmp_path):
     assert_near(losses_of(tmp_path / "run", photographs, *arguments.split()), plain, rel)
 
 
 @pytest.mark.parametrize("amp", ["off", "fp16"])
-def test_a_run_that_is_paused_and_goes_on_has_the_losses_of_one_that_is_not(
-    amp, photographs, tmp_path
-):
+def test_a_run_that_is_paused_and_goes_on_has_the_same_losses(amp, photographs, tmp_path):
     whole = losses_of(tmp_path / "whole", photographs, "--amp", amp)
     pause = At(18, Signals("SIGTERM"))
     assert len(losses_of(tmp_path / "run", photographs, "--amp", amp, accident=pause)) == 19

@@ -58,9 +58,7 @@ def run(*arguments):
     ("last.pth", "teacher"), ("last.pth", "student"), (".", "teacher"), ("released.pth", "student"),
     ("backbone.pth", "teacher"), ("classifier.pth", "teacher"),
 ])  # fmt: skip
-def test_the_network_that_is_asked_for_is_found_in_every_kind_of_file(
-    kind, network, files, tmp_path, capsys
-):
+def test_every_kind_of_file_gives_both_networks(kind, network, files, tmp_path, capsys):
     folder, states = files
     assert run(folder / kind, "--network", network, "--output", tmp_path / "new" / "out.pth") == 0
     found = torch.load(tmp_path / "new" / "out.pth")
@@ -92,29 +90,25 @@ def test_resnet50_goes_into_torchvisions_networks(tmp_path):
     assert torch.equal(body.eval()(image)["3"], ours(image))
 
 
-def names_of_detectron2(arch):
+def detectron2():
     """torchvision's layer -> detectron2's, as its modeling/backbone/resnet.py names them."""
-    kind, counts = RESNETS[arch]
     names = {"conv1": "stem.conv1", "bn1": "stem.conv1.norm"}
-    for stage, count in enumerate(counts):
+    for stage, count in enumerate(RESNETS["resnet50"][1]):
         for block in range(count):
             here, there = f"layer{stage + 1}.{block}.", f"res{stage + 2}.{block}."
-            for i in "123" if kind.expansion == 4 else "12":
-                names[f"{here}conv{i}"] = f"{there}conv{i}"
-                names[f"{here}bn{i}"] = f"{there}conv{i}.norm"
-            names[f"{here}downsample.0"] = f"{there}shortcut"
-            names[f"{here}downsample.1"] = f"{there}shortcut.norm"
+            parts = [(f"conv{i}", f"bn{i}", f"conv{i}") for i in (1, 2, 3)]
+            for conv, norm, name in [*parts, ("downsample.0", "downsample.1", "shortcut")]:
+                names |= {here + conv: there + name, here + norm: f"{there}{name}.norm"}
     return names
 
 
-@pytest.mark.parametrize("arch", ["resnet50", "resnet18"])
-def test_detectron2_gets_every_tensor_under_its_own_name(arch, tmp_path, capsys):
-    state, file = trained(arch, 1).state_dict(), tmp_path / "out.pkl"
+def test_detectron2_gets_every_tensor_under_its_own_name(tmp_path, capsys):
+    state, file, names = trained("resnet50", 1).state_dict(), tmp_path / "o.pkl", detectron2()
     torch.save(state, tmp_path / "backbone.pth")
     assert run(tmp_path / "backbone.pth", "--format", "detectron2", "--output", file) == 0
     said = capsys.readouterr().out
     assert 'INPUT.FORMAT "RGB"' in said and "are identical" in said
-    contents, names = pickle.loads(file.read_bytes()), names_of_detectron2(arch)
+    contents = pickle.loads(file.read_bytes())
     assert contents["matching_heuristics"] is True and contents["__author__"] == "SlotCon"
     assert len(contents["model"]) == len(state)
     for name, value in state.items():
@@ -161,9 +155,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(files, tm
 
 
 @pytest.mark.parametrize("output", ["sub/../last.pth", "link.pth", "hard.pth"])
-def test_neither_the_checkpoint_itself_nor_that_of_another_run_is_the_output(
-    output, files, tmp_path, capsys
-):
+def test_no_checkpoint_of_a_run_is_the_output(output, files, tmp_path, capsys):
     last, contents = tmp_path / "last.pth", (files[0] / "last.pth").read_bytes()
     last.write_bytes(contents)
     (tmp_path / "sub").mkdir()

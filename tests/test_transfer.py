@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from test_datasets import draw_ade20k, draw_cityscapes, draw_voc
+from test_datasets import draw_ade20k
 from test_transfer_data import draw_coco, draw_folder
 
 import transfer
@@ -91,9 +91,7 @@ def test_the_score_in_the_log_is_that_of_the_weights_that_were_kept(whole):
 
 
 @pytest.mark.parametrize("steps", [3, 6, 8])
-def test_a_run_that_was_stopped_and_continued_is_the_whole_run_bit_for_bit(
-    steps, whole, tmp_path, capsys
-):
+def test_a_run_that_was_stopped_and_continued_is_the_whole_run(steps, whole, tmp_path, capsys):
     """Between two lines of the log, just before a test, and between tests."""
     folder = tmp_path / "run"
     assert run(folder, accident=At(steps - 1, Signals("SIGTERM"))) == 0
@@ -120,7 +118,7 @@ def stop_a_test(patch, at=2):
 
 
 @pytest.mark.parametrize("image, steps", [(3, 6), (13, 12)])
-def test_a_signal_ends_a_test_at_once_and_the_same_command_tests_again(
+def test_a_signal_ends_a_test_which_is_made_again(
     image, steps, whole, tmp_path, monkeypatch, capsys
 ):
     """Each test is of 10 images: the one after step 6, and that of a run whose steps are done."""
@@ -136,9 +134,7 @@ def test_a_signal_ends_a_test_at_once_and_the_same_command_tests_again(
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_a_run_ends_with_a_table_in_one_unit_and_writes_json_where_it_is_asked_to(
-    whole, tmp_path, capsys
-):
+def test_a_run_ends_with_a_table_in_one_unit_and_writes_json(whole, tmp_path, capsys):
     """A run that is done says its result again, in another folder too, and tests nothing."""
     here, there, result = tmp_path / "here", tmp_path / "there", result_of(whole)
     shutil.copytree(whole, here)
@@ -204,9 +200,7 @@ def test_a_class_that_one_part_alone_has_is_a_class_of_both(train, val, tmp_path
     ("images/val", "1", 2, "transfer.py: the images to test cannot be used: cannot read"),
     ("labels/val", "0", 2, "transfer.py: cannot read the label"),
 ])  # fmt: skip
-def test_an_image_or_a_label_that_cannot_be_used_is_named(
-    broken, workers, status, line, tmp_path, capsys
-):
+def test_what_cannot_be_used_is_named(broken, workers, status, line, tmp_path, capsys):
     """One to learn from in skipped.txt, and one to test before the first step."""
     root = draw_folder(tmp_path / "data")
     (root / "classes.txt").write_text("sky\nsea\nsand\n")
@@ -312,25 +306,18 @@ def test_two_processes_share_images_and_tests_and_a_signal_to_one_stops_both(tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dataset, draw, classes", [
-    ("voc", draw_voc, 21), ("cityscapes", draw_cityscapes, 19), ("ade20k", draw_ade20k, 150),
-])  # fmt: skip
-def test_the_real_layouts_train_and_test_with_their_own_settings(
-    dataset, draw, classes, tmp_path, capsys
-):
-    """Only sizes are smaller: strides, heads, schedule and sliding window are the data set's."""
-    draw(tmp_path)
-    small = ["segmentation", "--dataset", dataset, "--data-dir", str(tmp_path), "--arch",
-             *("resnet18 --batch-size 2 --base-steps 1 --frame 80 48 --crop 48 --head-width 16 "
-               "--workers 0 --log-every 1 --device cpu").split()]  # fmt: skip
-    if dataset == "cityscapes":
-        small += ["--window", "32", "24"]
-    assert run(tmp_path / "run", small=small) == 0
+def test_the_settings_of_ade20k_train_and_test(tmp_path, capsys):
+    """Only sizes are smaller: stride, heads, colors and schedule are those of the table."""
+    draw_ade20k(tmp_path)
+    small = (
+        "segmentation --dataset ade20k --arch resnet18 --batch-size 2 --base-steps 1 --frame 80 48 "
+        "--crop 48 --head-width 16 --window 32 24 --workers 0 --log-every 1 --device cpu"
+    ).split()
+    assert run(tmp_path / "run", "--data-dir", str(tmp_path), small=small) == 0
     result, lines = result_of(tmp_path / "run"), losses_of(tmp_path / "run")
-    assert len(result["iou"]) == classes and 0 <= result["miou"] <= 1 and result["step"] == 8
+    assert len(result["iou"]) == 150 and 0 <= result["miou"] <= 1 and result["step"] == 8
     assert "slides" not in capsys.readouterr().out  # which measured a ResNet-50 at full size
-    assert ("aux_loss" in lines[0]) == (dataset == "ade20k")
-    assert all(0 < line["loss"] < 10 for line in lines)
+    assert "aux_loss" in lines[0] and all(0 < line["loss"] < 10 for line in lines)
 
 
 DETECTION = (
