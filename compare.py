@@ -61,7 +61,7 @@ from comparisons.scenes import Scenes
 from engine import files
 from measures import systems
 from measures.datasets import UNSEEN
-from measures.figures import as_images, color_groups, draw_rows, prototype_colors
+from measures.figures import as_images, color_groups, grid, prototype_colors, save
 
 
 def entries_of(args: argparse.Namespace) -> list[Entry]:
@@ -116,7 +116,8 @@ def run(args: argparse.Namespace, entries: Sequence[Entry]) -> None:
             result["seconds"] = time.perf_counter() - BEGAN
             files.write_json(args.output_dir / "comparison.json", result)
     file = args.output_dir / "comparison.png"
-    draw_rows(file, f"{title}: groups in scenes never trained on", shown, 0.8)
+    what = f"{title}: groups in scenes never trained on"
+    save(grid(what, list(shown.values()), list(shown), side=0.8)[0], file, 130)
     print(f"\n{title}, median of {args.seeds} seed(s)\n{systems.format_table(records)}")
     found = by_place(draw(UNSEEN, recipes.PRESETS["toy"].held_out))
     print(f"2 x 4 blocks know the place only: ARI inst. {found[0]:.3f}, obj. {found[1]:.3f}\n")

@@ -1,6 +1,6 @@
 """Figures of what was learned: segments of prototypes, groups, soft assignments, features."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -80,9 +80,13 @@ Cell = np.ndarray | tuple[str, np.ndarray] | None  # image (y x 3) in 0..1, belo
 
 
 def grid(
-    title: str, rows: Sequence[Sequence[Cell]], names: Sequence[str] = (), side: float = 1.5
-) -> tuple[Figure, np.ndarray]:
-    """A figure of images and its axes (row column). names: of the rows; side: of a cell, inches."""
+    title: str, rows: Sequence[Sequence[Cell]], names: Sequence[str] = (), side: float = 1.5,
+    legend: Sequence[str] = (),
+) -> tuple[Figure, np.ndarray]:  # fmt: skip
+    """A figure of images and its axes (row column).
+
+    names: of the rows; side: of a cell, inches; legend: of the colors of classes 0..t-1.
+    """
     columns = max(4, *map(len, rows))  # a title needs the width of four
     width = side * columns + 0.1 * max(map(len, names), default=0)
     figure = Figure((width, 1.1 * side * len(rows) + 0.6), layout="constrained")
@@ -99,18 +103,10 @@ def grid(
                 axis.imshow(image, interpolation="nearest")
     for row, name in zip(axes, names):
         row[0].set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
-    return figure, axes
-
-
-def draw_rows(
-    file: Path, title: str, rows: Mapping[str, np.ndarray], side: float, legend: Sequence[str] = ()
-) -> None:
-    """Images (n y x 3) beside the name of their row; legend: of the colors of classes 0..t-1."""
-    figure, _ = grid(title, list(rows.values()), list(rows), side)
     if legend:
         handles = [Patch(facecolor=color) for color in prototype_colors(len(legend))]
         figure.legend(handles, legend, loc="outside lower center", ncols=4, frameon=False)
-    save(figure, file, 130)
+    return figure, axes
 
 
 @torch.no_grad()

@@ -98,8 +98,9 @@ def test_a_group_has_the_color_of_what_it_is_matched_with_and_others_the_next_by
     colors, found = prototype_colors(6), figures.color_groups(groups, truth, [3, None, 4])
     for group, place in {3: 0, 4: 2, 0: 3, 2: 4}.items():
         assert (found[groups == group] == colors[place]).all()
-    rows, file = dict(truth=colors[truth], groups=found), tmp_path / "g.png"
-    figures.draw_rows(file, "title", rows, 1.5, ["a", "b", "c"])
+    file, rows = tmp_path / "g.png", [colors[truth], found]
+    figure, _ = figures.grid("title", rows, ["truth", "groups"], legend=["a", "b", "c"])
+    figures.save(figure, file, 130)
     shares = [share_of(pixels(file), colors[place]) for place in (0, 1, 5)]
     assert shares[1] > shares[0] > 0.05 and shares[2] == 0
 
