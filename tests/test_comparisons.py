@@ -139,12 +139,11 @@ def test_groups_are_one_map_per_group_and_do_not_depend_on_the_rest_of_the_batch
 
 
 def test_all_systems_start_from_the_same_backbone():
-    def start(name):
+    starts = []
+    for name in comparisons.SYSTEMS.keys() - SLOTS:
         torch.manual_seed(3)
-        return comparisons.build(name, C).backbone[0].weight
-
-    alike = [name for name in comparisons.SYSTEMS if name not in SLOTS]
-    assert all(start(name).equal(start("moco")) for name in alike)
+        starts.append(comparisons.build(name, C).backbone[0].weight)
+    assert all(start.equal(starts[0]) for start in starts)
 
 
 def test_without_any_overlap_a_loss_is_a_zero_with_a_gradient():
@@ -158,14 +157,13 @@ def test_without_any_overlap_a_loss_is_a_zero_with_a_gradient():
 
 
 def test_moco_contrasts_whole_images():
-    system = build("moco")
-    views, *rest = batch()
-    vectors = [
+    system, (views, *rest) = build("moco"), batch()
+    queries, keys = (
         [network.projector(network.backbone(views[:, v]).mean((2, 3))) for v in (0, 1)]
         for network in (system.student, system.teacher)
-    ]
-    queries = [system.predictor(rows) for rows in vectors[0]]
-    expected = sum(slow_contrast(queries[v], vectors[1][1 - v], range(B), 0.2) for v in (0, 1))
+    )
+    pairs = [(system.predictor(queries[v]), keys[1 - v]) for v in (0, 1)]
+    expected = sum(slow_contrast(*pair, range(B), 0.2) for pair in pairs)
     assert_equal(system(views, *rest)[0], expected)
 
 
@@ -219,16 +217,13 @@ def test_given_masks_contrast_each_mask_with_itself_in_the_other_view():
     assert_equal(system(views, boxes, flipped, masks)[0], expected)
 
 
-def test_k_means_finds_two_clouds_and_moves_every_center_to_the_mean_of_its_rows():
+def test_k_means_moves_every_center_to_the_mean_of_its_rows_and_no_cluster_is_empty():
     rows = torch.cat([random(20, 2) / 9, random(30, 2) / 9 + 5])
     centers = kmeans.cluster(rows, 2, torch.Generator().manual_seed(0))
     means = torch.stack([rows[:20].mean(0), rows[20:].mean(0)])
     assert torch.allclose(centers[centers[:, 0].argsort()], means)
     slow = [min(range(2), key=lambda k: (row - centers[k]).norm().item()) for row in rows]
     assert kmeans.nearest_center(rows, centers).tolist() == slow
-
-
-def test_an_empty_cluster_takes_half_of_the_largest():
     rows = torch.tensor([[0.0, 0], [5, 0], [5, 3]]).double().repeat_interleave(20, 0)
     rows[20:] += random(40, 2) / 9  # the others are equal, so two centers may start at one place
     for seed in range(20):
@@ -393,25 +388,19 @@ def test_scenes_stack_the_extra_input_behind_the_image():
 
 
 @pytest.mark.parametrize("kind", comparisons.MASK_KINDS)
-def test_every_pixel_has_exactly_one_mask(kind):
+def test_every_pixel_has_exactly_one_mask_and_the_true_ones_are_things_and_stuff(kind):
     scenes = Scenes(3, 3, extra=kind)
     masks = scenes.images[:, 3:]
     assert masks.shape[1] == given_masks.MASKS and set(masks.unique().tolist()) == {0, 255}
     assert (masks == 255).sum(1).eq(1).all()
-    if kind == "truth":
-        assert masks.argmax(1).equal(scenes.regions.long())
     if kind == "grid":
         assert masks.argmax(1)[1, ::25, ::25].tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
-
-
-def test_regions_are_the_objects_and_both_kinds_of_stuff():
-    scenes = Scenes(3, 6)
-    for regions, semantic, instance in zip(scenes.regions, scenes.semantic, scenes.instance):
-        things = instance > 0
-        assert regions[things].equal(instance[things] + 1)
-        stuff, kinds = regions[~things], semantic[~things]
-        assert set(stuff.unique().tolist()) <= {0, 1}
-        assert all(len(kinds[stuff == number].unique()) == 1 for number in stuff.unique())
+    if kind == "truth":
+        regions, things = scenes.regions, scenes.instance > 0
+        assert masks.argmax(1).equal(regions.long())
+        assert regions[things].equal(scenes.instance[things] + 1)
+        for region, semantic in zip(regions, scenes.semantic):
+            assert all(len(semantic[region == stuff].unique()) <= 1 for stuff in (0, 1))
 
 
 def test_a_whole_scene_is_one_view_that_lies_in_one_of_eight_ways():

@@ -124,12 +124,8 @@ def test_norms_of_ours_have_the_numbers_of_a_batch_norm_and_take_no_rows(dtype, 
 
 
 @only_cuda
-def test_a_step_has_the_numbers_of_the_cpu():
+def test_a_step_has_the_numbers_of_the_cpu_and_so_have_the_colors_which_wait_for_nothing():
     torch.testing.assert_close(three_steps("cuda")[0], three_steps("cpu")[0], rtol=0.01, atol=0.01)
-
-
-@only_cuda
-def test_on_a_gpu_the_colors_wait_for_nothing_and_are_those_of_the_cpu():
     change, generator = Photometric(), torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (5, 2, 3, 64, 64), dtype=torch.uint8, generator=generator)
     draw = change.draw(5, generator)

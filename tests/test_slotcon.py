@@ -157,7 +157,10 @@ def test_with_lambda_at_one_there_is_no_slot_loss():
     assert model.predictor is None and model(*two_views())[1].pairs == []
 
 
-def test_what_does_not_exist_is_refused():
+def test_a_model_starts_with_one_network_twice_and_what_does_not_exist_is_refused():
+    model = SlotCon("tiny", K, HIDDEN, D)
+    assert model.state_dict()["center"].equal(torch.zeros(K))
+    assert all(p.equal(q) for p, q in zip(model.student.parameters(), model.teacher.parameters()))
     for settings in (dict(slot_loss="none"), dict(align="slots")):
         words = "slot_loss is ctr or reg and align is asgn or proj, found"
         with pytest.raises(ValueError, match=words):
@@ -214,12 +217,6 @@ def test_the_teachers_follow_the_students_parameters_and_no_buffers():
         moves = name in names and student != name
         expected = 0.75 * before[name] + 0.25 * before[student] if moves else before[name]
         assert torch.allclose(value, expected, rtol=1e-12), name
-
-
-def test_student_and_teacher_start_alike_and_the_center_at_zero_and_it_is_saved():
-    model = SlotCon("tiny", K, HIDDEN, D)
-    assert model.state_dict()["center"].equal(torch.zeros(K))
-    assert all(p.equal(q) for p, q in zip(model.student.parameters(), model.teacher.parameters()))
 
 
 @pytest.mark.parametrize("which", ["student", "teacher"])

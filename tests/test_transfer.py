@@ -77,12 +77,8 @@ def test_a_run_leaves_its_settings_its_log_its_scores_and_two_checkpoints(whole)
     assert best["result"]["miou"] == max(tests.values()) == last["notes"]["best"]
     assert last["step"] == STEPS and best["config"]["dataset"] == "toy"
     assert result_of(whole)["step"] == 12 and len(result_of(whole)["iou"]) == 8
-
-
-def test_the_score_in_the_log_is_that_of_the_weights_that_were_kept(whole):
-    c, _ = settings.parse(SMALL, "")
+    c, _ = settings.parse(SMALL, "")  # the score is that of the weights that were kept
     model, _, unseen = segmentation.prepare(c, build_backbone("tiny"))
-    best = torch.load(whole / "best.pth")
     model.load_state_dict(best["model"])
     counts = torch.zeros(8, 8, dtype=torch.long)
     for image, label in unseen:
