@@ -86,32 +86,27 @@ def order_of(
             yield (epoch * num_images + order[begin : begin + share]).tolist()
 
 
-class Skipped:
-    """Each unreadable file is named once in skipped.txt, by all ranks; too many stop the run."""
+def name_skipped(file: Path, failures: Failures, num_images: int) -> None:
+    """Name each unreadable image once in a file of all ranks.
 
-    def __init__(self, file: Path | None, num_images: int):
-        self.file, self.num_images, self.names = file, num_images, set[bytes]()
-
-    def record(self, failures: Failures) -> None:
-        """failures: repeated ones too. Raises ValueError once more than BAD_SHARE are bad."""
-        lines = {os.fsencode(" ".join(name.split())): reason for name, reason in failures}
-        if lines.keys() <= self.names or self.file is None:
-            return
-        try:
-            with self.file.open("a+b") as file:
-                file.seek(0)  # an earlier part of this run, or another rank, may know more
-                self.names |= {line.split(b"\t")[0] for line in file}
-                if not self.names:
-                    say(f"{': '.join(failures[0])}: its neighbor takes its place; see {file.name}")
-                for name in lines.keys() - self.names:
-                    file.write(name + b"\t" + lines[name].encode() + b"\n")
-        except OSError as error:
-            say(f"could not write to {self.file}: {error.strerror}; the run goes on")
-        self.names |= lines.keys()
-        if len(self.names) > BAD_SHARE * self.num_images:
-            found = f"{len(self.names)} of {self.num_images} images could not be read, more than"
-            advice = f"they are named in {self.file}, and --check-data finds all"
-            raise ValueError(f"{found} {BAD_SHARE:.0%}; {advice}")
+    failures: at least one, repeated ones too. Raises ValueError once more than BAD_SHARE are bad.
+    """
+    lines = {os.fsencode(" ".join(name.split())): reason for name, reason in failures}
+    try:
+        with file.open("a+b") as out:
+            out.seek(0)  # an earlier part of this run, or another rank, may know more
+            known = {line.split(b"\t")[0] for line in out}
+            for name in lines.keys() - known:
+                out.write(name + b"\t" + lines[name].encode() + b"\n")
+    except OSError as error:
+        say(f"could not write to {file}: {error.strerror}; the run goes on")
+        return
+    if not known:
+        say(f"{': '.join(failures[0])}: its neighbor takes its place; see {file}")
+    count = len(known | lines.keys())
+    if count > BAD_SHARE * num_images:
+        found = f"{count} of {num_images} images could not be read, more than {BAD_SHARE:.0%}"
+        raise ValueError(f"{found}; they are named in {file}, and --check-data finds all")
 
 
 class Loaded:

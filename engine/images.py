@@ -161,7 +161,7 @@ def find_images(
 
     data_dir: a folder, or a list of images; layout: a key of LAYOUTS. strict: whether a folder with
     another layout is refused, or taken as a plain folder. notice: how the folder was read, and what
-    was left out. Raises ValueError if there is no image; OSError.
+    was left out. Raises ValueError if there is no image, or none that can be read; OSError.
     """
     data_dir, left = Path(os.path.abspath(Path(data_dir).expanduser())), Left(list)
     if data_dir.is_file():
@@ -184,7 +184,21 @@ def find_images(
         kinds = sorted(left.items(), key=lambda item: -len(item[1]))
         words = [f"{len(paths)} {kind} (first {min(paths)})" for kind, paths in kinds[:4]]
         notice += f"; left out: {', '.join(words)}{', ...' * (len(kinds) > 4)}"
-    return root, np.sort(names), notice
+    images = ImageFiles(root, np.sort(names))
+    require_readable(images)
+    return root, images.paths, notice
+
+
+def require_readable(images: ImageFiles) -> None:
+    """Raises ValueError if none of a few images can be read."""
+    tried = range(0, len(images), len(images) // 16 + 1)
+    for index in tried:
+        try:
+            images[index]
+            return
+        except BadImage as bad:
+            reason = f"none of {len(tried)} images tried in {images.root} can be read; {bad}"
+    raise ValueError(reason)
 
 
 def _search(data_dir: Path, pattern: str, left: Left) -> list[str]:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.data import default_collate
 
 from engine import checkpoints, files, log, processes
-from engine.batches import Collate, Loaded, Samples, Skipped, join, order_of
+from engine.batches import Collate, Loaded, Samples, join, name_skipped, order_of
 from engine.guards import StopSignals, lock
 from engine.log import say
 from engine.processes import Place
@@ -88,7 +88,6 @@ class Run:
         self.timed = self.steps
         self.network = processes.wrap(model, place)
         self.steps_per_epoch = max(count // size, 1)
-        self.skipped = Skipped(self.folder and self.folder / "skipped.txt", count)
         self.batch, self.trouble = None, ""  # the next one, or why there is none
         self.waited = 0.0  # seconds without a batch, since the last line of the log
         order = order_of(count, size, place, options.seed, self.position)
@@ -113,7 +112,8 @@ class Run:
         began = time.perf_counter()
         try:
             batch, failures = next(self.loaded, (None, []))
-            self.skipped.record(failures)
+            if failures and self.folder:
+                name_skipped(self.folder / "skipped.txt", failures, len(self.images))
         except ValueError as error:
             self.trouble = str(error)
             return
@@ -125,7 +125,8 @@ class Run:
 
     def remember(self) -> None:
         """Before a forward: keep what it moves, in case the step does not count."""
-        copy_all(self.before, self.buffers)
+        if self.buffers:
+            torch._foreach_copy_(self.before, self.buffers)
         self.under_way = True
 
     def parts(self, *batch: Tensor) -> Iterator[list[Tensor]]:
@@ -176,8 +177,8 @@ class Run:
 
     def undo(self) -> None:
         """Return to what was remembered."""
-        if self.under_way:
-            copy_all(self.buffers, self.before)
+        if self.under_way and self.buffers:
+            torch._foreach_copy_(self.buffers, self.before)
         self.under_way = False
 
     def end_step(self) -> None:
@@ -343,8 +344,9 @@ class Run:
 
     def end(self) -> int:
         """Says how the run ended -> exit status. Raises Stopped where it could not go on."""
-        if count := len(self.skipped.names):
-            self.print(f"skipped  {count} images that could not be read: {self.skipped.file}")
+        if self.writes and (skipped := self.folder / "skipped.txt").exists():
+            count = len(skipped.read_bytes().splitlines())
+            self.print(f"skipped  {count} images that could not be read: {skipped}")
         held = f"{self.folder}/last.pth holds step {self.steps}: the same command goes on"
         held = held if self.steps else "no step was taken"
         if self.ended == "diverged":
@@ -365,14 +367,6 @@ class Run:
 def ending(stop: float, trouble: float) -> str:
     """How a run ends where so many ranks were asked to stop, or have no next batch."""
     return "signal" if stop else "trouble" if trouble else ""
-
-
-@torch.no_grad()
-def copy_all(into: Sequence[Tensor], source: Sequence[Tensor]) -> None:
-    """Copy tensors pairwise, those of one type in one launch."""
-    for dtype in {t.dtype for t in into}:
-        pairs = [(a, b) for a, b in zip(into, source) if a.dtype == dtype]
-        torch._foreach_copy_(*zip(*pairs))
 
 
 def seed_of(*parts: int) -> int:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from data import TwoCrops
-from engine.batches import Samples, Skipped, check_images
+from engine.batches import Samples, check_images, name_skipped
 from engine.images import BadImage, ImageFiles, Photographs
 
 GRADIENT = np.linspace(0, 255, 12 * 16).reshape(12, 16).astype(np.uint8)
@@ -139,14 +139,13 @@ def test_the_next_readable_neighbor_stands_in_with_the_random_numbers_of_the_sam
 
 def test_each_bad_file_is_written_once_and_more_than_one_percent_end_the_run(tmp_path, capfd):
     file = tmp_path / "skipped.txt"
-    one, other = Skipped(file, 400), Skipped(file, 400)
-    one.record([("ä.jpg", "empty file"), ("c.jpg", "truncated"), ("ä.jpg", "empty file")])
-    other.record([("c.jpg", "truncated"), ("new\nline.jpg", "truncated")])
-    one.record([("new\nline.jpg", "truncated"), (os.fsdecode(b"caf\xe9.jpg"), "truncated")])
-    expected = [b"c.jpg\ttruncated", b"caf\xe9.jpg\ttruncated", b"new line.jpg\ttruncated"]
-    assert sorted(file.read_bytes().splitlines()) == [*expected, "ä.jpg\tempty file".encode()]
+    bad = [(name, "truncated") for name in ("ä.jpg", "c.jpg", "new\nline.jpg")]
+    for failures in (bad[:2] + bad[:1], bad[1:], [(os.fsdecode(b"caf\xe9.jpg"), "truncated")]):
+        name_skipped(file, failures, 400)
+    names = [b"c.jpg", b"caf\xe9.jpg", b"new line.jpg", "ä.jpg".encode()]
+    assert sorted(file.read_bytes().splitlines()) == [name + b"\ttruncated" for name in names]
     with pytest.raises(ValueError, match=r"^5 of 400 images .* more than 1%.*skipped\.txt"):
-        one.record([("e.jpg", "empty file")])
+        name_skipped(file, [("e.jpg", "empty file")], 400)
     assert capfd.readouterr().err.count("its neighbor takes its place") == 1
-    Skipped(tmp_path, 300).record([("f.png", "empty")])  # a folder: a list that cannot be written
+    name_skipped(tmp_path, bad, 400)  # a folder: a list that cannot be written
     assert "could not write to" in capfd.readouterr().err

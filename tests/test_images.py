@@ -132,6 +132,15 @@ def test_a_wrong_path_says_in_one_line_what_was_expected_and_found(tmp_path, the
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("count, tried", [(1, 1), (40, 14)])
+def test_images_of_which_none_can_be_read_are_refused_with_one_line(count, tried, tmp_path):
+    for number in range(count):
+        (tmp_path / f"{number}.jpg").touch()
+    words = rf"none of {tried} images tried in {tmp_path} can be read; \d+.jpg: empty file$"
+    with pytest.raises(ValueError, match=words):
+        find_images(tmp_path)
+
+
 def test_a_list_that_is_no_text_is_refused_with_one_line(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"\xff\xfe\0\x81")
     with pytest.raises(ValueError, match=r"a\.jpg is not a text file with one name per line$"):
