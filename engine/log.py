@@ -3,7 +3,6 @@
 import json
 import math
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 from engine.files import write_atomically
@@ -12,15 +11,6 @@ from engine.files import write_atomically
 def say(line: str) -> None:
     """A line on stderr."""
     print(line, file=sys.stderr, flush=True)
-
-
-def append(file: Path, record: Mapping[str, float]) -> None:
-    """One line of the log. A full disk costs this line."""
-    try:
-        with file.open("a") as out:
-            out.write(json.dumps(record) + "\n")
-    except OSError as error:
-        say(f"could not write to {file}: {error.strerror}; the run goes on")
 
 
 def forget_after(file: Path, step: int) -> None:

@@ -60,18 +60,6 @@ def make_optimizer(
     return torch.optim.AdamW(groups, lr, weight_decay=weight_decay)
 
 
-def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float) -> float:
-    """A linear warm-up, then a cosine down to 1e-6, raised and lowered at every step [O].
-
-    lr(t) = peak / 100 (99 t / T_w + 1), for t < T_w
-    lr(t) = 1e-6 + (peak - 1e-6) (1 + cos(pi (t - T_w) / (T - T_w))) / 2, from T_w on.
-    """
-    if step < warmup_steps:
-        return peak / 100 * (99 * step / warmup_steps + 1)
-    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return 1e-6 + (peak - 1e-6) * (1 + math.cos(math.pi * progress)) / 2
-
-
 class Schedule(NamedTuple):
     """What a run intends, in optimizer steps."""
 
@@ -81,8 +69,16 @@ class Schedule(NamedTuple):
     peak: float  # learning rate after the warm-up
 
     def learning_rate(self, step: int) -> float:
-        """Of the step that is taken after `step` steps."""
-        return learning_rate(step, self.total_steps, self.warmup_steps, self.peak)
+        """Of step t: a linear warm-up, then a cosine down to 1e-6, changed at every step [O].
+
+        lr(t) = peak / 100 (99 t / T_w + 1), for t < T_w
+        lr(t) = 1e-6 + (peak - 1e-6) (1 + cos(pi (t - T_w) / (T - T_w))) / 2, from T_w on.
+        """
+        peak, warmup = self.peak, self.warmup_steps
+        if step < warmup:
+            return peak / 100 * (99 * step / warmup + 1)
+        progress = (step - warmup) / max(self.total_steps - warmup, 1)
+        return 1e-6 + (peak - 1e-6) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def schedule_for(

@@ -4,6 +4,7 @@ a log. A program puts its own step between `remember` and `end_step`, as train.p
 
 import contextlib
 import datetime
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,6 @@ from torch.utils.data import default_collate
 from engine import checkpoints, files, log, processes
 from engine.batches import Collate, Loaded, Samples, join, name_skipped, order_of
 from engine.guards import StopSignals, lock
-from engine.log import say
 from engine.processes import Place
 from engine.program import BEGAN, Stopped
 from engine.ranks import gather_objects, sum_over_ranks
@@ -235,10 +235,15 @@ class Run:
         return record
 
     def write(self, record: Mapping[str, Any], brief: str) -> None:
-        """A line of log.jsonl, and the same for the eye."""
+        """A line of log.jsonl, and the same for the eye. A full disk costs this line."""
+        if not self.writes:
+            return
         self.print(f"step {record['step']}/{self.options.last_step}  {brief}")
-        if self.writes:
-            log.append(self.folder / "log.jsonl", record)
+        try:
+            with (self.folder / "log.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            log.say(f"could not write log.jsonl: {error.strerror}; the run goes on")
 
     def print(self, *lines: str) -> None:
         """Lines on stdout, from the main process."""
@@ -282,7 +287,7 @@ class Run:
         self.began -= saved["seconds"]
         then, now = saved["world_size"], self.place.world_size
         if then != now and self.writes:
-            say(f"{then} process(es) then, {now} now: the same images, but not the same bits")
+            log.say(f"{then} process(es) then, {now} now: the same images, but not the same bits")
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -324,7 +329,7 @@ class Run:
                 line += "; what stood there before is intact"
                 if self.ended:
                     raise Stopped(f"{line}: make room, and give the same command again") from None
-                say(f"{line}, and the run goes on")
+                log.say(f"{line}, and the run goes on")
 
     def __enter__(self) -> "Run":
         self.signals.__enter__()

@@ -78,36 +78,36 @@ NETWORKS = {
     "released, without a wrapper": released(OURS),
 }
 FC = {"fc.weight": torch.ones(2, 3), "fc.bias": torch.ones(2)}
-BACKBONES = {
-    "backbone.pth": TINY,
-    "torchvision": {**TINY, **FC},
-    "DataParallel": named("module.", {**TINY, **FC}),
-    "compiled": named("_orig_mod.", TINY),
-    "MoCo": dict(
-        arch="resnet50",
-        state_dict={
-            **named("module.encoder_q.", {**TINY, **FC}),
-            **named("module.encoder_k.", FEW),
-            "module.queue": torch.ones(3, 2),
-        },
+HEADED = {**TINY, **FC}
+BACKBONES = {  # kind of file -> its contents, and what stands before the names that are used
+    "backbone.pth": (TINY, ""),
+    "torchvision": (HEADED, ""),
+    "DataParallel": (named("module.", HEADED), ""),
+    "compiled": (named("_orig_mod.", TINY), ""),
+    "MoCo": (
+        dict(state_dict={**named("module.encoder_q.", HEADED), **named("module.encoder_k.", FEW)}),
+        "encoder_q.",
     ),
-    "MoCo v3": dict(
-        state_dict={
-            **named("module.momentum_encoder.", {**TINY, **FC}),
-            **named("module.base_encoder.", FEW),
-        }
+    "MoCo v3": (
+        dict(
+            state_dict={
+                **named("module.momentum_encoder.", HEADED),
+                **named("module.base_encoder.", FEW),
+            }
+        ),
+        "momentum_encoder.",
     ),
-    "DenseCL": dict(meta=dict(epoch=200), state_dict=named("backbone.", TINY)),
-    "DINO": dict(
-        student=named("module.backbone.", FEW),
-        teacher={**named("module.backbone.", TINY), **named("module.head.", FC)},
-        epoch=100,
+    "DenseCL": (dict(meta=dict(epoch=200), state_dict=named("backbone.", TINY)), "backbone."),
+    "DINO": (
+        dict(
+            student=named("module.backbone.", FEW),
+            teacher={**named("module.backbone.", TINY), **named("module.head.", FC)},
+        ),
+        "backbone.",
     ),
-    "PixPro": dict(model=named("module.encoder.", TINY)),
-    "SwAV": named("module.", {**TINY, "projection_head.weight": torch.ones(2)}),
+    "PixPro": (dict(model=named("module.encoder.", TINY)), "encoder."),
+    "SwAV": (named("module.", {**TINY, "projection_head.weight": torch.ones(2)}), ""),
 }
-USED = {"MoCo": "encoder_q.", "MoCo v3": "momentum_encoder.", "DenseCL": "backbone.",
-        "DINO": "backbone.", "PixPro": "encoder."}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
@@ -124,10 +124,11 @@ def test_a_whole_network_comes_in_under_our_names(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_a_backbone_comes_in_under_torchvisions_names_without_its_head(kind, tmp_path):
-    found = checkpoints.read(file_with(BACKBONES[kind], tmp_path))
+    contents, used = BACKBONES[kind]
+    found = checkpoints.read(file_with(contents, tmp_path))
     assert not difference(found.backbone(), dict(TINY))
     assert not found.holds_network
-    assert found.source() == str(found.path) + (f" ({USED[kind]}*)" if kind in USED else "")
+    assert found.source() == str(found.path) + (f" ({used}*)" if used else "")
     for refused in (found.network, lambda: found.backbone("student")):
         with pytest.raises(ValueError) as error:
             refused()
@@ -152,16 +153,15 @@ def zip_of(*names):
     return buffer.getvalue()
 
 
-BROKEN = {
-    "is no checkpoint, or damaged: ": (b"", b"PK\x03\x04 and no more", b"\x80\x02}q\x00"),
-    "is no checkpoint, or damaged: a web page": (b"\n<!DOCTYPE html><title>Drive - Virus scan",),
-    "is no checkpoint, or damaged: a pointer of git-lfs": (
-        b"version https://git-lfs.github.com\n",
-    ),
-    "is no checkpoint, or damaged: a pickle, as *.pkl of": (pickle.dumps(dict(model=[1.5] * 9)),),
-    "is no checkpoint, or damaged: a zip of other files": (zip_of("readme.txt"),),
-    "is no checkpoint, or damaged: TorchScript": (zip_of("a/constants.pkl", "a/version"),),
-    "is no checkpoint, or damaged: its first bytes are": (b"\x9d" * 50,),
+NO = "is no checkpoint, or damaged: "
+BROKEN = {  # what is said -> of which files
+    NO: (b"", b"PK\x03\x04 and no more", b"\x80\x02}q\x00"),
+    f"{NO}a web page": (b"\n<!DOCTYPE html><title>Drive - Virus scan",),
+    f"{NO}a pointer of git-lfs": (b"version https://git-lfs.github.com\n",),
+    f"{NO}a pickle, as *.pkl of": (pickle.dumps(dict(model=[1.5] * 9)),),
+    f"{NO}a zip of other files": (zip_of("readme.txt"),),
+    f"{NO}TorchScript": (zip_of("a/constants.pkl", "a/version"),),
+    f"{NO}its first bytes are": (b"\x9d" * 50,),
     "holds a list, not a checkpoint's dictionary": ([1, 2],),
     "holds no backbone: found nothing": ({},),
     "holds no backbone: found epoch, loss": (dict(epoch=3, loss=1.0),),
@@ -232,7 +232,8 @@ def test_files_of_old_torch_without_counts_of_batches_are_loaded():
 @pytest.mark.parametrize("name", ["backbone.pth", "ours", "released", "other prototypes"])
 def test_a_run_starts_from_a_backbone_or_from_all_that_fits(name, tmp_path):
     more = {**OURS, "teacher.prototypes.weight": torch.ones(K + 1, D)}
-    path = file_with({**NETWORKS, **BACKBONES, "other prototypes": more}[name], tmp_path)
+    files = {**NETWORKS, "backbone.pth": TINY, "other prototypes": more}
+    path = file_with(files[name], tmp_path)
     model = slotcon(4)
     drawn = {key: value.clone() for key, value in model.state_dict().items()}
     line, used = checkpoints.start_from(model, str(path)), dict(OURS)

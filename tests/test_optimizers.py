@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from engine.optimizers import LARS, Schedule, learning_rate, make_optimizer, schedule_for
+from engine.optimizers import LARS, Schedule, make_optimizer, schedule_for
 from slotcon import SlotCon
 
 SHAPES = ((5, 3, 2, 4), (7, 6), (8,), ())
@@ -24,17 +24,13 @@ def give_gradients(params, step):
         p.grad = random(*p.shape, seed=100 * step + i)
 
 
-def norm(x):
-    return math.sqrt(sum(value * value for value in x.flatten().tolist()))
-
-
 def lars_slowly(params, velocities, lr, momentum, weight_decay, coefficient):
     for i, p in enumerate(params):
         g = p.grad.clone()
         if p.ndim != 1:
             g = g + weight_decay * p.data
-            if norm(p.data) > 0 and norm(g) > 0:
-                g = g * coefficient * norm(p.data) / norm(g)
+            if p.data.norm() > 0 and g.norm() > 0:
+                g = g * coefficient * p.data.norm() / g.norm()
         velocities[i] = momentum * velocities[i] + g
         p.data = p.data - lr * velocities[i]
 
@@ -90,14 +86,14 @@ def test_an_optimizer_trains_student_and_predictor_and_decays_no_bias_or_norm(na
 
 
 def test_the_learning_rate_rises_from_a_hundredth_and_falls_along_a_cosine_at_every_step():
-    rates = [learning_rate(t, total_steps=110, warmup_steps=10, peak=2.0) for t in range(111)]
+    rates = [Schedule(5, 110, 10, 2.0).learning_rate(t) for t in range(111)]
     assert rates[0] == 0.02 and rates[5] == pytest.approx(0.02 * 50.5) and rates[10] == 2.0
     assert rates[60] == pytest.approx(1e-6 + (2 - 1e-6) / 2) and rates[110] == pytest.approx(1e-6)
     assert rates[109] == pytest.approx(1e-6 + (2 - 1e-6) * (1 + math.cos(math.pi * 0.99)) / 2)
     assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
-    assert learning_rate(0, 5, 0, 2.0) == 2.0  # no warm-up
-    assert learning_rate(4, 5, 5, 2.0) == pytest.approx(0.02 * (99 * 4 / 5 + 1))  # nothing else
-    assert Schedule(5, 110, 10, 2.0).learning_rate(60) == rates[60]
+    assert Schedule(1, 5, 0, 2.0).learning_rate(0) == 2.0  # no warm-up
+    nothing_else = Schedule(1, 5, 5, 2.0).learning_rate(4)
+    assert nothing_else == pytest.approx(0.02 * (99 * 4 / 5 + 1))
 
 
 @pytest.mark.parametrize(

@@ -396,21 +396,21 @@ def test_a_process_of_several_on_gpus_binds_its_group_to_its_gpu(alone):
     assert asked["backend"] == "gloo" and not asked.get("device_id")
 
 
-@pytest.mark.parametrize(
-    "amp, device, has_bf16, expected",
-    [
-        ("auto", "cpu", True, None),
-        ("auto", "mps", True, None),
-        ("auto", "cuda", True, torch.bfloat16),
-        ("auto", "cuda", False, torch.float16),
-        ("bf16", "cpu", False, torch.bfloat16),
-        ("fp16", "cuda", True, torch.float16),
-        ("off", "cuda", True, None),
-    ],
-)
-def test_the_precision_is_what_the_device_can_do(alone, amp, device, has_bf16, expected):
-    alone.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
-    assert processes.precision(amp, torch.device(device)) == expected
+PRECISIONS = {  # --amp, device, whether a GPU has bf16 -> the type of autocast
+    ("auto", "cpu", True): None,
+    ("auto", "mps", True): None,
+    ("auto", "cuda", True): torch.bfloat16,
+    ("auto", "cuda", False): torch.float16,
+    ("bf16", "cpu", False): torch.bfloat16,
+    ("fp16", "cuda", True): torch.float16,
+    ("off", "cuda", True): None,
+}
+
+
+def test_the_precision_is_what_the_device_can_do(alone):
+    for (amp, device, has_bf16), expected in PRECISIONS.items():
+        alone.setattr(torch.cuda, "is_bf16_supported", lambda has=has_bf16, **_: has)
+        assert processes.precision(amp, torch.device(device)) == expected
 
 
 def test_cores_are_shared_among_the_processes_of_a_machine(alone):

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import data
 import slotcon
 from engine import checkpoints
-from engine.optimizers import LARS, learning_rate
+from engine.optimizers import LARS, Schedule
 from grouping import inverse_augmentation
 from slots import occupied
 from teacher import teacher_momentum
@@ -184,7 +184,8 @@ def test_the_student_sees_what_the_released_student_saw():
 def test_the_learning_rate_is_the_released_schedule():
     s = NUMBERS["lr_schedule"]
     total, warmup = s["epochs"] * s["steps_per_epoch"], s["warmup_epochs"] * s["steps_per_epoch"]
-    close([learning_rate(t, total, warmup, s["peak"]) for t in range(total)], s["values"])
+    schedule = Schedule(0, total, warmup, s["peak"])
+    close([schedule.learning_rate(t) for t in range(total)], s["values"])
 
 
 @section("teacher_momentum_schedule")

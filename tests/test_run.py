@@ -98,13 +98,6 @@ def whole(tmp_path_factory):
     return folder
 
 
-def test_the_seconds_of_a_run_count_from_the_start_of_its_program(tmp_path, monkeypatch):
-    monkeypatch.setattr("engine.run.BEGAN", time.perf_counter() - 1000)
-    assert 1000 < program(tmp_path).seconds < 1100
-    program(tmp_path, last_step=LAST + 1)
-    assert 2000 < last_of(tmp_path)["seconds"] < 2200
-
-
 def test_a_position_has_one_batch_wherever_a_run_starts_and_ranks_share_it():
     def taken(start, rank=0, world_size=1, count=7):
         order = order_of(14, 4, Place(CPU, rank, world_size), seed=3, start=start)
@@ -196,10 +189,10 @@ def test_a_mistake_in_the_middle_of_moving_the_weights_is_not_saved(tmp_path, mo
         if next(iter(optimizer.state.values()))["step"] == 4:
             raise ArithmeticError("a mistake of ours")
 
+    program(tmp_path / "three", last_step=3)
     monkeypatch.setattr(torch.optim.AdamW, "step", broken)
     with pytest.raises(ArithmeticError):
         program(tmp_path / "run", save_minutes=0)
-    program(tmp_path / "three", last_step=3)
     found, expected = (last_of(tmp_path / name) for name in ("run", "three"))
     assert found["step"] == 3 and not difference(found["model"], expected["model"])
 
@@ -258,12 +251,6 @@ def test_a_run_that_is_paused_among_bad_steps_goes_on_counting_them(tmp_path):
     program(tmp_path / "run", spoiled)
     run = program(tmp_path / "run", spoiled)
     assert (run.ended, run.position, run.steps) == ("diverged", 23, 3)
-
-
-def test_the_scale_of_fp16_leaves_no_trace_in_the_numbers(tmp_path):
-    half, single = (program(None, dtype=dtype, last_step=3) for dtype in (torch.float16, None))
-    assert half.scaler.get_scale() == 1024 and half.bad_steps == 0
-    assert half.values == pytest.approx(single.values, rel=0.02)
 
 
 def test_a_line_averages_the_steps_since_the_last_one(whole, tmp_path):
@@ -389,7 +376,7 @@ def test_readers_change_no_bit_and_the_end_waits_for_none_of_them(whole, tmp_pat
 
 
 @pytest.mark.parametrize("first", [0, 4])
-def test_a_signal_ends_the_wait_for_readers_that_hand_nothing_over(first, whole, tmp_path, capfd):
+def test_a_signal_ends_the_wait_for_readers_that_hand_nothing_over(first, whole, tmp_path):
     """first: the position from which they sleep."""
     asleep = multiprocessing.Value("b", first == 0)
 
@@ -398,17 +385,12 @@ def test_a_signal_ends_the_wait_for_readers_that_hand_nothing_over(first, whole,
         return noisy(image, rng)
 
     def sleep(run):
-        if run.position == first:
-            asleep.value = 1
+        asleep.value |= run.position == first
 
-    stop = threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM))
-    stop.start()
+    threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start()
     began = time.monotonic()
     run = program(tmp_path / "run", sleep, view=view, workers=1, save_minutes=0)
     assert run.end() == 0 and run.ended == "signal" and time.monotonic() - began < 60
-    held = f"{tmp_path}/run/last.pth holds step {run.steps}: the same command goes on"
-    expected = f"stopped by SIGTERM after step {run.steps} of {LAST}; "
-    assert expected + (held if first else "no step was taken") in capfd.readouterr().out
     assert (first < run.steps < LAST) if first else run.steps == 0
     assert program(tmp_path / "run").end() == 0
     assert same(tmp_path / "run", whole)
@@ -416,12 +398,9 @@ def test_a_signal_ends_the_wait_for_readers_that_hand_nothing_over(first, whole,
 
 def test_readers_that_hand_nothing_over_for_long_stop_a_run_with_a_line(tmp_path, monkeypatch):
     monkeypatch.setattr(batches, "PATIENCE", 2)
-
-    def view(image, rng):
-        time.sleep(600)
-
+    sleep = lambda image, rng: time.sleep(600)
     with pytest.raises(Stopped, match=r"\(nothing for 2 s\): try .* or --workers 0; no step was"):
-        program(tmp_path, view=view, workers=1).end()
+        program(tmp_path, view=sleep, workers=1).end()
 
 
 def test_images_that_are_gone_stop_a_run_with_a_line_and_a_checkpoint(whole, tmp_path):
