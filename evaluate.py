@@ -61,7 +61,7 @@ def add_masks(parser: options.Parser) -> None:
     add("--output", type=options.path, required=True, metavar="FOLDER", help="of the masks")
     text = "short side of what the network sees, px (default: 224)"
     add("--size", type=options.side, default=224, metavar="N", help=text)
-    text = "text file of names, lines such as '3 sky', for prototypes.json and the masks"
+    text = "text file of lines such as '3 sky'; with other names all masks are made again"
     add("--names", type=options.path, metavar="FILE", help=text)
     add("--workers", type=options.whole, default=0, metavar="N", help="processes that decode (0)")
 
