@@ -317,8 +317,8 @@ def test_the_settings_of_ade20k_train_and_test(tmp_path, capsys):
 
 
 DETECTION = (
-    "detection --arch resnet18 --labeled 8 --test-on train --shorts 64 64 --test-short 64 "
-    "--longest 128 --smallest-anchor 8 --regions 8 --batch-size 8 --base-steps 1 --workers 0 "
+    "detection --arch resnet18 --labeled 2 --test-on train --shorts 64 64 --test-short 64 "
+    "--longest 128 --smallest-anchor 8 --regions 8 --batch-size 2 --max-steps 2 --workers 0 "
     "--warmup-steps 2 --log-every 1 --device cpu --data-dir"
 ).split()
 
@@ -326,17 +326,17 @@ DETECTION = (
 @pytest.mark.slow
 def test_a_detector_that_was_stopped_and_continued_is_the_whole_one_bit_for_bit(tmp_path):
     whole, folder = tmp_path / "whole", tmp_path / "run"
-    small = [*DETECTION, str(draw_coco(tmp_path / "coco", more=7))]
+    small = [*DETECTION, str(draw_coco(tmp_path / "coco", more=1))]
     assert run(whole, small=small) == 0
     for accident in (At(0, Signals("SIGTERM")), None):
         assert run(folder, small=small, accident=accident) == 0
     assert_same_run(folder, whole)
-    assert losses_of(whole)[0]["lr"] == pytest.approx(0.02 / 2 / 1000)
+    assert losses_of(whole)[0]["lr"] == pytest.approx(0.02 * 2 / 16 / 1000)
 
 
 @pytest.mark.slow
 def test_two_processes_find_objects_together(tmp_path):
-    small = [*DETECTION, str(draw_coco(tmp_path / "coco", more=7))]
+    small = [*DETECTION, str(draw_coco(tmp_path / "coco", more=1))]
     assert play(tmp_path / "run", processes=2, small=small)[0] == [0, 0]
     result = result_of(tmp_path / "run")
     assert result["step"] == 2 and result["detections"] > 100 and 0 <= result["box_ap"] <= 1
