@@ -13,6 +13,7 @@ folder and from the root of the repository. Nothing of the method stands here.
                                            (k 3) of its prototypes, by the rule of
     nb.class_colors(groups, truth, k)      (k 3): a prototype has the color of the class that it is
                                            matched with (`toy.CLASS_COLORS`), the others are gray
+    nb.textures(seed)                      scenes, two views, and features that are no network's
     nb.paint(groups, colors)               numbers -> colors; a number k instead of colors: the
                                            palette of visualize.py
 """
@@ -34,6 +35,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from einops import einsum, rearrange  # noqa: E402
 from IPython.display import Image, Markdown, display  # noqa: E402
 from PIL import Image as Pillow  # noqa: E402
 
@@ -46,6 +49,7 @@ from measures import metrics  # noqa: E402
 from measures.datasets import UNSEEN  # noqa: E402
 from measures.figures import prototype_colors  # noqa: E402
 from measures.groups import segment  # noqa: E402
+from photometric import Photometric, normalize  # noqa: E402
 from slotcon import SlotCon  # noqa: E402
 
 torch.set_num_threads(1)
@@ -91,13 +95,35 @@ def class_colors(groups: torch.Tensor, truth: torch.Tensor, k: int) -> np.ndarra
     return np.where((matched < 0)[:, None], shades[:, None], of_class)
 
 
+def textures(seed: int, count: int = 128) -> tuple[Any, torch.Tensor, torch.Tensor, list]:
+    """Scenes; two views in other colors (b v 3 y x); features (b d h w) of the scenes, and of both
+    views with noise: mean sizes of 64 random filters' answers, d = 16 numbers of equal variance.
+    """
+    scenes, generator = toy.ToyImages(seed, count), torch.Generator().manual_seed(seed)
+    filters = torch.randn(64, 1, 9, 9, generator=generator)
+    filters = filters * torch.outer(*[torch.hann_window(9, periodic=False)] * 2)
+    filters = F.normalize(filters - filters.mean((2, 3), keepdim=True), dim=(2, 3))
+    recolor = Photometric(**chosen_for(Photometric, recipes.PRESETS["toy"]))
+    views = recolor(torch.stack([scenes.images] * 2, dim=1), generator)
+    maps = []
+    for images in (normalize(scenes.images), *views.unbind(1)):
+        gray = F.pad(images.mean(1, keepdim=True), (4,) * 4, mode="reflect")
+        sizes = F.pad(F.conv2d(gray, filters).abs(), (4,) * 4, mode="reflect")
+        maps.append(F.avg_pool2d(sizes, 12, 4)[:, :, ::2, ::2])
+    rows = rearrange(maps[0], "b c h w -> (b h w) c")
+    _, scale, axes = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
+    whiten = axes[:16].T / scale[:16] * len(rows) ** 0.5
+    maps = [x - rows.mean(0)[:, None, None] for x in maps]
+    plain, *two = (einsum(x, whiten, "b c h w, c d -> b d h w") for x in maps)
+    return scenes, views, plain, [x + torch.randn(x.shape, generator=generator) for x in two]
+
+
 def method(box: str = "") -> None:
     """Show the diagram of the method with one of `method.BOXES` framed."""
     import method as diagram  # which imports this module
 
     display(Image(diagram.framed(box), format="png", width=900))
-    display(Markdown("*One step of SlotCon on one scene: every image is a tensor of the trained toy "
-                     "network. In red: what this notebook is about.*"))  # fmt: skip
+    display(Markdown("*One step of SlotCon; every image is a tensor of it. Red: here.*"))
 
 
 def source(*things: Any) -> None:
@@ -224,7 +250,7 @@ def heat(
 def curves(lines: dict[str, Sequence[float]], text: str, ylabel: str = "", **more: Any) -> None:
     """Several lines over the steps, each with its own marker. more: of `finish`."""
     _, axis = plt.subplots(figsize=(6.0, 3.2))
-    for (name, values), marker in zip(lines.items(), "os^D"):
+    for (name, values), marker in zip(lines.items(), "os^Dv*"):
         axis.plot(values, marker=marker, label=name, ms=4, markevery=len(values) // 8)
     axis.set(xlabel="step", ylabel=ylabel)
     axis.legend(fontsize=9)

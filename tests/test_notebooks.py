@@ -11,9 +11,14 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "notebooks"
+sys.path.insert(0, str(FOLDER))
+from solutions import EXERCISES, Task, result  # noqa: E402
+
+TASKS = [name for name, task in EXERCISES.items() if isinstance(task, Task)]
 BOOKS = {file.name[:2]: file for file in sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))}
 SECONDS, IN_ALL = 150, 540  # processor time of one notebook, and of all of them
 CONCEPTS = "backbone grouping slots losses teacher slotcon data photometric toy".split()
@@ -168,6 +173,46 @@ def test_the_code_that_the_outputs_show_is_the_code_as_it_is():
             if listing and all(textwrap.indent(listing[2], x) not in code for x in ("", "    ")):
                 stale.append(f"{name} {listing[1]}: {listing[2].splitlines()[0]}")
     assert not stale, "\n".join(stale)
+
+
+def pooled_in_loops(z, s, t):
+    a = (s / t).exp() / (s / t).exp().sum(1, keepdim=True) + 1e-6
+    mean = [[(w * image).sum((1, 2)) / w.sum() for w in k] for image, k in zip(z, a)]
+    return torch.stack([torch.stack(row) for row in mean])
+
+
+def consistency_by_logarithms(s, t, center, hot, cold):
+    logits, wanted = s / hot, ((t.detach() - center.detach()[None, :, None, None]) / cold).exp()
+    wanted = wanted / wanted.sum(1, keepdim=True)
+    return (logits.logsumexp(1) - (wanted * logits).sum(1)).mean()
+
+
+DIFFERENTLY = {  # right, and not written as in the modules
+    "competing attention": lambda q, k: torch.stack(
+        [x @ y.T / q.shape[2] ** 0.5 for x, y in zip(q, k)]
+    ).softmax(-2),
+    "attentive_pooling": pooled_in_loops,
+    "group_consistency": consistency_by_logarithms,
+    "update_center": lambda c, a, b, m: c + (1 - m) * (torch.cat([a, b]).mean((0, 2, 3)) - c),
+    "update_teacher": lambda t, s, m: t - (1 - m) * (t - s),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_an_exercise_takes_what_is_right_and_says_what_is_wrong(name: str):
+    task = EXERCISES[name]
+    assert result(name, DIFFERENTLY.get(name, task.right)) == "pass"
+    assert {words: result(name, answer) for words, answer in task.wrong.items()} == {
+        words: f"not yet: {words}" for words in task.wrong
+    }
+
+
+def test_an_exercise_that_is_empty_or_raises_does_not_end_the_notebook():
+    assert result("attentive_pooling", lambda *_: None) == "todo"
+    assert result("attentive_pooling", lambda *_: 1 / 0).startswith("not yet, ZeroDivisionError")
+    assert "the shape is" in result("attentive_pooling", lambda z, *_: z)
+    assert "3 times" in result("attentive_pooling", lambda *x: 3 * pooled_in_loops(*x))
+    assert "sign" in result("attentive_pooling", lambda *x: -pooled_in_loops(*x))
 
 
 def test_every_slide_has_its_heading():
