@@ -206,27 +206,37 @@ def label(axes: Any, rows: Sequence = (), columns: Sequence = ()) -> None:
 
 
 def dots(
-    rows: dict[str, dict[str, Any]], text: str, xlabel: str = "", size: tuple = (7.5, 0),
-    mark: str = "",
+    rows: dict[str, dict[str, Any]], text: str, xlabel: str = "", width: float = 7.5,
+    bold: str = "", zero: bool = False,
 ) -> None:  # fmt: skip
-    """Rows of named numbers as dots. A number, or median, least and most, drawn as a line; mark:
-    a row in bold.
+    """Rows of named numbers as dots. A number, or median, least and most, drawn as a line; bold:
+    a row; zero: a line at 0.
     """
     names = list(dict.fromkeys(name for values in rows.values() for name in values))
-    _, axis = plt.subplots(figsize=(size[0], size[1] or 1.1 + 0.32 * len(rows)))
+    _, axis = plt.subplots(figsize=(width, 1.1 + 0.32 * len(rows)))
+    if zero:
+        axis.axvline(0, color="black", lw=1)
     for y, values in enumerate(rows.values()):
         for name, value in values.items():
             color, shape = f"C{names.index(name)}", "osD^v"[names.index(name) % 5]
             middle, *ends = np.ravel(value)
             axis.plot(ends, [y] * len(ends), color=color, lw=2)
-            axis.plot(middle, y, shape, color=color, label=name if y == 0 else None)
+            axis.plot(middle, y, shape, color=color, label=name)
     axis.set_yticks(range(len(rows)), list(rows))
     axis.set(ylim=(len(rows) - 0.5, -0.5), xlabel=xlabel)
     axis.grid(axis="y", alpha=0.3)
     for tick in axis.get_yticklabels():
-        tick.set_fontweight("bold" if tick.get_text() == mark else "normal")
+        tick.set_fontweight("bold" if tick.get_text() == bold else "normal")
     if len(names) > 1:
-        axis.legend(bbox_to_anchor=(1, 1), loc="upper left", frameon=False, fontsize=9)
+        first = dict(zip(*reversed(axis.get_legend_handles_labels())))
+        axis.legend(
+            first.values(),
+            first.keys(),
+            bbox_to_anchor=(1, 1),
+            loc="upper left",
+            frameon=False,
+            fontsize=9,
+        )
     finish(text)
 
 
