@@ -218,7 +218,8 @@ def coco_with(root, changes, part="train", kind="annotations"):
 
 UNUSABLE = {  # of the first dog
     "segmentation": [
-        None, [], [[1, 2, 3]], [[1, 2, 3, 4]], [1, 2, 3, 4, 5, 6], [[4, 6, 14, 14, 4, float("nan")]],
+        None, [], [[1, 2, 3]], [[1, 2, 3, 4]], [1, 2, 3, 4, 5, 6],
+        [[4, 6, 14, 14, 4, float("nan")]],
         [[1, 2, 3, 4, 5, 10**9]], dict(size=[24, 40]), dict(size=[40, 24], counts=[960]),
         dict(size=[24, 40], counts=[102, *[8, 16] * 9, 8]),  # the last run is missing
         dict(size=[24, 40], counts=[900]), dict(size=[24, 40], counts=[-40, 1000]),
