@@ -147,8 +147,8 @@ def test_outputs_are_committed_whole_small_and_without_timestamps(book: Path):
 def test_a_notebook_has_the_size_of_a_lesson(book: Path):
     text = re.sub(r"```.*?```", "", " ".join(sources_of(book, "markdown")), flags=re.S)
     lines = [len(cell.splitlines()) for cell in sources_of(book)]
-    assert 500 <= len(text.split()) <= 1800
-    assert 40 <= sum(lines) <= 200 and statistics.median(lines) <= 12
+    assert 600 <= len(text.split()) <= 1200
+    assert 50 <= sum(lines) <= 120 and statistics.median(lines) <= 10
 
 
 @each_book
