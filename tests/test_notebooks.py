@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchvision.ops import roi_align
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "notebooks"
@@ -187,7 +188,23 @@ def consistency_by_logarithms(s, t, center, hot, cold):
     return (logits.logsumexp(1) - (wanted * logits).sum(1)).mean()
 
 
+def read_by_roi_align(maps, boxes, flipped):
+    h, w = maps.shape[-2:]
+    rows = torch.cat([torch.arange(len(maps))[:, None], boxes * torch.tensor([w, h, w, h])], dim=1)
+    cut = roi_align(maps, rows, (h, w), aligned=True)
+    return torch.stack([x.flip(-1) if mirrored else x for x, mirrored in zip(cut, flipped)])
+
+
+def contrast_by_logarithms(q, k, positives, t):
+    q, k = (x / x.norm(dim=1, keepdim=True) for x in (q, k.detach()))
+    logits = q @ k.T / t
+    own = torch.stack([row[p] for row, p in zip(logits, positives)])
+    return 2 * t * (logits.logsumexp(1) - own).mean()
+
+
 DIFFERENTLY = {  # right, and not written as in the modules
+    "inverse_augmentation": read_by_roi_align,
+    "slot_contrast": contrast_by_logarithms,
     "competing attention": lambda q, k: torch.stack(
         [x @ y.T / q.shape[2] ** 0.5 for x, y in zip(q, k)]
     ).softmax(-2),
