@@ -25,7 +25,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add, text = parser.add_argument, "last.pth of a run, a released checkpoint, or backbone.pth"
     add("checkpoint", type=options.checkpoint_path, help=text)
     add("--format", choices=("torchvision", "detectron2"), default="torchvision", help="its names")
-    text = "file to write: *.pth, and for detectron2 *.pkl, numpy arrays"
+    text = "file to write: *.pth, *.safetensors, and for detectron2 *.pkl, numpy arrays"
     add("--output", type=options.path, required=True, help=text)
     add("--network", choices=("teacher", "student"), default="teacher", help="which of the two")
     args = parser.parse_args(argv)
@@ -34,8 +34,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ValueError(f"--output {output} is the checkpoint itself: give another name")
     if output.is_file() and output.name == "last.pth":
         raise ValueError(f"--output {output} is the last.pth of a run: give another name")
-    if output.suffix != (".pkl" if args.format == "detectron2" else ".pth"):
-        raise ValueError(f"--output {output}: expected *.pth, and *.pkl with --format detectron2")
+    kinds = (".pkl",) if args.format == "detectron2" else (".pth", ".safetensors")
+    if output.suffix not in kinds:
+        expected = "*.pth or *.safetensors, and *.pkl with --format detectron2"
+        raise ValueError(f"--output {output}: expected {expected}")
     return args
 
 
@@ -62,10 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             "exported, which timm and torchvision have: train with --arch resnet18, for example"
         )
     options.check_writable(args.output, "--output")
-    contents = exported.encoded(state, form)
+    contents = exported.encoded(state, form, args.output.suffix)
     size = (224, 224) if form == "timm" else (97, 129)
     image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
-    other = exported.decoded(contents, arch, form)
+    other = exported.decoded(contents, arch, form, args.output.suffix)
     with torch.inference_mode():
         features = backbone(image)
         same = torch.equal(features.flatten(1), other(image))

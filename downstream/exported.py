@@ -1,9 +1,11 @@
 """Files for other libraries: of timm, or a ResNet under torchvision's or detectron2's names."""
 
+import importlib
 import io
 import pickle
 import re
 from collections.abc import Mapping
+from types import ModuleType
 
 import torch
 import torchvision
@@ -33,19 +35,29 @@ def name_of(name: str, form: str) -> str:
     return name
 
 
-def encoded(state: Mapping[str, Tensor], form: str) -> bytes:
-    """A file for the target's checkpointer: of torch, or pickled arrays, as detectron2 writes."""
+def encoded(state: Mapping[str, Tensor], form: str, suffix: str) -> bytes:
+    """A file for the target's checkpointer: of torch, safetensors, or arrays, as detectron2 writes.
+
+    Raises ValueError where safetensors is not installed.
+    """
     if form == "detectron2":
         arrays = {name_of(name, form): value.numpy() for name, value in state.items()}
         return pickle.dumps(dict(model=arrays, __author__="SlotCon", matching_heuristics=True))
+    if suffix == ".safetensors":
+        return safetensors().save({name: value.contiguous() for name, value in state.items()})
     file = io.BytesIO()
     torch.save(dict(state), file)
     return file.getvalue()
 
 
-def decoded(file: bytes, arch: str, form: str) -> nn.Module:
+def decoded(file: bytes, arch: str, form: str, suffix: str) -> nn.Module:
     """The target's own network with what our file holds: images (1 3 y x) -> its last map, flat."""
-    named = pickle.loads(file)["model"] if form == "detectron2" else torch.load(io.BytesIO(file))
+    if form == "detectron2":
+        named = pickle.loads(file)["model"]
+    elif suffix == ".safetensors":
+        named = safetensors().load(file)
+    else:
+        named = torch.load(io.BytesIO(file))
     if form == "timm":
         network = nn.Sequential(build_backbone(arch), nn.Flatten())
         network[0].load_state_dict(named)
@@ -55,3 +67,11 @@ def decoded(file: bytes, arch: str, form: str) -> nn.Module:
     names = network.state_dict().keys()
     network.load_state_dict({n: torch.as_tensor(named[name_of(n, form)]) for n in names})
     return network.eval()
+
+
+def safetensors() -> ModuleType:
+    """The library's part for torch. Raises ValueError where it is not installed."""
+    try:
+        return importlib.import_module("safetensors.torch")
+    except ImportError:
+        raise ValueError("*.safetensors needs it: pip install safetensors") from None

@@ -5,12 +5,14 @@ import math
 import sys
 from pathlib import Path
 
+from tqdm import tqdm
+
 from engine.files import write_atomically
 
 
 def say(line: str) -> None:
-    """A line on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    """A line on stderr, above the bar."""
+    tqdm.write(line, file=sys.stderr)
 
 
 def forget_after(file: Path, step: int) -> None:

@@ -6,6 +6,8 @@ import contextlib
 import datetime
 import json
 import math
+import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import default_collate
+from tqdm import tqdm
 
 from engine import checkpoints, files, log, processes
 from engine.batches import Collate, Loaded, Samples, join, name_skipped, order_of
@@ -85,6 +88,9 @@ class Run:
         self.before = [buffer.clone() for buffer in self.buffers]
         if self.folder:
             self.open_folder(changed)
+        look = dict(unit="step", ncols=79, leave=False)
+        seen = self.writes and sys.stderr.isatty()
+        self.bar = tqdm(total=options.last_step, initial=self.steps, disable=not seen, **look)
         self.timed = self.steps
         self.network = processes.wrap(model, place)
         self.steps_per_epoch = max(count // size, 1)
@@ -190,6 +196,7 @@ class Run:
         self.steps, self.bad_steps = self.steps + self.good, self.bad_steps + (not self.good)
         self.bad_in_row = 0 if self.good else self.bad_in_row + 1
         if self.good:
+            self.bar.update()
             self.sums = [a + b for a, b in zip(self.sums, self.values)]
         if self.bad_in_row >= MAX_BAD_STEPS:
             self.ended = "diverged"
@@ -248,7 +255,8 @@ class Run:
     def print(self, *lines: str) -> None:
         """Lines on stdout, from the main process."""
         if self.writes and lines:
-            print("\n".join(lines), flush=True)
+            with tqdm.external_write_mode():  # above the bar
+                print("\n".join(lines), flush=True)
 
     def open_folder(self, changed: Callable[[Mapping[str, Any]], list[str]]) -> None:
         """Take the folder, go on from its checkpoint, and open the log. Raises ValueError."""
@@ -256,13 +264,17 @@ class Run:
         named = options.resume not in ("auto", "none", "force")
         last = Path(options.resume) if named else self.folder / "last.pth"
         wanted = named or (options.resume != "none" and last.exists())
+        lost = not wanted and options.resume == "auto" and (self.folder / "config.json").exists()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.writes:
                 self.lock = lock(self.folder)
             if wanted:
                 self.resume(last, changed if options.resume != "force" else lambda saved: [])
+            self.require_space()
             if self.writes:
+                if lost:
+                    log.say(f"{self.folder}: an earlier run left no checkpoint, a new one starts")
                 log.forget_after(self.folder / "log.jsonl", self.steps)
                 for file in self.folder.glob(".*.[0-9]*.tmp"):  # of a run that died in a save
                     file.unlink(missing_ok=True)
@@ -277,6 +289,15 @@ class Run:
             raise ValueError(f"{found}: every machine must see the same --output-dir")
         if wanted:
             self.print(f"resumed  {last} after step {self.steps}")
+
+    def require_space(self) -> None:
+        """Raises ValueError where not one checkpoint fits on the disk."""
+        kept = 1 if isinstance(self.optimizer, torch.optim.SGD) else 2  # velocity, or two moments
+        size = sum(t.nbytes for t in (*self.model.state_dict().values(), *self.trained * kept))
+        free = shutil.disk_usage(self.folder).free
+        if size > free:
+            found = f"a checkpoint needs {size / 1e9:.3f} GB and {free / 1e9:.3f} GB are free"
+            raise ValueError(f"the disk of {self.folder} is too small: {found}")
 
     def resume(self, path: Path, changed: Callable[[Mapping[str, Any]], list[str]]) -> None:
         """Go on from a checkpoint."""
@@ -344,6 +365,7 @@ class Run:
         finally:
             self.signals.__exit__()
             self.loaded.close()
+            self.bar.close()
             if self.lock:
                 self.lock.close()
 

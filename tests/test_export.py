@@ -123,7 +123,7 @@ def test_an_export_that_fails_changes_no_file(files, tmp_path, monkeypatch, caps
         raise OSError(errno.ENOSPC, "No space left on device")
 
     encoded, other, out = exported.encoded, trained("resnet18", 3).state_dict(), tmp_path / "o.pth"
-    monkeypatch.setattr(exported, "encoded", lambda state, form: encoded(other, form))
+    monkeypatch.setattr(exported, "encoded", lambda state, *more: encoded(other, *more))
     assert run(files[0] / "last.pth", "--output", out) == 1 and not out.exists()
     assert "would give other features than the checkpoint" in capsys.readouterr().err
     monkeypatch.undo()

@@ -30,7 +30,7 @@ from engine.batches import order_of
 from engine.guards import lock
 from engine.images import BadImage
 from engine.processes import Place
-from engine.program import Stopped
+from engine.program import BEGAN, Stopped
 from engine.run import Options, Run, seed_of
 from staged import ROOT, At, Signals, difference, last_of, log_of, state_of
 
@@ -401,6 +401,43 @@ def test_readers_that_hand_nothing_over_for_long_stop_a_run_with_a_line(tmp_path
     sleep = lambda image, rng: time.sleep(600)
     with pytest.raises(Stopped, match=r"\(nothing for 2 s\): try .* or --workers 0; no step was"):
         program(tmp_path, view=sleep, workers=1).end()
+
+
+def test_a_run_that_was_killed_before_its_first_save_says_so_when_it_starts_anew(
+    whole, tmp_path, capfd
+):
+    def killed(run):
+        if run.position == 5:
+            shutil.copytree(run.folder, tmp_path / "run")
+
+    program(tmp_path / "first", killed)
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    program(tmp_path / "other", resume="none")
+    assert "left no checkpoint" not in capfd.readouterr().err
+    assert program(tmp_path / "run").end() == 0
+    assert f"{tmp_path}/run: an earlier run left no checkpoint" in capfd.readouterr().err
+    assert same(tmp_path / "run", whole)
+
+
+def test_a_disk_on_which_not_one_checkpoint_fits_is_refused(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
+    with pytest.raises(ValueError, match=r"the disk of .* is too small: a checkpoint needs 0\.000"):
+        program(tmp_path / "run")
+
+
+def test_seconds_count_from_the_start_of_the_program(tmp_path):
+    run = program(tmp_path / "run")
+    assert run.seconds == pytest.approx(time.perf_counter() - BEGAN, abs=0.5)
+
+
+def test_a_bar_on_a_terminal_counts_the_steps_within_79_columns(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    program(tmp_path / "run")
+    out, err = capfd.readouterr()
+    bars = err.replace("\r", "\n").splitlines()
+    assert any(f"{LAST}/{LAST}" in bar for bar in bars) and max(map(len, bars)) <= 79
+    assert "step 8/9" in out
 
 
 def test_images_that_are_gone_stop_a_run_with_a_line_and_a_checkpoint(whole, tmp_path):

@@ -73,10 +73,11 @@ def test_a_run_on_timm_resumes_to_the_same_bits_and_loads_back_strictly(
     network, config = open_network(tmp_path / "whole", "teacher")
     assert config["arch"] == f"timm:{name}"
     assert network(torch.randn(1, 3, 64, 64))[1].isfinite().all()
-    file, learned = str(tmp_path / "f.pth"), network.backbone.state_dict()
-    assert export.main([str(tmp_path / "whole"), "--output", file]) == 0
-    model = timm.create_model(name, num_classes=0, checkpoint_path=file)  # strictly
-    assert all(torch.equal(value, learned[key]) for key, value in model.state_dict().items())
+    learned = network.backbone.state_dict()
+    for file in (str(tmp_path / "f.safetensors"), str(tmp_path / "f.pth")):
+        assert export.main([str(tmp_path / "whole"), "--output", file]) == 0
+        model = timm.create_model(name, num_classes=0, checkpoint_path=file)  # strictly
+        assert all(torch.equal(value, learned[key]) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "pth"])
