@@ -23,13 +23,13 @@ from comparisons.slot_attention import query_attention
 
 class Task(NamedTuple):
     """right: the module's function; draw: generator -> random arguments; wrong: what is wrong ->
-    a variant that is; gradients: whether they count.
+    a variant that is; gradients: of how many arguments, from the first on, they count.
     """
 
     right: Callable
     draw: Callable[[Generator], tuple]
     wrong: dict[str, Callable]
-    gradients: bool = True
+    gradients: int = 2
 
 
 def result(name: str, attempt: Any, expected: Any = None) -> str:
@@ -37,7 +37,7 @@ def result(name: str, attempt: Any, expected: Any = None) -> str:
     task = EXERCISES[name] if expected is None else expected
     if not isinstance(task, Task):
         right = torch.as_tensor(task, dtype=torch.double)
-        task = Task(lambda: right, lambda generator: (), {}, gradients=False)
+        task = Task(lambda: right, lambda generator: (), {}, gradients=0)
     function = attempt if callable(attempt) else lambda: attempt
     draws = [task.draw(Generator().manual_seed(seed)) for seed in range(3)]
     try:
@@ -55,11 +55,11 @@ def result(name: str, attempt: Any, expected: Any = None) -> str:
     return f"not yet: {difference([f[0] for f in found], [w[0] for w in wanted])}"
 
 
-def outcome(function: Callable, given: tuple, gradients: bool) -> list[Tensor]:
+def outcome(function: Callable, given: tuple, gradients: int) -> list[Tensor]:
     """What a function returns for copies of its arguments, and the gradients of these."""
     given = [copy.deepcopy(x) for x in given]
     floats = [x for x in given if torch.is_tensor(x) and x.is_floating_point()]
-    asked = [x.requires_grad_() for x in floats] if gradients else []
+    asked = [x.requires_grad_() for x in floats[:gradients]]
     value = function(*given)
     if value is None or value is ...:
         raise NotImplementedError
@@ -205,7 +205,7 @@ EXERCISES: dict[str, Any] = {
                 lambda m, b, f: read_box(m, torch.tensor([0.0, 0, 1, 1]).expand(2, 4), f),
             "the map is returned as it is": lambda m, b, f: m,
         },
-        gradients=False,
+        gradients=0,
     ),
     "slot_contrast": Task(
         unit_contrast,
@@ -241,7 +241,7 @@ EXERCISES: dict[str, Any] = {
             "it is divided by d, not by its root":
                 lambda q, k: query_attention(q, k, True, temperature=q.shape[2] ** 0.5),
         },
-        gradients=False,
+        gradients=0,
     ),
     "attentive_pooling": Task(
         slots.attentive_pooling,
@@ -284,7 +284,7 @@ EXERCISES: dict[str, Any] = {
             "of two views take the mean": lambda c, a, b, m: next_center(c, 2 * a, 2 * b, m),
             "1 - momentum is missing": lambda c, a, b, m: m * c + (a + b).mean((0, 2, 3)) / 2,
         },
-        gradients=False,
+        gradients=0,
     ),
     "update_teacher": Task(
         next_teacher,
@@ -293,6 +293,6 @@ EXERCISES: dict[str, Any] = {
             "teacher and student are exchanged": lambda t, s, m: next_teacher(s, t, m),
             "1 - momentum is missing": lambda t, s, m: m * t + s,
         },
-        gradients=False,
+        gradients=0,
     ),
 }  # fmt: skip

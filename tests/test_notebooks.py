@@ -183,7 +183,7 @@ def pooled_in_loops(z, s, t):
 
 
 def consistency_by_logarithms(s, t, center, hot, cold):
-    logits, wanted = s / hot, ((t.detach() - center.detach()[None, :, None, None]) / cold).exp()
+    logits, wanted = s / hot, ((t.detach() - center[None, :, None, None]) / cold).exp()
     wanted = wanted / wanted.sum(1, keepdim=True)
     return (logits.logsumexp(1) - (wanted * logits).sum(1)).mean()
 
