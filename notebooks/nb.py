@@ -65,12 +65,12 @@ def check(name: str, condition: Any, message: str = "") -> None:
     print(f"check passed: {name}{numbers}")
 
 
-def exercise(name: str, attempt: Any, expected: Any = None) -> None:
+def exercise(name: str, attempt: Any) -> None:
     """Print todo (for None or ...), pass, or what is wrong; never raise, so that Run All goes on.
 
-    attempt: a function, or a value; expected: in place of the entry in `solutions.EXERCISES`.
+    attempt: a function, or a value; name: of `solutions.EXERCISES`.
     """
-    print(f"exercise {name}: {solutions.result(name, attempt, expected)}")
+    print(f"exercise {name}: {solutions.result(name, attempt)}")
 
 
 @functools.cache

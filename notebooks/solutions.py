@@ -32,9 +32,9 @@ class Task(NamedTuple):
     gradients: int = 2
 
 
-def result(name: str, attempt: Any, expected: Any = None) -> str:
-    """todo, pass, or what is wrong; never raises. expected: in place of an entry of EXERCISES."""
-    task = EXERCISES[name] if expected is None else expected
+def result(name: str, attempt: Any) -> str:
+    """todo, pass, or what is wrong; never raises."""
+    task = EXERCISES[name]
     if not isinstance(task, Task):
         right = torch.as_tensor(task, dtype=torch.double)
         task = Task(lambda: right, lambda generator: (), {}, gradients=0)

@@ -232,6 +232,13 @@ def test_an_exercise_that_is_empty_or_raises_does_not_end_the_notebook():
     assert "sign" in result("attentive_pooling", lambda *x: -pooled_in_loops(*x))
 
 
+@each_book
+def test_a_notebook_begins_with_the_diagram(book: Path):
+    from method import BOXES
+
+    assert re.search(r'^nb\.method\("(.+?)"\)', "\n".join(sources_of(book)[:2]), re.M)[1] in BOXES
+
+
 def test_every_slide_has_its_heading():
     text = (FOLDER / "README.md").read_text()
     rows = re.findall(r"^\| (.+?) \| (\d\d|README) \| (.+) \|$", text, flags=re.M)
