@@ -7,6 +7,7 @@
 
 import io
 import random
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -153,14 +154,14 @@ def draw_lower_row(model: SlotCon, report: Report, colors: np.ndarray) -> None:
     axis.tick_params(labelsize=9)
 
 
-def write() -> None:
+def write(file: Path = FILE) -> None:
     """Save the diagram."""
     draw()
     drawn = io.BytesIO()
     plt.savefig(drawn, dpi=100)
     plt.close()
-    nb.few_colors(Image.open(drawn), refine=1).save(FILE, optimize=True)
-    print(f"figure: {FILE}")
+    nb.few_colors(Image.open(drawn), refine=1).save(file, optimize=True)
+    print(f"figure: {file}")
 
 
 def framed(box: str = "") -> bytes:

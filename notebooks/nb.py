@@ -263,7 +263,8 @@ def curves(lines: dict[str, Sequence[float]], text: str, ylabel: str = "", **mor
     for (name, values), marker in zip(lines.items(), "os^Dv*"):
         axis.plot(values, marker=marker, label=name, ms=4, markevery=len(values) // 8)
     axis.set(xlabel="step", ylabel=ylabel)
-    axis.legend(fontsize=9)
+    beside = dict(bbox_to_anchor=(1, 1), loc="upper left") if len(lines) > 4 else {}
+    axis.legend(fontsize=9, **beside)
     finish(text, **more)
 
 

@@ -10,8 +10,10 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.ops import roi_align
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -237,6 +239,16 @@ def test_a_notebook_begins_with_the_diagram(book: Path):
     from method import BOXES
 
     assert re.search(r'^nb\.method\("(.+?)"\)', "\n".join(sources_of(book)[:2]), re.M)[1] in BOXES
+
+
+@pytest.mark.slow
+def test_the_diagram_is_of_the_network_and_the_method_as_they_are(tmp_path):
+    import method
+
+    method.write(tmp_path / "method.png")
+    files = tmp_path / "method.png", method.FILE
+    drawn, committed = (np.asarray(Image.open(file).convert("RGB"), int) for file in files)
+    assert drawn.shape == committed.shape and abs(drawn - committed).mean() < 2
 
 
 def test_every_slide_has_its_heading():
