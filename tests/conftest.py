@@ -17,11 +17,3 @@ def pytest_runtest_setup(item):
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="session")
-def photographs(tmp_path_factory):
-    """A folder of small images. It may be read only."""
-    from staged import draw_photographs
-
-    return draw_photographs(tmp_path_factory.mktemp("data") / "photographs")

@@ -3,24 +3,30 @@
 A process is forked from one that has imported everything, so that a whole run takes about a second.
 """
 
+import atexit
 import contextlib
+import functools
 import io
 import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
 import resource
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 import train
+from engine import processes
 from engine.program import run_program
 from engine.run import Run
 
@@ -45,9 +51,17 @@ def draw_photographs(folder, count=14):
     return folder
 
 
-def command_line(folder, *arguments, photographs):
+@functools.cache
+def shared_photographs():
+    """A folder of photographs that no test changes."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    return draw_photographs(Path(folder) / "photographs")
+
+
+def command_line(folder, *arguments, photographs=None):
     """What stands behind `python train.py` for a run of 18 steps that writes to `folder`."""
-    where = ["--data-dir", str(photographs), "--output-dir", str(folder)]
+    where = ["--data-dir", str(photographs or shared_photographs()), "--output-dir", str(folder)]
     return [*SMALL, *where, *map(str, arguments)]
 
 
@@ -68,7 +82,7 @@ def staged(accident):
         Run.remember = plain
 
 
-def train_here(folder, *arguments, photographs, accident=None, status=0):
+def train_here(folder, *arguments, photographs=None, accident=None, status=0):
     """A whole run in this process; returns what it printed."""
     argv, text = command_line(folder, *arguments, photographs=photographs), io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text), staged(accident):
@@ -88,34 +102,67 @@ def fork_server():
     return server
 
 
-def join(processes):
+def of_each_rank(target, folder, world_size=2):
+    """What target(rank) returns in each of several processes that know each other."""
+    given = [(target, rank, world_size, str(folder)) for rank in range(world_size)]
+    started = [fork_server().Process(target=_meet, args=each) for each in given]
+    for process in started:
+        process.start()
+    assert join(started) == [0] * world_size
+    files = [folder / f"{rank}.pth" for rank in range(world_size)]
+    return [torch.load(file, weights_only=False) for file in files]
+
+
+def _meet(target, rank, world_size, folder):
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    group = dict(init_method=f"file://{folder}/meeting", rank=rank, world_size=world_size)
+    dist.init_process_group("gloo", **group)
+    torch.save(target(rank), f"{folder}/{rank}.pth")
+    processes.finish()
+
+
+def join(started):
     """The exit statuses, minus the number of a signal; all processes must end."""
-    for process in processes:
+    for process in started:
         process.join(PATIENCE)
         if process.is_alive():
             process.kill()
-    return [process.exitcode for process in processes]
+    return [process.exitcode for process in started]
 
 
-def play(folder, *arguments, photographs, **how):
+def play(folder, *arguments, **how):
     """A whole run of train.py in processes; how: as in `launch`."""
-    argv = command_line(folder, *arguments, photographs=photographs)
-    return launch(train.main, folder, argv, **how)
+    return launch(train.main, folder, command_line(folder, *arguments), **how)
 
 
-def launch(main, folder, argv, processes=1, accident=None, elsewhere=False):
-    """main(argv) in processes -> their exit statuses, and what each printed. elsewhere: the last
-    one has another folder.
-    """
+def torchrun(processes):
+    """The variables of each process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    meeting = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, GLOO_SOCKET_IFNAME="lo")
-    group = dict(WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes, **meeting)
+    group = dict(WORLD_SIZE=processes, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    group |= dict(LOCAL_WORLD_SIZE=processes, GLOO_SOCKET_IFNAME="lo")
+    return [dict(RANK=rank, LOCAL_RANK=rank, **group) for rank in range(processes)]
+
+
+def tasks_of_srun(processes):
+    """The variables of each process: SLURM's, none of torchrun's."""
+    job = dict(JOB_ID=os.getpid(), STEP_ID=0, NTASKS=processes, JOB_NODELIST="127.0.0.[1-3,9]")
+    tasks = [dict(job, PROCID=task, LOCALID=task) for task in range(processes)]
+    names = ({f"SLURM_{name}": value for name, value in task.items()} for task in tasks)
+    return [dict(each, GLOO_SOCKET_IFNAME="lo") for each in names]
+
+
+def launch(main, folder, argv, processes=1, accident=None, elsewhere=False, srun=False):
+    """main(argv) in processes -> their exit statuses, and what each printed. elsewhere: the last
+    one has another folder.
+    """
+    places = (tasks_of_srun if srun else torchrun)(processes) if processes > 1 else [{}]
     files = [folder.with_name(f"{folder.name}.{rank}.txt") for rank in range(processes)]
     started = []
-    for rank, file in enumerate(files):
-        place = dict(RANK=rank, LOCAL_RANK=rank, **group) if processes > 1 else {}
+    for rank, (file, place) in enumerate(zip(files, places)):
         if elsewhere and rank:
             argv = [*argv, "--output-dir", f"{folder}-elsewhere"]
         process = fork_server().Process(target=_play, args=(main, argv, place, accident, file))
@@ -183,15 +230,6 @@ class At:
             self.what(run)
 
 
-class Several:
-    def __init__(self, *accidents):
-        self.accidents = accidents
-
-    def __call__(self, run):
-        for accident in self.accidents:
-            accident(run)
-
-
 class Signals:
     """Signals to oneself, one after the other."""
 
@@ -239,14 +277,6 @@ def interrupt_as_a_terminal_does(run):
     """Ctrl-C reaches every process in front of it."""
     for pid in (*(reader.pid for reader in run.loaded.processes), os.getpid()):
         os.kill(pid, signal.SIGINT)
-
-
-def lengthen_tmpdir(monkeypatch, tmp_path):
-    """As on a cluster: sockets of reading processes cannot be opened in so long a path."""
-    folder = tmp_path / ("x" * 100)
-    folder.mkdir()
-    # Where multiprocessing keeps TMPDIR once it has been asked for
-    monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", str(folder))
 
 
 def raise_a_mistake(run):

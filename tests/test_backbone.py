@@ -1,11 +1,7 @@
-"""backbone.py: torchvision's ResNets without classifier, two small backbones, the projector.
-
-Promised: torchvision's names and numbers; blocks that start as the identity; the published numbers
-of parameters; small backbones that cannot tell where the border is; a projector that treats all
-pixels alike; the architecture of a state dict.
-"""
+"""backbone.py: torchvision's ResNets without classifier, two small backbones, the projector."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -14,10 +10,7 @@ from torch import nn
 
 import backbone
 from backbone import ARCHITECTURES, RESNETS, Projector, architecture_of, build_backbone
-
-
-def random(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+from trained import random
 
 
 def count(module):
@@ -148,3 +141,14 @@ def test_the_projector_starts_from_small_normals_and_zero_biases():
         assert layer.weight.std().item() == pytest.approx(0.02, rel=0.05)
         assert layer.weight.abs().max() > 0.06  # normal, not uniform, and not cut at two sigma
         assert layer.bias.eq(0).all()
+
+
+def test_without_timm_one_line_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ValueError, match="--arch timm:test_vit needs timm: pip install timm"):
+        build_backbone("timm:test_vit")
+
+
+def test_weights_of_ours_are_not_pretrained():
+    with pytest.raises(ValueError, match="--pretrained is for --arch timm:NAME; give tiny weights"):
+        build_backbone("tiny", pretrained=True)

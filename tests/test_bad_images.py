@@ -29,27 +29,24 @@ def plain(color, mode="RGB"):
     return Image.new(mode, (16, 12), color)
 
 
-@pytest.mark.parametrize(
-    "name, image, expected, options",
-    [
-        ("gray.png", GRAY, GRAY, {}),
-        ("bits.png", BITS, GRAY.point(lambda value: 255 * (value > 127)), {}),
-        ("palette.png", RANDOM.quantize(256), RANDOM.quantize(256), {}),
-        ("print.jpg", plain((0, 255, 255, 0), "CMYK"), FRAMES[0], dict(quality=95)),
-        ("deep.png", Image.fromarray(GRADIENT.astype(np.uint16) * 257), GRAY, {}),
-        ("12 bits.png", Image.fromarray(GRADIENT.astype(np.uint16) * 16 + 9), GRAY, {}),
-        ("deeper.tif", Image.fromarray(GRADIENT.astype(np.int32) * 1000), GRAY, {}),
-        ("float.tif", Image.fromarray(UNIT), GRAY, {}),
-        ("clear.png", plain((0, 100, 200, 0), "RGBA"), WHITE, {}),
-        ("haze.png", plain((0, 100, 200, 51), "RGBA"), plain((204, 224, 244)), {}),
-        ("gray and clear.png", plain((10, 0), "LA"), WHITE, {}),
-        ("key.png", plain((9, 9, 9)), WHITE, dict(transparency=(9, 9, 9))),
-        ("palette.gif", plain(1, "P"), WHITE, dict(transparency=1)),
-        ("moves.gif", FRAMES[0], FRAMES[0], MANY),
-        ("moves.webp", FRAMES[0], FRAMES[0], dict(lossless=True, **MANY)),
-        ("metadata.png", RANDOM, RANDOM, dict(exif=b"Exif\0\0XX\0*\0\0\0\x08")),
-    ],
-)
+@pytest.mark.parametrize("name, image, expected, options", [
+    ("gray.png", GRAY, GRAY, {}),
+    ("bits.png", BITS, GRAY.point(lambda value: 255 * (value > 127)), {}),
+    ("palette.png", RANDOM.quantize(256), RANDOM.quantize(256), {}),
+    ("print.jpg", plain((0, 255, 255, 0), "CMYK"), FRAMES[0], dict(quality=95)),
+    ("deep.png", Image.fromarray(GRADIENT.astype(np.uint16) * 257), GRAY, {}),
+    ("12 bits.png", Image.fromarray(GRADIENT.astype(np.uint16) * 16 + 9), GRAY, {}),
+    ("deeper.tif", Image.fromarray(GRADIENT.astype(np.int32) * 1000), GRAY, {}),
+    ("float.tif", Image.fromarray(UNIT), GRAY, {}),
+    ("clear.png", plain((0, 100, 200, 0), "RGBA"), WHITE, {}),
+    ("haze.png", plain((0, 100, 200, 51), "RGBA"), plain((204, 224, 244)), {}),
+    ("gray and clear.png", plain((10, 0), "LA"), WHITE, {}),
+    ("key.png", plain((9, 9, 9)), WHITE, dict(transparency=(9, 9, 9))),
+    ("palette.gif", plain(1, "P"), WHITE, dict(transparency=1)),
+    ("moves.gif", FRAMES[0], FRAMES[0], MANY),
+    ("moves.webp", FRAMES[0], FRAMES[0], dict(lossless=True, **MANY)),
+    ("metadata.png", RANDOM, RANDOM, dict(exif=b"Exif\0\0XX\0*\0\0\0\x08")),
+])  # fmt: skip
 def test_odd_files_are_images_with_these_pixels(tmp_path, name, image, expected, options):
     image.save(tmp_path / name, **options)
     pixels = ImageFiles(tmp_path, [name])[0].permute(1, 2, 0).numpy().astype(int)
@@ -73,21 +70,18 @@ def png_that_claims(*size):
 JPEG, PNG = encoded(RANDOM.resize((300, 200)), "JPEG"), encoded(RANDOM, "PNG")
 
 
-@pytest.mark.parametrize(
-    "make, reason",
-    [
-        (lambda p: p.write_bytes(JPEG[:3000]), "truncated"),
-        (lambda p: p.write_bytes(PNG[:100] + b"x" * 9 + PNG[109:]), "broken data stream"),
-        (lambda p: p.touch(), "^empty file$"),
-        (lambda p: p.write_text("<html>404</html>"), "^not an image that Pillow knows$"),
-        (lambda p: p.write_bytes(png_that_claims(40_000, 40_000)), "exceeds limit .* bomb"),
-        (lambda p: p.write_bytes(png_that_claims(13_400, 13_400)), "exceeds limit .* bomb"),
-        (lambda p: (p.mkdir(), (p / "x").touch()), "^(is a directory|permission denied)$"),
-        (lambda p: os.mkfifo(p), "^empty file$"),
-        (lambda p: p.symlink_to(p), "^too many levels of symbolic links$"),
-        (lambda p: p.symlink_to(p.with_name("gone")), "^no such file or directory$"),
-    ],
-)
+@pytest.mark.parametrize("make, reason", [
+    (lambda p: p.write_bytes(JPEG[:3000]), "truncated"),
+    (lambda p: p.write_bytes(PNG[:100] + b"x" * 9 + PNG[109:]), "broken data stream"),
+    (lambda p: p.touch(), "^empty file$"),
+    (lambda p: p.write_text("<html>404</html>"), "^not an image that Pillow knows$"),
+    (lambda p: p.write_bytes(png_that_claims(40_000, 40_000)), "exceeds limit .* bomb"),
+    (lambda p: p.write_bytes(png_that_claims(13_400, 13_400)), "exceeds limit .* bomb"),
+    (lambda p: (p.mkdir(), (p / "x").touch()), "^(is a directory|permission denied)$"),
+    (lambda p: os.mkfifo(p), "^empty file$"),
+    (lambda p: p.symlink_to(p), "^too many levels of symbolic links$"),
+    (lambda p: p.symlink_to(p.with_name("gone")), "^no such file or directory$"),
+])  # fmt: skip
 def test_a_file_that_is_no_image_is_named_with_the_reason(tmp_path, make, reason):
     make(tmp_path / "x.jpg")
     with pytest.raises(BadImage) as error:

@@ -1,9 +1,4 @@
-"""engine/checkpoints.py: one reader for every file, without trust; one way back into a run.
-
-Promised: whatever a file holds, its networks come in under our names or one line says what is
-wrong with it; nothing in a file is executed; a network is never filled up at random; nothing moves
-before a training state is known to fit.
-"""
+"""engine/checkpoints.py: one reader for every file, without trust; one way back into a run."""
 
 import argparse
 import copy
@@ -16,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-from backbone import build_backbone
 from engine import checkpoints
 from engine.optimizers import make_optimizer
 from slotcon import SlotCon
@@ -68,43 +62,28 @@ def file_with(contents, folder):
     return path
 
 
+RELEASED = argparse.Namespace(arch="resnet50", epochs=800)
 NETWORKS = {
     "ours": dict(model=OURS, config=dict(arch="tiny", epochs=800), step=7),
     "ours of many processes": dict(model=named("module.", OURS), config=dict(epochs=800)),
     "only its tensors": OURS,
-    "released": dict(
-        args=argparse.Namespace(arch="resnet50", epochs=800), model=released(OURS, "module.")
-    ),
+    "released": dict(args=RELEASED, model=released(OURS, "module.")),
     "released, without a wrapper": released(OURS),
 }
 FC = {"fc.weight": torch.ones(2, 3), "fc.bias": torch.ones(2)}
 HEADED = {**TINY, **FC}
+MOCO = named("module.encoder_q.", HEADED) | named("module.encoder_k.", FEW)
+MOCO_V3 = named("module.momentum_encoder.", HEADED) | named("module.base_encoder.", FEW)
+DINO = named("module.backbone.", TINY) | named("module.head.", FC)
 BACKBONES = {  # kind of file -> its contents, and what stands before the names that are used
     "backbone.pth": (TINY, ""),
     "torchvision": (HEADED, ""),
     "DataParallel": (named("module.", HEADED), ""),
     "compiled": (named("_orig_mod.", TINY), ""),
-    "MoCo": (
-        dict(state_dict={**named("module.encoder_q.", HEADED), **named("module.encoder_k.", FEW)}),
-        "encoder_q.",
-    ),
-    "MoCo v3": (
-        dict(
-            state_dict={
-                **named("module.momentum_encoder.", HEADED),
-                **named("module.base_encoder.", FEW),
-            }
-        ),
-        "momentum_encoder.",
-    ),
+    "MoCo": (dict(state_dict=MOCO), "encoder_q."),
+    "MoCo v3": (dict(state_dict=MOCO_V3), "momentum_encoder."),
     "DenseCL": (dict(meta=dict(epoch=200), state_dict=named("backbone.", TINY)), "backbone."),
-    "DINO": (
-        dict(
-            student=named("module.backbone.", FEW),
-            teacher={**named("module.backbone.", TINY), **named("module.head.", FC)},
-        ),
-        "backbone.",
-    ),
+    "DINO": (dict(student=named("module.backbone.", FEW), teacher=DINO), "backbone."),
     "PixPro": (dict(model=named("module.encoder.", TINY)), "encoder."),
     "SwAV": (named("module.", {**TINY, "projection_head.weight": torch.ones(2)}), ""),
 }
@@ -245,14 +224,10 @@ def test_a_run_starts_from_a_backbone_or_from_all_that_fits(name, tmp_path):
     assert not difference(dict(model.state_dict()), {**drawn, **used})
 
 
-SMALL = SlotCon("small", 5, 12, 6).state_dict()
+SMALL = dict(model=SlotCon("small", 5, 12, 6).state_dict(), config=dict(arch="small"))
 UNFIT = {  # what --init says -> of which file
-    "does not hold this backbone: .*; give the file's --arch$": build_backbone(
-        "small"
-    ).state_dict(),
-    "does not hold this backbone: .*; give --arch small$": dict(
-        model=SMALL, config=dict(arch="small")
-    ),
+    "does not hold this backbone: .*; give --arch small$": SMALL,
+    "does not hold this backbone: .*; give the file's --arch$": SMALL["model"],
     "holds no backbone: found ": FC,
 }
 
@@ -288,15 +263,12 @@ def training_state(**changes):
     return {"format": checkpoints.FORMAT, "config": {}, **whole, **changes}
 
 
-@pytest.mark.parametrize(
-    "changes, differences, line",
-    [
-        (dict(format=2), [], "it holds no training state (found format, config, model), or one of"),
-        ({}, ["k: 5 then, 6 now", "epochs: 6 then, 7 now"], "(k: 5 then, 6 now; epochs: 6 then"),
-        (dict(model=FC), [], "is of another architecture or size"),
-        (dict(optimizer=trained(1, name="adamw")[1].state_dict()), [], "made with another optim"),
-    ],
-)
+@pytest.mark.parametrize("changes, differences, line", [
+    (dict(format=2), [], "it holds no training state (found format, config, model), or one of"),
+    ({}, ["k: 5 then, 6 now", "epochs: 6 then, 7 now"], "(k: 5 then, 6 now; epochs: 6 then"),
+    (dict(model=FC), [], "is of another architecture or size"),
+    (dict(optimizer=trained(1, name="adamw")[1].state_dict()), [], "made with another optim"),
+])  # fmt: skip
 def test_what_cannot_be_continued_is_one_line(changes, differences, line, tmp_path):
     path = file_with(training_state(**changes), tmp_path)
     module, optimizer, scaler = trained(2)

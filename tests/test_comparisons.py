@@ -18,6 +18,7 @@ from comparisons.scenes import Scenes, whole_scene
 from comparisons.slot_attention import PLACES
 from grouping import inverse_augmentation
 from slotcon import SlotCon
+from trained import random
 
 B, K, D, HIDDEN, H, W = 3, 6, 7, 9, 4, 5  # h w of the map: a view has 16 x 20 px
 SIZES = dict(arch="tiny", num_prototypes=K, dim_hidden=HIDDEN, dim_out=D)
@@ -25,10 +26,6 @@ C = dataclasses.replace(recipes.Config(), **SIZES, temp_teacher=0.04, momentum_c
 ROWS = [(name, row.arguments) for name, rows in comparisons.VARIANTS.items() for row in rows]
 SLOTS = ["slot_attention", "independent_queries", "motion", "depth"]  # with their own encoder
 VALID = torch.tensor([True, False, True])  # image 1's crops do not overlap
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def build(name, seed=0, **more):

@@ -1,8 +1,4 @@
-"""Runs on a GPU. `TEST_DEVICE=cpu pytest tests/test_cuda.py` shows that the tests themselves work.
-
-Promised: losses do not depend on precision, compilation, a launcher or an interruption by more than
-rounding; a step has the CPU's numbers; the colors wait for nothing.
-"""
+"""Runs on a GPU. `TEST_DEVICE=cpu pytest tests/test_cuda.py` shows that these tests work."""
 
 import copy
 import os
@@ -17,7 +13,7 @@ from engine.optimizers import LARS
 from engine.processes import Place
 from photometric import Draw, Photometric
 from slotcon import SlotCon
-from staged import At, Several, Signals, last_of, log_of, train_here
+from staged import At, Signals, last_of, log_of, train_here
 
 DEVICE = os.environ.get("TEST_DEVICE", "cuda")
 IS_CUDA = DEVICE == "cuda"
@@ -36,18 +32,21 @@ def small_scale(run):
     run.scaler = torch.amp.GradScaler(DEVICE, init_scale=256.0, enabled=run.scaler.is_enabled())
 
 
-def losses_of(folder, photographs, *arguments, accident=lambda run: None):
+def losses_of(folder, *arguments, accident=lambda run: None):
     """Losses of a run of 50 steps, or up to where the accident stops it."""
-    accident = Several(At(0, small_scale), accident)
-    arguments = (*GIVEN, *SLOWLY, "--amp", "off", *arguments)
-    train_here(folder, *arguments, photographs=photographs, accident=accident)
+
+    def both(run):
+        At(0, small_scale)(run)
+        accident(run)
+
+    train_here(folder, *GIVEN, *SLOWLY, "--amp", "off", *arguments, accident=both)
     return [line["loss"] for line in log_of(folder)]
 
 
 @pytest.fixture(scope="module")
-def plain(photographs, tmp_path_factory):
+def plain(tmp_path_factory):
     """The losses in float32."""
-    return losses_of(tmp_path_factory.mktemp("plain") / "run", photographs)
+    return losses_of(tmp_path_factory.mktemp("plain") / "run")
 
 
 def assert_near(found, expected, rel):
@@ -60,16 +59,16 @@ def assert_near(found, expected, rel):
     ("", 2e-3), ("--workers 2", 2e-3), ("--amp bf16", 0.02), ("--amp fp16", 0.02),
     pytest.param("--compile", 0.01, marks=only_cuda),
 ])  # fmt: skip
-def test_losses_are_the_same(arguments, rel, plain, photographs, tmp_path):
-    assert_near(losses_of(tmp_path / "run", photographs, *arguments.split()), plain, rel)
+def test_losses_are_the_same(arguments, rel, plain, tmp_path):
+    assert_near(losses_of(tmp_path / "run", *arguments.split()), plain, rel)
 
 
 @pytest.mark.parametrize("amp", ["off", "fp16"])
-def test_a_run_that_is_paused_and_goes_on_has_the_same_losses(amp, photographs, tmp_path):
-    whole = losses_of(tmp_path / "whole", photographs, "--amp", amp)
+def test_a_run_that_is_paused_and_goes_on_has_the_same_losses(amp, tmp_path):
+    whole = losses_of(tmp_path / "whole", "--amp", amp)
     pause = At(18, Signals("SIGTERM"))
-    assert len(losses_of(tmp_path / "run", photographs, "--amp", amp, accident=pause)) == 19
-    assert_near(losses_of(tmp_path / "run", photographs, "--amp", amp), whole, rel=0.01)
+    assert len(losses_of(tmp_path / "run", "--amp", amp, accident=pause)) == 19
+    assert_near(losses_of(tmp_path / "run", "--amp", amp), whole, rel=0.01)
     scales = [last_of(tmp_path / name)["scaler"].get("scale") for name in ("run", "whole")]
     assert scales[0] == scales[1] and (scales[0] is None) == (amp == "off")
 

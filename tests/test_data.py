@@ -1,8 +1,4 @@
-"""data.py: two crops of an image, their overlap in each view, and the views themselves.
-
-Promised: the released rule of crops and boxes; a view is torchvision's resized crop; a sample
-is a function of the image and the random generator. Large photographs: test_photographs.py.
-"""
+"""data.py: two crops, their overlap, and the views. Large photographs: test_photographs.py."""
 
 import itertools
 import math

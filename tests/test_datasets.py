@@ -13,14 +13,9 @@ import toy
 from measures import datasets
 from measures.datasets import open_labeled
 from measures.layouts import COARSE_NAMES, FINE_TO_COARSE, FIRST_STUFF, IGNORE, LABELED, WRONG
+from trained import write
 
 Y, X = 24, 40
-
-
-def write(path, array):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    array = np.asarray(array)
-    Image.fromarray(array.astype(np.uint16 if array.max() > 255 else np.uint8)).save(path)
 
 
 def rows(*ids, y=Y, x=X):
@@ -107,9 +102,7 @@ DRAW = dict(voc=draw_voc, cityscapes=draw_cityscapes, ade20k=draw_ade20k, bsds=d
     ("folder", None, ["day/0.jpg", "day/1.jpg"], 3, {0, 1}),
     ("coco_stuff", None, ["100.jpg", "200.jpg", "300.jpg"], 27, {255, 24}),  # solid: wood
 ])  # fmt: skip
-def test_a_split_has_the_images_and_the_classes_of_its_layout(
-    tmp_path, dataset, split, names, classes, ids
-):
+def test_a_split_has_its_images_and_classes(tmp_path, dataset, split, names, classes, ids):
     DRAW[dataset](tmp_path)
     found = open_labeled(dataset, tmp_path, split)
     image, label = found[0]
@@ -208,9 +201,7 @@ def test_a_spoiled_image_or_label_is_named_in_one_line(tmp_path, spoil, message)
     ((255,), b"", "hold only 255"),
     (range(168), b"", r"168 ids occur .* 167 first in .*png: name them in classes\.txt"),
 ])  # fmt: skip
-def test_a_folder_names_its_classes_or_ids_are_counted_and_those_that_measure_nothing_refused(
-    tmp_path, ids, contents, names
-):
+def test_a_folder_names_its_classes_or_its_ids_are_counted(tmp_path, ids, contents, names):
     draw_folder(tmp_path, [ids[i : i + Y] for i in range(0, len(ids), Y)])
     (tmp_path / "classes.txt").write_bytes(contents)
     if isinstance(names, str):

@@ -1,10 +1,4 @@
-"""Steps on a GPU that is not there: fake tensors have a device, a type and strides, and no numbers.
-
-Promised in three precisions, for every preset and for the options that change a step: all tensors
-are on one device; the host waits for it where the code says so, and nowhere else; similarity,
-pooling and losses are in float32; gradients lie in memory as fused SGD demands. And what several
-ranks exchange for their batch norms, with torch's and with ours.
-"""
+"""Steps on a GPU that is not there: fake tensors have a device, a type, strides, and no numbers."""
 
 import dataclasses
 import functools
@@ -243,9 +237,7 @@ NAMES = [f"{preset} {PRECISIONS[dtype]} {options}" for preset, options, dtype in
 
 
 @pytest.mark.parametrize("preset, options, dtype", CASES, ids=NAMES)
-def test_a_step_stays_on_the_device_in_float32_where_promised_and_waits_where_it_says(
-    preset, options, dtype
-):
+def test_a_step_stays_on_the_device_and_waits_and_halves_where_it_says(preset, options, dtype):
     c = configured(preset, **options)
     gpu, reports, model = steps_of(c, dtype)
     expected = STEP + LOGGED + LAW
@@ -258,13 +250,6 @@ def test_a_step_stays_on_the_device_in_float32_where_promised_and_waits_where_it
     assert {x.dtype for x in reports[-1][:3]} == {FLOAT32} and len(reports) == c.accumulate
     assert gpu.half <= IN_HALF and bool(gpu.half) == (dtype is not None)
     assert {x.device for x in model.state_dict().values()} == {CUDA}
-
-
-def test_all_other_presets_take_the_step_of_coco():
-    free = {"preset", "dataset", "epochs", "num_prototypes", "keep_every"}
-    same = [f.name for f in dataclasses.fields(PRESETS["toy"]) if f.name not in free]
-    for name in PRESETS.keys() - {"toy", "photos"}:
-        assert all(getattr(PRESETS[name], f) == getattr(PRESETS["coco-r50"], f) for f in same)
 
 
 def test_later_steps_copy_no_constants_and_wait_no_more():

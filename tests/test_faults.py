@@ -1,7 +1,6 @@
 """What a cluster, a disk and a person do to a run of train.py, and the same command once more.
 
-One table: fault -> exit statuses, the step that last.pth holds, a line. Afterwards the run that
-goes on must be, bit for bit, the run that nothing happened to.
+The run that goes on must be, bit for bit, the run that nothing happened to.
 """
 
 import os
@@ -27,7 +26,7 @@ class Fault(NamedTuple):
     held: tuple[int, ...]  # steps that last.pth may hold
     line: str  # what one of the processes prints
     arguments: tuple[str, ...] = ()
-    rank: int = -1  # of the process that it strikes: -1 is the last one
+    rank: int | None = 1  # of the process that it strikes; None: all
 
 
 SAVED, READER = ("--save-minutes", "0"), ("--workers", "1")  # saved after every step
@@ -38,17 +37,21 @@ CTRL_C, DISK, DIE = (
 FAULTS = {  # tests/test_run.py has the other signals
     "SIGTERM": Fault(Signals("SIGTERM"), (0, 0), (6,), STOPPED.format("SIGTERM")),
     "SIGINT": Fault(CTRL_C, (0, 130), (6,), STOPPED.format("SIGINT"), READER),
+    # With --signal=USR1@120 srun sends it to every task
+    "srun": Fault(Signals("SIGUSR1"), (0, 0), (6,), STOPPED.format("SIGUSR1"), rank=None),
     # Clusters repeat SIGTERM, and some send SIGINT before it
-    "many": Fault(Signals("SIGINT", "SIGTERM", "SIGTERM", "SIGHUP"), (130,), (6,), ""),
+    "many": Fault(Signals("SIGINT", "SIGTERM", "SIGTERM", "SIGHUP"), (130,), (6,), "", rank=0),
     "SIGINT again": Fault(Signals("SIGINT", "SIGINT"), (1, 130), (5,), "", SAVED),
     "kill -9": Fault(Signals("SIGKILL"), (1, -9), (5,), "", SAVED),
     "kill -9 in a save": Fault(DIE, (-9, 1), (5,), "", SAVED, rank=0),
-    "kill -9 in a save, alone": Fault(DIE, (-9,), (5,), "", SAVED),
+    "kill -9 in a save, alone": Fault(DIE, (-9,), (5,), "", SAVED, rank=0),
     "dead reader": Fault(
         staged.kill_a_reader, (1, 1), (6, 7, 8, 9, 10), "that read images died", READER
     ),
     "full disk": Fault(DISK, (1, 0), (5,), "step 6: File too large.* goes on", SAVED, rank=0),
-    "full disk at the end": Fault(DISK, (1,), (0,), "step 18: File too large.* command again"),
+    "full disk at the end": Fault(
+        DISK, (1,), (0,), "step 18: File too large.* command again", rank=0
+    ),
     "mistake of ours": Fault(staged.raise_a_mistake, (1, 1), (5,), "ArithmeticError: a mistake"),
     "error of one": Fault(
         staged.raise_what_a_person_can_change, (1, 2), (5,), "train.py: rank 1: the answer"
@@ -59,11 +62,11 @@ LOST = ("SIGINT again", "kill -9", "kill -9 in a save", "mistake of ours", "erro
 
 
 @pytest.fixture(scope="module")
-def undisturbed(photographs, tmp_path_factory):
+def undisturbed(tmp_path_factory):
     """Number of processes -> what a whole run leaves."""
     found, folder = {}, tmp_path_factory.mktemp("faults")
     for processes in (1, 2):
-        statuses, outputs = play(folder / "run", photographs=photographs, processes=processes)
+        statuses, outputs = play(folder / "run", processes=processes)
         assert statuses == [0] * processes, outputs
         found[processes] = state_of((folder / "run").rename(folder / str(processes)))
     return found
@@ -74,11 +77,11 @@ def complaints(output):
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_run_that_a_fault_stopped_goes_on_exactly(name, undisturbed, photographs, tmp_path):
+def test_a_run_that_a_fault_stopped_goes_on_exactly(name, undisturbed, tmp_path):
     folder, fault = tmp_path / "run", FAULTS[name]
     processes = len(fault.statuses)
-    given = dict(photographs=photographs, processes=processes)
-    accident = At(5, fault.accident, fault.rank % processes)
+    given = dict(processes=processes, srun=name == "srun")
+    accident = At(5, fault.accident, fault.rank)
     statuses, outputs = play(folder, *fault.arguments, accident=accident, **given)
     printed = "\n".join(outputs)
     assert statuses == list(fault.statuses), printed
@@ -96,9 +99,9 @@ def test_a_run_that_a_fault_stopped_goes_on_exactly(name, undisturbed, photograp
 
 
 @pytest.mark.parametrize("where", ["nan", "inf"])
-def test_steps_without_finite_numbers_on_one_process_count_on_none(where, photographs, tmp_path):
+def test_steps_without_finite_numbers_on_one_process_count_on_none(where, tmp_path):
     """Two bad batches of the second process, and then too many."""
-    folder, given = tmp_path / "run", dict(photographs=photographs, processes=2)
+    folder, given = tmp_path / "run", dict(processes=2)
     statuses, outputs = play(folder, accident=At(0, BadNumbers(4, 6, where), 1), **given)
     assert statuses == [0, 0], outputs
     saved = last_of(folder)
@@ -110,64 +113,22 @@ def test_steps_without_finite_numbers_on_one_process_count_on_none(where, photog
     assert "20 steps in a row had no finite loss and gradient" in complaints(outputs[0])[0]
 
 
-def test_processes_that_see_different_checkpoints_do_not_start(photographs, tmp_path):
+def test_processes_that_see_different_checkpoints_do_not_start(tmp_path):
     """As machines without a common disk: only the first one finds last.pth."""
-    folder, given = tmp_path / "run", dict(photographs=photographs)
-    play(folder, "--max-steps", "3", **given)
-    statuses, outputs = play(folder, processes=2, elsewhere=True, **given)
+    folder = tmp_path / "run"
+    play(folder, "--max-steps", "3")
+    statuses, outputs = play(folder, processes=2, elsewhere=True)
     assert statuses == [2, 2]
     line = r"the processes found different states of .* \(batches done: \[3, 0\]\)"
     assert all(re.search(line, complaints(output)[0]) for output in outputs)
 
 
-def srun(folder, photographs, signal_at=""):
-    """What srun does for `python train.py` with two tasks: SLURM's variables, none of torchrun's.
-
-    signal_at: SIGUSR1 to all tasks once this is printed -> the statuses and outputs.
-    """
-    command = [sys.executable, "train.py", *staged.command_line(folder, photographs=photographs)]
-    job = dict(JOB_ID=os.getpid(), STEP_ID=0, NTASKS=2, JOB_NODELIST="127.0.0.[1-3,9]")
-    started, files = [], [folder.with_name(f"{folder.name}.{task}.txt") for task in range(2)]
-    for task, file in enumerate(files):
-        variables = dict(job, PROCID=task, LOCALID=task).items()
-        own = {f"SLURM_{name}": str(value) for name, value in variables}
-        given = {**os.environ, **own, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        with file.open("w") as out:
-            started.append(subprocess.Popen(command, cwd=ROOT, env=given, stdout=out, stderr=out))
-    deadline = time.monotonic() + staged.PATIENCE
-    while signal_at not in files[0].read_text():
-        assert time.monotonic() < deadline and started[0].poll() is None, files[0].read_text()
-        time.sleep(0.02)
-    for process in started if signal_at else ():
-        process.send_signal(signal.SIGUSR1)
-    statuses = [process.wait(staged.PATIENCE) for process in started]
-    return statuses, [file.read_text() for file in files]
-
-
-def test_tasks_of_srun_are_one_run_that_pauses_at_the_clusters_signal_and_goes_on_exactly(
-    undisturbed, photographs, tmp_path
-):
-    """`srun python train.py` with --signal=USR1@120: the signal reaches every task by itself."""
-    statuses, outputs = srun(tmp_path / "run", photographs, signal_at="step 6/18")
-    assert statuses == [0, 0], outputs
-    step = last_of(tmp_path / "run")["step"]
-    assert 6 <= step < STEPS and f"stopped by SIGUSR1 after step {step} of 18" in outputs[0]
-    assert "cpu, 1 threads, 2 processes, float32" in outputs[0] and "device" not in outputs[1]
-    statuses, outputs = srun(tmp_path / "run", photographs)  # as after scontrol requeue
-    assert statuses == [0, 0], outputs
-    assert f"resumed  {tmp_path}/run/last.pth after step {step}\n" in outputs[0]
-    assert not difference(state_of(tmp_path / "run"), undisturbed[2])
-
-
-def test_ctrl_c_under_torchrun_pauses_both_processes_and_the_same_command_goes_on(
-    photographs, tmp_path
-):
+def test_ctrl_c_under_torchrun_pauses_both_processes_and_the_run_goes_on(tmp_path):
     """torchrun passes the terminal's SIGINT on to all of its processes."""
     folder, text = tmp_path / "run", tmp_path / "output.txt"
     given = ("--log-every", "1", "--epochs", "40", "--workers", "1")
     program = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
-    arguments = staged.command_line(folder, *given, photographs=photographs)
-    command = [sys.executable, *program, *arguments]
+    command = [sys.executable, *program, *staged.command_line(folder, *given)]
     options = dict(cwd=ROOT, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     with text.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, **options)
@@ -177,8 +138,8 @@ def test_ctrl_c_under_torchrun_pauses_both_processes_and_the_same_command_goes_o
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGINT)
         process.wait(staged.PATIENCE)
-        stopped = re.search(r"stopped by SIGINT after step (\d+) of 120", text.read_text())
-        assert stopped and last_of(folder)["step"] == int(stopped[1]) < 120, text.read_text()
-        again = subprocess.run(command, stdout=file, stderr=file, timeout=120, **options)
-    assert again.returncode == 0 and last_of(folder)["step"] == 120
-    assert [line["step"] for line in log_of(folder)] == list(range(1, 121))
+    stopped = re.search(r"stopped by SIGINT after step (\d+) of 120", text.read_text())
+    assert stopped and last_of(folder)["step"] == int(stopped[1]) < 120, text.read_text()
+    end = int(stopped[1]) + 2
+    assert play(folder, *given, "--max-steps", end, processes=2)[0] == [0, 0]
+    assert [line["step"] for line in log_of(folder)] == list(range(1, end + 1))

@@ -1,9 +1,4 @@
-"""grouping.py: pixels are compared with prototypes, and two views of a scene are brought together.
-
-Promised: a cosine, a softmax over prototypes, and a cut that puts the same place of the scene at
-the same position of both maps, whatever the crops and flips were. Half precision never reaches
-them; double precision is never lost.
-"""
+"""grouping.py: pixels are compared with prototypes, and two views are brought together."""
 
 import itertools
 import math
@@ -13,16 +8,10 @@ import torch
 
 from data import overlap_boxes
 from grouping import GroupingNetwork, assignment, inverse_augmentation, overlapping, similarity
+from trained import random
 
 B, K, D, H, W = 3, 5, 7, 4, 6
 PLACES = list(itertools.product(range(B), range(H), range(W)))
-
-
-def random(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-# --------------------------------------------------------------------------------------- similarity
 
 
 def test_the_similarity_is_the_cosine_of_every_prototype_and_every_pixel():
@@ -43,9 +32,6 @@ def test_autocast_does_not_reach_the_similarity():
     assert inside.dtype == torch.float32 and inside.equal(similarity(embeddings, prototypes))
 
 
-# --------------------------------------------------------------------------------------- assignment
-
-
 def test_the_assignment_is_a_softmax_over_the_prototypes():
     maps = random(B, K, H, W).tanh()
     found = assignment(maps, 0.3)
@@ -59,9 +45,6 @@ def test_the_assignment_is_a_softmax_over_the_prototypes():
 def test_an_assignment_needs_a_positive_temperature(temperature):
     with pytest.raises(ValueError, match=f"must be positive, found {temperature}"):
         assignment(random(B, K, H, W), temperature)
-
-
-# ----------------------------------------------------------------------------- inverse augmentation
 
 
 def sample(plane, y, x):
@@ -132,9 +115,6 @@ def test_half_precision_maps_are_cut_where_single_precision_ones_are(kind):
     found = inverse_augmentation(maps, boxes, flipped)
     assert found.dtype == torch.float32
     assert torch.allclose(found, inverse_augmentation(maps.float(), boxes, flipped))
-
-
-# -------------------------------------------------------------------------------------- the network
 
 
 def test_the_grouping_network_is_backbone_then_projector_then_cosine():

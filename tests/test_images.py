@@ -32,16 +32,13 @@ BDD = "images/100k/train/b.jpg images/100k/val/v.jpg images/100k/test/a.jpg imag
 FOLDER = "b.jpg a.PNG x/y/z.webp grüße/Füssen1.jpeg .hidden/h.jpg ._a.jpg"
 
 
-@pytest.mark.parametrize(
-    "layout, there, expected",
-    [
-        ("coco", COCO, "train2017/a.jpg train2017/b.jpg"),
-        ("cocoplus", COCOPLUS, "train2017/b.jpg unlabeled2017/z.jpg"),
-        ("imagenet", IMAGENET, "train/n01/c.JPEG train/n02/b.JPEG"),
-        ("bdd100k", BDD, "images/100k/test/a.jpg images/100k/train/b.jpg"),
-        ("folder", FOLDER, "a.PNG b.jpg grüße/Füssen1.jpeg x/y/z.webp"),
-    ],
-)
+@pytest.mark.parametrize("layout, there, expected", [
+    ("coco", COCO, "train2017/a.jpg train2017/b.jpg"),
+    ("cocoplus", COCOPLUS, "train2017/b.jpg unlabeled2017/z.jpg"),
+    ("imagenet", IMAGENET, "train/n01/c.JPEG train/n02/b.JPEG"),
+    ("bdd100k", BDD, "images/100k/test/a.jpg images/100k/train/b.jpg"),
+    ("folder", FOLDER, "a.PNG b.jpg grüße/Füssen1.jpeg x/y/z.webp"),
+])  # fmt: skip
 def test_each_layout_finds_its_images_sorted(tmp_path, layout, there, expected):
     tree(tmp_path, *there.split())
     assert found(tmp_path, layout) == expected.split()
@@ -111,19 +108,16 @@ def test_another_layout_is_taken_as_a_plain_folder_only_where_that_is_allowed(tm
         find_images(tmp_path, "cocoplus")
 
 
-@pytest.mark.parametrize(
-    "there, asked, words",
-    [
-        ("", "", r"no images in .*; the layout folder has them in \.; found in .*: nothing"),
-        (
-            "0.txt 1.txt 2.txt 3.txt 4.txt 5.txt 6.txt",
-            "",
-            "found in .*: 0.txt, .*, 5.txt and 1 more",
-        ),
-        ("0.txt", "x/y", "no such folder: .*x/y; .*; found in .*: 0.txt$"),
-        ("0.txt", "0.txt", "no images in .*0.txt"),
-    ],
-)
+@pytest.mark.parametrize("there, asked, words", [
+    ("", "", r"no images in .*; the layout folder has them in \.; found in .*: nothing"),
+    (
+        "0.txt 1.txt 2.txt 3.txt 4.txt 5.txt 6.txt",
+        "",
+        "found in .*: 0.txt, .*, 5.txt and 1 more",
+    ),
+    ("0.txt", "x/y", "no such folder: .*x/y; .*; found in .*: 0.txt$"),
+    ("0.txt", "0.txt", "no images in .*0.txt"),
+])  # fmt: skip
 def test_a_wrong_path_says_in_one_line_what_was_expected_and_found(tmp_path, there, asked, words):
     for name in there.split():
         (tmp_path / name).touch()

@@ -112,9 +112,7 @@ def test_maps_are_aligned_before_they_are_compared_and_count_where_crops_overlap
     (0.05, 0.03, "cannot start on these images; use milder colors"),
     (math.nan, 0.03, "raise --min-area"),
 ])  # fmt: skip
-def test_the_line_of_the_law_names_the_outcome_and_a_temperature_that_could(
-    rho, temp_teacher, words
-):
+def test_the_line_of_the_law_names_the_outcome_and_a_way(rho, temp_teacher, words):
     line = law_line(rho, 0.1, temp_teacher)
     assert words in line and len(line) < 200 and "\n" not in line
     assert can_start(rho, 0.1, temp_teacher) == (rho > temp_teacher / 0.1)

@@ -1,8 +1,4 @@
-"""losses.py in one process; two processes: test_ranks.py.
-
-Promised: each loss is its formula; invalid images and missing queries leave a zero that still has a
-gradient, never an exception; the teacher gets none; the order of the prototypes does not matter.
-"""
+"""losses.py in one process; two processes: test_ranks.py."""
 
 import math
 
@@ -11,21 +7,15 @@ import torch
 
 import losses
 from slots import SlotPredictor
+from trained import random
 
 B, K, D, H, W = 3, 5, 7, 4, 6
 ALL = torch.ones(B, dtype=torch.bool)
 PLACES = [(b, k) for b in range(B) for k in range(K)]
 
 
-def random(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
 def unit(row):
     return row / math.sqrt(sum(x * x for x in row.tolist()))
-
-
-# -------------------------------------------------------------------------------- group consistency
 
 
 def consistency(student, teacher, center=None, temperatures=(0.1, 0.07), valid=ALL):
@@ -74,9 +64,6 @@ def test_with_no_overlap_anywhere_the_group_loss_is_a_zero_that_has_a_gradient_o
     assert loss.item() == 0 and student.grad.eq(0).all()
 
 
-# ------------------------------------------------------------------------------------------- center
-
-
 def test_the_mean_over_pixels_is_over_images_views_and_places():
     views = two_maps()
     found = losses.mean_over_pixels(views)
@@ -94,9 +81,6 @@ def test_the_center_moves_in_place_towards_the_mean(momentum, expected):
     assert center.dtype == torch.float32 and center.tolist() == pytest.approx(expected)
 
 
-# -------------------------------------------------------------------------------- who is contrasted
-
-
 def masks(seed=0):
     return random(B, K, seed=seed) > 0, random(B, K, seed=seed + 1) > 0
 
@@ -111,9 +95,6 @@ def test_queries_are_occupied_in_both_views_and_every_occupied_teacher_slot_is_a
         assert pairs.queries.tolist() == queries and pairs.keys.tolist() == keys
         assert pairs.positives.tolist() == [keys.index(q) for q in queries]
         assert pairs.keys_per_rank == [len(keys)] and pairs.num_queries == len(queries) > 2
-
-
-# ---------------------------------------------------------------------- slot contrast, regression
 
 
 def slot_inputs(count=None):
@@ -206,9 +187,6 @@ def test_a_contrast_in_parts_has_the_value_and_the_gradient_of_the_whole():
         loss.backward()
         found.append(torch.cat([loss.detach()[None], rows.grad.flatten()]))
     assert torch.allclose(found[1], found[0]) and torch.allclose(found[2], found[0])
-
-
-# ----------------------------------------------------------------------------------- image contrast
 
 
 def test_an_image_is_contrasted_with_the_other_views_of_all():

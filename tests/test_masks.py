@@ -8,21 +8,15 @@ import torch
 from PIL import ExifTags, Image
 
 import evaluate
-from grouping import GroupingNetwork
 from measures import masks
 from measures.groups import segment
 from measures.networks import open_network
-
-K = 6
+from trained import K, save_checkpoint
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    network = GroupingNetwork("tiny", K, 8, 5).eval()
-    state = {f"teacher.{name}": value for name, value in network.state_dict().items()}
-    state |= {name.replace("teacher", "student"): value for name, value in state.items()}
-    torch.save(dict(model=state, config=dict(arch="tiny")), tmp_path / "last.pth")
-    return tmp_path / "last.pth"
+    return save_checkpoint(tmp_path / "last.pth")
 
 
 @pytest.fixture
@@ -57,9 +51,7 @@ def contents(folder):
     return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
-def test_every_photograph_has_a_palette_image_of_its_upright_size(
-    checkpoint, photos, tmp_path, capsys
-):
+def test_every_photograph_has_an_upright_palette_image(checkpoint, photos, tmp_path, capsys):
     out = tmp_path / "masks"
     run(checkpoint, photos, "--output", out, "--size", 64, "--json", tmp_path / "r.json")
     text = capsys.readouterr()
@@ -82,16 +74,14 @@ def test_ids_are_those_of_the_segmentation_that_is_measured(checkpoint, photos, 
     assert np.array_equal(mask, segment(open_network(checkpoint)[0], pixels[None])[0][0].numpy())
 
 
-def test_prototypes_json_says_color_share_images_and_the_nearest_segments(
-    checkpoint, photos, tmp_path
-):
+def test_prototypes_json_says_color_share_images_and_segments(checkpoint, photos, tmp_path):
     out = tmp_path / "m"
     (tmp_path / "names.txt").write_text("0 sky\n\n3 the ground\n")
     given = "--output", out, "--size", 64, "--names", tmp_path / "names.txt"
     run(checkpoint, photos, *given)
     found = json.loads((out / "prototypes.json").read_text())
     assert [p["prototype"] for p in found] == list(range(K))
-    assert [p["name"] for p in found] == ["sky", "", "", "the ground", "", ""]
+    assert [p["name"] for p in found] == ["sky", "", "", "the ground", ""]
     assert sum(p["share"] for p in found) == pytest.approx(1, abs=1e-4)
     for p in found:
         near = [segment["similarity"] for segment in p["nearest"]]
@@ -104,9 +94,7 @@ def test_prototypes_json_says_color_share_images_and_the_nearest_segments(
     )
 
 
-def test_stopped_anywhere_and_started_again_it_ends_with_the_same_files(
-    checkpoint, photos, tmp_path, monkeypatch
-):
+def test_stopped_and_started_again_it_ends_the_same(checkpoint, photos, tmp_path, monkeypatch):
     run(checkpoint, photos, "--output", tmp_path / "whole", "--size", 64)
     plain, calls = masks.write_mask, []
 
@@ -122,9 +110,7 @@ def test_stopped_anywhere_and_started_again_it_ends_with_the_same_files(
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
-def test_another_network_size_or_names_make_other_masks_and_wrong_input_is_one_line(
-    checkpoint, photos, tmp_path, capsys
-):
+def test_another_network_size_or_names_make_other_masks(checkpoint, photos, tmp_path, capsys):
     out, file = ["--output", tmp_path / "m"], photos / "gray.png"
     names, seen = tmp_path / "names.txt", []
     names.write_text("0 sky\n")
@@ -138,8 +124,8 @@ def test_another_network_size_or_names_make_other_masks_and_wrong_input_is_one_l
             run(*given, *out)
             seen.append(contents(tmp_path / "m")["gray.png"])
     assert seen[::2] == seen[1::2] and len(set(seen)) == 4
-    names.write_text("6 sky\n")
+    names.write_text("5 sky\n")
     run(checkpoint, photos, *out, "--names", names, status=2)
-    assert "'6 sky': expected a prototype from 0 to 5" in capsys.readouterr().err
+    assert "'5 sky': expected a prototype from 0 to 4" in capsys.readouterr().err
     run(checkpoint, tmp_path / "no.jpg", *out, status=2)
     assert "no such folder" in capsys.readouterr().err

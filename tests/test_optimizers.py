@@ -7,12 +7,9 @@ import torch
 
 from engine.optimizers import LARS, Schedule, make_optimizer, schedule_for
 from slotcon import SlotCon
+from trained import random
 
 SHAPES = ((5, 3, 2, 4), (7, 6), (8,), ())
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def weights():
@@ -49,20 +46,17 @@ def test_three_steps_of_lars_equal_the_loop_over_tensors(settings):
         assert all(torch.allclose(p, q, rtol=1e-12) for p, q in zip(ours, slow))
 
 
-@pytest.mark.parametrize(
-    "weight, gradient, settings, expected",
-    [
-        # A weight of length 5 moves by a thousandth of it
-        ([[3.0, 4.0]], [[0.0, 100.0]], dict(weight_decay=0.0), [[3.0, 4.0 - 0.005]]),
-        # A bias by its gradient
-        ([1.0, 2.0], [0.5, -0.5], {}, [0.5, 2.5]),
-        # The norm is that of (0, 4), after the decay, not that of (-3, 0)
-        ([[3.0, 4.0]], [[-3.0, 0.0]], dict(weight_decay=1.0, coefficient=0.1), [[3.0, 3.5]]),
-        # A norm of zero changes nothing, and makes no NaN
-        ([[0.0, 0.0]], [[1.0, 2.0]], dict(weight_decay=0.1), [[-1.0, -2.0]]),
-        ([[1.0, 2.0]], [[0.0, 0.0]], dict(weight_decay=0.0), [[1.0, 2.0]]),
-    ],
-)
+@pytest.mark.parametrize("weight, gradient, settings, expected", [
+    # A weight of length 5 moves by a thousandth of it
+    ([[3.0, 4.0]], [[0.0, 100.0]], dict(weight_decay=0.0), [[3.0, 4.0 - 0.005]]),
+    # A bias by its gradient
+    ([1.0, 2.0], [0.5, -0.5], {}, [0.5, 2.5]),
+    # The norm is that of (0, 4), after the decay, not that of (-3, 0)
+    ([[3.0, 4.0]], [[-3.0, 0.0]], dict(weight_decay=1.0, coefficient=0.1), [[3.0, 3.5]]),
+    # A norm of zero changes nothing, and makes no NaN
+    ([[0.0, 0.0]], [[1.0, 2.0]], dict(weight_decay=0.1), [[-1.0, -2.0]]),
+    ([[1.0, 2.0]], [[0.0, 0.0]], dict(weight_decay=0.0), [[1.0, 2.0]]),
+])  # fmt: skip
 def test_one_step_of_lars_by_hand(weight, gradient, settings, expected):
     p = torch.tensor(weight, requires_grad=True)
     p.grad = torch.tensor(gradient)
@@ -96,15 +90,12 @@ def test_the_learning_rate_rises_from_a_hundredth_and_falls_along_a_cosine_at_ev
     assert nothing_else == pytest.approx(0.02 * (99 * 4 / 5 + 1))
 
 
-@pytest.mark.parametrize(
-    "images, lengths, expected",
-    [
-        (83, dict(epochs=3, steps=0, warmup=1), (10, 30, 10)),
-        (83, dict(epochs=2.55, steps=0, warmup=0.5), (10, 26, 5)),
-        (83, dict(epochs=800, steps=70, warmup=7), (10, 70, 7)),  # the images do not count
-        (8, dict(epochs=0.1, steps=0, warmup=0), (1, 1, 0)),
-    ],
-)
+@pytest.mark.parametrize("images, lengths, expected", [
+    (83, dict(epochs=3, steps=0, warmup=1), (10, 30, 10)),
+    (83, dict(epochs=2.55, steps=0, warmup=0.5), (10, 26, 5)),
+    (83, dict(epochs=800, steps=70, warmup=7), (10, 70, 7)),  # the images do not count
+    (8, dict(epochs=0.1, steps=0, warmup=0), (1, 1, 0)),
+])  # fmt: skip
 def test_a_length_is_in_epochs_or_in_steps_and_so_is_the_warm_up(images, lengths, expected):
     schedule = schedule_for(num_images=images, batch_size=8, base_lr=4.0, **lengths)
     assert schedule == Schedule(*expected, peak=4 * 8 / 256)

@@ -1,8 +1,5 @@
 """Two processes with half a batch each are one process with the whole batch.
 
-Promised: loss, gradients, center, teacher and the numbers of the log do not depend on how a batch
-is split, whatever each half holds: unequal numbers of overlapping crops, no overlap, no query, in
-one process or in both; a step is good where it is good on all ranks; nobody waits for another.
 Batch norms are in evaluation mode, where they are not ours.
 """
 
@@ -14,6 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from comparisons import dense, slot_matching
+from comparisons.sinkhorn import sinkhorn
 from engine import processes, ranks
 from engine.norms import summed
 from engine.optimizers import LARS
@@ -23,16 +22,13 @@ from kernels import written_out
 from measures.learning import statistics
 from slotcon import SlotCon
 from slots import SlotPredictor
-from staged import At, fork_server, join, play
+from staged import At, of_each_rank, play
+from trained import random
 
 K, D, HIDDEN, H, W = 6, 7, 9, 4, 5
 B = 4  # images per process
 CPU = torch.device("cpu")
 NAN, INF = float("nan"), float("inf")
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def build(settings, alike):
@@ -137,11 +133,25 @@ def vote(rank, place, values, stop, trouble):
     return run.agree(torch.tensor(values[rank])), run.ended, run.values[:2]
 
 
-def one_of_two(rank, folder):
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+def unbalanced_maps():
+    similarity = random(2 * B, K, H, W).tanh()
+    similarity[:B, 1] += 0.4  # nearest to most pixels of the first process
+    return similarity
+
+
+def contrasts(part):
+    """Both of comparisons/ on a part of the joined batch, and the gradients of their queries."""
+    query = random(2 * B, D, 8, 8)[part].requires_grad_()
+    slots = random(2 * B, K, D, seed=1)[part].requires_grad_()
+    keys, targets = random(2 * B, D, 8, 8, seed=2)[part], random(2 * B, K, D, seed=3)[part]
+    matching = torch.stack([torch.arange(K).roll(shift) for shift in range(2 * B)])[part]
+    place = dense.place_contrast(query, keys, torch.tensor(SOME)[part], 0.2)
+    slot = slot_matching.matched_contrast(slots, targets, matching, 0.2)
+    (place + slot).backward()
+    return place.detach(), slot.detach(), query.grad, slots.grad
+
+
+def one_of_two(rank):
     place, found = Place(CPU, rank, 2), {}
     for name, (settings, valid, flat) in CASES.items():
         batch = of_rank(joined_batch(valid, flat), rank)
@@ -162,8 +172,10 @@ def one_of_two(rank, folder):
     first, second = (rows[:2], rows[:0]) if rank == 0 else (rows[2:], rows)
     found["rows"] = [ranks.gather_rows(first, [2, 3]), ranks.gather_rows(second, [0, 5])]
     found["objects"] = ranks.gather_objects({"rank": rank})
-    torch.save(found, f"{folder}/{rank}.pth")
-    processes.finish()
+    part = slice(rank * B, (rank + 1) * B)
+    found["sinkhorn"] = sinkhorn(unbalanced_maps()[part], 0.1, iterations=50)
+    found["contrasts"] = contrasts(part)
+    return found
 
 
 def run_norm(norm, rows, gradient):
@@ -186,48 +198,31 @@ def norm_and_rows(dtype, counts):
     return norm, (random(*shape) * 2 + 3).to(dtype), random(*shape, seed=3).to(dtype)
 
 
-def norms_of_one(rank, world_size, folder):
+def norms_of_one(rank):
     """Ours, on this process's part of the rows; torch's in half precision, where one has none."""
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    group = dict(init_method=f"file://{folder}/meeting", rank=rank, world_size=world_size)
-    dist.init_process_group("gloo", **group)
-    found, share = {}, len(ROWS[0]) // world_size
+    found, share = {}, len(ROWS[0]) // dist.get_world_size()
     for dtype in (torch.float64, *HALF):
         for counts in ROWS:
             norm, rows, gradients = norm_and_rows(dtype, counts)
             part = slice(sum(counts[: rank * share]), sum(counts[: (rank + 1) * share]))
             norm = summed(norm if dtype == torch.float64 else norm.float())
             found[dtype, counts] = run_norm(norm, rows[part], gradients[part])
-    torch.manual_seed(0)
     predictor = torch.nn.SyncBatchNorm.convert_sync_batchnorm(SlotPredictor(D, D, HIDDEN))
     slots = random(5, D)[: 0 if rank else 5].float().requires_grad_()
     with written_out(), torch.autocast("cpu", torch.bfloat16):
         predictor(slots).sum().backward()
     found["torch"] = [p.grad for p in predictor.parameters()]
-    torch.save(found, f"{folder}/{rank}.pth")
-    processes.finish()
-
-
-def found_by(target, folder, world_size, *arguments):
-    """What each of several processes has found."""
-    server, ranks = fork_server(), range(world_size)
-    given = [(rank, *arguments, str(folder)) for rank in ranks]
-    started = [server.Process(target=target, args=each) for each in given]
-    for process in started:
-        process.start()
-    assert join(started) == [0] * world_size
-    return [torch.load(folder / f"{rank}.pth", weights_only=False) for rank in ranks]
+    return found
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return found_by(one_of_two, tmp_path_factory.mktemp("ranks"), 2)
+    return of_each_rank(one_of_two, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module", params=[2, 4])
 def normed(request, tmp_path_factory):
-    return found_by(norms_of_one, tmp_path_factory.mktemp("norms"), request.param, request.param)
+    return of_each_rank(norms_of_one, tmp_path_factory.mktemp("norms"), request.param)
 
 
 def same(a, b):
@@ -331,18 +326,36 @@ def test_sums_leave_what_is_summed_and_rows_come_in_the_order_of_the_ranks_even_
         assert rank["objects"] == [{"rank": 0}, {"rank": 1}]
 
 
+def test_over_two_processes_every_prototype_owns_the_same_share_to_a_thousandth(found):
+    q = torch.cat([rank["sinkhorn"] for rank in found])
+    share = q.sum((0, 2, 3)) / (2 * B * H * W)
+    assert (share * K - 1).abs().max() < 1e-3
+    assert torch.allclose(q.sum(1), torch.ones(2 * B, H, W, dtype=torch.float64))
+    of_one = found[0]["sinkhorn"].sum((0, 2, 3)) / (B * H * W)
+    assert (of_one * K - 1).abs().max() > 0.05  # it is not balanced in each process alone
+    assert torch.allclose(q, sinkhorn(unbalanced_maps(), 0.1, iterations=50), rtol=1e-9)
+
+
+def test_the_contrasts_of_two_processes_are_those_of_the_joined_batch(found):
+    place, slot, *gradients = contrasts(slice(None))
+    for i, whole in enumerate((place, slot)):
+        mean = sum(rank["contrasts"][i] for rank in found).item() / 2
+        assert mean == pytest.approx(whole.item(), rel=1e-9)
+    for i, whole in enumerate(gradients, start=2):
+        halves = torch.cat([rank["contrasts"][i] for rank in found])
+        assert torch.allclose(halves / 2, whole, rtol=1e-9)
+
+
 def keep_statistics(run):
     """What a norm of this process has seen, beside the folder of the run."""
     torch.save(run.model.student.backbone[1].running_mean, f"{run.folder}.{run.place.rank}.pth")
 
 
 @pytest.mark.slow
-def test_a_run_on_cpus_has_one_batch_norm_for_all_processes_where_it_is_asked(
-    photographs, tmp_path
-):
+def test_a_run_on_cpus_has_one_batch_norm_for_all_processes_where_it_is_asked(tmp_path):
     for sync_norm in ("torch", "ours"):
         folder, given = tmp_path / sync_norm, ("--sync-norm", sync_norm, "--max-steps", 3)
-        more = dict(photographs=photographs, processes=2, accident=At(2, keep_statistics))
+        more = dict(processes=2, accident=At(2, keep_statistics))
         statuses, printed = play(folder, *given, **more)
         assert statuses == [0, 0], printed
         first, second = (torch.load(f"{folder}.{rank}.pth") for rank in (0, 1))

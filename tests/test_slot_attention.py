@@ -15,12 +15,9 @@ from comparisons.slot_attention import (
     SlotAttention,
     SpatialBroadcastDecoder,
 )
+from trained import random
 
 B, K, D, N, H, W = 3, 5, 7, 8, 4, 6
-
-
-def random(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def layer_norm(x, norm):

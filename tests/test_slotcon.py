@@ -1,11 +1,4 @@
-"""slotcon.py: student, teacher, center and the two losses, put together.
-
-Promised: the loss of the paper and of each of its ablations; the same loss whatever the order of
-prototypes, views or images; a teacher that no gradient reaches and a forward that moves neither
-teacher nor center; batch statistics of one view at a time; no exception where nothing overlaps or
-nothing is found; float32 at least where it matters. The default method against the released code's
-numbers: test_reference_numbers.py.
-"""
+"""slotcon.py: student, teacher, center and losses together, against slow loops."""
 
 import math
 import zlib
@@ -15,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from slotcon import SlotCon
+from trained import random
 
 B, K, D, HIDDEN, H, W = 3, 5, 7, 9, 8, 12
 ABLATIONS = [
@@ -22,10 +16,6 @@ ABLATIONS = [
 ]  # fmt: skip
 each_ablation = pytest.mark.parametrize("settings", ABLATIONS, ids=str)
 ORDER = torch.tensor([3, 0, 4, 1, 2])
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def build(**settings):

@@ -1,8 +1,4 @@
-"""slots.py: pixels pool into one vector per prototype and image.
-
-Promised: a weighted mean over the pixels of each group that never divides by zero; a prototype
-occupies what it is nearest to; a predictor that works on fewer than two rows.
-"""
+"""slots.py: pixels pool into one vector per prototype and image."""
 
 import itertools
 import math
@@ -11,19 +7,13 @@ import pytest
 import torch
 
 from slots import SlotPredictor, attentive_pooling, occupied
+from trained import random
 
 B, K, D, H, W, N = 3, 5, 7, 4, 6, 8
 
 
-def random(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
 def embeddings_and_maps():
     return random(B, D, H, W, seed=1), random(B, K, H, W).tanh()
-
-
-# -------------------------------------------------------------------------------- attentive pooling
 
 
 def test_a_slot_is_the_mean_of_the_pixels_weighted_by_their_assignment():
@@ -63,9 +53,6 @@ def test_pooling_needs_maps_of_one_size():
         attentive_pooling(embeddings, maps[..., :5], 0.07)
 
 
-# ----------------------------------------------------------------------------------------- occupied
-
-
 def test_a_prototype_is_occupied_if_it_is_nearest_to_some_pixel():
     maps = random(B, 17, H, W)  # 17 prototypes for 24 pixels: some go empty
     found = occupied(maps.requires_grad_())
@@ -75,9 +62,6 @@ def test_a_prototype_is_occupied_if_it_is_nearest_to_some_pixel():
         winners = {column.index(max(column)) for column in columns}
         assert found[b].nonzero().flatten().tolist() == sorted(winners)
     assert 0 < found.sum() < found.numel()
-
-
-# ----------------------------------------------------------------------------------- slot predictor
 
 
 def test_the_predictor_is_three_matrices_with_norms_over_its_rows_and_gelu():

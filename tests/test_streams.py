@@ -3,7 +3,6 @@
 import os
 import resource
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -11,16 +10,13 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
-import staged
 from engine import batches
 from engine.images import ImageFiles
 from measures import streams
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_images_come_in_order_and_one_that_cannot_be_read_is_named_and_left_out(
-    tmp_path, capfd, workers
-):
+def test_images_come_in_order_and_a_bad_one_is_named_and_left_out(tmp_path, capfd, workers):
     for i in range(4):
         Image.fromarray(np.full((8, 8, 3), i, dtype=np.uint8)).save(tmp_path / f"{i}.png")
     (tmp_path / "1.png").write_bytes(b"torn")
@@ -43,15 +39,12 @@ READERS = r"the processes that read images died or hand nothing over \({}.*\): t
 NONE_LEFT = READERS.format(".*File too large")
 
 
-@pytest.mark.parametrize(
-    "view, shared, line",
-    [
-        (refuse, None, "^an image of one pixel$"),
-        (die, None, READERS.format(r"DataLoader worker \(pid.* exited unexpectedly")),
-        (None, 2_000_000, NONE_LEFT),  # the batch does not fit
-        (None, 10, NONE_LEFT),  # not even a lock does
-    ],
-)
+@pytest.mark.parametrize("view, shared, line", [
+    (refuse, None, "^an image of one pixel$"),
+    (die, None, READERS.format(r"DataLoader worker \(pid.* exited unexpectedly")),
+    (None, 2_000_000, NONE_LEFT),  # the batch does not fit
+    (None, 10, NONE_LEFT),  # not even a lock does
+])  # fmt: skip
 def test_readers_that_cannot_hand_over_are_one_line_at_once(view, shared, line, monkeypatch):
     """shared: bytes that a file may have, also one in shared memory."""
     monkeypatch.setattr(batches, "PATIENCE", 20)
@@ -64,31 +57,6 @@ def test_readers_that_cannot_hand_over_are_one_line_at_once(view, shared, line, 
             list(streams.stream(torch.zeros(8, 3, 512, 512, dtype=torch.uint8), view, 8, 1))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def sleep(_images):
-    time.sleep(600)
-
-
-@pytest.mark.parametrize("asked", [True, False])
-def test_nobody_waits_for_two_readers_that_sleep(asked, monkeypatch):
-    """Until a stop is asked for, or for as long as a batch may take; PyTorch waits 5 s for each."""
-    monkeypatch.setattr(batches, "PATIENCE", 600 if asked else 1)
-    began = time.monotonic()
-    given = dict(stopped=lambda: asked and time.monotonic() > began + 1, batch_size=1)
-    try:
-        end = list(batches.Loaded(range(4), sleep, 2, **given))
-    except ValueError as error:
-        end = str(error)
-    assert end == [] if asked else "(nothing for 1 s)" in end
-    assert time.monotonic() - began < 8
-
-
-def test_a_path_of_temporary_files_too_long_for_sockets_is_one_line_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(batches, "PATIENCE", 20)
-    staged.lengthen_tmpdir(monkeypatch, tmp_path)
-    with pytest.raises(ValueError, match=READERS.format("OSError: AF_UNIX path too long")):
-        list(streams.stream(torch.zeros(8, 3, 9, 9, dtype=torch.uint8), refuse, 8, 1))
 
 
 def test_images_come_from_a_folder_from_its_val2017_or_are_drawn(tmp_path):

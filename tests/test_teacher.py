@@ -1,8 +1,4 @@
-"""teacher.py: the average of the student's past.
-
-Promised: a copy that shares nothing and needs no gradient; an average over parameters, never over
-buffers; a momentum that rises along a cosine.
-"""
+"""teacher.py: the average of the student's past."""
 
 import math
 

@@ -1,7 +1,5 @@
 """Backbones of timm by name: whatever gives a map learns, resumes, can be frozen and read again."""
 
-import sys
-
 import pytest
 import torch
 
@@ -12,24 +10,13 @@ from photometric import IMAGENET_MEAN, IMAGENET_STD
 from slotcon import SlotCon
 from staged import difference, last_of, train_here
 
+timm = pytest.importorskip("timm")
 SMALLEST = "test_vit", "test_convnext", "test_resnet"  # timm's own, for tests
 SIZES = ("--image-size", "64", "--log-every", "1")
 
 
-def test_without_timm_one_line_says_how_to_get_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ValueError, match="--arch timm:test_vit needs timm: pip install timm"):
-        build_backbone("timm:test_vit")
-
-
-def test_weights_of_ours_are_not_pretrained():
-    with pytest.raises(ValueError, match="--pretrained is for --arch timm:NAME; give tiny weights"):
-        build_backbone("tiny", pretrained=True)
-
-
 @pytest.mark.parametrize("name", SMALLEST)
 def test_a_backbone_of_timm_says_its_channels_and_stride_and_every_weight_learns(name):
-    pytest.importorskip("timm")
     backbone = build_backbone(f"timm:{name}")
     maps = backbone(torch.randn(2, 3, 96, 64))
     stride = backbone.stride
@@ -40,7 +27,6 @@ def test_a_backbone_of_timm_says_its_channels_and_stride_and_every_weight_learns
 
 
 def test_a_name_or_a_size_that_timm_does_not_take_is_one_line():
-    pytest.importorskip("timm")
     with pytest.raises(ValueError, match="timm could not make test_vitt: Unknown model"):
         build_backbone("timm:test_vitt")
     with pytest.raises(ValueError, match="does not take views of 50 x 64 px"):
@@ -48,7 +34,6 @@ def test_a_name_or_a_size_that_timm_does_not_take_is_one_line():
 
 
 def test_views_are_normalized_as_the_network_of_timm_expects_it():
-    pytest.importorskip("timm")
     ours, plain = build_backbone("timm:test_vit"), build_backbone("timm:test_vit")
     plain.load_state_dict(ours.state_dict())
     ours.pretrained_cfg = {**ours.pretrained_cfg, "mean": (0.5,) * 3, "std": (0.25,) * 3}
@@ -61,13 +46,10 @@ def test_views_are_normalized_as_the_network_of_timm_expects_it():
 
 
 @pytest.mark.parametrize("name", SMALLEST)
-def test_a_run_on_timm_resumes_to_the_same_bits_and_loads_back_strictly(
-    name, photographs, tmp_path
-):
-    timm = pytest.importorskip("timm")
+def test_a_run_on_timm_resumes_to_the_same_bits_and_loads_back_strictly(name, tmp_path):
     for folder, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
         more = ("--arch", f"timm:{name}", *SIZES, "--max-steps", steps)
-        train_here(tmp_path / folder, *more, photographs=photographs)
+        train_here(tmp_path / folder, *more)
     whole, parts = (last_of(tmp_path / folder)["model"] for folder in ("whole", "parts"))
     assert not difference(whole, parts)
     network, config = open_network(tmp_path / "whole", "teacher")
@@ -82,15 +64,14 @@ def test_a_run_on_timm_resumes_to_the_same_bits_and_loads_back_strictly(
 
 @pytest.mark.parametrize("ending", ["safetensors", "pth"])
 @pytest.mark.parametrize("name", SMALLEST)
-def test_a_run_starts_from_a_file_of_timm(name, ending, photographs, tmp_path):
-    timm = pytest.importorskip("timm")
+def test_a_run_starts_from_a_file_of_timm(name, ending, tmp_path):
     weights, file = timm.create_model(name).state_dict(), tmp_path / f"weights.{ending}"
     if ending == "pth":
         torch.save(weights, file)
     else:
         pytest.importorskip("safetensors.torch").save_file(weights, file)
     more = ("--arch", f"timm:{name}", *SIZES, "--init", file, "--freeze-backbone")
-    text = train_here(tmp_path / "run", *more, "--max-steps", "1", photographs=photographs)
+    text = train_here(tmp_path / "run", *more, "--max-steps", "1")
     assert f"timm:{name}, frozen, 5 prototypes" in text
     found = last_of(tmp_path / "run")["model"]
     own = [key for key in weights if f"student.backbone.{key}" in found]
@@ -98,12 +79,11 @@ def test_a_run_starts_from_a_file_of_timm(name, ending, photographs, tmp_path):
     assert all(torch.equal(found[f"teacher.backbone.{key}"], weights[key]) for key in own)
 
 
-def test_a_frozen_backbone_stays_bit_for_bit_and_is_computed_once_per_view(photographs, tmp_path):
-    pytest.importorskip("timm")
+def test_a_frozen_backbone_stays_bit_for_bit_and_is_computed_once_per_view(tmp_path):
     arguments = ("--arch", "timm:test_resnet", "--freeze-backbone", *SIZES)
     for steps in (1, 4):
         more = (*arguments, "--max-steps", str(steps))
-        train_here(tmp_path / f"{steps}", *more, photographs=photographs)
+        train_here(tmp_path / f"{steps}", *more)
     first, last = (last_of(tmp_path / steps)["model"] for steps in ("1", "4"))
     frozen = [key for key in first if ".backbone." in key]
     assert frozen and all(torch.equal(first[key], last[key]) for key in frozen)

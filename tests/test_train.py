@@ -1,14 +1,10 @@
-"""train.py and recipes.py: command lines, and small whole runs on the CPU.
-
-Promised: published presets; one clear line and status 2 for every command line that cannot be, with
-nothing written; the steps of the paper in the order of the released code; the same numbers from the
-same seed; a log, a configuration and weights that other programs can read.
-"""
+"""train.py and recipes.py: command lines, and small whole runs on the CPU."""
 
 import dataclasses
 import inspect
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -34,11 +30,11 @@ from teacher import teacher_momentum
 
 
 @pytest.fixture(scope="module")
-def short(photographs, tmp_path_factory):
+def short(tmp_path_factory):
     """A run of five steps, and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "short"
     arguments = ("--max-steps", "5", "--log-every", "1")
-    return folder, train_here(folder, *arguments, photographs=photographs)
+    return folder, train_here(folder, *arguments)
 
 
 PUBLISHED = dict(
@@ -51,16 +47,13 @@ PUBLISHED = dict(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "preset, num_prototypes, epochs, dataset",
-    [
-        ("coco-r50", 256, 800, "coco"),
-        ("cocoplus-r50", 256, 800, "cocoplus"),
-        ("imagenet-r50-100ep", 2048, 100, "imagenet"),
-        ("imagenet-r50-200ep", 2048, 200, "imagenet"),
-        ("bdd100k-r50", 256, 800, "bdd100k"),
-    ],
-)
+@pytest.mark.parametrize("preset, num_prototypes, epochs, dataset", [
+    ("coco-r50", 256, 800, "coco"),
+    ("cocoplus-r50", 256, 800, "cocoplus"),
+    ("imagenet-r50-100ep", 2048, 100, "imagenet"),
+    ("imagenet-r50-200ep", 2048, 200, "imagenet"),
+    ("bdd100k-r50", 256, 800, "bdd100k"),
+])  # fmt: skip
 def test_presets_are_the_published_recipes(preset, num_prototypes, epochs, dataset):
     c, given = recipes.parse(["--preset", preset, "--data-dir", "somewhere"])
     own = dict(preset=preset, num_prototypes=num_prototypes, epochs=epochs, dataset=dataset)
@@ -83,19 +76,14 @@ def test_defaults_of_the_method_are_those_of_the_configuration(taker):
         assert inspect.signature(taker).parameters[name].default == value, name
 
 
-@pytest.mark.parametrize(
-    "arguments, epochs, steps, warmup",
-    [
-        ("--preset coco-r50", 800, 0, 5),
-        ("--preset coco-r50 --steps 4000", 800, 4000, 25),  # the share of 5 in 800
-        ("--preset coco-r50 --steps 4000 --warmup 9", 800, 4000, 9),
-        ("--preset photos --epochs 30", 30, 0, 0.8),  # of 80 in 3000
-        ("--preset photos --steps 300", 800, 300, 80),
-    ],
-)
-def test_the_warm_up_keeps_its_share_where_the_unit_of_the_length_changes(
-    arguments, epochs, steps, warmup
-):
+@pytest.mark.parametrize("arguments, epochs, steps, warmup", [
+    ("--preset coco-r50", 800, 0, 5),
+    ("--preset coco-r50 --steps 4000", 800, 4000, 25),  # the share of 5 in 800
+    ("--preset coco-r50 --steps 4000 --warmup 9", 800, 4000, 9),
+    ("--preset photos --epochs 30", 30, 0, 0.8),  # of 80 in 3000
+    ("--preset photos --steps 300", 800, 300, 80),
+])  # fmt: skip
+def test_the_warm_up_keeps_its_share_in_the_other_unit(arguments, epochs, steps, warmup):
     c, _ = recipes.parse([*arguments.split(), "--data-dir", "x"])
     assert (c.epochs, c.steps, c.warmup) == (epochs, steps, pytest.approx(warmup))
 
@@ -127,57 +115,58 @@ def test_the_rows_of_the_tables_change_what_the_slide_says_and_run_on_toy_scenes
 
 
 REFUSED = [  # arguments behind those of a small run, what the line must say
-    ("--preset coco-r51", "--preset: invalid choice: 'coco-r51' (choose from "),
-    ("--batch-size 1", "--batch-size 1 is out of range: expected 2 to"),
     ("--epochs 3 --steps 9", "--epochs and --steps are two units of one length: give one of them"),
     ("--long-tailed", "--long-tailed says how a subset is chosen: add --subset N"),
-    ("--subset 15", "--subset 15, but there are 14 images: take fewer"),
     ("--batch-size 16", "must be a multiple of 1 process(es) x --accumulate 1, and at most"),
     ("--preset toy --dataset toy", "draws its own scenes: add a preset for photographs, such as"),
     ("--data-dir=", "needs --data-dir, the folder with the images"),
     ("--preset toy --dataset toy --data-dir= --check-data", "--check-data has nothing to read"),
     ("--preset toy --dataset toy --data-dir= --subset 3", "is at least --batch-size 4"),
     ("--data-dir empty", "no images in "),
-    ("--device cuda", "--device cuda, but this machine has none: use --device auto"),
     ("--init nothing.pth", "there is no checkpoint nothing.pth"),
 ]
 
 
 @pytest.mark.parametrize("arguments, line", REFUSED)
-def test_what_cannot_be_is_one_line_with_status_2_and_nothing_is_written(
-    arguments, line, photographs, tmp_path, monkeypatch
-):
+def test_what_cannot_be_is_one_line_and_writes_nothing(arguments, line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "empty").mkdir()
     before = sorted(tmp_path.rglob("*"))
-    text = train_here("out", *arguments.split(), photographs=photographs, status=2)
+    text = train_here("out", *arguments.split(), status=2)
     assert text.startswith("train.py: ") and line in text and text.count("\n") == 1, text
     assert sorted(tmp_path.rglob("*")) == before
 
 
-PROGRAMS = ("train", "evaluate", "visualize", "compare", "transfer", "export")
+WRONG = {  # program -> a command line that is wrong, and how it is answered
+    "train": ("--xyz", "unrecognized argument --xyz"),
+    "evaluate": ("probe x.pth --batchsize 3", "did you mean --batch-size?"),
+    "visualize": ("groups x.pth --slot 3", "did you mean --slots?"),
+    "compare": ("--step 9", "did you mean --steps?"),
+    "transfer": ("segmentation --crops 9", "did you mean --crop?"),
+    "export": ("x.pth --outputs y.pth", "are required: --output"),
+}
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", WRONG)
 def test_a_program_answers_a_wrong_command_line_before_it_loads_torch(program, tmp_path):
     (tmp_path / "torch.py").write_text("raise SystemExit('torch is loaded')")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
 
-    def run(*arguments):
-        command = [sys.executable, str(ROOT / f"{program}.py"), *arguments]
+    def run(words):
+        command = [sys.executable, str(ROOT / f"{program}.py"), *words.split()]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 
-    done = run("--no-such-option")
+    words, answer = WRONG[program]
+    done = run(words)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert done.stderr.startswith(f"{program}.py: ")
-    done = run("--help")
+    assert done.stderr.startswith(f"{program}.py: ") and answer in done.stderr
+    done = run("probe --help" if program == "evaluate" else "--help")
     assert done.returncode == 0 and f"{program}.py" in done.stdout
     if program == "train":
         for f in dataclasses.fields(recipes.Config):
             assert options.flag(f.name) in done.stdout
         assert "[P]" in done.stdout and "torchrun --nproc-per-node=8 train.py" in done.stdout
-        assert "torch is loaded" in run().stderr  # so the stand-in is a real one
+        assert "torch is loaded" in run("").stderr  # so the stand-in is a real one
 
 
 CHANGES = {
@@ -190,15 +179,13 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_matters_cannot_change_between_two_parts_of_a_run(
-    change, short, tmp_path, photographs, monkeypatch
-):
+def test_what_matters_cannot_change_within_a_run(change, short, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     staged.draw_photographs(tmp_path / "fewer", 13)
     others = staged.draw_photographs(tmp_path / "others")
     (others / "000.png").rename(others / "new.png")
     before = state_of(short[0])
-    text = train_here(short[0], *CHANGES[change].split(), photographs=photographs, status=2)
+    text = train_here(short[0], *CHANGES[change].split(), status=2)
     assert text == (
         f"train.py: {short[0]}/last.pth was made with other options ({change}): give another "
         "--output-dir, --resume none to start over, or --resume force\n"
@@ -206,30 +193,28 @@ def test_what_matters_cannot_change_between_two_parts_of_a_run(
     assert not difference(state_of(short[0]), before)
 
 
-def test_what_does_not_matter_can_change_and_force_takes_what_is_asked_for_now(
-    photographs, tmp_path
-):
+def test_what_does_not_matter_can_change_and_force_takes_what_is_asked_for_now(tmp_path):
     folder, given = tmp_path / "run", ("--optimizer", "adamw")
-    train_here(folder, *given, "--max-steps", "2", photographs=photographs)
+    train_here(folder, *given, "--max-steps", "2")
     free = ("--max-steps", "3", "--workers", "1", "--log-every", "1", "--save-minutes", "1")
-    text = train_here(folder, *given, *free, photographs=photographs)
+    text = train_here(folder, *given, *free)
     assert f"resumed  {folder}/last.pth after step 2\n" in text and last_of(folder)["step"] == 3
     forced = ("--max-steps", "4", "--weight-decay", "0.5", "--resume", "force")
-    train_here(folder, *given, *forced, photographs=photographs)
+    train_here(folder, *given, *forced)
     groups = last_of(folder)["optimizer"]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.5, 0]
     wrong = ("--num-prototypes", "6", "--resume", "force")
-    text = train_here(folder, *given, *wrong, photographs=photographs, status=2)
+    text = train_here(folder, *given, *wrong, status=2)
     assert "lacks: 3, such as center (6,); that it has too many: 3, such as center (5,)" in text
 
 
-def test_a_run_neither_goes_on_from_a_damaged_file_nor_overwrites_it(short, photographs, tmp_path):
+def test_a_run_neither_goes_on_from_a_damaged_file_nor_overwrites_it(short, tmp_path):
     shutil.copytree(short[0], folder := tmp_path / "run")
     last = folder / "last.pth"
     last.write_bytes(last.read_bytes()[:-1000])
-    text = train_here(folder, photographs=photographs, status=2)
+    text = train_here(folder, status=2)
     assert f"{last} is no checkpoint, or damaged" in text and text.count("\n") == 1
-    text = train_here(folder, "--resume", folder / "gone", photographs=photographs, status=2)
+    text = train_here(folder, "--resume", folder / "gone", status=2)
     assert f"there is no checkpoint {folder}/gone" in text and text.count("\n") == 1
     assert log_of(folder) == log_of(short[0])
 
@@ -277,9 +262,9 @@ def test_the_log_has_every_number_at_every_step(short):
         assert 0 <= line["agreement"] <= 1
 
 
-def test_the_steps_are_those_of_the_paper_in_the_order_of_the_released_code(short, photographs):
+def test_the_steps_are_those_of_the_paper_in_the_order_of_the_released_code(short):
     """The same five steps, written down once more without precautions."""
-    c, _ = recipes.parse(staged.command_line("unused", photographs=photographs))
+    c, _ = recipes.parse(staged.command_line("unused"))
     images, *_ = train.images_of(c, strict=True)
     samples = Samples(images, TwoCrops(c.image_size, c.min_area), c.seed)
     order = order_of(len(images), c.batch_size, Place(torch.device("cpu")), c.seed)
@@ -308,53 +293,36 @@ def test_the_steps_are_those_of_the_paper_in_the_order_of_the_released_code(shor
         assert torch.allclose(value.double(), state[name].double(), rtol=1e-4, atol=1e-6), name
 
 
-def test_a_seed_gives_the_same_numbers_whatever_reads_the_images_and_another_seed_others(
-    short, photographs, tmp_path
-):
-    given = ("--max-steps", "5", "--log-every", "1")
-    for workers in ("0", "2"):
-        folder = tmp_path / workers
-        train_here(folder, *given, "--workers", workers, photographs=photographs)
-        assert not difference(state_of(folder), state_of(short[0]))
-    train_here(tmp_path / "other", *given, "--seed", "1", photographs=photographs)
-    assert log_of(tmp_path / "other")[0]["loss"] != log_of(short[0])[0]["loss"]
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "--slot-loss reg", "--align proj", "--image-loss", "--group-weight 1", "--no-geometric",
-        "--optimizer adamw", "--accumulate 2", "--min-area 0.9", "--amp bf16", "--amp fp16",
-    ],
-)  # fmt: skip
-def test_a_run_with_each_kind_of_step_learns_and_goes_on_exactly_where_it_stopped(
-    kind, short, photographs, tmp_path
-):
+@pytest.mark.parametrize("kind", [
+    "--slot-loss reg", "--align proj", "--image-loss", "--group-weight 1", "--no-geometric",
+    "--optimizer adamw", "--accumulate 2", "--min-area 0.9", "--amp bf16", "--amp fp16",
+    "--workers 2", "--seed 1",
+])  # fmt: skip
+def test_a_run_of_each_kind_learns_and_goes_on_where_it_stopped(kind, short, tmp_path):
     given = [*kind.split(), "--epochs", "2", "--log-every", "4"]
-    text = train_here(tmp_path / "whole", *given, photographs=photographs)
+    text = train_here(tmp_path / "whole", *given)
     first, *_ = lines = log_of(tmp_path / "whole")
     assert all(math.isfinite(value) for line in lines for value in line.values())
     assert min(line["grad_norm"] for line in lines) > 0
     change = abs(first["loss"] / log_of(short[0])[0]["loss"] - 1)
-    assert change == 0 if "adamw" in kind else change > 0
+    same = kind in ("--optimizer adamw", "--workers 2")
+    assert (change == 0) == same
     assert "--amp" not in kind or f"1 process, {kind.split()[1]}" in text
     pause = At(2, Signals("SIGTERM"))
-    train_here(tmp_path / "run", *given, photographs=photographs, accident=pause)
+    train_here(tmp_path / "run", *given, accident=pause)
     assert last_of(tmp_path / "run")["position"] == 3
-    train_here(tmp_path / "run", *given, photographs=photographs)
+    train_here(tmp_path / "run", *given)
     assert not difference(state_of(tmp_path / "run"), state_of(tmp_path / "whole"))
 
 
-def test_a_run_starts_from_given_weights_and_from_the_state_of_another_folder(
-    short, photographs, tmp_path
-):
+def test_a_run_starts_from_given_weights_and_from_the_state_of_another_folder(short, tmp_path):
     given = ("--max-steps", "5", "--log-every", "1")
-    text = train_here(tmp_path / "a", *given, "--init", short[0], photographs=photographs)
+    text = train_here(tmp_path / "a", *given, "--init", short[0])
     count = len(last_of(short[0])["model"])
     assert f"start    {short[0]}: {count} of {count} tensors used, the others are random" in text
     assert log_of(tmp_path / "a")[0]["loss"] != log_of(short[0])[0]["loss"]
     resume = ("--resume", short[0] / "last.pth", "--max-steps", "7")
-    assert "after step 5" in train_here(tmp_path / "b", *resume, photographs=photographs)
+    assert "after step 5" in train_here(tmp_path / "b", *resume)
     assert last_of(tmp_path / "b")["step"] == 7
 
 
@@ -397,29 +365,29 @@ def test_a_few_bad_images_are_replaced_and_named_and_more_than_one_percent_stop_
     assert held["step"] == held["position"] < 30  # and the batch with the second one is met again
 
 
-def test_doubts_are_said(photographs, tmp_path):
+def test_doubts_are_said(tmp_path):
     given = ("--accumulate", "4", "--max-steps", "1", "--min-area", "0.9", "--warmup", "6")
-    text = train_here(tmp_path / "run", *given, photographs=photographs)
+    text = train_here(tmp_path / "run", *given)
     assert "warning  one image per pass" in text
     assert "warning  the warm-up is as long as the run: lower --warmup" in text
 
 
-def test_readers_that_can_hand_nothing_over_end_a_run_or_a_check_with_one_line(
-    photographs, tmp_path, monkeypatch
-):
-    staged.lengthen_tmpdir(monkeypatch, tmp_path)
+def test_readers_that_hand_nothing_over_end_a_run_or_a_check(tmp_path, monkeypatch):
+    """As on a cluster: sockets of readers cannot be opened in so long a path of TMPDIR."""
+    (tmp_path / ("x" * 100)).mkdir()
+    # Where multiprocessing keeps TMPDIR once it has been asked for
+    kept = multiprocessing.current_process()._config
+    monkeypatch.setitem(kept, "tempdir", str(tmp_path / ("x" * 100)))
     for more, status in (((), 1), (("--check-data",), 2)):
         given = ("--workers", "1", *more)
-        text = train_here(tmp_path / "run", *given, photographs=photographs, status=status)
+        text = train_here(tmp_path / "run", *given, status=status)
         line = text.splitlines()[-1]
         assert line.startswith("train.py: the processes that read images died or hand nothing over")
         assert "AF_UNIX path too long" in line and "Traceback" not in text
 
 
 @pytest.mark.parametrize("given, workers", [("", -1), ("--workers 1", 1)])
-def test_on_a_gpu_a_presets_number_of_readers_is_not_taken_but_a_given_one_is(
-    given, workers, monkeypatch
-):
+def test_on_a_gpu_only_a_given_number_of_readers_is_taken(given, workers, monkeypatch):
     """Without a GPU: the run is stopped where its images would be opened."""
     monkeypatch.setattr(train, "images_of", lambda c, strict: sys.exit(f"{c.workers} readers"))
     monkeypatch.setattr(train.processes, "start", lambda *_: Place(torch.device("cuda")))
@@ -441,40 +409,34 @@ SRUN = {f"SLURM_{name}": str(value) for name, value in STEP.items()}
 TASK = dict(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", MASTER_ADDR="gpu07", MASTER_PORT="24569")
 
 
-@pytest.mark.parametrize(
-    "changed, expected",
-    [
-        ({}, TASK),
-        (dict(SLURM_STEP_NODELIST="r[2-3]-n[04,5],z"), {**TASK, "MASTER_ADDR": "r2-n04"}),
-        (dict(SLURM_STEP_NODELIST="z,gpu[1-2]"), {**TASK, "MASTER_ADDR": "z"}),
-        (dict(SLURM_STEP_NUM_TASKS="4"), {**TASK, "WORLD_SIZE": "4"}),
-        (dict(MASTER_PORT="1"), {**TASK, "MASTER_PORT": "1"}),
-        (dict(CUDA_VISIBLE_DEVICES="3"), {**TASK, "LOCAL_RANK": "0"}),  # --gpus-per-task=1
-        (dict(CUDA_VISIBLE_DEVICES="2,3"), TASK),
-        (dict(RANK="0", WORLD_SIZE="2"), {}),  # srun torchrun
-        (dict(WORLD_SIZE="1"), {}),  # a process that wants to be alone
-        (dict(SLURM_STEP_NUM_TASKS="1"), {}),
-        (dict(SLURM_STEP_ID="4294967290", SLURM_PROCID="0"), {}),  # the shell of salloc
-        (dict(SLURM_STEP_ID=None, SLURM_PROCID="0"), {}),  # the script of sbatch
-        (dict.fromkeys(SRUN), {}),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("changed, expected", [
+    ({}, TASK),
+    (dict(SLURM_STEP_NODELIST="r[2-3]-n[04,5],z"), {**TASK, "MASTER_ADDR": "r2-n04"}),
+    (dict(SLURM_STEP_NODELIST="z,gpu[1-2]"), {**TASK, "MASTER_ADDR": "z"}),
+    (dict(SLURM_STEP_NUM_TASKS="4"), {**TASK, "WORLD_SIZE": "4"}),
+    (dict(MASTER_PORT="1"), {**TASK, "MASTER_PORT": "1"}),
+    (dict(CUDA_VISIBLE_DEVICES="3"), {**TASK, "LOCAL_RANK": "0"}),  # --gpus-per-task=1
+    (dict(CUDA_VISIBLE_DEVICES="2,3"), TASK),
+    (dict(RANK="0", WORLD_SIZE="2"), {}),  # srun torchrun
+    (dict(WORLD_SIZE="1"), {}),  # a process that wants to be alone
+    (dict(SLURM_STEP_NUM_TASKS="1"), {}),
+    (dict(SLURM_STEP_ID="4294967290", SLURM_PROCID="0"), {}),  # the shell of salloc
+    (dict(SLURM_STEP_ID=None, SLURM_PROCID="0"), {}),  # the script of sbatch
+    (dict.fromkeys(SRUN), {}),
+])  # fmt: skip
 def test_a_task_of_srun_knows_its_rank_and_where_to_meet_and_a_shell_is_no_task(changed, expected):
     assert task_of_slurm({k: v for k, v in {**SRUN, **changed}.items() if v}) == expected
 
 
-@pytest.mark.parametrize(
-    "error, status, line",
-    [
-        (ValueError("--k 1 is too small"), 2, "--k 1 is too small"),
-        (FileNotFoundError(2, "No such file", "x"), 2, "[Errno 2] No such file: 'x'"),
-        (Stopped("the disk is full"), 1, "the disk is full"),
-        (KeyboardInterrupt(), 130, "interrupted"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried\n2"), 2, "take a smaller --batch-size"),
-        (RuntimeError("gloo: connection closed by peer"), RuntimeError, ""),  # in one process
-        (KeyError("x"), KeyError, ""),  # a mistake of ours keeps its trace
-    ],
-)
+@pytest.mark.parametrize("error, status, line", [
+    (ValueError("--k 1 is too small"), 2, "--k 1 is too small"),
+    (FileNotFoundError(2, "No such file", "x"), 2, "[Errno 2] No such file: 'x'"),
+    (Stopped("the disk is full"), 1, "the disk is full"),
+    (KeyboardInterrupt(), 130, "interrupted"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried\n2"), 2, "take a smaller --batch-size"),
+    (RuntimeError("gloo: connection closed by peer"), RuntimeError, ""),  # in one process
+    (KeyError("x"), KeyError, ""),  # a mistake of ours keeps its trace
+])  # fmt: skip
 def test_what_goes_wrong_is_one_line_and_a_status(error, status, line, capfd):
     def main(argv):
         raise error

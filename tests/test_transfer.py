@@ -7,8 +7,8 @@ import signal
 
 import pytest
 import torch
-from test_datasets import draw_ade20k
-from test_transfer_data import draw_coco, draw_folder
+from test_datasets import draw_ade20k, draw_folder
+from test_transfer_data import draw_coco
 
 import transfer
 from backbone import build_backbone
@@ -17,6 +17,7 @@ from engine import checkpoints
 from engine.program import run_program
 from measures import metrics
 from staged import At, Signals, difference, last_of, launch, log_of, staged, state_of
+from trained import save_checkpoint
 
 SMALL = (
     "segmentation --dataset toy --labeled 10 --test-on train --batch-size 4 --base-steps 3 "
@@ -114,9 +115,7 @@ def stop_a_test(patch, at=2):
 
 
 @pytest.mark.parametrize("image, steps", [(3, 6), (13, 12)])
-def test_a_signal_ends_a_test_which_is_made_again(
-    image, steps, whole, tmp_path, monkeypatch, capsys
-):
+def test_a_signal_ends_a_test_made_again_later(image, steps, whole, tmp_path, monkeypatch, capsys):
     """Each test is of 10 images: the one after step 6, and that of a run whose steps are done."""
     for expected in (image, 2):  # the second run tests before its first step
         flags = stop_a_test(monkeypatch, expected)
@@ -174,6 +173,13 @@ def test_fewer_steps_are_the_beginning_of_more(whole, tmp_path, capsys):
     assert not difference(a["model"], b["model"]) and not difference(a["optimizer"], b["optimizer"])
 
 
+def draw_parts(root, train=3, val=3):
+    """Five labeled images of train classes to learn from, and five to test on."""
+    for part, count in dict(train=train, val=val).items():
+        draw_folder(root, [(i % count,) for i in range(5)], part)
+    return root
+
+
 def folder_run(folder, root, workers="0"):
     small = (
         "segmentation --dataset folder --arch tiny --crop 24 --batch-size 2 --base-steps 1 "
@@ -184,8 +190,7 @@ def folder_run(folder, root, workers="0"):
 
 @pytest.mark.parametrize("train, val", [(5, 3), (3, 5)])
 def test_a_class_that_one_part_alone_has_is_a_class_of_both(train, val, tmp_path):
-    root = draw_folder(tmp_path / "data", dict(train=train, val=val).items())
-    assert folder_run(tmp_path / "run", root) == 0
+    assert folder_run(tmp_path / "run", draw_parts(tmp_path / "data", train, val)) == 0
     scores = result_of(tmp_path / "run")["iou"]
     assert list(scores) == [f"class {i}" for i in range(5)]
     assert list(scores.values()).count(None) == 5 - val
@@ -198,28 +203,19 @@ def test_a_class_that_one_part_alone_has_is_a_class_of_both(train, val, tmp_path
 ])  # fmt: skip
 def test_what_cannot_be_used_is_named(broken, workers, status, line, tmp_path, capsys):
     """One to learn from in skipped.txt, and one to test before the first step."""
-    root = draw_folder(tmp_path / "data")
+    root = draw_parts(tmp_path / "data")
     (root / "classes.txt").write_text("sky\nsea\nsand\n")
-    file = root / broken / "2.png"
+    [file] = (root / broken).glob("2.*")
     file.write_bytes(file.read_bytes()[:-30])
     assert folder_run(tmp_path / "run", root, workers) == status
     said = capsys.readouterr().err.splitlines()[-1]
     skipped = tmp_path / "run" / "skipped.txt"
-    assert said.startswith(line) and "2.png" in (skipped.read_text() if status == 1 else said)
+    assert said.startswith(line) and file.name in (skipped.read_text() if status == 1 else said)
     assert (tmp_path / "run").exists() == (status == 1)
 
 
-def slotcon_checkpoint(file):
-    """The part of a paused pretraining that a fine-tuning reads."""
-    networks = {name: build_backbone("tiny").state_dict() for name in ("teacher", "student")}
-    state = {f"{n}.backbone.{k}": v for n, each in networks.items() for k, v in each.items()}
-    torch.save(dict(config=dict(arch="tiny"), model=state), file)
-    return networks
-
-
 def test_a_run_begins_with_the_network_that_was_asked_for_and_prints_it(tmp_path, capsys):
-    networks = slotcon_checkpoint(tmp_path / "last.pth")
-    torch.save(networks["teacher"], tmp_path / "backbone.pth")
+    saved = torch.load(save_checkpoint(tmp_path / "last.pth"))["model"]
     for name, file, options in (("teacher", "last.pth", []), ("teacher", "backbone.pth", []),
                                 ("student", "last.pth", ["--network", "student"])):  # fmt: skip
         first, folder = {}, tmp_path / f"{name}-{file}"
@@ -227,7 +223,7 @@ def test_a_run_begins_with_the_network_that_was_asked_for_and_prints_it(tmp_path
             {k: v.clone() for k, v in run.model.backbone.state_dict().items()}))  # fmt: skip
         arguments = ["--backbone", str(tmp_path / file), "--max-steps", "1", *options]
         assert run(folder, *arguments, accident=note) == 0
-        assert not difference(first, networks[name])
+        assert not difference(first, checkpoints.part(saved, f"{name}.backbone."))
         said = capsys.readouterr().out
         names = f" ({name}.backbone.*)" if file == "last.pth" else ""
         assert f"tiny, all {len(first)} tensors from {tmp_path / file}{names}\n" in said
@@ -235,12 +231,12 @@ def test_a_run_begins_with_the_network_that_was_asked_for_and_prints_it(tmp_path
 
 
 def test_a_backbone_that_is_not_whole_or_another_is_refused(tmp_path, capsys):
-    networks = slotcon_checkpoint(tmp_path / "last.pth")
+    save_checkpoint(tmp_path / "last.pth")
     argument = ["--backbone", str(tmp_path / "last.pth")]
     assert run(tmp_path / "run", *argument, "--arch", "resnet18") == 2
     assert "holds a tiny: leave --arch out" in capsys.readouterr().err
     contents = torch.load(tmp_path / "last.pth")
-    del contents["model"][f"teacher.backbone.{next(iter(networks['teacher']))}"]
+    del contents["model"]["teacher.backbone.0.weight"]
     torch.save(contents, tmp_path / "last.pth")
     assert run(tmp_path / "run", *argument) == 2
     assert "lacks: 1, such as" in capsys.readouterr().err and not (tmp_path / "run").exists()
@@ -317,8 +313,8 @@ def test_the_settings_of_ade20k_train_and_test(tmp_path, capsys):
 
 
 DETECTION = (
-    "detection --arch resnet18 --labeled 2 --test-on train --shorts 64 64 --test-short 64 "
-    "--longest 128 --smallest-anchor 8 --regions 8 --batch-size 2 --max-steps 2 --workers 0 "
+    "detection --arch resnet18 --labeled 2 --test-on train --shorts 32 32 --test-short 32 "
+    "--longest 64 --smallest-anchor 8 --regions 8 --batch-size 2 --max-steps 2 --workers 0 "
     "--warmup-steps 2 --log-every 1 --device cpu --data-dir"
 ).split()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 from pycocotools import mask as encoding
-from test_datasets import draw_ade20k, draw_cityscapes, draw_voc
+from test_datasets import draw_voc
 from torchvision.datasets import wrap_dataset_for_transforms_v2
 
 from backbone import build_backbone
@@ -18,28 +18,15 @@ from downstream.backbones import share, some_of
 from downstream.settings import PRESETS
 from engine.processes import Place
 from measures.metrics import IGNORE
+from trained import write
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # of pycocotools
 HERE = Place(torch.device("cpu"))
 DETECTION, VOC = PRESETS["detection"]["coco"], PRESETS["segmentation"]["voc"]
 
 
-def save(path, array):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.asarray(array, dtype=np.uint8)).save(path)
-
-
 def photo(seed, y=24, x=40):
     return np.random.default_rng(seed).integers(0, 256, (y, x, 3))
-
-
-def draw_folder(root, counts=(("train", 3), ("val", 3))):
-    """A folder without classes.txt; counts: part, number of classes."""
-    for part, count in counts:
-        for i in range(5):
-            save(root / "images" / part / f"{i}.png", photo(i))
-            save(root / "labels" / part / f"{i}.png", np.full((24, 40), i % count))
-    return root
 
 
 def draw_coco(root, more=0):
@@ -63,7 +50,7 @@ def draw_coco(root, more=0):
         found = [dict(shape, image_id=5) for shape in shapes] + [plain]
         found += [dict(shape, image_id=each["id"]) for each in images[2:] for shape in (dog, car)]
         for each in images:
-            save(root / f"{part}2017" / each["file_name"], photo(each["id"]))
+            write(root / f"{part}2017" / each["file_name"], photo(each["id"]))
         contents = dict(
             images=images,
             categories=[dict(id=18, name="dog"), dict(id=3, name="car")],
@@ -77,9 +64,6 @@ def draw_coco(root, more=0):
 @pytest.mark.parametrize("dataset, draw, options, sizes, ids", [
     ("voc", draw_voc, {}, (2, 1, 21), {0, IGNORE}),
     ("voc", draw_voc, dict(train_list="train"), (1, 1, 21), {1, IGNORE}),
-    ("cityscapes", draw_cityscapes, {}, (2, 1, 19), {0, 18, IGNORE}),
-    ("ade20k", draw_ade20k, {}, (2, 1, 150), {0, 149, IGNORE}),
-    ("folder", draw_folder, {}, (5, 5, 3), {0}),
     ("toy", lambda root: None, dict(labeled=3), (3, 256, 8), None),
 ])  # fmt: skip
 def test_every_layout_has_its_lists_and_classes(dataset, draw, options, sizes, ids, tmp_path):
@@ -279,7 +263,7 @@ def test_parts_with_other_categories_and_images_that_annotations_do_not_fit_are_
     Image.open(file).save(file, exif=exif)
     with pytest.raises(ValueError, match=r"000000000005.jpg: its EXIF orientation is 3"):
         seen[0]  # viewers turn it
-    save(file, photo(0, 20, 30))
+    write(file, photo(0, 20, 30))
     with pytest.raises(ValueError, match="is 30 x 20, but its annotations are of 40 x 24"):
         seen[0]
     coco_with(tmp_path, dict(name="cat"), "val", "categories")

@@ -38,9 +38,7 @@ def places(tmp_path):
     ("training RUN", "training"),
     ("training RUN RUNS", "training_with_b_$5_$6"),
 ])  # fmt: skip
-def test_figures_are_beside_what_they_show_and_named_after_it(
-    command, name, places, capsys, tmp_path, monkeypatch
-):
+def test_figures_are_beside_what_they_show(command, name, places, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "photos")
     assert visualize.main([places.get(w, w) for w in command.split()] + ["--json", "-"]) == 0
     file = Path(json.loads(capsys.readouterr().out)["file"]).resolve()

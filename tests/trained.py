@@ -1,9 +1,11 @@
-"""Networks, checkpoints and logs that the tests of the measures share."""
+"""Numbers, networks, checkpoints and logs that tests share."""
 
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from engine import checkpoints
@@ -33,6 +35,11 @@ def released_name(ours: str) -> str:
     raise KeyError(ours)
 
 
+def random(*shape: int, seed: int = 0) -> Tensor:
+    """Normal numbers in float64 that depend on shape and seed alone."""
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
 class ByColor(torch.nn.Module):
     """A network that solves `COLORS`: prototype 4 - t owns the pixels of class t.
 
@@ -52,6 +59,13 @@ class ByColor(torch.nn.Module):
         return None, similarity
 
 
+def write(path: Path, array) -> None:
+    """Gray levels, colors or ids (y x [3]), in 16 bits where 8 are too few."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = np.asarray(array)
+    Image.fromarray(array.astype(np.uint16 if array.max() > 255 else np.uint8)).save(path)
+
+
 def colored(b: int = 5, y: int = 6, x: int = 7, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Images (b 3 y x) in `COLORS` and their labels (b y x)."""
     label = torch.randint(0, 3, (b, y, x), generator=torch.Generator().manual_seed(seed))
@@ -59,18 +73,18 @@ def colored(b: int = 5, y: int = 6, x: int = 7, seed: int = 0) -> tuple[Tensor, 
 
 
 def save_checkpoint(path: Path, arch: str = "tiny", **config) -> Path:
-    """An untrained checkpoint, and backbone.pth beside it."""
+    """An untrained checkpoint whose networks differ, and the teacher's backbone.pth beside it."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        network = GroupingNetwork(arch, K, 12, 6)
+        networks = {which: GroupingNetwork(arch, K, 12, 6) for which in ("teacher", "student")}
     state = {
         f"{which}.{name}": tensor
-        for which in ("student", "teacher")
+        for which, network in networks.items()
         for name, tensor in network.state_dict().items()
     }
     config = dict(dict(arch=arch, image_size=32, temp_teacher=0.07), **config)
     checkpoints.save(path, dict(model=state, config=config))
-    checkpoints.save(path.with_name("backbone.pth"), network.backbone.state_dict())
+    checkpoints.save(path.with_name("backbone.pth"), networks["teacher"].backbone.state_dict())
     return path
 
 
