@@ -283,5 +283,5 @@ def raise_a_mistake(run):
     raise ArithmeticError("a mistake of ours")
 
 
-def raise_what_a_person_can_change(run):
+def raise_bad_input(run):
     raise ValueError("the answer to all questions is out of range")

@@ -182,13 +182,12 @@ def without(state, *names):
     return {key: value for key, value in state.items() if key not in names}
 
 
+MORE = {"prototypes.weight": torch.ones(K + 1, D)}
 OTHERS = {  # what load_strictly says -> of which state
     "lacks: 1, such as prototypes.weight (5, 7); ": without(TEACHER, "prototypes.weight"),
     "lacks: 0; that it has too many: 1, such as extra (1,)": {**TEACHER, "extra": torch.ones(1)},
-    "too many: 1, such as prototypes.weight (6, 7)": {
-        **TEACHER, "prototypes.weight": torch.ones(K + 1, D)
-    },
-}  # fmt: skip
+    "too many: 1, such as prototypes.weight (6, 7)": {**TEACHER, **MORE},
+}
 
 
 @pytest.mark.parametrize("line", OTHERS)

@@ -31,9 +31,8 @@ class Fault(NamedTuple):
 
 SAVED, READER = ("--save-minutes", "0"), ("--workers", "1")  # saved after every step
 STOPPED = r"stopped by ({}|a signal to another process) after step 6 of 18; .* the same command"
-CTRL_C, DISK, DIE = (
-    staged.interrupt_as_a_terminal_does, staged.fill_the_disk, staged.die_in_the_next_save,
-)  # fmt: skip
+CTRL_C, DISK = staged.interrupt_as_a_terminal_does, staged.fill_the_disk
+DIE, KILL, BAD = staged.die_in_the_next_save, staged.kill_a_reader, staged.raise_bad_input
 FAULTS = {  # tests/test_run.py has the other signals
     "SIGTERM": Fault(Signals("SIGTERM"), (0, 0), (6,), STOPPED.format("SIGTERM")),
     "SIGINT": Fault(CTRL_C, (0, 130), (6,), STOPPED.format("SIGINT"), READER),
@@ -45,17 +44,11 @@ FAULTS = {  # tests/test_run.py has the other signals
     "kill -9": Fault(Signals("SIGKILL"), (1, -9), (5,), "", SAVED),
     "kill -9 in a save": Fault(DIE, (-9, 1), (5,), "", SAVED, rank=0),
     "kill -9 in a save, alone": Fault(DIE, (-9,), (5,), "", SAVED, rank=0),
-    "dead reader": Fault(
-        staged.kill_a_reader, (1, 1), (6, 7, 8, 9, 10), "that read images died", READER
-    ),
+    "dead reader": Fault(KILL, (1, 1), (6, 7, 8, 9, 10), "that read images died", READER),
     "full disk": Fault(DISK, (1, 0), (5,), "step 6: File too large.* goes on", SAVED, rank=0),
-    "full disk at the end": Fault(
-        DISK, (1,), (0,), "step 18: File too large.* command again", rank=0
-    ),
+    "full disk at the end": Fault(DISK, (1,), (0,), "18: File too large.* again", rank=0),
     "mistake of ours": Fault(staged.raise_a_mistake, (1, 1), (5,), "ArithmeticError: a mistake"),
-    "error of one": Fault(
-        staged.raise_what_a_person_can_change, (1, 2), (5,), "train.py: rank 1: the answer"
-    ),
+    "error of one": Fault(BAD, (1, 2), (5,), "train.py: rank 1: the answer"),
 }
 # After which the other process says that it lost one
 LOST = ("SIGINT again", "kill -9", "kill -9 in a save", "mistake of ours", "error of one")

@@ -118,10 +118,8 @@ def test_half_precision_maps_are_cut_where_single_precision_ones_are(kind):
 
 
 def test_the_grouping_network_is_backbone_then_projector_then_cosine():
-    network, images = (
-        GroupingNetwork("tiny", K, dim_hidden=9, dim_out=D).double(),
-        random(B, 3, 16, 24),
-    )
+    network = GroupingNetwork("tiny", K, dim_hidden=9, dim_out=D).double()
+    images = random(B, 3, 16, 24)
     embeddings, maps = network(images)
     assert embeddings.shape == (B, D, 4, 6) and maps.shape == (B, K, 4, 6)
     assert embeddings.equal(network.projector(network.backbone(images)))

@@ -89,9 +89,7 @@ def test_prototypes_json_says_color_share_images_and_segments(checkpoint, photos
     with Image.open(out / "gray.png") as mask:
         assert json.loads(mask.text["slotcon"])["names"] == {"0": "sky", "3": "the ground"}
         palette = bytes(mask.getpalette()).hex()
-    assert "".join(p["color"] for p in found) == "".join(
-        f"#{palette[6 * k : 6 * k + 6]}" for k in range(K)
-    )
+    assert [p["color"] for p in found] == [f"#{palette[6 * k : 6 * k + 6]}" for k in range(K)]
 
 
 def test_stopped_and_started_again_it_ends_the_same(checkpoint, photos, tmp_path, monkeypatch):

@@ -27,9 +27,8 @@ def test_the_numbers_of_a_toy_run_are_those_of_unseen_scenes(tmp_path, capsys):
     assert report["seconds"] == 1000
     assert json.loads((tmp_path / "result.json").read_text()) == report
     scenes, untrained = toy.ToyImages(UNSEEN, 9), untrained_network("tiny", K, 12, 6, seed=4)
-    expected = compare_in_memory(
-        teacher, untrained, scenes.images, scenes.semantic, toy.CLASS_NAMES
-    )
+    labeled = scenes.images, scenes.semantic, toy.CLASS_NAMES
+    expected = compare_in_memory(teacher, untrained, *labeled)
     assert report == {**expected, "seconds": report["seconds"]}
     assert Image.open(tmp_path / "groups.png").width > 1100  # eight scenes in a row
     text = capsys.readouterr().out

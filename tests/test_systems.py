@@ -71,16 +71,9 @@ def test_a_collapse_is_few_groups_or_no_more_than_the_untrained_network_knows(us
 
 
 def test_the_table_has_medians_stars_and_collapses():
-    own = dict(named_by=systems.OWN, grouped_by=systems.OWN, collapsed=False)
-
-    def record(miou, **more):
-        return {
-            **dict.fromkeys([*systems.MEASURES, *systems.COUNTS], 0.5),
-            **own,
-            "miou": miou,
-            **more,
-        }
-
+    usual = dict.fromkeys([*systems.MEASURES, *systems.COUNTS], 0.5)
+    usual |= dict(named_by=systems.OWN, grouped_by=systems.OWN, collapsed=False)
+    record = lambda miou, **more: {**usual, "miou": miou, **more}
     rows = {"ours": [record(0.1, collapsed=True), record(0.3), record(0.4)],
             "theirs": [record(0.2, named_by=systems.CLUSTERS)]}  # fmt: skip
     ours, theirs = systems.format_table(rows).splitlines()[1:3]
