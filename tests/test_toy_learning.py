@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def result_of(folder, *options) -> dict:
-    """result.json of ten epochs, 480 steps, of the toy preset."""
+    """result.json of ten epochs, 480 steps, of the toy preset, unless `options` differ."""
     fixed = ["--seed", "3", "--epochs", "10", "--output-dir", str(folder)]
     command = [sys.executable, "train.py", *fixed, *options]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
@@ -35,8 +35,8 @@ def test_a_short_toy_run_beats_color_and_chance(tmp_path):
 @pytest.mark.slow
 def test_with_a_teacher_nearly_as_soft_as_the_student_the_assignment_stays_uniform(tmp_path):
     """The features move all the same: the groups of such a run are not blind."""
-    result_of(tmp_path, "--temp-teacher", "0.09")
+    result_of(tmp_path, "--epochs", "5", "--temp-teacher", "0.09")
     lines = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
     shares = [line["group_loss"] / (2 * math.log(32)) for line in lines]
-    # 0.991 was seen; 0.94 at the published 0.07, and 0.36 at 0.03
+    # 0.991 was seen; 0.51 after as many steps at 0.03
     assert min(shares[-5:]) > 0.98 and max(shares[-5:]) < 1.01
