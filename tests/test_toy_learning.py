@@ -38,5 +38,5 @@ def test_with_a_teacher_nearly_as_soft_as_the_student_the_assignment_stays_unifo
     result_of(tmp_path, "--epochs", "5", "--temp-teacher", "0.09")
     lines = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
     shares = [line["group_loss"] / (2 * math.log(32)) for line in lines]
-    # 0.991 was seen; 0.51 after as many steps at 0.03
+    # 0.992 was seen; 0.51 after as many steps at 0.03
     assert min(shares[-5:]) > 0.98 and max(shares[-5:]) < 1.01
