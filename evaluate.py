@@ -139,6 +139,7 @@ def measure_probe(args: argparse.Namespace) -> dict:
 def measure_masks(args: argparse.Namespace) -> dict:
     """A mask for each photograph, and what is in all of them."""
     network, config = networks.open_network(args.checkpoint, args.network, args.device)
+    masks.require_elsewhere(args.output, args.photos)
     photos = streams.open_photographs(args.photos)
     names = masks.read_names(args.names, config["num_prototypes"])
     print(f"masks of {len(photos)} photographs, by {args.checkpoint}, in {args.output}")
@@ -164,10 +165,9 @@ def dataset_of(args: argparse.Namespace) -> str:
 
 
 def source(args: argparse.Namespace, config: Mapping[str, Any]) -> dict:
-    """What is measured, for the JSON, and a note where the network has learned from photographs."""
-    dataset, learned = dataset_of(args), config.get("dataset", "toy")
-    if dataset == "toy" and learned != "toy":
-        print(f"note: trained on {learned}, measured on toy scenes; --data-dir: images of yours")
+    """What is measured, for the JSON."""
+    dataset = dataset_of(args)
+    streams.note_toy(dataset, config)
     data_dir, checkpoint = args.data_dir and str(args.data_dir), str(args.checkpoint)
     return dict(checkpoint=checkpoint, network=args.network, dataset=dataset, data_dir=data_dir)
 

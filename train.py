@@ -13,7 +13,6 @@ Read next: evaluate.py. Side trip: recipes.py, all numbers of a run.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -165,10 +164,10 @@ def describe(c: Config, schedule: Schedule, place: Place, model: SlotCon) -> lis
 @torch.compiler.set_stance("force_eager")  # --compile would take longer than a few images
 def finish(c: Config, run: Run, schedule: Schedule, held_out: Sequence[Any]) -> None:
     """What a run leaves: the teacher's backbone for others, and a look at what was found."""
-    if left := schedule.total_steps - run.steps:
-        seconds = round(left * c.batch_size / run.images_per_second)
+    if run.steps < schedule.total_steps:
+        left = run.time_left(schedule.total_steps)
         print(f"paused   at step {run.steps} of {schedule.total_steps}; the same command without "
-              f"--max-steps goes on, for {datetime.timedelta(seconds=seconds)}")  # fmt: skip
+              f"--max-steps goes on{left and f', for {left}'}")  # fmt: skip
         return
     file = run.folder / "backbone.pth"
     try:
@@ -191,9 +190,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return start(c, given)
     images, held_out, about = images_of(c, "dataset" in given)
     print(about)
-    parts = [part for part in (images, held_out) if len(part)]
-    bad = sum(batches.check_images(part, c.workers) for part in parts)
-    return 1 if bad > batches.BAD_SHARE * sum(map(len, parts)) else 0
+    bad = batches.check_images(images, c.workers)
+    if len(held_out):
+        batches.check_images(held_out, c.workers)
+    return 1 if batches.too_many(bad, len(images)) else 0
 
 
 if __name__ == "__main__":

@@ -81,13 +81,18 @@ def opened(args: Namespace, count: int) -> tuple[Sequence[Tensor], Path, Callabl
     named, folder = getattr(args, "images", []), getattr(args, "data_dir", None)
     if len(named) == 1 and named[0].is_dir():
         named, folder = [], named[0]
+    if missing := [image for image in named if not image.is_file()]:
+        raise ValueError(f"cannot read {missing[0]}: no such file")
     name = folder.absolute().name if folder else "toy_scenes"
     if named:
         name = named[0].stem + f"_and_{len(named) - 1}_more" * (len(named) > 1)
     default = args.checkpoint.with_name(f"{args.command}_{name}.png")
     file = options.output_file(args.output, default)
+    if file.resolve() in (image.resolve() for image in named):
+        raise ValueError(f"--output {file} is one of the images: give another name")
     network, config = networks.open_network(args.checkpoint, args.network, args.device)
     dataset = "folder" if named or folder else "toy"
+    streams.note_toy(dataset, config)
     view = streams.center_view(args.size or streams.default_size(dataset, config))
     files = ImageFiles(".", list(map(str, named)))
     return files or streams.open_images(dataset, folder, count), file, view, network, config

@@ -89,7 +89,7 @@ def order_of(
 def name_skipped(file: Path, failures: Failures, num_images: int) -> None:
     """Name each unreadable image once in a file of all ranks.
 
-    failures: at least one, repeated ones too. Raises ValueError once more than BAD_SHARE are bad.
+    failures: at least one, repeated ones too. Raises ValueError once there are `too_many`.
     """
     lines = {os.fsencode(" ".join(name.split())): reason for name, reason in failures}
     try:
@@ -104,9 +104,15 @@ def name_skipped(file: Path, failures: Failures, num_images: int) -> None:
     if not known:
         say(f"{': '.join(failures[0])}: its neighbor takes its place; see {file}")
     count = len(known | lines.keys())
-    if count > BAD_SHARE * num_images:
+    if too_many(count, num_images):
         found = f"{count} of {num_images} images could not be read, more than {BAD_SHARE:.0%}"
-        raise ValueError(f"{found}; they are named in {file}, and --check-data finds all")
+        advice = "--check-data finds all: remove or replace them"
+        raise ValueError(f"{found}; they are named in {file}, and {advice}")
+
+
+def too_many(bad: int, num_images: int) -> bool:
+    """Whether so many unreadable images stop a run: one never does."""
+    return bad > max(1, BAD_SHARE * num_images)
 
 
 class Loaded:

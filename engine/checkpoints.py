@@ -197,7 +197,7 @@ def restore(
         found = f"it holds no training state (found {some_keys(saved)}), or one of a newer version"
         raise ValueError(f"{path} cannot be continued: {found}; its network can be evaluated")
     if differences := changed(saved):
-        advice = "give another --output-dir, --resume none to start over, or --resume force"
+        advice = "--resume force goes on all the same, --resume none starts over"
         raise ValueError(f"{path} was made with other options ({'; '.join(differences)}): {advice}")
     load_strictly(model, saved["model"], path)
     restore_optimizer(optimizer, saved["optimizer"], path)

@@ -164,6 +164,8 @@ def find_images(
     was left out. Raises ValueError if there is no image, or none that can be read; OSError.
     """
     data_dir, left = Path(os.path.abspath(Path(data_dir).expanduser())), Left(list)
+    if data_dir.suffix.lower() in SUFFIXES and data_dir.is_file():
+        raise ValueError(f"{data_dir} is an image: give its folder, or a text file of paths")
     if data_dir.is_file():
         lines = read_lines(data_dir)
         names = [line for line in lines if line and not f"{line} ".startswith("# ")]
@@ -178,8 +180,9 @@ def find_images(
         notice = f"{data_dir} is not laid out as {layout}: taken as a plain folder of images"
     if not names:
         what = "no images in" if data_dir.exists() else "no such folder:"
-        expected = f"the layout {layout} has them in {' and '.join(LAYOUTS[layout])}"
-        raise ValueError(f"{what} {data_dir}; {expected}; {found_in(data_dir)}")
+        expected = f"; the layout {layout} has them in {' and '.join(LAYOUTS[layout])}"
+        expected = "" if layout == "folder" else expected
+        raise ValueError(f"{what} {data_dir}{expected}; {found_in(data_dir)}")
     if left:  # the most frequent kinds first
         kinds = sorted(left.items(), key=lambda item: -len(item[1]))
         words = [f"{len(paths)} {kind} (first {min(paths)})" for kind, paths in kinds[:4]]

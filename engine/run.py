@@ -235,11 +235,14 @@ class Run:
         )
         self.logged, self.sums, self.waited = self.steps, [0.0] * len(self.names), 0.0
         self.timed, self.timed_at = self.steps, now
-        left = (self.options.last_step - self.steps) * self.options.batch_size
-        seconds = round(left / self.images_per_second)
-        left = f"  {datetime.timedelta(seconds=seconds)} left" if left and self.steps > 1 else ""
-        self.write(record, brief(record) + left)
+        left = self.time_left(self.options.last_step) if self.steps > 1 else ""
+        self.write(record, brief(record) + (left and f"  {left} left"))
         return record
+
+    def time_left(self, step: int) -> str:
+        """From here to a step, at the speed of the last line of the log; "" without one."""
+        seconds = (step - self.steps) * self.options.batch_size / self.images_per_second
+        return str(datetime.timedelta(seconds=round(seconds))) if seconds else ""
 
     def write(self, record: Mapping[str, Any], brief: str) -> None:
         """A line of log.jsonl, and the same for the eye. A full disk costs this line."""

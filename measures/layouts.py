@@ -29,6 +29,7 @@ class Layout(NamedTuple):
         parts = filter(None, (f"{self.images}/*{self.suffix}", self.labels, self.listed))
         folders = ",".join(self.splits.values()) or "train,val"
         tree = " + ".join(parts).replace("{split}", f"{{{folders}}}").replace("{name}", "*")
+        tree += " (without train and val, too)" if self.classes is None else ""
         return " or in ".join([tree, *self.tops])
 
 

@@ -72,6 +72,19 @@ def segments_of(
     return mask, found
 
 
+def require_elsewhere(folder: Path, places: Sequence[Path]) -> None:
+    """Raises ValueError where masks would replace photographs, or count as some the next time.
+
+    places: the files and folders of the photographs.
+    """
+    masks = folder.resolve()
+    for place in places:
+        photos = (place if place.is_dir() else place.parent).resolve()
+        if photos == masks or (place.is_dir() and photos in masks.parents):
+            found = f"--output {folder} lies among the photographs, in {photos}"
+            raise ValueError(f"{found}: masks would replace them, or be taken for some")
+
+
 def write_mask(file: Path, mask: Image.Image, palette: np.ndarray, about: Mapping) -> None:
     """A PNG with the palette (k 3), and with JSON in a text. Raises OSError."""
     text = PngInfo()

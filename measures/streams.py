@@ -86,11 +86,17 @@ def open_photographs(places: Sequence[Path]) -> Photographs:
 
 
 def read_views(images: Sequence[Tensor], view: Callable[[Tensor], Tensor]) -> Tensor:
-    """All views (b 3 y x) uint8. Raises ValueError with one line."""
-    try:
-        return torch.stack([view(images[index]) for index in range(len(images))])
-    except BadImage as bad:
-        raise ValueError(f"cannot read {bad}") from None
+    """All views (b 3 y x) uint8 of what can be read. Raises ValueError if that is nothing."""
+    views = [image for _, image in read(images, view, range(len(images)))]
+    if not views:
+        raise ValueError("none of the images can be read")
+    return torch.stack(views)
+
+
+def note_toy(dataset: str, config: Mapping[str, Any]) -> None:
+    """Says so where a network of photographs is shown toy scenes."""
+    if dataset == "toy" != config.get("dataset", "toy"):
+        print("note: the network learned from photographs and sees toy scenes; give it yours")
 
 
 def default_size(dataset: str, config: Mapping[str, Any]) -> int:

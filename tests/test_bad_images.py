@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from data import TwoCrops
-from engine.batches import Samples, check_images, name_skipped
+from engine.batches import Samples, check_images, name_skipped, too_many
 from engine.images import BadImage, ImageFiles, Photographs
 
 GRADIENT = np.linspace(0, 255, 12 * 16).reshape(12, 16).astype(np.uint8)
@@ -140,6 +140,7 @@ def test_each_bad_file_is_written_once_and_more_than_one_percent_end_the_run(tmp
     assert sorted(file.read_bytes().splitlines()) == [name + b"\ttruncated" for name in names]
     with pytest.raises(ValueError, match=r"^5 of 400 images .* more than 1%.*skipped\.txt"):
         name_skipped(file, [("e.jpg", "empty file")], 400)
+    assert not too_many(1, 9) and too_many(2, 9)  # one bad image ends no run
     assert capfd.readouterr().err.count("its neighbor takes its place") == 1
     name_skipped(tmp_path, bad, 400)  # a folder: a list that cannot be written
     assert "could not write to" in capfd.readouterr().err

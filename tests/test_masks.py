@@ -67,6 +67,13 @@ def test_every_photograph_has_an_upright_palette_image(checkpoint, photos, tmp_p
     assert found == pytest.approx(counts.tolist(), abs=1e-5)
 
 
+@pytest.mark.parametrize("given, output", [(".", "."), (".", "deep/masks"), ("gray.png", ".")])
+def test_masks_among_the_photographs_are_refused(given, output, checkpoint, photos, capsys):
+    before = contents(photos)
+    run(checkpoint, photos / given, "--output", photos / output, status=2)
+    assert "lies among the photographs" in capsys.readouterr().err and contents(photos) == before
+
+
 def test_ids_are_those_of_the_segmentation_that_is_measured(checkpoint, photos, tmp_path):
     run(checkpoint, photos / "deep", photos / "gray.png", "--output", tmp_path / "m", "--size", 64)
     pixels = torch.from_numpy(np.array(Image.open(photos / "deep" / "a.png"))).permute(2, 0, 1)

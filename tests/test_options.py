@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -116,7 +117,8 @@ def test_json_is_written_only_where_it_is_asked_for(commands, tmp_path, capsys):
     assert json.loads(file.read_text()) == dict(command="draw", device="cpu", files=["a", "b"])
     run("--json", "-")
     assert capsys.readouterr() == (file.read_text(), "a table\n")
-    for place in (tmp_path, "/dev/null"):
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path, tmp_path / "pipe"):
         with pytest.raises(ValueError, match="give another place by --json"):
             run("--json", str(place))
     assert capsys.readouterr().out == ""

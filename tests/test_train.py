@@ -187,8 +187,8 @@ def test_what_matters_cannot_change_within_a_run(change, short, tmp_path, monkey
     before = state_of(short[0])
     text = train_here(short[0], *CHANGES[change].split(), status=2)
     assert text == (
-        f"train.py: {short[0]}/last.pth was made with other options ({change}): give another "
-        "--output-dir, --resume none to start over, or --resume force\n"
+        f"train.py: {short[0]}/last.pth was made with other options ({change}): "
+        "--resume force goes on all the same, --resume none starts over\n"
     )
     assert not difference(state_of(short[0]), before)
 

@@ -15,6 +15,7 @@ def places(tmp_path):
     """What is visualized, under the words that stand for it."""
     (tmp_path / "photos").mkdir()
     Image.radial_gradient("L").save(tmp_path / "photos" / "cat.png")
+    (tmp_path / "photos" / "broken.png").write_bytes(b"no image")
     run = write_run(tmp_path / "run", [json.dumps(record(s)) for s in (10, 20)])
     return dict(
         TRAINED=str(save_checkpoint(run / "last.pth")),
@@ -48,14 +49,16 @@ def test_figures_are_beside_what_they_show(command, name, places, capsys, tmp_pa
 @pytest.mark.parametrize("command, message", [
     ("prototypes none.pth", "none.pth"),
     ("prototypes TRAINED --show best --limit 2", "numbers from 0 to 4"),
-    ("groups TRAINED nowhere.jpg", "cannot read"),
+    ("groups TRAINED nowhere.jpg", "cannot read nowhere.jpg: no such file"),
+    ("groups TRAINED CAT --output CAT", "is one of the images"),
     ("groups BACKBONE", "is a backbone only (tiny)"),
     ("training nowhere", "give the output directory"),
     ("training EMPTY", "no line with a step yet"),
 ])  # fmt: skip
 def test_wrong_input_ends_with_one_line_and_status_2(command, message, places, capsys):
     words = [places.get(word, word) for word in command.split()]
-    assert visualize.main([*words, "--output", places["OUT"]]) == 2
+    output = [] if "--output" in words else ["--output", places["OUT"]]
+    assert visualize.main([*words, *output]) == 2
     out, err = capsys.readouterr()
     assert message in err and err.startswith("visualize.py: ") and err.count("\n") == 1 and not out
     assert not Path(places["OUT"]).exists()
