@@ -106,7 +106,7 @@ class Config:
     workers: int = machine(
         -1, "processes per rank that read images; -1: one per core", low=-1, high=512, free=True)
 
-    dataset: str = files("folder", "layout of --data-dir (docs/data.md)", choices=(*LAYOUTS, "toy"))
+    dataset: str = files("coco", "layout of --data-dir (docs/data.md)", choices=(*LAYOUTS, "toy"))
     subset: int = files(
         0, "learn from N images, 0: all; toy: scenes that are drawn (table 1)", low=0, high=10**9)
     long_tailed: bool = files(False, "the subset's classes follow a Pareto law (table 1)")
@@ -128,7 +128,7 @@ class Config:
         return 0 if "OMP_NUM_THREADS" in os.environ else {"tiny": 1, "small": 2}.get(self.arch, 0)
 
 
-COCO = Config(dataset="coco")
+COCO = Config()
 PRESETS = {
     # For a laptop, and the paper's method as it is; only numbers differ from the published recipe.
     # All [U]; what it learns and what was tried: benchmarks/toy.md.

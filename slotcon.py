@@ -54,8 +54,8 @@ class SlotCon(nn.Module):
     contrast. slot_loss: "ctr" contrasts slots, "reg" regresses them (table 8b). align: "asgn"
     undoes the augmentation on similarity maps, "proj" on embeddings (table 8c). image_loss: adds
     the image term, of table 8d, weight 1 [U]. freeze_backbone: the backbone, such as a pretrained
-    one of timm, stays as it is, in student and teacher [U]. Raises ValueError for what does not
-    exist.
+    one of timm, stays as it is, in student and teacher [U]. pretrained: of `build_backbone`. Raises
+    ValueError for what does not exist.
     """
 
     def __init__(

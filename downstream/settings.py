@@ -91,7 +91,7 @@ class Detection(Shared):
 
 @dataclass(frozen=True)
 class Segmentation(Shared):
-    """FCN. Defaults: table 2's Cityscapes."""
+    """FCN; each data set has values of its own."""
 
     task = "segmentation"
     train_list: str = option("train_aug", "VOC: list in ImageSets/Segmentation to learn from [O]")

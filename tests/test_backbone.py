@@ -67,12 +67,12 @@ def test_the_map_has_the_announced_stride_and_channels_and_names_tell_the_archit
 
 
 def test_an_unknown_architecture_and_a_state_dict_of_none_name_the_ones_there_are():
-    words = "unknown architecture 'resnet19': choose one of tiny, small, resnet18, .*resnet101"
+    words = "unknown architecture 'resnet19': choose one of tiny, .*resnet101"
     with pytest.raises(ValueError, match=words):
         build_backbone("resnet19")
     tiny = build_backbone("tiny").state_dict()
     for wrong in ({}, {**tiny, "0.weight": torch.empty(1)}, {**tiny, "more": torch.empty(1)}):
-        with pytest.raises(ValueError, match=f"{len(wrong)} tensors .* are none of tiny, small"):
+        with pytest.raises(ValueError, match=f"{len(wrong)} tensors .* are none of tiny, "):
             architecture_of(wrong)
 
 
