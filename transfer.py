@@ -71,6 +71,7 @@ def test_is_due(c: Shared, run: Run) -> bool:
 
 def test(c: Shared, run: Run, unseen: Sequence[Any]) -> None:
     """Score the weights; all ranks share the images. The best are kept, and the result."""
+    run.print(f"test     {len(unseen)} images")
     run.save()  # a test may take long
     copy_from_main(run.model.buffers())  # without SyncBN every rank has its own
     run.model.eval()
@@ -128,7 +129,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(c.seed)  # the same heads on every rank
     backbone, c, about = open_pretrained(c, given)
     model, seen, unseen = TASKS[c.task].prepare(c, backbone)
-    sum(1 for _ in share(unseen, place, c.workers))  # what cannot be tested is known at once
+    if place.is_main:
+        print(f"look     at all {len(unseen)} images to test: whether they can be read", flush=True)
+    sum(1 for _ in share(unseen, place, c.workers))
     model = processes.synchronized(model, place).train()
     optimizer = torch.optim.SGD(groups_of(model, c), c.base_lr, settings.MOMENTUM)
     run = Run(
