@@ -6,8 +6,8 @@
 """
 
 import io
+import os
 import random
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from matplotlib.patches import FancyArrowPatch, Rectangle
+from matplotlib.path import Path
 from PIL import Image, ImageDraw
 
 import nb  # first: it finds the modules
@@ -46,9 +47,13 @@ BOXES = {  # name -> left, bottom, width, height, as shares of the figure
 ARROWS = (  # x and y of the tail, of the head
     (0.28, 0.83, 0.295, 0.83), (0.28, 0.51, 0.295, 0.51), (0.445, 0.83, 0.465, 0.83),
     (0.445, 0.51, 0.465, 0.51), (0.615, 0.68, 0.635, 0.68), (0.785, 0.68, 0.805, 0.68),
-    (0.54, 0.365, 0.54, 0.34), (0.615, 0.17, 0.635, 0.17), (0.37, 0.34, 0.37, 0.365),
-    (0.90, 0.34, 0.90, 0.52),
+    (0.52, 0.365, 0.52, 0.34), (0.615, 0.17, 0.635, 0.17), (0.90, 0.34, 0.90, 0.52),
 )  # fmt: skip
+UPDATES = (  # corners of the paths that a step takes after its loss
+    ((0.295, 0.72), (0.2875, 0.72), (0.2875, 0.34)),  # student -> average
+    ((0.37, 0.34), (0.37, 0.365)),  # average -> teacher
+    ((0.58, 0.365), (0.58, 0.353), (0.85, 0.353), (0.85, 0.335)),  # teacher's similarity -> center
+)
 
 
 def step() -> tuple[torch.Tensor, Batch, torch.Tensor, Report]:
@@ -98,6 +103,10 @@ def frame() -> None:
     for *tail, x, y in ARROWS:
         style = dict(arrowstyle="-|>", mutation_scale=20, lw=2, color="black")
         figure.add_artist(FancyArrowPatch(tail, (x, y), **style))
+    for corners in UPDATES:
+        style = dict(arrowstyle="-|>", mutation_scale=12, lw=1.5, color="dimgray", ls=(0, (4, 2)))
+        figure.add_artist(FancyArrowPatch(path=Path(corners), **style))
+    figure.text(0.81, 0.96, "solid: forward\ndashed: after each step", va="top", fontsize=10)
     patches = [Rectangle((0, 0), 1, 1, color=color / 255) for color in toy.CLASS_COLORS]
     where = dict(loc="lower left", bbox_to_anchor=(0, 0.0), handlelength=1, frameon=False)
     title = "prototypes\nmatched with"
@@ -147,14 +156,15 @@ def draw_lower_row(model: SlotCon, report: Report, colors: np.ndarray) -> None:
         queries, keys = losses.unit_rows(s1.slots, t2.slots, model.predictor, pairs)
     n, m = int((pairs.queries < 4 * k).sum()), int((pairs.keys < 4 * k).sum())
     cosines = (queries @ keys.T)[:n, :m]
-    panel((0.651, 0.05), (1.55, 1.55), cosines, "queries, keys (4 scenes)", vmin=-1, vmax=1)
+    axis = panel((0.656, 0.05), (1.55, 1.55), cosines, "teacher's slots, 4 scenes", vmin=-1, vmax=1)
+    axis.set_ylabel("predictor (student's)", fontsize=9, labelpad=2)
     axis = plt.gcf().add_axes((0.845, 0.06, 0.14, 0.21))
     axis.bar(range(k), model.center.numpy(), color=colors)
     axis.set_xlabel("mean similarity of each k", fontsize=10, labelpad=2)
     axis.tick_params(labelsize=9)
 
 
-def write(file: Path = FILE) -> None:
+def write(file: os.PathLike = FILE) -> None:
     """Save the diagram."""
     draw()
     drawn = io.BytesIO()

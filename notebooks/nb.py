@@ -244,7 +244,9 @@ def heat(
     matrix: Any, text: str, rows: Sequence = (), columns: Sequence = (), xlabel: str = "",
     ylabel: str = "", limits: tuple | None = None, size: tuple[float, float] = (5.5, 4.0),
 ) -> None:  # fmt: skip
-    """A matrix as colors, a small one with its numbers. rows, columns: names of the ticks."""
+    """A matrix as colors, a small one with its numbers. rows, columns: names of the ticks; text:
+    "" leaves the figure open, for what is drawn over it.
+    """
     array, paper = np.asarray(matrix, dtype=float), dict(facecolor="w", alpha=0.6, lw=0, pad=1)
     low, high = limits or (array.min(), array.max())
     figure, axis = plt.subplots(figsize=size)
@@ -254,7 +256,8 @@ def heat(
     axis.set_xticks(range(len(columns)), map(str, columns))
     for (i, j), value in np.ndenumerate(array) if array.size < 50 else ():
         axis.text(j, i, f"{value:.2f}", ha="center", va="center", bbox=paper)
-    finish(text)
+    if text:
+        finish(text)
 
 
 def curves(lines: dict[str, Sequence[float]], text: str, ylabel: str = "", **more: Any) -> None:
