@@ -75,6 +75,7 @@ class Run:
         self.signals, self.lock = StopSignals(), None
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
+        # Good steps; batches; steps without finite numbers, in all and since the last good one
         self.steps = self.position = self.bad_steps = self.bad_in_row = 0
         self.logged, self.sums = 0, [0.0] * len(self.names)  # step of the last line; since then
         self.notes: dict[str, Any] = {}  # what a program wants to know again when it is resumed
@@ -155,8 +156,9 @@ class Run:
     def agree(self, values: Tensor) -> bool:
         """Whether all numbers of all ranks are finite, so that the step may move the weights.
 
-        values (n): this rank's, under the run's names. In the same exchange the ranks agree whether
-        to stop: one was asked to, or has no next batch. Here the host waits for the device.
+        values (n): this rank's, under the run's names. The next batch is fetched first, so that in
+        the same exchange the ranks agree whether to stop: one was asked to, or has no next batch.
+        Here the host waits for the device.
         """
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
