@@ -90,7 +90,7 @@ def wrap(model: nn.Module, place: Place) -> nn.Module:
     ids = [place.device.index] if place.device.type == "cuda" else None
     wrapped = nn.parallel.DistributedDataParallel(model, ids, gradient_as_bucket_view=True)
     # Buffers stay each rank's own: with SyncBN they are equal, and without it rank 0's are saved.
-    # (As a parameter it has another name from torch 2.15 on)
+    # As a parameter it has another name in newer versions of torch
     wrapped.broadcast_buffers = False
     return wrapped
 

@@ -96,7 +96,7 @@ def read_views(images: Sequence[Tensor], view: Callable[[Tensor], Tensor]) -> Te
 def note_toy(dataset: str, config: Mapping[str, Any]) -> None:
     """Says so where a network of photographs is shown toy scenes."""
     if dataset == "toy" != config.get("dataset", "toy"):
-        print("note: the network learned from photographs and sees toy scenes; give it yours")
+        print("note: the network learned from photographs and sees toy scenes; give it photographs")
 
 
 def default_size(dataset: str, config: Mapping[str, Any]) -> int:
