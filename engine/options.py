@@ -148,7 +148,10 @@ class Parser(argparse.ArgumentParser):
             if lists and not word.startswith("-"):  # of "a --size 9 b c", b and c
                 getattr(found, lists[0]).append(path(word))
                 continue
-            near = difflib.get_close_matches(word.partition("=")[0], self._option_string_actions, 1)
+            known = self._option_string_actions
+            near = difflib.get_close_matches(word.partition("=")[0], known, 1)
+            if "--data-dir" in known and os.path.exists(word):
+                near = [f"--data-dir {word}"]
             advice = f": did you mean {near[0]}?" if near else ""
             raise ValueError(f"unrecognized argument {word}{advice}")
         return found, []

@@ -138,7 +138,7 @@ def test_what_cannot_be_is_one_line_and_writes_nothing(arguments, line, tmp_path
 
 
 WRONG = {  # program -> a command line that is wrong, and how it is answered
-    "train": ("--xyz", "unrecognized argument --xyz"),
+    "train": (".", "unrecognized argument .: did you mean --data-dir .?"),
     "evaluate": ("probe x.pth --batchsize 3", "did you mean --batch-size?"),
     "visualize": ("groups x.pth --slot 3", "did you mean --slots?"),
     "compare": ("--step 9", "did you mean --steps?"),
