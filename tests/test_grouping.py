@@ -25,13 +25,6 @@ def test_the_similarity_is_the_cosine_of_every_prototype_and_every_pixel():
         assert found[b, k, h, w].item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_autocast_does_not_reach_the_similarity():
-    embeddings, prototypes = random(B, D, H, W).float(), random(K, D, seed=1).float()
-    with torch.autocast("cpu", torch.bfloat16):
-        inside = similarity(embeddings, prototypes)
-    assert inside.dtype == torch.float32 and inside.equal(similarity(embeddings, prototypes))
-
-
 def test_the_assignment_is_a_softmax_over_the_prototypes():
     maps = random(B, K, H, W).tanh()
     found = assignment(maps, 0.3)
@@ -104,27 +97,6 @@ def test_an_empty_box_gives_finite_values_and_is_no_overlap():
     assert found.shape == (B, K, H, W) and found.isfinite().all()
     boxes[1] = torch.tensor([0.2, 0.5, 0.7, 0.5])
     assert overlapping(boxes).tolist() == [True, False, True]
-
-
-@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
-def test_half_precision_maps_are_cut_where_single_precision_ones_are(kind):
-    """bfloat16 counts images only up to 256 and boxes only in 256ths."""
-    b = 260
-    maps, boxes = random(b, 1, 2, 3).to(kind), torch.tensor([[0.123, 0.321, 0.777, 0.999]] * b)
-    flipped = torch.arange(b) % 2 == 0
-    found = inverse_augmentation(maps, boxes, flipped)
-    assert found.dtype == torch.float32
-    assert torch.allclose(found, inverse_augmentation(maps.float(), boxes, flipped))
-
-
-def test_the_grouping_network_is_backbone_then_projector_then_cosine():
-    network = GroupingNetwork("tiny", K, dim_hidden=9, dim_out=D).double()
-    images = random(B, 3, 16, 24)
-    embeddings, maps = network(images)
-    assert embeddings.shape == (B, D, 4, 6) and maps.shape == (B, K, 4, 6)
-    assert embeddings.equal(network.projector(network.backbone(images)))
-    assert embeddings.equal(network.embed(images)[1])
-    assert maps.equal(similarity(embeddings, network.prototypes.weight))
 
 
 def test_prototypes_start_from_a_standard_normal():

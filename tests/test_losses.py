@@ -57,21 +57,6 @@ def test_the_group_loss_gives_no_gradient_to_the_teacher_the_center_or_an_image_
     assert student.grad.abs().sum((1, 2, 3)).gt(0).tolist() == [True, False, True]
 
 
-def test_with_no_overlap_anywhere_the_group_loss_is_a_zero_that_has_a_gradient_of_zeros():
-    student, teacher = two_maps()
-    loss = consistency(student.requires_grad_(), teacher, valid=~ALL)
-    loss.backward()
-    assert loss.item() == 0 and student.grad.eq(0).all()
-
-
-def test_the_mean_over_pixels_is_over_images_views_and_places():
-    views = two_maps()
-    found = losses.mean_over_pixels(views)
-    for k in range(K):
-        values = [x for view in views for x in view[:, k].flatten().tolist()]
-        assert found[k].item() == pytest.approx(sum(values) / len(values))
-
-
 @pytest.mark.parametrize(
     "momentum, expected", [(0.9, (1.1, 0.05, -2)), (1, (1, 0, -2)), (0, (2, 0.5, -2))]
 )
@@ -168,17 +153,6 @@ def test_fewer_than_two_queries_cost_nothing_and_are_connected_to_slots_and_pred
     assert loss(*slot_inputs(2)) > 0  # two are enough
 
 
-@SLOT_LOSSES
-def test_autocast_leaves_only_the_predictor_in_half_precision(loss):
-    *slots, predictor, pairs = slot_inputs()
-    slots, predictor = [x.detach().float() for x in slots], predictor.float()
-    with torch.autocast("cpu", torch.bfloat16):
-        rows = predictor(slots[0].flatten(0, 1)[pairs.queries]).float()
-        found = loss(*slots, predictor, pairs)
-    assert found.dtype == torch.float32
-    assert found.item() == pytest.approx(loss(*slots, lambda _: rows, pairs).item(), rel=1e-6)
-
-
 def test_a_contrast_in_parts_has_the_value_and_the_gradient_of_the_whole():
     found = []
     for most in (2**22, 1, 2 * 6):  # all rows at once, one at a time, two at a time
@@ -187,15 +161,3 @@ def test_a_contrast_in_parts_has_the_value_and_the_gradient_of_the_whole():
         loss.backward()
         found.append(torch.cat([loss.detach()[None], rows.grad.flatten()]))
     assert torch.allclose(found[1], found[0]) and torch.allclose(found[2], found[0])
-
-
-def test_an_image_is_contrasted_with_the_other_views_of_all():
-    prediction, target = random(B, D), random(B, D, seed=1)
-    terms = []
-    for i in range(B):
-        chances = [math.exp(unit(prediction[i]) @ unit(target[j]) / 0.3) for j in range(B)]
-        terms.append(-math.log(chances[i] / sum(chances)))
-    found = losses.image_contrast(prediction.requires_grad_(), target.requires_grad_(), 0.3)
-    found.backward()
-    assert target.grad is None and prediction.grad.abs().sum() > 0
-    assert found.item() == pytest.approx(0.6 * sum(terms) / B, rel=1e-10)

@@ -188,14 +188,6 @@ def test_a_forward_moves_neither_the_center_nor_a_parameter():
     assert all(x.equal(y) for x, y in zip(kept, before))
 
 
-def test_the_center_follows_the_mean_similarity_of_the_teacher():
-    model, before = build(), build().center
-    _, report = model(*two_views())
-    mean = torch.stack([view.similarity for view in report.teacher]).mean((0, 1, 3, 4))
-    model.update_center(report.center_mean, 0.9)
-    assert torch.allclose(model.center, 0.9 * before + 0.1 * mean, rtol=1e-12)
-
-
 def test_the_teachers_follow_the_students_parameters_and_no_buffers():
     model = build(image_loss=True)
     model(*two_views())  # statistics differ now

@@ -37,15 +37,6 @@ def test_a_prototype_that_owns_nothing_pools_the_mean_of_the_view_instead_of_div
     assert torch.allclose(found[:, 2], embeddings.mean((2, 3)), atol=1e-5)
 
 
-def test_autocast_does_not_reach_the_pooling():
-    embeddings, maps = (x.float() for x in embeddings_and_maps())
-    halved = embeddings.bfloat16()  # as the projector leaves them under autocast
-    with torch.autocast("cpu", torch.bfloat16):
-        found = attentive_pooling(halved, maps, 0.07)
-    assert found.dtype == torch.float32
-    assert found.equal(attentive_pooling(halved.float(), maps, 0.07))
-
-
 def test_pooling_needs_maps_of_one_size():
     embeddings, maps = embeddings_and_maps()
     words = r"\(3, 7, 4, 6\) and similarity \(3, 5, 4, 5\) are maps of different sizes"

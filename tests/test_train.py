@@ -12,9 +12,11 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 import recipes
 import staged
+import toy
 import train
 from data import TwoCrops
 from engine import options
@@ -23,6 +25,9 @@ from engine.optimizers import LARS, Schedule
 from engine.processes import Place
 from engine.program import Stopped, run_program, task_of_slurm
 from engine.run import seed_of
+from measures import networks
+from measures.datasets import UNSEEN
+from measures.groups import compare_in_memory
 from photometric import Photometric
 from slotcon import SlotCon
 from staged import ROOT, STEPS, At, Signals, difference, last_of, log_of, state_of, train_here
@@ -337,10 +342,17 @@ def test_subset_and_held_out_are_said_and_written_and_a_result_is_of_what_was_no
     assert "30 images" in text and "3 are kept out" in text and "20 of them are chosen" in text
     learned = set((folder / "subset.txt").read_text().splitlines())
     assert len(learned) == 20 and len(out) == 3 and not learned & out
-    assert f"left out {min(out)}" in text and "2 photographs kept out of training" in text
+    for words in (f"left out {min(out)}", "2 photographs kept out of training", "are occupied",
+                  "photographs of 224 px; the log counts in crops of 32 px"):  # fmt: skip
+        assert words in text
     report = json.loads((folder / "result.json").read_text())
-    assert 1 <= report["prototypes_used"] <= 5
-    assert {"groups.png", "prototypes.png", "backbone.pth"} <= {f.name for f in folder.iterdir()}
+    assert report["images"] == 2 and 1 <= report["prototypes_used"] <= 5
+    assert (folder / "backbone.pth").exists()
+    assert all(Image.open(folder / f"{name}.png").width > 300 for name in ("groups", "prototypes"))
+    for name in out:
+        (photographs / name).write_bytes(b"no image")
+    text = train_here(folder, *given, photographs=photographs)
+    assert "no photograph that was kept out can be read" in text
 
 
 def test_a_few_bad_images_are_replaced_and_named_and_more_than_one_percent_stop_the_run(tmp_path):
@@ -395,13 +407,33 @@ def test_on_a_gpu_only_a_given_number_of_readers_is_taken(given, workers, monkey
         train.main(given.split())
 
 
-def test_toy_scenes_end_with_a_result(tmp_path, capsys):
-    argv = "--preset toy --subset 32 --held-out 8 --steps 2 --workers 0 --output-dir".split()
+def test_toy_scenes_end_with_the_scores_of_scenes_that_no_run_sees(tmp_path, capsys):
+    argv = "--subset 32 --held-out 9 --steps 2 --workers 0 --seed 4 --output-dir".split()
     assert run_program("train.py", train.main, [*argv, str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    assert "32 toy scenes, drawn here" in text and "8 scenes never trained on" in text
-    assert {"result.json", "groups.png", "backbone.pth"} <= {f.name for f in tmp_path.iterdir()}
-    assert json.loads((tmp_path / "result.json").read_text())["seconds"] > 0
+    for words in ("32 toy scenes, drawn here", "9 scenes never trained on", "k-means on RGB",
+                  f"groups.png in {tmp_path}"):  # fmt: skip
+        assert words in text
+    report = json.loads((tmp_path / "result.json").read_text())
+    network, config = networks.open_network(tmp_path)
+    untrained = networks.untrained_network(**networks.sizes_of(config), seed=4)
+    scenes = toy.ToyImages(UNSEEN, 9)
+    labeled = scenes.images, scenes.semantic, toy.CLASS_NAMES
+    assert report.pop("seconds") > 0 and report == compare_in_memory(network, untrained, *labeled)
+    assert Image.open(tmp_path / "groups.png").width > 1100  # eight scenes in a row
+    assert (tmp_path / "backbone.pth").exists()
+
+
+@pytest.mark.slow
+def test_with_a_teacher_nearly_as_soft_as_the_student_the_assignment_stays_uniform(tmp_path):
+    """The features move all the same: the groups of such a run are not blind."""
+    argv = (
+        "--seed 3 --epochs 5 --max-steps 120 --temp-teacher 0.09 --workers 0 --output-dir".split()
+    )
+    assert run_program("train.py", train.main, [*argv, str(tmp_path)]) == 0
+    shares = [line["group_loss"] / (2 * math.log(32)) for line in log_of(tmp_path)]
+    # 0.99 was seen; 0.64 after as many steps at 0.03
+    assert min(shares[-4:]) > 0.98 and max(shares[-4:]) < 1.01, shares
 
 
 STEP = dict(JOB_ID=1234567, STEP_ID=2, NTASKS=8, PROCID=5, LOCALID=1, JOB_NODELIST="gpu[07-08],x")
