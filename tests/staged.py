@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 import train
 from engine import processes
@@ -201,22 +202,17 @@ def state_of(folder):
     return saved, log_of(folder), torch.load(backbone) if backbone.exists() else None
 
 
-def difference(a, b, where=""):
+def difference(a, b):
     """The first place at which two nests of dictionaries, lists, tensors and numbers are not equal
-    bit for bit.
+    bit for bit, or "".
     """
-    if isinstance(a, dict):
-        if a.keys() != b.keys():
-            return f"{where}: {sorted(map(str, a.keys() ^ b.keys()))}"
-        pairs = ((a[k], b[k], f"{where}.{k}") for k in a)
-    elif isinstance(a, list | tuple):
-        if len(a) != len(b):
-            return f"{where}: {len(a)} and {len(b)} long"
-        pairs = ((x, y, f"{where}[{i}]") for i, (x, y) in enumerate(zip(a, b)))
-    else:
-        same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-        return "" if same else f"{where}: {a} and {b}"
-    return next(filter(None, (difference(*pair) for pair in pairs)), "")
+    a, b = (dict(tree_flatten_with_path(each)[0]) for each in (a, b))
+    for where in [*a, *(b.keys() - a.keys())]:
+        x, y = a.get(where, "nothing"), b.get(where, "nothing")
+        tensors = isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)
+        if not (torch.equal(x, y) if tensors else type(x) is type(y) and x == y):
+            return f"{keystr(where)}: {x} and {y}"
+    return ""
 
 
 class At:

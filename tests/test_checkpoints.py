@@ -114,16 +114,6 @@ def test_a_backbone_comes_in_under_torchvisions_names_without_its_head(kind, tmp
         assert str(found.path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_folder_stands_for_its_last_checkpoint_and_what_is_saved_is_read_back(tmp_path):
-    with pytest.raises(ValueError, match=f"^there is no checkpoint {tmp_path}"):
-        checkpoints.read(tmp_path)
-    contents = dict(model=OURS, config=dict(p_blur=[1.0, 0.1]), step=3)
-    checkpoints.save(tmp_path / "last.pth", contents)
-    found = checkpoints.read(tmp_path)
-    assert not difference(dict(found.contents), contents) and found.path == tmp_path / "last.pth"
-    assert [file.name for file in tmp_path.iterdir()] == ["last.pth"]
-
-
 def zip_of(*names):
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as file:

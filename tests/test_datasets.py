@@ -32,10 +32,6 @@ def pair(image, label, ids, y=Y, x=X):
     write(label, rows(*ids, y=y, x=x))
 
 
-def names_of(found):
-    return [found.images.name(place) for place in found.places]
-
-
 def draw_voc(root):
     top = root / "VOCdevkit" / "VOC2012"
     for i, name in enumerate(("2007_01", "2008_02", "2011_03")):
@@ -106,7 +102,8 @@ def test_a_split_has_its_images_and_classes(tmp_path, dataset, split, names, cla
     DRAW[dataset](tmp_path)
     found = open_labeled(dataset, tmp_path, split)
     image, label = found[0]
-    assert names_of(found) == names and len(found) == len(names)
+    assert [found.images.name(place) for place in found.places] == names
+    assert len(found) == len(names)
     assert len(found.class_names) == len(set(found.class_names)) == classes
     assert set(label.unique().tolist()) == ids
     assert image.dtype == torch.uint8 and image.shape == (3, *label.shape)

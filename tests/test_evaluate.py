@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_datasets import draw_coco_stuff
 
 import evaluate
 from measures.layouts import COARSE_NAMES, IGNORE
@@ -67,13 +68,10 @@ def test_any_labeled_folder_is_measured_whatever_the_batch_and_the_workers(train
 
 
 def test_a_tree_of_coco_stuff_is_measured_as_its_protocol_says(trained, tmp_path, capsys):
-    for name, fine in (("2", 181), ("1", 91), ("3", 0)):
-        write(tmp_path / f"val2017/{name}.jpg", np.full((360, 370, 3), fine))
-        label = f"stuffthingmaps_trainval2017/val2017/{name}.png"
-        write(tmp_path / label, np.full((360, 370), fine))
+    draw_coco_stuff(tmp_path)
     where = ["--dataset", "coco_stuff", "--data-dir", tmp_path]
     status, result, text, _ = run("segmentation", trained, *where, capsys=capsys)
-    assert status == 0 and result["images"] == 2 and result["classes"] == 27
+    assert status == 0 and result["images"] == 3 and result["classes"] == 27
     assert list(result["sizes"]) == ["320", "224"]
     assert "NOT the published list" in result["notice"] in text
     assert set(result["sizes"]["320"]["iou"]) == set(COARSE_NAMES)
@@ -109,20 +107,22 @@ def test_a_wrong_id_is_a_class_where_ids_are_counted_and_refused_elsewhere(train
 def test_slots_come_as_text_and_json_and_what_was_left_out_is_said(trained, folder, capsys):
     (folder / "images" / "a.heic").touch()
     where = ["--data-dir", folder / "images", "--limit", 6]
+    of_student = run("slots", trained, "--network", "student", *where, capsys=capsys)[1]
     status, result, text, _ = run("slots", trained, *where, capsys=capsys)
     assert status == 0 and result["images"] == 6 and len(result["active"]) == K
+    assert result["active"] != of_student["active"]
     assert f"{sum(result['active']) / 6:.2f} slots are occupied" in text and "most often" in text
     assert "7 images: " in text and "left out: 1 .heic (first a.heic)" in text
 
 
 def test_a_backbone_is_probed_as_its_network_is_beside_a_random_one(trained, tmp_path, capsys):
     results = []
-    for file in (trained, tmp_path / "backbone.pth"):
-        status, result, text, _ = run("probe", file, "--limit", 6, capsys=capsys)
+    for words in ([trained], [tmp_path / "backbone.pth"], [trained, "--network", "student"]):
+        status, result, text, _ = run("probe", *words, "--limit", 6, capsys=capsys)
         assert status == 0 and result["labeled_images"] == result["images"] == 6
         assert "random backbone" in text and result["trained"] != result["random_backbone"]
         results.append([result["trained"], result["random_backbone"]])
-    assert results[0] == results[1]
+    assert results[0] == results[1] and results[0][0] != results[2][0]
     scores = [row[kind] for row in results[0] for kind in ("linear", "neighbors")]
     assert all(0 < score["miou"] <= 1 and len(score["iou"]) == 8 for score in scores)
 

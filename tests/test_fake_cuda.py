@@ -216,13 +216,9 @@ STEP = Counter({"losses.pair_slots": 1, "run.agree": 1})
 LOGGED = Counter({"learning.statistics": 5})
 LAW = Counter({"learning.add": 4})  # in the first 256 images of a run
 OPTIONS = (
-    dict(slot_loss="reg"),
-    dict(align="proj"),
-    dict(image_loss=True),
-    dict(group_weight=1.0),
-    dict(accumulate=2),
-    dict(optimizer="lars"),
-    dict(jitter=(0.4, 0.4, 0.2, 0.1, 0.8), p_gray=0.2, p_blur=(1.0, 0.1)),
+    dict(slot_loss="reg", optimizer="lars"),
+    dict(align="proj", image_loss=True, accumulate=2),
+    dict(group_weight=1.0, jitter=(0.4, 0.4, 0.2, 0.1, 0.8), p_gray=0.2, p_blur=(1.0, 0.1)),
     dict(jitter=(0.0,) * 5, p_gray=0.0, solarize=(0.0, 0.0, 128.0), geometric=False),
 )
 CASES = [

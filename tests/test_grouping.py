@@ -1,4 +1,4 @@
-"""grouping.py: pixels are compared with prototypes, and two views are brought together."""
+"""grouping.py, slots.py: pixels, prototypes and slots; two views are brought together."""
 
 import itertools
 import math
@@ -8,6 +8,7 @@ import torch
 
 from data import overlap_boxes
 from grouping import GroupingNetwork, assignment, inverse_augmentation, overlapping, similarity
+from slots import SlotPredictor, attentive_pooling, occupied
 from trained import random
 
 B, K, D, H, W = 3, 5, 7, 4, 6
@@ -32,12 +33,6 @@ def test_the_assignment_is_a_softmax_over_the_prototypes():
         weights = [math.exp(x / 0.3) for x in maps[b, :, h, w].tolist()]
         expected = [x / sum(weights) for x in weights]
         assert found[b, :, h, w].tolist() == pytest.approx(expected, rel=1e-12)
-
-
-@pytest.mark.parametrize("temperature", [0, -0.1])
-def test_an_assignment_needs_a_positive_temperature(temperature):
-    with pytest.raises(ValueError, match=f"must be positive, found {temperature}"):
-        assignment(random(B, K, H, W), temperature)
 
 
 def sample(plane, y, x):
@@ -104,3 +99,43 @@ def test_prototypes_start_from_a_standard_normal():
     assert table.shape == (400, 50)
     assert table.mean().item() == pytest.approx(0, abs=0.05)
     assert table.std().item() == pytest.approx(1, rel=0.05)
+
+
+def test_a_slot_is_the_mean_of_the_pixels_weighted_by_their_assignment():
+    embeddings, maps = random(B, D, H, W, seed=1), random(B, K, H, W).tanh()
+    expected = torch.zeros(B, K, D, dtype=torch.float64)
+    for b, k in itertools.product(range(B), range(K)):
+        total = 0.0
+        for h, w in itertools.product(range(H), range(W)):
+            weights = [math.exp(x / 0.3) for x in maps[b, :, h, w].tolist()]
+            a = weights[k] / sum(weights) + 1e-6
+            expected[b, k] += a * embeddings[b, :, h, w]
+            total += a
+        expected[b, k] /= total
+    assert torch.allclose(attentive_pooling(embeddings, maps, 0.3), expected, rtol=1e-10)
+
+
+def test_a_prototype_is_occupied_if_it_is_nearest_to_some_pixel():
+    maps = random(B, 17, H, W)  # 17 prototypes for 24 pixels: some go empty
+    found = occupied(maps.requires_grad_())
+    assert found.shape == (B, 17) and found.dtype == torch.bool and not found.requires_grad
+    for b in range(B):
+        columns = [maps[b, :, h, w].tolist() for h in range(H) for w in range(W)]
+        winners = {column.index(max(column)) for column in columns}
+        assert found[b].nonzero().flatten().tolist() == sorted(winners)
+    assert 0 < found.sum() < found.numel()
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_fewer_than_two_rows_use_the_running_statistics_and_disturb_nothing(n):
+    predictor = SlotPredictor(D, D, 9).double().train()
+    predictor(random(8, D))  # gives it running statistics
+    buffers = {name: value.clone() for name, value in predictor.named_buffers()}
+    rows = random(n, D, seed=1).requires_grad_()
+    found = predictor(rows)
+    found.sum().backward()
+    assert found.shape == (n, D)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in predictor.parameters())
+    assert all(module.training for module in predictor.modules())
+    assert all(value.equal(buffers[name]) for name, value in predictor.named_buffers())
+    assert torch.allclose(found, predictor.eval()(rows))

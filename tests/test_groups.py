@@ -1,4 +1,4 @@
-"""measures/groups.py: segments of a network, groups by color, both against labels."""
+"""measures/groups.py, networks.py: segments of a network, groups by color, both against labels."""
 
 import json
 
@@ -10,7 +10,9 @@ from grouping import GroupingNetwork
 from measures import groups
 from measures.groups import Tally, compare_in_memory, rgb_kmeans, sample_pixels
 from measures.layouts import IGNORE
+from measures.networks import untrained_backbone, untrained_network
 from photometric import normalize
+from staged import difference
 from trained import NAMES, ByColor, K, colored
 
 
@@ -87,3 +89,16 @@ def test_the_rand_index_of_segments_without_names_is_a_mean_over_labeled_images(
     assert tally.report()["adjusted_rand_index"] == pytest.approx(0.5)
     tally.add(torch.zeros(2, 1, 4, dtype=torch.long), owned, torch.full_like(truth, IGNORE))
     assert tally.report()["adjusted_rand_index"] == pytest.approx(0.5) and tally.images == 6
+
+
+def test_the_untrained_network_depends_on_the_seed_alone_and_leaves_the_generator_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    network = untrained_network("tiny", K, 12, 6, seed=3)
+    assert torch.rand(1) == expected and not network.training
+    assert network.prototypes.weight.shape == (K, 6)
+    again = untrained_network("tiny", K, 12, 6, seed=3)
+    assert not difference(again.state_dict(), network.state_dict())
+    same, other = (untrained_backbone("tiny", seed=seed).state_dict() for seed in (3, 4))
+    assert not difference(same, network.backbone.state_dict()) and difference(same, other)

@@ -107,35 +107,25 @@ def test_another_layout_is_taken_as_a_plain_folder_only_where_that_is_allowed(tm
         find_images(tmp_path, "cocoplus")
 
 
-@pytest.mark.parametrize("there, asked, words", [
-    ("", "", r"no images in [^;]*; found in .*: nothing"),
-    ("a.c b.c c.c d.c e.c f.c g.c", "", "found in .*: a.c, .*, f.c and 1 more"),
-    ("0.txt", "x/y", "no such folder: .*x/y; found in .*: 0.txt$"),
-    ("0.txt", "0.txt", "no images in .*0.txt"),
+MANY, NONE = " ".join(f"{number}.jpg" for number in range(40)), b"\xff\xfe\0\x81"
+
+
+@pytest.mark.parametrize("there, contents, asked, words", [
+    ("", b"", "", r"no images in [^;]*; found in .*: nothing"),
+    ("a.c b.c c.c d.c e.c f.c g.c", b"", "", "found in .*: a.c, .*, f.c and 1 more"),
+    ("0.txt", b"", "x/y", "no such folder: .*x/y; found in .*: 0.txt$"),
+    ("0.txt", b"", "0.txt", "no images in .*0.txt"),
+    ("0.jpg", b"", "", r"none of 1 images tried in .* can be read; 0.jpg: empty file$"),
+    (MANY, b"", "", r"none of 14 images tried in .* can be read; \d+.jpg: empty file$"),
+    ("a.txt", NONE, "a.txt", "a.txt is not a text file"),
+    ("a.jpg", NONE, "a.jpg", "a.jpg is an image: give its folder"),
 ])  # fmt: skip
-def test_a_wrong_path_says_in_one_line_what_was_expected_and_found(tmp_path, there, asked, words):
+def test_a_wrong_path_is_answered_in_one_line(there, contents, asked, words, tmp_path):
     for name in there.split():
-        (tmp_path / name).touch()
+        (tmp_path / name).write_bytes(contents)
     with pytest.raises(ValueError, match=words) as error:
         find_images(tmp_path / asked)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("count, tried", [(1, 1), (40, 14)])
-def test_images_of_which_none_can_be_read_are_refused_with_one_line(count, tried, tmp_path):
-    for number in range(count):
-        (tmp_path / f"{number}.jpg").touch()
-    words = rf"none of {tried} images tried in {tmp_path} can be read; \d+.jpg: empty file$"
-    with pytest.raises(ValueError, match=words):
-        find_images(tmp_path)
-
-
-def test_a_list_that_is_no_text_is_refused_with_one_line(tmp_path):
-    (tmp_path / "a.jpg").write_bytes(b"\xff\xfe\0\x81")
-    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\0\x81")
-    for name, words in {"a.txt": "not a text file", "a.jpg": "an image: give its folder"}.items():
-        with pytest.raises(ValueError, match=rf"{name} is {words}"):
-            find_images(tmp_path / name)
 
 
 def in_classes(*counts):

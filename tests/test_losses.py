@@ -42,13 +42,6 @@ def test_the_group_loss_is_the_mean_cross_entropy_over_the_pixels_of_overlapping
     assert found.dtype == torch.float64
 
 
-def test_identical_views_with_equal_temperatures_and_no_center_pay_the_entropy_and_no_less():
-    maps, other = two_maps()
-    found, p = consistency(maps, maps, temperatures=(0.1, 0.1)), (maps / 0.1).softmax(1)
-    assert found.item() == pytest.approx(-(p * p.log()).sum(1).mean().item())
-    assert consistency(other, maps, temperatures=(0.1, 0.1)) > found
-
-
 def test_the_group_loss_gives_no_gradient_to_the_teacher_the_center_or_an_image_without_overlap():
     leaves = [x.requires_grad_() for x in (*two_maps(), torch.zeros(K, dtype=torch.float64))]
     consistency(*leaves, valid=torch.tensor([True, False, True])).backward()
@@ -161,3 +154,15 @@ def test_a_contrast_in_parts_has_the_value_and_the_gradient_of_the_whole():
         loss.backward()
         found.append(torch.cat([loss.detach()[None], rows.grad.flatten()]))
     assert torch.allclose(found[1], found[0]) and torch.allclose(found[2], found[0])
+
+
+def test_an_image_is_contrasted_with_the_other_views_of_all():
+    prediction, target = random(B, D), random(B, D, seed=1)
+    terms = []
+    for i in range(B):
+        chances = [math.exp(unit(prediction[i]) @ unit(target[j]) / 0.3) for j in range(B)]
+        terms.append(-math.log(chances[i] / sum(chances)))
+    found = losses.image_contrast(prediction.requires_grad_(), target.requires_grad_(), 0.3)
+    found.backward()
+    assert target.grad is None and prediction.grad.abs().sum() > 0
+    assert found.item() == pytest.approx(0.6 * sum(terms) / B, rel=1e-10)

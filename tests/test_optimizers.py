@@ -7,6 +7,7 @@ import torch
 
 from engine.optimizers import LARS, Schedule, make_optimizer, schedule_for
 from slotcon import SlotCon
+from teacher import teacher_momentum
 from trained import random
 
 SHAPES = ((5, 3, 2, 4), (7, 6), (3, 2), (2, 3), (8,), ())
@@ -85,3 +86,11 @@ def test_the_learning_rate_rises_from_a_hundredth_and_falls_along_a_cosine_at_ev
 def test_a_length_is_in_epochs_or_in_steps_and_so_is_the_warm_up(images, lengths, expected):
     schedule = schedule_for(num_images=images, batch_size=8, base_lr=4.0, **lengths)
     assert schedule == Schedule(*expected, peak=4 * 8 / 256)
+
+
+def test_the_teachers_momentum_rises_along_a_cosine():
+    found = [teacher_momentum(t, 1000) for t in (0, 250, 500, 1000)]
+    quarter = 1 - 0.01 * (math.sqrt(0.5) + 1) / 2
+    assert found == pytest.approx([0.99, quarter, 0.995, 1.0], rel=1e-14)
+    values = [teacher_momentum(t, 37, 0.9, 0.97) for t in range(38)]
+    assert values == sorted(values) and values[0] == 0.9 and values[-1] == pytest.approx(0.97)

@@ -11,7 +11,6 @@ import math
 import os
 import zlib
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -105,19 +104,10 @@ def released_model() -> slotcon.SlotCon:
     return model
 
 
-class Step(NamedTuple):
-    """One step of the file and what our code made of it."""
-
-    expected: dict
-    model: slotcon.SlotCon
-    loss: torch.Tensor
-    report: slotcon.Report
-    gradients: dict[str, torch.Tensor]  # by released name, before decay
-    teacher: dict[str, torch.Tensor]  # after this step's update, before this step's gradient
-
-
 def run_steps():
-    """Every step of the file with our code."""
+    """Each step of the file, and what our code made of it: model, loss, report, and by released
+    names the gradients before decay, and the teacher before this step's gradient.
+    """
     given = NUMBERS["config"]
     model = released_model()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -137,7 +127,7 @@ def run_steps():
         gradients = {k: p.grad.clone() for k, p in parameters.items() if p.requires_grad}
         optimizer.step()
         model.update_center(report.center_mean, given["momentum_center"])
-        yield Step(expected, model, loss, report, gradients, teacher)
+        yield expected, model, loss, report, gradients, teacher
 
 
 def test_every_step_equals_the_released_code_to_1e_9():

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine import batches, files
+from engine import batches
 from engine.batches import order_of
 from engine.guards import lock
 from engine.images import BadImage
@@ -294,24 +294,6 @@ def test_what_is_written_when(options, spoil, held, names, tmp_path):
     for epoch, name in zip(names, kept):
         assert torch.load(tmp_path / name, weights_only=True)["position"] == 3 * epoch
     assert last_of(tmp_path)["step"] == LAST
-
-
-def test_a_file_is_old_or_new_at_any_moment_and_a_failed_write_leaves_nothing(tmp_path):
-    path = tmp_path / "config.json"
-    path.write_bytes(b"old")
-
-    def half(file):
-        file.write(b"ne")
-        file.flush()
-        assert path.read_bytes() == b"old"
-        raise OSError("no space left")
-
-    with pytest.raises(OSError, match="no space left"):
-        files.write_atomically(path, half)
-    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
-    with path.open("rb") as reader:  # who reads meanwhile sees the old file to its end
-        files.write_json(path, dict(miou=0.5))
-        assert reader.read() == b"old" and path.read_bytes() == b'{\n "miou": 0.5\n}\n'
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EAGAIN, errno.EACCES])

@@ -33,25 +33,10 @@ def test_scenes_are_the_same_on_every_machine(preset):
     assert digest(*first, *second, flow) == FROZEN["pair"]
 
 
-def test_the_stream_is_splitmix64_however_it_is_cut():
-    # First outputs of the reference implementation for the state 0, as 53-bit fractions.
-    expected = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
-    assert toy.Stream().field(3).tolist() == [(z >> 11) / 2**53 for z in expected]
-    whole, cut = toy.Stream(3, 1), toy.Stream(3, 1)
-    assert whole.field(2, 5).ravel().tolist() == [*cut.field(3), *cut.field(7)]
-
-
 def test_seed_and_index_do_not_stand_for_each_other():
     drawn = [toy.scene(s, i, size=16).image.tobytes() for s in range(5) for i in range(5)]
     assert len(set(drawn)) == 25
     assert toy.scene(1, 2, size=16).image.tobytes() == drawn[7]  # whatever was drawn in between
-
-
-def test_the_table_numbers_classes_and_parts():
-    assert toy.CLASS_NAMES == ("grain", "waves", "bricks", "ball", "crate", "fish", "star", "tree")
-    assert toy.PART_NAMES[5:7] == ("fish body", "fish tail") and toy.NUM_STUFF == 3
-    assert toy.PART_CLASS.tolist() == [0, 1, 2, 3, 4, 5, 5, 6, 7, 7]
-    assert len({tuple(color) for color in toy.CLASS_COLORS.tolist()}) == len(toy.CLASSES)
 
 
 def test_a_scene_has_two_kinds_of_stuff_and_every_class_and_part_occurs():

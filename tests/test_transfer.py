@@ -268,18 +268,6 @@ def test_a_run_is_continued_by_its_own_options_and_task_only(whole, tmp_path, ca
     assert "task: pretraining then, segmentation now" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_a_killed_run_continued_is_the_whole_run_bit_for_bit(tmp_path):
-    arguments = "--workers 1 --accumulate 2 --amp bf16".split()
-    whole, folder = tmp_path / "whole", tmp_path / "run"
-    assert play(whole, *arguments)[0] == [0]
-    assert play(folder, *arguments, accident=At(10, Signals("SIGKILL")))[0] == [-9]
-    assert last_of(folder)["step"] == 6 < log_of(folder)[-1]["step"]  # the work since is lost
-    statuses, said = play(folder, *arguments)
-    assert statuses == [0] and "after step 6\n" in said[0]
-    assert_same_run(folder, whole)
-
-
 def stop_the_test(run):
     stop_a_test(pytest.MonkeyPatch())
 
