@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
-from test_bad_images import png_that_claims
+from test_photographs import png_that_claims
 
 import toy
 from measures import datasets

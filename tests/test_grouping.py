@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data import overlap_boxes
-from grouping import GroupingNetwork, assignment, inverse_augmentation, overlapping, similarity
+from grouping import GroupingNetwork, inverse_augmentation, overlapping, similarity
 from slots import SlotPredictor, attentive_pooling, occupied
 from trained import random
 
@@ -24,15 +24,6 @@ def test_the_similarity_is_the_cosine_of_every_prototype_and_every_pixel():
         dot = sum(x * y for x, y in zip(z, p))
         expected = dot / math.sqrt(sum(x * x for x in z) * sum(y * y for y in p))
         assert found[b, k, h, w].item() == pytest.approx(expected, rel=1e-12)
-
-
-def test_the_assignment_is_a_softmax_over_the_prototypes():
-    maps = random(B, K, H, W).tanh()
-    found = assignment(maps, 0.3)
-    for b, h, w in PLACES:
-        weights = [math.exp(x / 0.3) for x in maps[b, :, h, w].tolist()]
-        expected = [x / sum(weights) for x in weights]
-        assert found[b, :, h, w].tolist() == pytest.approx(expected, rel=1e-12)
 
 
 def sample(plane, y, x):

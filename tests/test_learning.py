@@ -169,8 +169,6 @@ def test_a_failed_run_is_warned_of_once_before_its_end_and_a_healthy_one_never(n
 
 UNIFORM, FEW = dict(group_loss=2 * math.log(16)), dict(prototypes_used=2)
 USED = lines(3, prototypes_used=16)  # steps 20 to 60
-
-
 PHASES = [16] * 5 + [3] * 9 + [4] + [3] * 9 + [12] * 20
 
 

@@ -50,15 +50,6 @@ def test_the_group_loss_gives_no_gradient_to_the_teacher_the_center_or_an_image_
     assert student.grad.abs().sum((1, 2, 3)).gt(0).tolist() == [True, False, True]
 
 
-@pytest.mark.parametrize(
-    "momentum, expected", [(0.9, (1.1, 0.05, -2)), (1, (1, 0, -2)), (0, (2, 0.5, -2))]
-)
-def test_the_center_moves_in_place_towards_the_mean(momentum, expected):
-    center = torch.tensor([1.0, 0.0, -2.0])
-    losses.update_center(center, torch.tensor([2.0, 0.5, -2.0], dtype=torch.float64), momentum)
-    assert center.dtype == torch.float32 and center.tolist() == pytest.approx(expected)
-
-
 def masks(seed=0):
     return random(B, K, seed=seed) > 0, random(B, K, seed=seed + 1) > 0
 
@@ -93,34 +84,6 @@ def contrast(*inputs):
 
 
 SLOT_LOSSES = pytest.mark.parametrize("loss", [losses.slot_regression, contrast])
-
-
-def unit_queries_and_keys():
-    """By (image, prototype)."""
-    student_slots, teacher_slots, predictor, _ = (
-        x.detach() if isinstance(x, torch.Tensor) else x for x in slot_inputs()
-    )
-    student, teacher = masks()
-    keys = {(b, k): unit(teacher_slots[b, k]) for b, k in PLACES if teacher[b, k]}
-    predict = lambda slot: unit(predictor(slot[None])[0].detach())
-    return {(b, k): predict(student_slots[b, k]) for b, k in keys if student[b, k]}, keys
-
-
-def test_a_slot_is_contrasted_with_every_occupied_slot_of_every_image():
-    queries, keys = unit_queries_and_keys()
-    terms = []
-    for place, query in queries.items():
-        chances = {other: math.exp(query @ key / 0.2) for other, key in keys.items()}
-        terms.append(-math.log(chances[place] / sum(chances.values())))
-    expected = 0.4 * sum(terms) / len(terms)
-    assert contrast(*slot_inputs()).item() == pytest.approx(expected, rel=1e-10)
-
-
-def test_regression_is_the_mean_of_2_minus_2_cosines():
-    queries, keys = unit_queries_and_keys()
-    terms = [2 - 2 * query @ keys[place] for place, query in queries.items()]
-    found = losses.slot_regression(*slot_inputs())
-    assert found.item() == pytest.approx(sum(terms).item() / len(terms), rel=1e-10)
 
 
 @SLOT_LOSSES

@@ -265,13 +265,6 @@ def test_a_seed_a_position_and_a_rank_have_random_numbers_of_their_own(whole):
     assert last_of(whole)["notes"]["noise"] == torch.rand(2, generator=generator).tolist()
 
 
-def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
-    run = program(None)
-    assert run.end() == 0 and run.steps == LAST and not list(tmp_path.iterdir())
-    assert capfd.readouterr() == ("", "")
-
-
 @pytest.mark.parametrize("options, spoil, held, names", [
     (dict(save_minutes=9), (), [None] * 9, []),
     (dict(save_minutes=0), (), [None, 1, 2, 3, 4, 5, 6, 7, 8], []),

@@ -134,11 +134,6 @@ def test_exchanging_views_or_images_changes_no_loss(settings):
     assert model(*(x[[2, 0, 1]] for x in batch))[0].item() == pytest.approx(before, rel=1e-9)
 
 
-def test_with_lambda_at_one_there_is_no_slot_loss():
-    model = build(group_weight=1.0)
-    assert model.predictor is None and model(*two_views())[1].pairs == []
-
-
 def test_a_model_starts_with_one_network_twice():
     model = SlotCon("tiny", K, HIDDEN, D)
     assert model.state_dict()["center"].equal(torch.zeros(K))
@@ -198,14 +193,6 @@ def test_no_gradient_reaches_the_teacher_and_all_of_the_student_gets_one(setting
             assert p.grad.abs().sum() > 0, name
 
 
-def test_a_forward_moves_neither_the_center_nor_a_parameter():
-    model = build(image_loss=True)
-    kept = [*model.parameters(), model.center]
-    before = [x.clone() for x in kept]
-    model(*two_views())
-    assert all(x.equal(y) for x, y in zip(kept, before))
-
-
 def test_the_teachers_follow_the_students_parameters_and_no_buffers():
     model = build(image_loss=True)
     model(*two_views())  # statistics differ now
@@ -246,14 +233,6 @@ def test_with_fewer_than_two_queries_the_slot_loss_is_zero_and_everything_has_a_
     assert backward_is_finite(model, loss)
 
 
-def test_double_precision_stays_double_and_the_report_has_no_graph():
-    loss, report = build(image_loss=True)(*two_views())
-    found = [report.losses, report.group_losses, report.slot_losses, report.center_mean]
-    found += [x for view in (*report.student, *report.teacher) for x in view if x is not None]
-    assert {x.dtype for x in (loss, *found) if x.is_floating_point()} == {torch.float64}
-    assert not any(x.requires_grad for x in found) and loss.requires_grad
-
-
 def test_the_report_holds_what_each_network_made_of_each_view():
     model, (views, boxes, flipped) = build().eval(), two_views()
     _, report = model(views, boxes, flipped)
@@ -261,9 +240,12 @@ def test_the_report_holds_what_each_network_made_of_each_view():
     for network, records in ((model.student, report.student), (model.teacher, report.teacher)):
         for v, view in enumerate(records):
             side = Side(network, views[:, v], boxes[:, v], flipped[:, v])
+            assert not any(x.requires_grad for x in view)  # it keeps no graph
             assert torch.allclose(view.features, side.features)
             assert torch.allclose(view.slots, side.slots)
             assert torch.allclose(view.aligned[[0, 2]], side.aligned[[0, 2]], rtol=1e-8)
             assert [tuple(place) for place in view.occupied.nonzero().tolist()] == side.occupied
+    numbers = report.losses, report.group_losses, report.slot_losses, report.center_mean
+    assert not any(x.requires_grad for x in numbers)
     assert report.losses[1].item() == pytest.approx(report.group_losses.sum().item())
     assert report.losses[2].item() == pytest.approx(report.slot_losses.sum().item())

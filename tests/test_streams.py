@@ -1,5 +1,6 @@
 """measures/streams.py: images in order, in batches, by worker processes."""
 
+import multiprocessing
 import os
 import resource
 import sys
@@ -39,14 +40,21 @@ READERS = r"the processes that read images died or hand nothing over \({}.*\): t
 NONE_LEFT = READERS.format(".*File too large")
 
 
-@pytest.mark.parametrize("view, shared, line", [
-    (refuse, None, "^an image of one pixel$"),
-    (die, None, READERS.format(r"DataLoader worker \(pid.* exited unexpectedly")),
-    (None, 2_000_000, NONE_LEFT),  # the batch does not fit
-    (None, 10, NONE_LEFT),  # not even a lock does
+@pytest.mark.parametrize("view, shared, place, line", [
+    (refuse, None, "", "^an image of one pixel$"),
+    (die, None, "", READERS.format(r"DataLoader worker \(pid.* exited unexpectedly")),
+    (None, 2_000_000, "", NONE_LEFT),  # the batch does not fit
+    (None, 10, "", NONE_LEFT),  # not even a lock does
+    (None, None, "x" * 100, READERS.format(".*AF_UNIX path too long")),  # as on a cluster
 ])  # fmt: skip
-def test_readers_that_cannot_hand_over_are_one_line_at_once(view, shared, line, monkeypatch):
-    """shared: bytes that a file may have, also one in shared memory."""
+def test_readers_that_cannot_hand_over_are_one_line_at_once(
+    view, shared, place, line, monkeypatch, tmp_path
+):
+    """shared: bytes that a file may have, also one in shared memory; place: of sockets."""
+    (tmp_path / place).mkdir(exist_ok=True)
+    # Where multiprocessing keeps TMPDIR once it has been asked for
+    kept = multiprocessing.current_process()._config
+    monkeypatch.setitem(kept, "tempdir", str(tmp_path / place))
     monkeypatch.setattr(batches, "PATIENCE", 20)
     monkeypatch.setattr(sys, "unraisablehook", pytest.fail)
     view = view or streams.center_view(512)

@@ -4,7 +4,6 @@ import dataclasses
 import inspect
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -382,20 +381,6 @@ def test_doubts_are_said(tmp_path):
     text = train_here(tmp_path / "run", *given)
     assert "warning  one image per pass" in text
     assert "warning  the warm-up is as long as the run: lower --warmup" in text
-
-
-def test_readers_that_hand_nothing_over_end_a_run_or_a_check(tmp_path, monkeypatch):
-    """As on a cluster: sockets of readers cannot be opened in so long a path of TMPDIR."""
-    (tmp_path / ("x" * 100)).mkdir()
-    # Where multiprocessing keeps TMPDIR once it has been asked for
-    kept = multiprocessing.current_process()._config
-    monkeypatch.setitem(kept, "tempdir", str(tmp_path / ("x" * 100)))
-    for more, status in (((), 1), (("--check-data",), 2)):
-        given = ("--workers", "1", *more)
-        text = train_here(tmp_path / "run", *given, status=status)
-        line = text.splitlines()[-1]
-        assert line.startswith("train.py: the processes that read images died or hand nothing over")
-        assert "AF_UNIX path too long" in line and "Traceback" not in text
 
 
 @pytest.mark.parametrize("given, workers", [("", -1), ("--workers 1", 1)])
