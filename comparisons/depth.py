@@ -11,6 +11,6 @@ from comparisons.slot_attention import Reconstruction
 
 
 class Depth(Reconstruction):
-    """slot_attention.py on depth, painted in gray: black is far, white is near."""
+    """slot_attention.py on depth, painted from blue, which is far, to red, which is near."""
 
     sees = "depth"

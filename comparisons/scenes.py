@@ -10,7 +10,8 @@ import random
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
+from matplotlib import colormaps
 from torch import Tensor
 
 import toy
@@ -39,7 +40,8 @@ class Scenes(toy.ToyImages):
             pairs = (toy.frame_pair(seed, index, preset, SPEED) for index in range(count))
             seen = flow_image(torch.from_numpy(np.stack([pair.flow for pair in pairs])))
         elif sees == "depth":
-            seen = repeat(self.depth, "n y x -> n rgb y x", rgb=3)
+            painted = colormaps["turbo"](self.depth.numpy(), bytes=True)[..., :3]
+            seen = rearrange(torch.from_numpy(painted), "n y x rgb -> n rgb y x").contiguous()
         self.images = torch.cat([seen, self.channels(extra)], dim=1) if extra else seen
 
     def channels(self, kind: str) -> Tensor:

@@ -3,12 +3,12 @@
 Slides: "On object discovery: the Slot Attention mechanism"; "Slot Attention works well on toy data
 with reconstruction".
 Papers: Locatello et al., NeurIPS 2020, sections 2 and 3.1; Watters et al., 2019, for the decoder.
-Differs, so that minutes teach something: three 5x5 convolutions at a quarter of the resolution, not
-four at all of it; positions are cosines, not a linear function, and are added behind the MLP; the
-decoder multiplies slot and position, where the paper adds them, and has 1x1 convolutions, so that a
-step can paint a few random places only; all projections start as the identity, so that slots start
-as soft k-means. Groups are the decoder's masks, as in the paper; without names, mIoU and NMI are
-measured on clusters of the backbone's features.
+Differs, so that minutes teach something: three 3x3 convolutions at half the resolution, not four
+5x5 at all of it; positions are cosines, not a linear function, and are added behind the MLP; a slot
+paints one color under one mask; the decoder multiplies slot and position, where the paper adds
+them, and has 1x1 convolutions, so that a step can paint a few random places only; all projections
+start as the identity, so that slots start as soft k-means. Groups are the decoder's masks, as in
+the paper; without names, mIoU and NMI are measured on clusters of the backbone's features.
 """
 
 import math
@@ -25,17 +25,18 @@ from slots import EPSILON
 NUM_SLOTS = 8  # [U] up to seven objects, and what is behind them
 DIM, CHANNELS = 64, 32  # [U] d of pixels and slots; of the convolutions
 WAVES = 6  # [U] cosines along each side: the shortest has half a period in a sixth of the side
-PLACES = 64  # [U] places that a training step paints, of a quarter of all
+PLACES = 64  # [U] places that a training step paints, of the 1,024 of half the resolution
 
 
 class SlotAttention(nn.Module):
     """Slots compete for the pixels of one image, in several rounds (Locatello et al., 2020).
 
-    dim: d of pixels and slots; num_slots: k. Unlike prototypes, slots start from noise in every
-    image, so that slot 3 of two images has nothing in common.
+    dim: d of pixels and slots; num_slots: k; iterations: in training, afterwards twice as many [U].
+    Unlike prototypes, slots start from noise in every image, so that slot 3 of two images has
+    nothing in common.
     """
 
-    def __init__(self, dim: int, num_slots: int, iterations: int = 3, dim_hidden: int = 128):
+    def __init__(self, dim: int, num_slots: int, iterations: int = 4, dim_hidden: int = 128):
         super().__init__()
         self.num_slots, self.iterations = num_slots, iterations
         self.mean, self.log_std = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
@@ -67,7 +68,7 @@ class SlotAttention(nn.Module):
             noise = torch.randn(len(pixels), self.num_slots, pixels.shape[-1], device=pixels.device)
             start = self.mean + self.log_std.exp() * noise
         slots, history = start, []
-        for _ in range(self.iterations):
+        for _ in range(self.iterations if self.training else 2 * self.iterations):
             queries = self.to_query(self.norm_slots(slots))
             attention = query_attention(queries, keys, compete=True)
             history.append(attention)
@@ -170,13 +171,15 @@ class SpatialBroadcastDecoder(nn.Module):
     """Slots paint an image together: the decoder that reconstructs (after Watters et al., 2019).
 
     Each slot is repeated at every place, is multiplied with the place's position, and becomes, by
-    the same 1x1 convolutions, a color and a mask. The masks compete: a softmax over slots.
+    the same 1x1 convolutions, a mask. The masks compete: a softmax over slots. Each slot has one
+    color.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.from_slot, self.position = he(nn.Linear(DIM, DIM)), PositionEmbedding(DIM, deviation=1)
-        self.paint = nn.Sequential(he(nn.Linear(DIM, DIM)), nn.ReLU(), nn.Linear(DIM, 4))
+        self.mask = nn.Sequential(he(nn.Linear(DIM, DIM)), nn.ReLU(), nn.Linear(DIM, 1))
+        self.color = nn.Linear(DIM, 3)
 
     def forward(
         self, slots: Tensor, grid: tuple[int, int], some: Tensor | slice = slice(None)
@@ -184,19 +187,19 @@ class SpatialBroadcastDecoder(nn.Module):
         """slots (b k d), grid h w, some of its h w places -> image (b 3 n), masks (b k n), which
         sum to 1 over k.
 
-        image = sum_k mask_k image_k
+        image = sum_k mask_k color_k
         """
         places = rearrange(self.position(*grid), "h w d -> (h w) d")[some]
-        painted = self.paint(rearrange(self.from_slot(slots), "b k d -> b k 1 d") * places)
-        masks = painted[..., -1].softmax(dim=1)  # over k
-        return einsum(masks, painted[..., :-1], "b k n, b k n c -> b c n"), masks
+        placed = rearrange(self.from_slot(slots), "b k d -> b k 1 d") * places
+        masks = rearrange(self.mask(placed), "b k n 1 -> b k n").softmax(dim=1)  # over k
+        return einsum(masks, self.color(slots), "b k n, b k c -> b c n"), masks
 
 
 def plain_backbone() -> nn.Sequential:
-    """Three 5x5 convolutions without norm, of images of half the size: output stride 4."""
+    """Three 3x3 convolutions without norm, of images of half the size: output stride 2."""
     layers: list[nn.Module] = [nn.AvgPool2d(2)]
-    for channels, stride in ((3, 2), (CHANNELS, 1), (CHANNELS, 1)):
-        layers += [he(nn.Conv2d(channels, CHANNELS, 5, stride, padding=2)), nn.ReLU()]
+    for channels in (3, CHANNELS, CHANNELS):
+        layers += [he(nn.Conv2d(channels, CHANNELS, 3, padding=1)), nn.ReLU()]
     return nn.Sequential(*layers)
 
 
@@ -205,7 +208,7 @@ class Reconstruction(System):
 
     whole, per_image, judged = True, True, "encoder"
     times_scenes = 4
-    changes = MappingProxyType(dict(batch_size=16, base_lr=0.016, weight_decay=0.0, warmup=100))
+    changes = MappingProxyType(dict(batch_size=16, base_lr=0.048, weight_decay=0.0, warmup=100))
 
     def __init__(self) -> None:
         super().__init__()

@@ -376,7 +376,9 @@ def test_scenes_stack_the_extra_input_behind_the_image():
     assert plain.images.shape == flow.images.shape == (4, 3, 64, 64) and len(plain) == 4
     assert grid[2][:3].equal(plain[2]) and set(grid[2][3].unique().tolist()) == {0, 255}
     depth = Scenes(3, 4, sees="depth")
-    assert all(depth.images[:, i].equal(plain.depth) for i in range(3))
+    both = torch.cat([plain.depth[:, None], depth.images], dim=1)
+    pixels = rearrange(both, "n c y x -> (n y x) c").unique(dim=0)  # every depth has a color
+    assert len(pixels) == len(plain.depth.unique()) == len(pixels[:, 1:].unique(dim=0))
     assert flow.colors.equal(plain.images) and not flow.images.equal(plain.images)
     flat = Scenes(3, 4, preset="flat")
     assert flat.semantic.equal(plain.semantic) and not flat.images.equal(plain.images)

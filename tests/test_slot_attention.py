@@ -57,7 +57,8 @@ def test_slots_have_no_names_and_start_from_noise():
     module, pixels, start = SlotAttention(D, K).double(), random(B, N, D), random(B, K, D, seed=1)
     order = torch.tensor([3, 0, 4, 1, 2])
     slots, history = module(pixels, start)
-    assert len(history) == 3
+    assert (len(history), len(module.eval()(pixels, start)[1])) == (4, 8)
+    module.train()
     assert torch.allclose(module(pixels, start[:, order])[0], slots[:, order], rtol=1e-9)
     assert not torch.allclose(module(pixels)[0], module(pixels)[0])
 
@@ -95,19 +96,19 @@ def test_every_slot_paints_every_place_and_a_softmax_over_slots_mixes_them():
     assert image.shape == (B, 3, H * W) and masks.shape == (B, K, H * W)
     places = module.position(H, W)
     for b, h, w in itertools.product(range(B), range(H), range(W)):
-        painted = module.paint(module.from_slot(slots[b]) * places[h, w])
-        shares = painted[:, 3].exp() / painted[:, 3].exp().sum()
-        mixture = sum(share * color for share, color in zip(shares, painted[:, :3]))
+        mask = module.mask(module.from_slot(slots[b]) * places[h, w])[:, 0]
+        shares = mask.exp() / mask.exp().sum()
+        mixture = sum(share * module.color(slot) for share, slot in zip(shares, slots[b]))
         assert torch.allclose(masks[b, :, h * W + w], shares)
         assert torch.allclose(image[b, :, h * W + w], mixture)
     some = torch.tensor([3, 0, 7])
     assert torch.allclose(module(slots, (H, W), some)[0], image[:, :, some])
 
 
-def test_pixels_are_features_of_a_quarter_of_the_resolution_plus_their_position():
+def test_pixels_are_features_of_half_of_the_resolution_plus_their_position():
     encoder = build("slot_attention", SimpleNamespace()).double().encoder
     images = random(B, 3, 16, 24)
     rows = encoder.mlp(encoder.backbone(images).permute(0, 2, 3, 1))
-    expected = (rows + encoder.position(4, 6)).permute(0, 3, 1, 2)
-    assert expected.shape == (B, DIM, 4, 6) and torch.allclose(encoder(images), expected)
-    assert encoder.position(4, 6).std() > 0.1
+    expected = (rows + encoder.position(8, 12)).permute(0, 3, 1, 2)
+    assert expected.shape == (B, DIM, 8, 12) and torch.allclose(encoder(images), expected)
+    assert encoder.position(8, 12).std() > 0.1
