@@ -151,8 +151,7 @@ def test_a_sample_is_a_function_of_image_and_generator():
     crops, image = TwoCrops(24), random_image(37, 53)
     samples = [crops(image, random.Random(seed)) for seed in range(4)]
     crops(random_image(20, 20), random.Random(9))  # what was asked before does not matter
-    again = crops(image, random.Random(2))
-    assert all(map(torch.equal, again, samples[2]))
+    assert all(map(torch.equal, crops(image, random.Random(2)), samples[2]))
     for one, other in itertools.combinations(samples, 2):
         assert not torch.equal(one.boxes, other.boxes)
 

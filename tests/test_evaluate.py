@@ -2,7 +2,6 @@
 
 import json
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +11,6 @@ from test_datasets import draw_coco_stuff
 import evaluate
 from measures.layouts import COARSE_NAMES, IGNORE
 from trained import COLORS, K, save_checkpoint, write
-
-ROOT = Path(evaluate.__file__).parent
 
 
 @pytest.fixture

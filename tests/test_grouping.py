@@ -48,8 +48,7 @@ def cut_slowly(maps, boxes, flipped):
     return out
 
 
-BOXES = [[0.1, 0.3, 0.75, 0.95], [0.0, 0.0, 1.0, 1.0], [0.4, 0.0, 1.0, 0.2]]
-BOXES = torch.tensor(BOXES, dtype=torch.float64)
+BOXES = torch.tensor([[0.1, 0.3, 0.75, 0.95], [0, 0, 1, 1], [0.4, 0, 1, 0.2]]).double()
 FLIPPED = torch.tensor([True, False, True])
 
 

@@ -3,26 +3,16 @@
 import pytest
 import torch
 
-from measures.metrics import (
-    IGNORE,
-    adjusted_rand_index,
-    confusion_matrix,
-    known_scores,
-    majority,
-    match,
-    miou,
-    nmi,
-    pixel_accuracy,
-)
+from measures import metrics
 
 
 def test_ignored_pixels_are_not_counted_and_unequal_axes_keep_their_places():
     predicted = torch.tensor([[0, 2, 2], [1, 1, 0]])
-    target = torch.tensor([[3, 3, IGNORE], [0, IGNORE, 3]], dtype=torch.uint8)
+    target = torch.tensor([[3, 3, metrics.IGNORE], [0, metrics.IGNORE, 3]], dtype=torch.uint8)
     expected = torch.tensor([[0, 0, 0, 2], [1, 0, 0, 0], [0, 0, 0, 1]])
-    assert confusion_matrix(predicted, target, 3, 4).equal(expected)
+    assert metrics.confusion_matrix(predicted, target, 3, 4).equal(expected)
     large, class_of = torch.tensor([[200], [26]], dtype=torch.uint8)  # 200 * 27 overflows 8 bits
-    assert confusion_matrix(large, class_of, 201, 27)[200, 26] == 1
+    assert metrics.confusion_matrix(large, class_of, 201, 27)[200, 26] == 1
 
 
 @pytest.mark.parametrize("rows, one, many, accuracy, mean_iou, shared, rand", [
@@ -34,14 +24,14 @@ def test_ignored_pixels_are_not_counted_and_unequal_axes_keep_their_places():
 ])  # fmt: skip
 def test_scores_of_small_tables(rows, one, many, accuracy, mean_iou, shared, rand):
     table = torch.tensor(rows)
-    classes = match(table)
-    assert (classes.tolist(), majority(table).tolist()) == (one, many)
-    found = pixel_accuracy(table, classes), miou(table, classes), nmi(table)
+    classes = metrics.match(table)
+    assert (classes.tolist(), metrics.majority(table).tolist()) == (one, many)
+    found = metrics.pixel_accuracy(table, classes), metrics.miou(table, classes), metrics.nmi(table)
     assert found == pytest.approx((accuracy, mean_iou, shared), abs=1e-3)
-    assert adjusted_rand_index(table) == pytest.approx(rand, abs=1e-3)
+    assert metrics.adjusted_rand_index(table) == pytest.approx(rand, abs=1e-3)
 
 
 def test_a_classifier_is_scored_by_the_names_it_gives_and_an_absent_class_is_none():
-    report = known_scores(torch.tensor([[0, 6, 0], [2, 2, 0], [0, 0, 0]]), ("a", "b", "c"))
+    report = metrics.known_scores(torch.tensor([[0, 6, 0], [2, 2, 0], [0, 0, 0]]), ("a", "b", "c"))
     assert report["iou"] == {"a": 0, "b": pytest.approx(0.2), "c": None}  # b: tp 2, fp 2, fn 6
     assert (report["miou"], report["accuracy"]) == pytest.approx((0.1, 0.2))
