@@ -26,7 +26,6 @@ from engine import options
 from engine.program import BEGAN, run_early, run_program
 
 STEPS = 1000
-SHOWN = 8  # scenes in the image
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -56,7 +55,7 @@ if __name__ == "__main__":  # a misspelled option is answered before torch is lo
 import numpy as np
 import torch
 
-from comparisons.bench import LABELED, Entry, draw, train_and_judge
+from comparisons.bench import LABELED, SHOWN, Entry, draw, in_processes
 from comparisons.scenes import Scenes
 from engine import files
 from measures import systems
@@ -83,13 +82,13 @@ def entries_of(args: argparse.Namespace) -> list[Entry]:
 
 
 def configuration(steps: int, changes: Sequence[str] = ()) -> recipes.Config:
-    """The preset toy with this length and these options."""
-    return recipes.parse(["--preset", "toy", "--steps", str(steps), *changes])[0]
+    """The preset toy with this length and these options; each row has a core to itself."""
+    words = ["--preset", "toy", "--steps", str(steps), "--workers", "0"]
+    return recipes.parse([*words, *changes])[0]
 
 
 def run(args: argparse.Namespace, entries: Sequence[Entry]) -> None:
     """Train and judge every row with every seed; what is done so far is always on disk."""
-    began, done, in_all = time.perf_counter(), 0, args.seeds * len(entries)
     title = f"Table {args.table}: {recipes.TABLES[args.table][0]}" if args.table else "All systems"
     title += f" ({args.steps} steps: too few to judge)" if args.steps < STEPS else ""
     k, scenes = recipes.PRESETS["toy"].num_prototypes, draw(UNSEEN, SHOWN)
@@ -99,22 +98,17 @@ def run(args: argparse.Namespace, entries: Sequence[Entry]) -> None:
     records: dict[str, list[dict]] = {entry.label: [] for entry in entries}
     result = dict(table=args.table or "", seeds=args.seeds, steps=args.steps, k=k)
     result.update(labeled_scenes=LABELED, rows=records)
-    for seed in range(args.seeds):
-        for entry in entries:
-            estimate = left(done, in_all, time.perf_counter() - began)
-            print(f"row {done + 1} of {in_all}, {entry.label}{estimate}", flush=True)
-            weights = args.output_dir / f"{entry.label.replace(': ', '-')}_{seed}.pth"
-            record, groups = train_and_judge(entry, seed, weights)
-            done += 1
-            records[entry.label].append(record)
-            alone = systems.without_names(record)
-            truth, size = (scenes.regions, 1) if alone else (scenes.semantic, SHOWN)
-            pairs = zip(groups.split(size), truth.split(size))  # the first SHOWN of the scenes
-            painted = np.concatenate([color_groups(*pair) for pair in pairs])
-            shown.setdefault(entry.label, painted)
-            print(systems.brief(entry.label, record), flush=True)
-            result["seconds"] = time.perf_counter() - BEGAN
-            files.write_json(args.output_dir / "comparison.json", result)
+    jobs = [(entry, seed) for seed in range(args.seeds) for entry in entries]
+    for (entry, _), (record, groups) in zip(jobs, in_processes(jobs, args.output_dir)):
+        records[entry.label].append(record)
+        alone = systems.without_names(record)
+        truth, size = (scenes.regions, 1) if alone else (scenes.semantic, SHOWN)
+        pairs = zip(torch.from_numpy(groups).split(size), truth.split(size))
+        painted = np.concatenate([color_groups(*pair) for pair in pairs])
+        shown.setdefault(entry.label, painted)
+        print(systems.brief(entry.label, record), flush=True)
+        result["seconds"] = time.perf_counter() - BEGAN
+        files.write_json(args.output_dir / "comparison.json", result)
     file = args.output_dir / "comparison.png"
     what = f"{title}: groups in scenes never trained on"
     save(grid(what, list(shown.values()), list(shown), side=0.8)[0], file, 130)
@@ -128,11 +122,6 @@ def by_place(scenes: Scenes) -> tuple[float, float]:
     """The Rand indices of blocks: what slots must exceed to have found more than places."""
     objects = systems.rand_index(scenes.blocks, scenes.regions, scenes.instance > 0)
     return systems.rand_index(scenes.blocks, scenes.regions), objects
-
-
-def left(done: int, rows: int, spent: float) -> str:
-    """The time that is left, at the speed of the rows that are done; of the first, nothing."""
-    return f", about {spent / done * (rows - done) / 60:.0f} min left" if done else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,7 +6,6 @@ to "Together". The names are here without torch; a system's file is loaded when 
 
 import importlib
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from engine.options import chosen_for
@@ -38,12 +37,15 @@ class Variant(NamedTuple):
     """One row of a system."""
 
     label: str
-    arguments: Mapping[str, Any] = MappingProxyType({})
+    arguments: Mapping[str, Any] = {}
     preset: str = "scene"  # of toy.py
 
 
 FLAT = Variant("slot_attention: flat", preset="flat")
+# Those that use all of their groups also get as many as there are classes, which helps them
+CLASSES = dict(num_prototypes=8)
 VARIANTS = {name: (Variant(name),) for name in SYSTEMS} | {
+    **{n: (Variant(n), Variant(f"{n}: 8", CLASSES)) for n in ("kmeans", "picie", "sinkhorn")},
     "given_masks": tuple(Variant(f"given_masks: {kind}", {"masks": kind}) for kind in MASK_KINDS),
     "slot_attention": (FLAT, Variant("slot_attention: scene")),
 }

@@ -1,14 +1,19 @@
-"""A row of the comparison: from random weights to measures, with the step of train.py."""
+"""Rows of the comparison, one per core: from random weights to measures, with train.py's step."""
 
 import dataclasses
 import functools
+import multiprocessing
+import signal
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +24,7 @@ from comparisons.scenes import Scenes, whole_scene
 from data import TwoCrops
 from engine.optimizers import make_optimizer, schedule_for
 from engine.options import chosen_for
-from engine.processes import Place, synchronized
+from engine.processes import Place, synchronized, workers_of
 from engine.program import Stopped
 from engine.run import Options, Run
 from measures import systems
@@ -28,6 +33,7 @@ from photometric import Photometric, normalize
 from teacher import teacher_momentum
 
 LABELED = 16  # scenes that the probe learns from
+SHOWN = 8  # scenes in the image
 
 draw = functools.lru_cache(maxsize=8)(Scenes)  # rows with the same scenes share them
 
@@ -38,7 +44,7 @@ class Entry(NamedTuple):
     label: str
     name: str  # of the system
     c: Any  # the configuration, a dataclass
-    arguments: Mapping[str, Any] = MappingProxyType({})  # of this system alone
+    arguments: Mapping[str, Any] = {}  # of this system alone
     preset: str = "scene"  # of toy.py
 
     def build(self, seed: int) -> System:
@@ -46,6 +52,49 @@ class Entry(NamedTuple):
         torch.manual_seed(seed)
         c = dataclasses.replace(self.c, seed=seed)
         return comparisons.build(self.name, c, **self.arguments)
+
+
+Job = tuple[Entry, int]  # a row and its seed
+
+
+def in_processes(jobs: Sequence[Job], folder: Path) -> Iterator[tuple[dict, np.ndarray]]:
+    """What `row` returns for each row and seed, in order; one process per core."""
+    count = min(workers_of(-1), len(jobs))
+    heading = partial(heading_of, [entry.label for entry, _ in jobs], count, time.time())
+    work = partial(row, folder, heading)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # otherwise the others stay
+    with ProcessPoolExecutor(count) as pool:
+        try:
+            yield from pool.map(work, range(len(jobs)), jobs)
+        except BrokenProcessPool:
+            found = "the process of a row was killed, perhaps for want of memory"
+            raise Stopped(f"{found}; comparison.json has the rows before it") from None
+        except BaseException:
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
+
+
+def heading_of(labels: Sequence[str], several: int, began: float, number: int) -> str:
+    """Of the row that starts: its number and name, and the time that is left, once known.
+
+    several: rows at a time; so all but so many of those before it are done.
+    """
+    done, rows = number + 1 - several, len(labels)
+    minutes = (time.time() - began) / max(done, 1) * (rows - done) / 60
+    left = f", about {minutes:.0f} min left" if done > 0 else ""
+    return f"row {number + 1} of {rows}, {labels[number]}{left}"
+
+
+def row(
+    folder: Path, heading: Callable[[int], str], number: int, job: Job
+) -> tuple[dict[str, Any], np.ndarray]:
+    """In a process of its own: the record of a row and seed, its groups in the scenes shown."""
+    print(heading(number), flush=True)
+    entry, seed = job
+    weights = folder / f"{entry.label.replace(': ', '-')}_{seed}.pth"
+    record, groups = train_and_judge(entry, seed, weights)
+    return record, groups[:SHOWN].numpy()
 
 
 def train_and_judge(entry: Entry, seed: int, weights: Path) -> tuple[dict[str, Any], Tensor]:

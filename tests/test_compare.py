@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import compare
 import comparisons
 import recipes
 import train
+from comparisons import bench
 from comparisons.bench import learn
 from comparisons.common import System
 from comparisons.scenes import Scenes
@@ -46,6 +48,7 @@ def test_without_options_every_system_has_its_rows_and_every_file_its_system():
     labels = [row.label for row in rows if row.name == "given_masks"]
     assert labels == ["given_masks: grid", "given_masks: color", "given_masks: truth"]
     assert [row.preset for row in rows if row.name == "slot_attention"] == ["flat", "scene"]
+    assert [row.arguments for row in rows if row.name == "picie"] == [{}, {"num_prototypes": 8}]
     assert {row.c for row in rows} == {compare.configuration(7)} and rows[0].c.steps == 7
 
 
@@ -83,7 +86,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("words", REFUSED)
 def test_a_wrong_option_is_one_line_before_any_work(words, monkeypatch, capsys):
-    monkeypatch.setattr(compare, "train_and_judge", None)
+    monkeypatch.setattr(bench, "train_and_judge", None)
     assert run_program("compare.py", compare.main, words.split()) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("compare.py: ") and REFUSED[words] in line
@@ -166,7 +169,20 @@ def test_slotcon_here_is_train_py_weight_for_weight(tmp_path, small):
     assert all(found[name].equal(expected[name]) for name in found)
 
 
-def test_from_the_command_line_to_the_file(tmp_path, small, capsys):
+@pytest.mark.parametrize("died", [signal.SIGKILL, signal.SIGINT])
+def test_where_a_row_dies_none_goes_on_and_one_line_says_so(died, tmp_path, small, monkeypatch):
+    def row(*_):
+        os.kill(os.getpid() if died == signal.SIGKILL else os.getppid(), died)
+        time.sleep(60)
+
+    monkeypatch.setattr(bench, "train_and_judge", row)
+    began, words = time.perf_counter(), ["--only", "moco", "--seeds", "9"]
+    with pytest.raises(Stopped if died == signal.SIGKILL else KeyboardInterrupt):
+        compare.main([*words, "--output-dir", str(tmp_path)])
+    assert time.perf_counter() - began < 50
+
+
+def test_from_the_command_line_to_the_file(tmp_path, small, capfd):
     words = ["--only", "moco", "slot_attention", "--steps", "2", "--seeds", "2"]
     assert compare.main([*words, "--output-dir", str(tmp_path / "out")]) == 0
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
@@ -181,9 +197,10 @@ def test_from_the_command_line_to_the_file(tmp_path, small, capsys):
         for record in records:
             assert record["steps"] == 2 and isinstance(record["collapsed"], bool)
             assert all(-1 <= record[key] <= 1 for key in systems.MEASURES)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "row 1 of 6, moco"
+    lines = capfd.readouterr().out.splitlines()
+    assert "row 1 of 6, moco" in lines and "row 2 of 6, slot_attention: flat" in lines
     assert "All systems (2 steps: too few to judge), median of 2 seed(s)" in lines
-    assert "row 3 of 6, slot_attention: scene, about 0 min left" in lines
+    assert "row 6 of 6, slot_attention: scene, about 0 min left" in lines
     assert any(line.startswith("2 x 4 blocks know the place only: ARI inst. 0.") for line in lines)
-    assert compare.left(done=2, rows=12, spent=300.0) == ", about 25 min left"
+    heading = bench.heading_of(["moco"] * 12, several=2, began=time.time() - 300, number=3)
+    assert heading == "row 4 of 12, moco, about 25 min left"
