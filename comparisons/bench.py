@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import comparisons
 import toy
@@ -138,6 +138,8 @@ def learn(system: System, scenes: Scenes, c: Any) -> dict[str, float]:
             loss, memo = run.network(views, batch.boxes, batch.flipped, extra)
             run.backward(loss)
             if run.agree(loss.detach()[None]):
+                if system.longest:
+                    nn.utils.clip_grad_norm_(system.parameters(), system.longest)
                 run.step(schedule.learning_rate(run.steps))
                 momentum = teacher_momentum(run.steps + 1, steps, *c.momentum_teacher)
                 system.after_step(memo, momentum)

@@ -157,6 +157,17 @@ def test_whole_scenes_are_neither_cut_nor_jittered_and_a_system_changes_its_own_
     assert all(any(v.flatten().sort()[0].allclose(w) for w in values) for v in views)
 
 
+def test_a_gradient_is_shortened_to_the_norm_that_its_system_states():
+    norms = []
+    for longest in (0.0, 0.5):
+        system = Still()
+        system.layer.weight.data.fill_(3)
+        system.longest, weight = longest, system.layer.weight
+        system.after_step = lambda memo, momentum, w=weight: norms.append(w.grad.norm().item())
+        taught(system, steps=1)
+    assert norms == [6, pytest.approx(0.5)]
+
+
 def test_slotcon_here_is_train_py_weight_for_weight(tmp_path, small):
     words = ["--steps", "5", "--seed", "3", "--workers", "0", "--device", "cpu"]
     assert train.main([*words, "--output-dir", str(tmp_path)]) == 0
