@@ -147,7 +147,7 @@ def measure_masks(args: argparse.Namespace) -> dict:
     used = sorted(found["prototypes"], key=lambda prototype: -prototype["share"])[:8]
     rows = {f"{p['prototype']} {p['name']}": [f"{p['share']:.1%}", str(p["images"])] for p in used}
     print(groups.table(rows, ["of the pixels", "photographs"]))
-    print(f"{len(found['photos'])} photographs have a mask; {args.output}/contact_sheet.png")
+    print(f"{len(found['photos'])} photographs have a mask; {args.output}/contact_sheet.jpg")
     return dict(checkpoint=str(args.checkpoint), output=str(args.output), **found)
 
 

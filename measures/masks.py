@@ -2,7 +2,7 @@
 
 FOLDER/NAME.png         prototypes as a palette image of the photograph's size; 16 bits from k = 257
 FOLDER/prototypes.json  color, name, share, images and nearest segments of every prototype
-FOLDER/contact_sheet.png
+FOLDER/contact_sheet.jpg
 """
 
 import hashlib
@@ -180,4 +180,4 @@ def draw_sheet(
     if cells:
         rows = [cells[i : i + 4] for i in range(0, len(cells), 4)]
         title = "Photographs and their masks: a color means a prototype"
-        save(grid(title, rows, side=1.9)[0], folder / "contact_sheet.png", 110)
+        save(grid(title, rows, side=1.9)[0], folder / "contact_sheet.jpg", 110)

@@ -21,7 +21,7 @@ def checkpoint(tmp_path):
 
 @pytest.fixture
 def photos(tmp_path):
-    """One of each kind: wide, turned by its camera, gray, CMYK, in a subfolder, and broken."""
+    """One of each kind: wide, turned by its camera, gray, CMYK, in a subfolder, and broken; one is named as the sheet."""
     folder, rng = tmp_path / "photos", np.random.default_rng(5)
     (folder / "deep").mkdir(parents=True)
     drawn = lambda y, x: Image.fromarray(rng.integers(0, 256, (y // 8, x // 8, 3), np.uint8))
@@ -30,7 +30,7 @@ def photos(tmp_path):
     drawn(64, 160).resize((160, 64)).save(folder / "a.png")
     drawn(48, 88).resize((90, 48)).save(folder / "turned.jpg", exif=exif)
     drawn(64, 64).resize((64, 64)).convert("L").save(folder / "gray.png")
-    drawn(64, 64).resize((70, 64)).convert("CMYK").save(folder / "cmyk.jpg")
+    drawn(64, 64).resize((70, 64)).convert("CMYK").save(folder / "contact_sheet.jpg")
     drawn(64, 64).resize((64, 64)).save(folder / "deep" / "a.png")
     drawn(64, 64).resize((64, 64)).save(folder / "a.bmp")
     (folder / "broken.jpg").write_text("no image")
@@ -38,7 +38,7 @@ def photos(tmp_path):
 
 
 SIZES = {  # (x, y) of each mask
-    "a.png.png": (160, 64), "turned.png": (48, 90), "gray.png": (64, 64), "cmyk.png": (70, 64),
+    "a.png.png": (160, 64), "turned.png": (48, 90), "gray.png": (64, 64), "contact_sheet.png": (70, 64),
     "deep/a.png": (64, 64), "a.bmp.png": (64, 64),
 }  # fmt: skip
 
@@ -59,7 +59,7 @@ def test_every_photograph_has_an_upright_palette_image(checkpoint, photos, tmp_p
     for name, size in SIZES.items():
         with Image.open(out / name) as mask:
             assert (mask.size, mask.mode) == (size, "P") and np.asarray(mask).max() < K
-    assert {f for f in contents(out) if f.endswith(".png")} == {*SIZES, "contact_sheet.png"}
+    assert {f for f in contents(out) if f.endswith(".png")} == {*SIZES}
     shares = json.loads((tmp_path / "r.json").read_text())["photos"]
     with Image.open(out / "turned.png") as mask:
         counts = np.bincount(np.asarray(mask).ravel(), minlength=K) / (48 * 90)
