@@ -21,7 +21,7 @@ def checkpoint(tmp_path):
 
 @pytest.fixture
 def photos(tmp_path):
-    """One of each kind: wide, turned by its camera, gray, CMYK, in a subfolder, and broken; one is named as the sheet."""
+    """One of each kind: wide, turned by its camera, gray, CMYK and named as the sheet, broken."""
     folder, rng = tmp_path / "photos", np.random.default_rng(5)
     (folder / "deep").mkdir(parents=True)
     drawn = lambda y, x: Image.fromarray(rng.integers(0, 256, (y // 8, x // 8, 3), np.uint8))
@@ -38,8 +38,8 @@ def photos(tmp_path):
 
 
 SIZES = {  # (x, y) of each mask
-    "a.png.png": (160, 64), "turned.png": (48, 90), "gray.png": (64, 64), "contact_sheet.png": (70, 64),
-    "deep/a.png": (64, 64), "a.bmp.png": (64, 64),
+    "a.png.png": (160, 64), "turned.png": (48, 90), "gray.png": (64, 64),
+    "contact_sheet.png": (70, 64), "deep/a.png": (64, 64), "a.bmp.png": (64, 64),
 }  # fmt: skip
 
 
