@@ -151,6 +151,8 @@ def finish(text: str, marks: dict[str, float] | None = None) -> None:
     for name, value in (marks or {}).items():
         plt.axhline(value, color="gray", ls="--", lw=1)
         plt.text(1, value, name, ha="right", va="bottom", transform=plt.gca().get_yaxis_transform())
+        low, high = plt.ylim()
+        plt.ylim(low, max(high, value + 0.1 * (high - low)))  # room for the name
     drawn, small = io.BytesIO(), io.BytesIO()
     plt.savefig(drawn, format="png", bbox_inches="tight")
     plt.close()
