@@ -78,7 +78,7 @@ def in_processes(jobs: Sequence[Job], folder: Path) -> Iterator[tuple[dict, np.n
 def heading_of(labels: Sequence[str], several: int, began: float, number: int) -> str:
     """Of the row that starts: its number and name, and the time that is left, once known.
 
-    several: rows at a time; so all but so many of those before it are done.
+    several: how many rows run at a time; all others before this one are done.
     """
     done, rows = number + 1 - several, len(labels)
     minutes = (time.time() - began) / max(done, 1) * (rows - done) / 60

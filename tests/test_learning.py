@@ -156,7 +156,7 @@ def test_the_law_is_printed_once_from_the_reports_of_the_first_steps(monkeypatch
     ("failed_backbone", "--arch", (16, 30, 240)),
     ("healthy_toy", "", (32, 30, 1536)),
     ("healthy_toy_k16", "", (16, 30, 1536)),
-    ("healthy_photos_k32", "", (32, 40, 800)),
+    ("healthy_photos", "", (24, 80, 3000)),
 ])  # fmt: skip
 def test_a_failed_run_is_warned_of_once_before_its_end_and_a_healthy_one_never(name, words, sizes):
     text = (RECORDED / f"{name}.jsonl").read_text()
