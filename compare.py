@@ -1,12 +1,13 @@
-"""Run side by side what the talk sets SlotCon against: same scenes, backbone, steps and measures.
+"""Run side by side what the talk sets SlotCon against: the same toy scenes, steps and measures.
 
     python compare.py                                  every system, once, 1,000 steps each
     python compare.py --only moco slotcon --steps 200  two systems, a quick look
     python compare.py --table 6a --seeds 3             three times the rows of a table of the slides
     python compare.py --table collapse                 the ways not to collapse, each taken away
 
-Writes comparison.json, the weights of every row and seed, and comparison.png: rows are systems,
-columns the same unseen scenes.
+A row per core is trained at a time. All but the slots share the backbone; they have an encoder of
+their own and four times the scenes. Writes comparison.json, the weights of every row and seed, and
+comparison.png: rows are systems, columns the same unseen scenes.
 Slides: from "Image-level, pixel-level, and object-level contrastive learning" on; tables 6 and 8.
 Paper: the related work and the ablations.
 Read next: comparisons/common.py.

@@ -82,6 +82,7 @@ def measure_segmentation(args: argparse.Namespace) -> dict:
     labeled, k = open_labeled(args, args.split), config["num_prototypes"]
     if labeled.notice:
         print(f"note: {labeled.notice}")
+    print(f"measures {len(labeled)} images of {result['dataset']}", flush=True)
     # 320 px is PiCIE's size [P], 224 px the one of training [U].
     sizes = args.size or ([toy.Dials().size] if result["dataset"] == "toy" else [320, 224])
     read = partial(streams.labeled_batches, batch_size=args.batch_size, workers=args.workers)
@@ -123,6 +124,7 @@ def measure_probe(args: argparse.Namespace) -> dict:
         raise ValueError("a probe learns on the split train: test on another --split, or none")
     learned, tested = open_labeled(args, "train"), open_labeled(args, args.split or "val")
     probes.check_parts(learned, tested)
+    print(f"learns from {len(learned)} images, measures {len(tested)} others", flush=True)
     size = args.size or (toy.Dials().size if result["dataset"] == "toy" else 320)
     result.update(labeled_images=len(learned), images=len(tested), size=size)
     random = networks.untrained_backbone(config["arch"], args.device)

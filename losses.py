@@ -38,10 +38,10 @@ def group_consistency(
     loss = mean_bhw -sum_k target_k log softmax_k(student_aligned / temp_student)
 
     student_aligned, teacher_aligned (b k h w): aligned similarity of two views; center (k); valid
-    (b) bool: the crops overlap; the mean runs over these images of all ranks -> scalar, about ln k
-    at the start. Against collapse: stop-gradient, the teacher is a target; centering, no prototype
-    wins everywhere; sharpening, temp_teacher < temp_student, no assignment is uniform; and the
-    moving average of teacher.py. Raises ValueError for shapes that do not fit.
+    (b) bool: the crops overlap; the mean runs over these images of all ranks -> scalar, ln k where
+    all is uniform. Against collapse: stop-gradient, the teacher is a target; centering, no
+    prototype wins everywhere; sharpening, temp_teacher < temp_student, no assignment is uniform;
+    and the moving average of teacher.py. Raises ValueError for shapes that do not fit.
     """
     if student_aligned.shape != teacher_aligned.shape or center.shape != student_aligned.shape[1:2]:
         shapes = [tuple(x.shape) for x in (student_aligned, teacher_aligned, center)]

@@ -90,7 +90,7 @@ def row(
     folder: Path, heading: Callable[[int], str], number: int, job: Job
 ) -> tuple[dict[str, Any], np.ndarray]:
     """In a process of its own: the record of a row and seed, its groups in the scenes shown."""
-    print(heading(number), flush=True)
+    print(f"{heading(number)}\n", end="", flush=True)  # whole, beside those of others
     entry, seed = job
     weights = folder / f"{entry.label.replace(': ', '-')}_{seed}.pth"
     record, groups = train_and_judge(entry, seed, weights)

@@ -7,8 +7,9 @@ Differs, so that minutes teach something: three 3x3 convolutions at half the res
 5x5 at all of it; positions are cosines, not a linear function, and are added behind the MLP; a slot
 paints one color under one mask; the decoder multiplies slot and position, where the paper adds
 them, and has 1x1 convolutions, so that a step can paint a few random places only; all projections
-start as the identity, so that slots start as soft k-means. Groups are the decoder's masks, as in
-the paper; without names, mIoU and NMI are measured on clusters of the backbone's features.
+start as the identity, so that slots start as soft k-means. Groups are what each slot wins in the
+last round; the paper takes the decoder's masks, which are smooth here. Without names, mIoU and NMI
+are measured on clusters of the backbone's features.
 """
 
 import math
@@ -239,5 +240,6 @@ class Reconstruction(System):
         return self.decoder(slots, (images.shape[2] // 2, images.shape[3] // 2), some)
 
     def maps(self, images: Tensor) -> Tensor:
-        """images (b 3 y x) normalized -> the decoder's masks (b k y/2 x/2)."""
-        return rearrange(self.paint(images)[1], "b k (y x) -> b k y x", y=images.shape[2] // 2)
+        """images (b 3 y x) normalized -> the attention of the last round (b k y/2 x/2)."""
+        _, history = self.slots(rearrange(self.encoder(images), "b d h w -> b (h w) d"))
+        return rearrange(history[-1], "b k (y x) -> b k y x", y=images.shape[2] // 2)

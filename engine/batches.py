@@ -106,7 +106,7 @@ def name_skipped(file: Path, failures: Failures, num_images: int) -> None:
     count = len(known | lines.keys())
     if too_many(count, num_images):
         found = f"{count} of {num_images} images could not be read, more than {BAD_SHARE:.0%}"
-        advice = "--check-data finds all: remove or replace them"
+        advice = "--check-data finds all: replace them, or remove them and add --resume force"
         raise ValueError(f"{found}; they are named in {file}, and {advice}")
 
 

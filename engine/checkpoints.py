@@ -198,7 +198,9 @@ def restore(
         raise ValueError(f"{path} cannot be continued: {found}; its network can be evaluated")
     if differences := changed(saved):
         advice = "--resume force goes on all the same, --resume none starts over"
-        raise ValueError(f"{path} was made with other options ({'; '.join(differences)}): {advice}")
+        raise ValueError(
+            f"{path} was made with other options or images ({'; '.join(differences)}): {advice}"
+        )
     load_strictly(model, saved["model"], path)
     restore_optimizer(optimizer, saved["optimizer"], path)
     if scaler.is_enabled() and saved["scaler"]:

@@ -8,6 +8,7 @@ trace. This file loads no torch.
 import contextlib
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,11 @@ class Stopped(Exception):
 
 
 def run_early(name: str, parse: Callable[[Sequence[str] | None], Any]) -> None:
-    """Parse the command line before torch is loaded: exits with one line where it is wrong."""
+    """Parse the command line before torch is loaded: exits with one line where it is wrong, or at
+    Ctrl-C while it is loaded.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(fail(name, "interrupted", 130)))
     try:
         parse(None)
     except ValueError as error:
@@ -43,6 +48,8 @@ def run_program(
         if hasattr(stream, "reconfigure"):  # what a terminal cannot show is written as \\u043c
             stream.reconfigure(errors="backslashreplace")
     os.environ.update(task_of_slurm(os.environ))
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return main(argv)
     except (ValueError, OSError) as error:

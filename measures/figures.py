@@ -33,13 +33,14 @@ FIRST_COLORS = """
 def prototype_colors(k: int, use: Tensor | None = None) -> np.ndarray:
     """The colors of prototypes 0..k-1 in 0..1, (k 3), the best separated ones first.
 
-    use (k): how much each is used; the most used ones get the first colors.
+    use (k): how much each is used; the most used ones get the first colors, where these do not
+    suffice for all.
     """
     random = np.random.default_rng(0)  # hue, saturation, value; prototype by prototype
     colors = hsv_to_rgb(random.uniform((0, 0.6, 0.5), (1, 1, 0.9), (k, 3)))
     first = FIRST_COLORS[:k]
     colors[: len(first)] = [to_rgb(color) for color in first]
-    if use is not None:
+    if use is not None and k > len(first):
         colors[use.argsort(descending=True, stable=True).cpu()] = colors.copy()
     return colors
 

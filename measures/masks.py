@@ -129,7 +129,7 @@ def write_masks(
     names: Mapping[int, str], workers: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """All files, for the photographs that lack a mask -> the contents of prototypes.json, and the
-    shares of each photograph. Raises OSError.
+    shares of each photograph. Raises ValueError, OSError.
     """
     made_by = hashlib.sha256(repr((size, sorted(names.items()))).encode())
     for weights in network.state_dict().values():
@@ -139,11 +139,15 @@ def write_masks(
     palette, files = np.uint8(colors * 255 + 0.5), mask_files(photos.paths.tolist(), folder)
     known = [read_segments(file, about["made_by"]) for file in files]
     todo = [i for i, segments in enumerate(known) if segments is None]
+    for file in folder.rglob(".*.[0-9]*.tmp"):  # of a run that died
+        file.unlink(missing_ok=True)
     todo_photos, see = Subset(photos, todo), partial(view, size=size)
     for place, (image, whole) in stream(todo_photos, see, 1, workers, "masks"):
         mask, known[todo[place]] = segments_of(network, image, whole[0].tolist())
         write_mask(files[todo[place]], mask, palette, dict(about, segments=known[todo[place]]))
     found = {photo: segments for photo, segments in zip(photos.paths.tolist(), known) if segments}
+    if not found:
+        raise ValueError("none of the photographs can be read")
     prototypes = [about_prototype(k, found, color, names) for k, color in enumerate(colors)]
     write_json(folder / "prototypes.json", prototypes)
     draw_sheet(folder, photos, {i: files[i] for i, each in enumerate(known) if each}, palette)

@@ -38,10 +38,12 @@ def run(*argv, capsys):
 
 
 def refusal(*argv, capsys):
-    """The one line of a command that is refused with status 2."""
+    """The one line of a command that is refused with status 2, behind what it would measure."""
     status, _, out, err = run(*argv, capsys=capsys)
-    assert status == 2 and err.startswith("evaluate.py: ") and err.count("\n") == 1 and not out
-    return err
+    *before, line = err.splitlines()
+    assert status == 2 and line.startswith("evaluate.py: ") and not out
+    assert all(each.startswith("measures ") for each in before)
+    return line
 
 
 def bsds_tree(root, *ids):

@@ -48,8 +48,11 @@ def test_colors_are_a_function_of_the_prototype_and_clear_of_gray():
 
 
 def test_the_most_used_prototypes_have_the_best_separated_colors():
-    use = torch.tensor([3, 0, 70, 3, 9])
-    assert (prototype_colors(5, use)[[2, 4, 0, 3, 1]] == prototype_colors(5)).all()
+    use = torch.arange(40).roll(7)
+    order = use.argsort(descending=True)
+    assert (prototype_colors(40, use)[order] == prototype_colors(40)).all()
+    # Where there are enough good ones, a prototype has one color in all figures
+    assert (prototype_colors(24, use[:24]) == prototype_colors(24)).all()
 
 
 def test_no_soft_panel_is_near_gray():

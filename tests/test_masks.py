@@ -134,3 +134,16 @@ def test_another_network_size_or_names_make_other_masks(checkpoint, photos, tmp_
     assert "'5 sky': expected a prototype from 0 to 4" in capsys.readouterr().err
     run(checkpoint, tmp_path / "no.jpg", *out, status=2)
     assert "no such folder" in capsys.readouterr().err
+
+
+def test_where_no_photograph_can_be_read_one_line_says_so(checkpoint, photos, tmp_path, capsys):
+    run(checkpoint, photos / "broken.jpg", "--output", tmp_path / "masks", status=2)
+    assert "none of the photographs can be read" in capsys.readouterr().err
+
+
+def test_what_a_killed_run_left_is_removed(checkpoint, photos, tmp_path):
+    left = tmp_path / "masks" / "deep" / ".a.png.77.tmp"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    run(checkpoint, photos, "--output", tmp_path / "masks", "--size", 64)
+    assert not left.exists() and (left.parent / "a.png").exists()

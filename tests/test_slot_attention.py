@@ -112,3 +112,15 @@ def test_pixels_are_features_of_half_of_the_resolution_plus_their_position():
     expected = (rows + encoder.position(8, 12)).permute(0, 3, 1, 2)
     assert expected.shape == (B, DIM, 8, 12) and torch.allclose(encoder(images), expected)
     assert encoder.position(8, 12).std() > 0.1
+
+
+def test_groups_are_what_a_slot_wins_or_the_masks_of_queries_that_do_not_compete():
+    for name in ("slot_attention", "independent_queries"):
+        system, images = build(name, SimpleNamespace()).double().eval(), random(B, 3, 16, 24)
+        torch.manual_seed(0)
+        maps = system.maps(images).flatten(2)
+        torch.manual_seed(0)  # slots start from noise
+        masks = system.paint(images)[1]
+        assert maps.shape == masks.shape == (B, 8, 8 * 12)
+        assert torch.allclose(maps.sum(1), torch.ones(B, 8 * 12).double())  # over k
+        assert torch.allclose(maps, masks) == (name == "independent_queries")

@@ -171,6 +171,8 @@ def test_a_program_answers_a_wrong_command_line_before_it_loads_torch(program, t
             assert options.flag(f.name) in done.stdout
         assert "[P]" in done.stdout and "torchrun --nproc-per-node=8 train.py" in done.stdout
         assert "torch is loaded" in run("").stderr  # so the stand-in is a real one
+        (tmp_path / "torch.py").write_text("import os; os.kill(os.getpid(), 2)  # Ctrl-C")
+        assert (run("").returncode, run("").stderr) == (130, "train.py: interrupted\n")
 
 
 CHANGES = {
@@ -191,7 +193,7 @@ def test_what_matters_cannot_change_within_a_run(change, short, tmp_path, monkey
     before = state_of(short[0])
     text = train_here(short[0], *CHANGES[change].split(), status=2)
     assert text == (
-        f"train.py: {short[0]}/last.pth was made with other options ({change}): "
+        f"train.py: {short[0]}/last.pth was made with other options or images ({change}): "
         "--resume force goes on all the same, --resume none starts over\n"
     )
     assert not difference(state_of(short[0]), before)
