@@ -65,14 +65,15 @@ def in_processes(jobs: Sequence[Job], folder: Path) -> Iterator[tuple[dict, np.n
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # otherwise the others stay
     with ProcessPoolExecutor(count) as pool:
         try:
-            yield from pool.map(work, range(len(jobs)), jobs)
-        except BrokenProcessPool:
-            found = "the process of a row was killed, perhaps for want of memory"
-            raise Stopped(f"{found}; comparison.json has the rows before it") from None
-        except BaseException:
+            rows = [pool.submit(work, number, job) for number, job in enumerate(jobs)]
+            yield from (each.result() for each in rows)
+        except BaseException as error:
             for process in multiprocessing.active_children():
                 process.kill()
-            raise
+            if not isinstance(error, BrokenProcessPool):
+                raise
+            found = "the process of a row was killed, perhaps for want of memory"
+            raise Stopped(f"{found}; comparison.json has the rows before it") from None
 
 
 def heading_of(labels: Sequence[str], several: int, began: float, number: int) -> str:

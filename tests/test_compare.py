@@ -182,11 +182,14 @@ def test_slotcon_here_is_train_py_weight_for_weight(tmp_path, small):
 
 @pytest.mark.parametrize("died", [signal.SIGKILL, signal.SIGINT])
 def test_where_a_row_dies_none_goes_on_and_one_line_says_so(died, tmp_path, small, monkeypatch):
-    def row(*_):
-        os.kill(os.getpid() if died == signal.SIGKILL else os.getppid(), died)
+    def row(entry, seed, weights):
+        time.sleep(2)  # until all processes have started
+        if seed == 0:
+            os.kill(os.getpid() if died == signal.SIGKILL else os.getppid(), died)
         time.sleep(60)
 
     monkeypatch.setattr(bench, "train_and_judge", row)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
     began, words = time.perf_counter(), ["--only", "moco", "--seeds", "9"]
     with pytest.raises(Stopped if died == signal.SIGKILL else KeyboardInterrupt):
         compare.main([*words, "--output-dir", str(tmp_path)])

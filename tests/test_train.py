@@ -6,8 +6,10 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -158,7 +160,10 @@ def test_a_program_answers_a_wrong_command_line_before_it_loads_torch(program, t
 
     def run(words):
         command = [sys.executable, str(ROOT / f"{program}.py"), *words.split()]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        # A test that runs in the background ignores Ctrl-C
+        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        how = dict(env=environment, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, preexec_fn=heard, **how)
 
     words, answer = WRONG[program]
     done = run(words)
