@@ -63,7 +63,8 @@ def in_processes(jobs: Sequence[Job], folder: Path) -> Iterator[tuple[dict, np.n
     heading = partial(heading_of, [entry.label for entry, _ in jobs], count, time.time())
     work = partial(row, folder, heading)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # otherwise the others stay
-    with ProcessPoolExecutor(count) as pool:
+    threads = (torch.get_num_threads(),)  # a new process has its own number
+    with ProcessPoolExecutor(count, None, torch.set_num_threads, threads) as pool:
         try:
             rows = [pool.submit(work, number, job) for number, job in enumerate(jobs)]
             yield from (each.result() for each in rows)
