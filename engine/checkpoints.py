@@ -32,13 +32,14 @@ HEADS = (  # not all of head.*: a ConvNeXt of timm has a norm there
     *("fc.", "head.weight", "head.bias", "head.fc.", "head.mlp.", "head.last_layer."),
     *("projector.", "predictor.", "projection_head.", "prototypes."),
 )
+UNKNOWN = "its first bytes are those of nothing known"
 OTHERS = {  # how files begin that are no checkpoints, and what torch says -> what they are
     r"\s*<": "a web page; download the file itself",
     r"version https://git-lfs": "a pointer of git-lfs; `git lfs pull` brings the file itself",
     r"PK.*TorchScript": "TorchScript; take its state_dict()",
     r"PK.*(hasRecord|data\.pkl|subdirectory)": "a zip of other files; unpack it",
     r"\x80[\3-\5]": "a pickle, as *.pkl of detectron2; take the *.pth that it was made from",
-    r".*Weights only load failed": "its first bytes are those of nothing known",
+    r".*Weights only load failed": UNKNOWN,
 }
 
 
@@ -111,7 +112,9 @@ def kind_of(path: Path, error: Exception) -> str:
     with path.open("rb") as file:
         found = file.read(40).decode("latin-1") + text
     kinds = (kind for way, kind in OTHERS.items() if re.match(way, found, re.DOTALL))
-    return next(kinds, text.partition("\n")[0][:100])
+    # The bytes of a text are taken for instructions, which fail anywhere
+    known = isinstance(error, (RuntimeError, OSError))
+    return next(kinds, text.partition("\n")[0][:100] if known else UNKNOWN)
 
 
 def released_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

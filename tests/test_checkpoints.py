@@ -131,7 +131,7 @@ BROKEN = {  # what is said -> of which files
     f"{NO}a pickle, as *.pkl of": (pickle.dumps(dict(model=[1.5] * 9)),),
     f"{NO}a zip of other files": (zip_of("readme.txt"),),
     f"{NO}TorchScript": (zip_of("a/constants.pkl", "a/version"),),
-    f"{NO}its first bytes are": (b"\x9d" * 50,),
+    f"{NO}its first bytes are": (b"\x9d" * 50, b"hello\nworld, this is text\n"),
     " holds a list, not a checkpoint's dictionary": ([1, 2],),
     " holds no backbone: found nothing": ({},),
     " holds no backbone: found epoch, loss": (dict(epoch=3, loss=1.0),),
