@@ -5,9 +5,9 @@
     python compare.py --table 6a --seeds 3             three times the rows of a table of the slides
     python compare.py --table collapse                 the ways not to collapse, each taken away
 
-A row per core is trained at a time. All but the slots share the backbone; they have an encoder of
-their own and four times the scenes. Writes comparison.json, the weights of every row and seed, and
-comparison.png: rows are systems, columns the same unseen scenes.
+As many rows as cores are trained at a time. All rows share the backbone but those of slots, which
+have an encoder of their own and four times the scenes. Writes comparison.json, the weights of every
+row and seed, and comparison.png: rows are systems, columns the same unseen scenes.
 Slides: from "Image-level, pixel-level, and object-level contrastive learning" on; tables 6 and 8.
 Paper: the related work and the ablations.
 Read next: comparisons/common.py.

@@ -1,7 +1,6 @@
 """Rows of the comparison, one per core: from random weights to measures, with train.py's step."""
 
 import dataclasses
-import functools
 import multiprocessing
 import signal
 import statistics
@@ -9,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +34,7 @@ from teacher import teacher_momentum
 LABELED = 16  # scenes that the probe learns from
 SHOWN = 8  # scenes in the image
 
-draw = functools.lru_cache(maxsize=8)(Scenes)  # rows with the same scenes share them
+draw = lru_cache(maxsize=8)(Scenes)  # rows with the same scenes share them
 
 
 class Entry(NamedTuple):
@@ -62,7 +61,8 @@ def in_processes(jobs: Sequence[Job], folder: Path) -> Iterator[tuple[dict, np.n
     count = min(workers_of(-1), len(jobs))
     heading = partial(heading_of, [entry.label for entry, _ in jobs], count, time.time())
     work = partial(row, folder, heading)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # otherwise the others stay
+    # Else SIGTERM ends this process alone, and those of the rows stay
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     threads = (torch.get_num_threads(),)  # a new process has its own number
     with ProcessPoolExecutor(count, None, torch.set_num_threads, threads) as pool:
         try:
@@ -140,8 +140,8 @@ def learn(system: System, scenes: Scenes, c: Any) -> dict[str, float]:
             loss, memo = run.network(views, batch.boxes, batch.flipped, extra)
             run.backward(loss)
             if run.agree(loss.detach()[None]):
-                if system.longest:
-                    nn.utils.clip_grad_norm_(system.parameters(), system.longest)
+                if system.clip_norm:
+                    nn.utils.clip_grad_norm_(system.parameters(), system.clip_norm)
                 run.step(schedule.learning_rate(run.steps))
                 momentum = teacher_momentum(run.steps + 1, steps, *c.momentum_teacher)
                 system.after_step(memo, momentum)

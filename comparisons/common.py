@@ -31,7 +31,7 @@ class System(nn.Module):
     # What its paper and the preset do not share, as values of the configuration
     changes: Mapping[str, Any] = MappingProxyType({})
     times_scenes = 1  # it learns from so many times the preset's number of scenes
-    longest = 0.0  # norm to which a longer gradient is shortened; 0: none is
+    clip_norm = 0.0  # the gradient's norm is clipped to it; 0: not clipped
     wraps: type[nn.Module] | None = None  # a class that gets its other arguments
     judged = ""  # the part whose backbone is measured: the teacher if there is one
 

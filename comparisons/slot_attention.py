@@ -208,7 +208,7 @@ class Reconstruction(System):
     """Encoder, slots, decoder; its sizes are those of this file."""
 
     whole, per_image, judged = True, True, "encoder"
-    times_scenes, longest = 4, 1.0
+    times_scenes, clip_norm = 4, 1.0
     changes = MappingProxyType(dict(batch_size=16, base_lr=0.048, weight_decay=0.0, warmup=100))
 
     def __init__(self) -> None:

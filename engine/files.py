@@ -27,6 +27,12 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None
         temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """The temporary files in a folder, and below it, of processes that died while they wrote."""
+    for file in folder.rglob(".*.[0-9]*.tmp"):
+        file.unlink(missing_ok=True)
+
+
 def write_json(path: str | Path, contents: Any) -> None:
     """JSON with an indent of one, atomically. Raises OSError."""
     write_lines(path, [json.dumps(contents, indent=1)])

@@ -48,7 +48,7 @@ def run_program(
         if hasattr(stream, "reconfigure"):  # what a terminal cannot show is written as \\u043c
             stream.reconfigure(errors="backslashreplace")
     os.environ.update(task_of_slurm(os.environ))
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # in the background it is ignored
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return main(argv)

@@ -281,8 +281,7 @@ class Run:
                 if lost:
                     log.say(f"{self.folder}: an earlier run left no checkpoint, a new one starts")
                 log.forget_after(self.folder / "log.jsonl", self.steps)
-                for file in self.folder.glob(".*.[0-9]*.tmp"):  # of a run that died in a save
-                    file.unlink(missing_ok=True)
+                files.remove_leftovers(self.folder)
                 files.write_json(self.folder / "config.json", self.settings)
                 if not self.position:  # a new run names its own
                     (self.folder / "skipped.txt").unlink(missing_ok=True)

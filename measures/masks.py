@@ -22,7 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.utils.data import Subset
 
-from engine.files import read_lines, write_atomically, write_json
+from engine.files import read_lines, remove_leftovers, write_atomically, write_json
 from engine.images import BadImage, Photograph, Photographs
 from grouping import GroupingNetwork
 from measures.figures import as_images, grid, prototype_colors, save
@@ -139,8 +139,7 @@ def write_masks(
     palette, files = np.uint8(colors * 255 + 0.5), mask_files(photos.paths.tolist(), folder)
     known = [read_segments(file, about["made_by"]) for file in files]
     todo = [i for i, segments in enumerate(known) if segments is None]
-    for file in folder.rglob(".*.[0-9]*.tmp"):  # of a run that died
-        file.unlink(missing_ok=True)
+    remove_leftovers(folder)
     todo_photos, see = Subset(photos, todo), partial(view, size=size)
     for place, (image, whole) in stream(todo_photos, see, 1, workers, "masks"):
         mask, known[todo[place]] = segments_of(network, image, whole[0].tolist())
