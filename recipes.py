@@ -112,7 +112,8 @@ class Config:
     long_tailed: bool = files(False, "the subset's classes follow a Pareto law (table 1)")
     held_out: int = files(
         0, "images kept out of training, for the result at the end", low=0, high=10**6)
-    check_data: bool = files(False, "only read every image once, report, and exit", free=True)
+    check_data: bool = files(
+        False, "only read every image once; ends with status 1 where a run would stop", free=True)
     resume: str = files(
         "auto", "auto: from OUTPUT_DIR/last.pth; none; a path; or force: although options changed",
         free=True)

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 from torchvision.transforms.v2 import InterpolationMode
-from tqdm import tqdm
 
 from backbone import build_backbone
 from downstream.settings import Shared
 from engine.batches import Loaded
 from engine.guards import Paused
 from engine.images import BadImage
+from engine.log import progress
 from engine.processes import Place
 from engine.ranks import gather_objects
 from measures.networks import open_backbone
@@ -100,9 +100,9 @@ def share(
     """
     mine = range(place.rank, len(data), place.world_size)
     items = Loaded(data, tuple, workers, stopped, batch_size=None, sampler=mine)
-    silent = None if place.is_main else True  # None: only on a terminal
+    items = progress(items, len(mine), "test") if place.is_main else items
     try:
-        for item, index in zip(tqdm(items, "test", len(mine), disable=silent, leave=False), mine):
+        for item, index in zip(items, mine):
             yield index, item
     except ValueError as error:
         raise ValueError(f"the images to test cannot be used: {error}") from None

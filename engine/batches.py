@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import random
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -19,10 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from engine.images import BadImage, ImageFiles
-from engine.log import say
+from engine.log import progress, say
 from engine.processes import Place, workers_of
 
 NEIGHBORS = 64  # unreadable files in a row before a run gives up [U]
@@ -209,7 +207,7 @@ def remark(images: ImageFiles, index: int) -> tuple[str, str]:
 def check_images(images: ImageFiles, workers: int = 0) -> int:
     """Read every file once and print what was found -> how many cannot be read."""
     found = Loaded(range(len(images)), partial(remark, images), workers, batch_size=None)
-    found = list(tqdm(found, total=len(images), unit="image", disable=not sys.stderr.isatty()))
+    found = list(progress(found, len(images), "check"))
     for index, (kind, reason) in enumerate(found):
         if kind:
             print(f"{kind:<9}{images.name(index)}: {reason}")

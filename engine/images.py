@@ -232,21 +232,25 @@ def _search(data_dir: Path, pattern: str, left: Left) -> list[str]:
 
 def open_images(
     data_dir: str | Path, layout: str = "folder", strict: bool = True, subset: int = 0,
-    long_tailed: bool = False, held_out: int = 0, seed: int = 0,
+    long_tailed: bool = False, held_out: int = 0, seed: int = 0, output_dir: str = "",
 ) -> tuple[Photographs, ImageFiles, str]:  # fmt: skip
     """Images to learn from, others that are kept out for the result at the end, and what was found
     and chosen; a second line is a warning.
 
     subset, held_out: numbers of images, 0: all, none; at most a tenth is kept out. seed: of both
-    choices. Raises ValueError, OSError.
+    choices. output_dir: refused where images lie. Raises ValueError, OSError.
     """
     root, paths, notice = find_images(data_dir, layout, strict)
     about = f"{len(paths)} images: {notice}"
-    held_out = min(held_out, len(paths) // 10)
+    places = {str(data_dir), *(os.path.join(root, p) for p in map(os.path.dirname, paths))}
+    if output_dir and os.path.realpath(output_dir) in map(os.path.realpath, places):
+        raise ValueError(f"--output-dir {output_dir} holds the images: give another folder")
+    asked, held_out = held_out, min(held_out, len(paths) // 10)
     order = np.random.default_rng([seed, 10]).permutation(len(paths))
     out, paths = np.sort(paths[order[:held_out]]), np.sort(paths[order[held_out:]])
-    if held_out:
+    if asked:
         about += f"; {held_out} are kept out for the result"
+        about += f", a tenth at most instead of {asked}" * (held_out < asked)
     if subset:
         paths, how = choose_subset(paths, subset, seed, long_tailed)
         about += f"; {subset} of them are chosen, {how}"

@@ -3,16 +3,36 @@
 import json
 import math
 import sys
+import time
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 from tqdm import tqdm
 
 from engine.files import write_atomically
 
+T = TypeVar("T")
+OFTEN = 15  # seconds between two lines of `progress` [U]
+
 
 def say(line: str) -> None:
     """A line on stderr, above the bar."""
     tqdm.write(line, file=sys.stderr)
+
+
+def progress(items: Iterable[T], total: int, title: str) -> Iterator[T]:
+    """The items, below a bar on stderr; where that is no terminal, with a line now and then."""
+    began = said = time.perf_counter()
+    with tqdm(total=total, desc=title, disable=None, leave=False) as bar:
+        for done, item in enumerate(items, 1):
+            yield item
+            bar.update()
+            now = time.perf_counter()
+            if bar.disable and now > said + OFTEN:
+                left, said = timedelta(seconds=round((now - began) / done * (total - done))), now
+                say(f"{title}: {done} of {total}, {left} left")
 
 
 def forget_after(file: Path, step: int) -> None:

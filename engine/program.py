@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,8 @@ BEGAN = time.perf_counter()  # the program, since it imports this file before to
 # Idle threads sleep: where they spin, two runs on one machine slow each other down many times.
 # The setting counts before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+LOADED = threading.Event()  # torch, which takes a minute where no cache has it
+PATIENCE = 5  # seconds until a line says that it is loaded [U]
 # What the transports between processes say when one of them ended
 LOST = re.compile(r"gloo|nccl|TCPStore|connection (closed|reset|refused)", re.IGNORECASE)
 # Larger ones are no steps of srun: the shell of salloc has 4294967290
@@ -38,15 +41,25 @@ def run_early(name: str, parse: Callable[[Sequence[str] | None], Any]) -> None:
         parse(None)
     except ValueError as error:
         sys.exit(fail(name, error, 2))
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        threading.Thread(target=note_loading, args=(name,), daemon=True).start()
+
+
+def note_loading(name: str) -> None:
+    """A line on stderr where it takes long until `run_program` is called."""
+    if not LOADED.wait(PATIENCE):
+        print(f"{name}: loads PyTorch, at first this can take a minute", file=sys.stderr)
 
 
 def run_program(
     name: str, main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None
 ) -> int:
     """Calls main(argv) and turns what it raises into one line on stderr; returns the status."""
+    LOADED.set()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # what a terminal cannot show is written as \\u043c
-            stream.reconfigure(errors="backslashreplace")
+            # Into a pipe or a file, too, each line is written at once
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     os.environ.update(task_of_slurm(os.environ))
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # in the background it is ignored
         signal.signal(signal.SIGINT, signal.default_int_handler)

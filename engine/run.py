@@ -286,7 +286,8 @@ class Run:
                 if not self.position:  # a new run names its own
                     (self.folder / "skipped.txt").unlink(missing_ok=True)
         except OSError as error:
-            raise ValueError(f"--output-dir {self.folder} cannot be used: {error}") from None
+            reason = "it is a file" if isinstance(error, FileExistsError) else error
+            raise ValueError(f"--output-dir {self.folder} cannot be used: {reason}") from None
         positions = gather_objects(self.position)
         if len(set(positions)) > 1:
             found = f"the processes found different states of {last} (batches done: {positions})"

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 import toy
 from engine.files import found_in, read_lines
 from engine.images import BadImage, ImageFiles, Photographs, bad_image, find_images
+from engine.log import progress
 from measures.layouts import COARSE_NAMES, FIRST_STUFF, IGNORE, LABELED, WRONG
 
 MANY = 150  # more classes than ADE20K has are believed only where classes.txt names them [U]
@@ -161,7 +161,7 @@ def read_ids(file: Path) -> np.ndarray:
 def curated(pairs: Sequence[tuple[str, Path]]) -> list[tuple[str, Path]]:
     """The images that PiCIE's rule keeps [P]: both sides at least 360 px, and 3/4 of it stuff."""
     kept, ids = [], LABELED["coco_stuff"].ids
-    for pair in tqdm(pairs, "curated list", unit="label", disable=None, leave=False):
+    for pair in progress(pairs, len(pairs), "labels, curated list"):
         coarse = read_label([pair[1]], ids, len(COARSE_NAMES), 0)
         stuff = (coarse >= FIRST_STUFF) & (coarse != IGNORE)
         if min(coarse.shape) >= 360 and stuff.double().mean() >= 0.75:
@@ -199,7 +199,7 @@ def class_names(file: Path) -> list[str]:
 def count_classes(files: Sequence[Path], named: bool) -> int:
     """The largest id + 1. Raises ValueError where the labels can measure nothing."""
     first: dict[int, Path] = {}  # id -> the first file that has it
-    for file in tqdm(files, "classes", unit="label", disable=None, leave=False):
+    for file in progress(files, len(files), "labels, classes"):
         for number in np.unique(read_ids(file)).tolist():
             first.setdefault(number, file)
     ids = sorted(first.keys() - {IGNORE})

@@ -1,7 +1,8 @@
 """Figures of what was learned: segments of prototypes, groups, soft assignments, features."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,11 +83,11 @@ Cell = np.ndarray | tuple[str, np.ndarray] | None  # image (y x 3) in 0..1, belo
 
 def grid(
     title: str, rows: Sequence[Sequence[Cell]], names: Sequence[str] = (), side: float = 1.5,
-    legend: Sequence[str] = (),
+    legend: Mapping[str, Any] = {},
 ) -> tuple[Figure, np.ndarray]:  # fmt: skip
     """A figure of images and its axes (row column).
 
-    names: of the rows; side: of a cell, inches; legend: of the colors of classes 0..t-1.
+    names: of the rows; side: of a cell, inches; legend: colors by their meaning.
     """
     columns = max(4, *map(len, rows))  # a title needs the width of four
     width = side * columns + 0.1 * max(map(len, names), default=0)
@@ -105,7 +106,7 @@ def grid(
     for row, name in zip(axes, names):
         row[0].set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
     if legend:
-        handles = [Patch(facecolor=color) for color in prototype_colors(len(legend))]
+        handles = [Patch(facecolor=color) for color in legend.values()]
         figure.legend(handles, legend, loc="outside lower center", ncols=4, frameon=False)
     return figure, axes
 
@@ -199,5 +200,6 @@ def draw_parts(
             drawn = tint(image, colors[slot], enlarged[slot])
             cells.append((f"slot {slot}: {float(mass[slot]):.0%}", drawn))
         rows.append([*cells, ("features", feature)])
-    title = "A color is one prototype. Slot: how much a place belongs to it. Features: PCA."
+    where = ", in this figure only" * (k > len(FIRST_COLORS))  # another has other most used ones
+    title = f"A color is one prototype{where}. Slot: how much a place belongs to it. Features: PCA."
     save(grid(title, rows, side=1.7)[0], file, 130)

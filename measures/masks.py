@@ -32,7 +32,8 @@ from photometric import normalize
 
 LONGEST = 1024  # side px at which a mask is decided; larger ones repeat its pixels [U]
 NARROWEST = 32  # px; in smaller views a backbone's padding is wider than its map
-NEAREST, SHOWN = 5, 12  # segments of a prototype; photographs on the contact sheet
+NEAREST = 5  # segments of a prototype
+SHOWN, IN_LEGEND = 12, 24  # photographs and, most used first, prototypes on the contact sheet
 
 Segments = dict[str, tuple[float, float]]  # prototype -> share of pixels, similarity of its cells
 
@@ -149,7 +150,10 @@ def write_masks(
         raise ValueError("none of the photographs can be read")
     prototypes = [about_prototype(k, found, color, names) for k, color in enumerate(colors)]
     write_json(folder / "prototypes.json", prototypes)
-    draw_sheet(folder, photos, {i: files[i] for i, each in enumerate(known) if each}, palette)
+    used = sorted((p for p in prototypes if p["images"]), key=lambda p: -p["share"])
+    legend = {f"{p['prototype']} {p['name']}": p["color"] for p in used[:IN_LEGEND]}
+    masks = {i: files[i] for i, each in enumerate(known) if each}
+    draw_sheet(folder, photos, masks, palette, legend)
     shares = {photo: {k: share for k, (share, _) in each.items()} for photo, each in found.items()}
     return dict(prototypes=prototypes, photos=shares)
 
@@ -171,8 +175,9 @@ def about_prototype(
 
 
 def draw_sheet(
-    folder: Path, photos: Photographs, masks: Mapping[int, Path], palette: np.ndarray
-) -> None:
+    folder: Path, photos: Photographs, masks: Mapping[int, Path], palette: np.ndarray,
+    legend: Mapping[str, str],
+) -> None:  # fmt: skip
     """Up to SHOWN photographs, evenly spaced, each beside its mask, two to a row."""
     cells = []
     for i in (list(masks)[place] for place in spaced(len(masks), SHOWN)):
@@ -183,4 +188,4 @@ def draw_sheet(
     if cells:
         rows = [cells[i : i + 4] for i in range(0, len(cells), 4)]
         title = "Photographs and their masks: a color means a prototype"
-        save(grid(title, rows, side=1.9)[0], folder / "contact_sheet.jpg", 110)
+        save(grid(title, rows, side=1.9, legend=legend)[0], folder / "contact_sheet.jpg", 110)

@@ -33,6 +33,7 @@ def toy_result(run: Run, c: Any) -> dict:
     rows["truth"] = figures.prototype_colors(len(owner))[truth]
     pairs = zip(report["iou"].items(), owner)
     legend = [f"{name}: prototype {k}, IoU {iou or 0:.2f}" for (name, iou), k in pairs]
+    legend = dict(zip(legend, figures.prototype_colors(len(owner))))
     figure, _ = figures.grid(TITLE, list(rows.values()), list(rows), legend=legend)
     figures.save(figure, run.folder / "groups.png", 130)
     text = f"{c.held_out} scenes never trained on\n\n{format_table(report)}"

@@ -1,7 +1,6 @@
 """Images in order, one batch after another: opened, cut to squares, read by worker processes."""
 
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,12 +11,12 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import center_crop, resize
-from tqdm import tqdm
 
 import toy
 from data import center_square, middle
 from engine.batches import Loaded
 from engine.images import BadImage, ImageFiles, Photographs, find_images
+from engine.log import progress, say
 from measures.datasets import UNSEEN, Labeled
 
 Batches = Iterable[tuple[Tensor, tuple[Tensor, Tensor]]]  # labeled: indices, (images, label)
@@ -30,18 +29,18 @@ def read(images: Sequence, view: Callable, indices: Sequence[int]) -> list[tuple
         try:
             items.append((i, view(images[i])))
         except BadImage as bad:
-            tqdm.write(f"left out {bad}", file=sys.stderr)
+            say(f"left out {bad}")
     return items
 
 
 def stream(
-    images: Sequence, view: Callable, batch_size: int, workers: int = 0, title: str = ""
+    images: Sequence, view: Callable, batch_size: int, workers: int = 0, title: str = "batches"
 ) -> Iterator[tuple[Tensor, Any]]:
     """Batches of indices (b) and views; an unreadable image is left out. Raises ValueError."""
     places, collate = range(len(images)), partial(read, images, view)
     batches, count = Loaded(places, collate, workers, batch_size=batch_size), len(images)
-    bar = tqdm(batches, title, -(-count // batch_size), unit="batch", disable=None, leave=False)
-    yield from (default_collate(items) for items in bar if items)
+    seen = progress(batches, -(-count // batch_size), title)
+    yield from (default_collate(items) for items in seen if items)
 
 
 def labeled_batches(labeled: Labeled, size: int, *given: Any, **named: Any) -> Batches:

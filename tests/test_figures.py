@@ -55,6 +55,15 @@ def test_the_most_used_prototypes_have_the_best_separated_colors():
     assert (prototype_colors(24, use[:24]) == prototype_colors(24)).all()
 
 
+@pytest.mark.parametrize("k, words", [(24, "prototype. "), (25, "prototype, in this figure only.")])
+def test_a_figure_says_where_its_colors_are_not_those_of_others(k, words, monkeypatch):
+    network, found = BySide(), []
+    network.prototypes = torch.nn.Embedding(k, 3)
+    monkeypatch.setattr(figures, "save", lambda figure, *_: found.append(figure))
+    figures.draw_parts("x.png", network, torch.zeros(1, 3, 36, 36, dtype=torch.uint8), 0.1)
+    assert words in found[0].get_suptitle()
+
+
 def test_no_soft_panel_is_near_gray():
     gray = np.linspace(0, 1, 30)[None, :, None].repeat(3, axis=2)
     for color in prototype_colors(24):
@@ -102,7 +111,8 @@ def test_a_group_has_the_color_of_what_it_is_matched_with_and_others_the_next_by
     for group, place in {3: 0, 4: 2, 0: 3, 2: 4}.items():
         assert (found[groups == group] == colors[place]).all()
     file, rows = tmp_path / "g.png", [colors[truth], found]
-    figure, _ = figures.grid("title", rows, ["truth", "groups"], legend=["a", "b", "c"])
+    legend = dict(zip("abc", colors))
+    figure, _ = figures.grid("title", rows, ["truth", "groups"], legend=legend)
     figures.save(figure, file, 130)
     shares = [share_of(pixels(file), colors[place]) for place in (0, 1, 5)]
     assert shares[1] > shares[0] > 0.05 and shares[2] == 0

@@ -1,6 +1,7 @@
 """engine/images.py: images are found in any folder, some are held out, a subset is chosen."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -165,11 +166,25 @@ def test_a_run_learns_from_a_subset_of_what_is_not_held_out_a_tenth_at_most(tmp_
     assert len(chosen) == 20 and len(out) == 3 and not set(chosen.paths) & set(out.paths)
     assert out[0].shape == chosen[0].shape == chosen[0].pixels().image.shape == (3, 6, 9)
     assert about.startswith("30 images: ") and "taken as a plain folder" in about
-    assert "; 3 are kept out for the result; 20 of them are chosen, uniform over" in about
+    words = "; 3 are kept out for the result, a tenth at most instead of 64; 20 of them are chosen"
+    assert f"{words}, uniform over" in about
     one, other = (open_images(tmp_path, held_out=3, seed=seed) for seed in (1, 2))
     assert one[1].paths.tolist() == out.paths.tolist() != other[1].paths.tolist()
     assert sorted([*one[0].paths, *out.paths]) == found(tmp_path)
     assert open_images(tmp_path)[2] == f"30 images: {tmp_path}, layout folder"
+
+
+@pytest.mark.parametrize("data_dir, output, refused", [
+    (".", ".", True), (".", "linked", True), ("a/list.txt", "a/b", True),
+    (".", "a", False), ("a/list.txt", "a", False), (".", "run", False),
+])  # fmt: skip
+def test_no_results_are_written_among_the_images(data_dir, output, refused, tmp_path):
+    tree(tmp_path, "a/b/c.jpg")
+    (tmp_path / "linked").symlink_to("a/b")
+    (tmp_path / "a" / "list.txt").write_text("b/c.jpg")
+    line = f"--output-dir {tmp_path / output} holds the images: give another folder"
+    with pytest.raises(ValueError, match=line) if refused else nullcontext():
+        open_images(tmp_path / data_dir, output_dir=str(tmp_path / output))
 
 
 def layout_of(folders, ends, count=9):

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_hex
 from PIL import ExifTags, Image
 
 import evaluate
@@ -81,8 +82,11 @@ def test_ids_are_those_of_the_segmentation_that_is_measured(checkpoint, photos, 
     assert np.array_equal(mask, segment(open_network(checkpoint)[0], pixels[None])[0][0].numpy())
 
 
-def test_prototypes_json_says_color_share_images_and_segments(checkpoint, photos, tmp_path):
-    out = tmp_path / "m"
+def test_prototypes_are_described_in_a_file_and_beside_the_sheet(
+    checkpoint, photos, tmp_path, monkeypatch
+):
+    out, sheets = tmp_path / "m", []
+    monkeypatch.setattr(masks, "save", lambda figure, *_: sheets.append(figure))
     (tmp_path / "names.txt").write_text("0 sky\n\n3 the ground\n")
     given = "--output", out, "--size", 64, "--names", tmp_path / "names.txt"
     run(checkpoint, photos, *given)
@@ -97,6 +101,11 @@ def test_prototypes_json_says_color_share_images_and_segments(checkpoint, photos
         assert json.loads(mask.text["slotcon"])["names"] == {"0": "sky", "3": "the ground"}
         palette = bytes(mask.getpalette()).hex()
     assert [p["color"] for p in found] == [f"#{palette[6 * k : 6 * k + 6]}" for k in range(K)]
+    (legend,) = sheets[0].legends
+    shown = zip(legend.get_texts(), legend.get_patches())
+    shown = [(text.get_text(), to_hex(patch.get_facecolor())) for text, patch in shown]
+    used = sorted((p for p in found if p["images"]), key=lambda p: -p["share"])
+    assert shown == [(f"{p['prototype']} {p['name']}", p["color"]) for p in used]
 
 
 def test_stopped_and_started_again_it_ends_the_same(checkpoint, photos, tmp_path, monkeypatch):

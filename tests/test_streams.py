@@ -11,21 +11,23 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
-from engine import batches
+from engine import batches, log
 from engine.images import ImageFiles
 from measures import streams
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_images_come_in_order_and_a_bad_one_is_named_and_left_out(tmp_path, capfd, workers):
+def test_images_come_in_order_and_a_bad_one_is_left_out(tmp_path, capfd, workers, monkeypatch):
+    monkeypatch.setattr(log, "OFTEN", 0)
     for i in range(4):
         Image.fromarray(np.full((8, 8, 3), i, dtype=np.uint8)).save(tmp_path / f"{i}.png")
     (tmp_path / "1.png").write_bytes(b"torn")
     images = streams.open_images("folder", tmp_path)
-    found = list(streams.stream(images, streams.center_view(8), 2, workers))
+    found = list(streams.stream(images, streams.center_view(8), 2, workers, "look"))
     assert [indices.tolist() for indices, _ in found] == [[0], [2, 3]]
     assert torch.cat([views for _, views in found])[:, 0, 0, 0].tolist() == [0, 2, 3]
-    assert "left out 1.png" in capfd.readouterr().err
+    text = capfd.readouterr().err
+    assert "left out 1.png" in text and "look: 1 of 2, 0:00:0" in text
 
 
 def refuse(image):

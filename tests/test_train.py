@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from functools import partial
 
 import pytest
@@ -20,7 +21,7 @@ import staged
 import toy
 import train
 from data import TwoCrops
-from engine import options
+from engine import options, program
 from engine.batches import Samples, order_of
 from engine.optimizers import LARS, Schedule
 from engine.processes import Place
@@ -130,6 +131,8 @@ REFUSED = [  # arguments behind those of a small run, what the line must say
     ("--preset toy --dataset toy --data-dir= --subset 3", "is at least --batch-size 4"),
     ("--data-dir empty", "no images in "),
     ("--init nothing.pth", "there is no checkpoint nothing.pth"),
+    ("--data-dir photos --output-dir photos", "--output-dir photos holds the images"),
+    ("--output-dir photos/000.png", "photos/000.png cannot be used: it is a file"),
 ]
 
 
@@ -137,6 +140,7 @@ REFUSED = [  # arguments behind those of a small run, what the line must say
 def test_what_cannot_be_is_one_line_and_writes_nothing(arguments, line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    staged.draw_photographs(tmp_path / "photos")
     before = sorted(tmp_path.rglob("*"))
     text = train_here("out", *arguments.split(), status=2)
     assert text.startswith("train.py: ") and line in text and text.count("\n") == 1, text
@@ -376,6 +380,8 @@ def test_a_few_bad_images_are_replaced_and_named_and_more_than_one_percent_stop_
     (photographs / "004.png").write_bytes(b"no image")
     train_here(tmp_path / "no", "--check-data", photographs=photographs, status=1)
     assert not (tmp_path / "no").exists()
+    field = recipes.Config.__dataclass_fields__["check_data"]
+    assert "status 1 where a run would stop" in field.metadata["help"]
     text = train_here(folder, *given, "--resume", "none", photographs=photographs, status=1)
     line = f"2 of 120 images could not be read, more than 1%; they are named in {folder}/skipped"
     assert line in text.splitlines()[-1] and "Traceback" not in text
@@ -428,6 +434,22 @@ def test_with_a_teacher_nearly_as_soft_as_the_student_the_assignment_stays_unifo
     assert min(shares[-4:]) > 0.98 and max(shares[-4:]) < 1.01, shares
 
 
+@pytest.mark.parametrize("loaded, rank, lines", [(0, 0, 1), (0, 1, 0), (1, 0, 0)])
+def test_a_line_of_one_process_says_that_torch_is_loaded_slowly(
+    loaded, rank, lines, monkeypatch, capfd
+):
+    event = threading.Event()
+    monkeypatch.setattr(program, "LOADED", event)
+    monkeypatch.setattr(program, "PATIENCE", 0)
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(threading.Thread, "start", threading.Thread.run)
+    if loaded:
+        run_program("x.py", lambda argv: 0, [])
+    program.run_early("x.py", lambda argv: None)
+    assert capfd.readouterr().err.count("x.py: loads PyTorch") == lines
+
+
 STEP = dict(JOB_ID=1234567, STEP_ID=2, NTASKS=8, PROCID=5, LOCALID=1, JOB_NODELIST="gpu[07-08],x")
 SRUN = {f"SLURM_{name}": str(value) for name, value in STEP.items()}
 TASK = dict(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", MASTER_ADDR="gpu07", MASTER_PORT="24569")
@@ -469,6 +491,7 @@ def test_what_goes_wrong_is_one_line_and_a_status(error, status, line, capfd):
         assert run_program("x.py", main, []) == status
         out, err = capfd.readouterr()
         assert out == "" and err.startswith("x.py: ") and line in err and err.count("\n") == 1
+        assert sys.stdout.line_buffering  # a pipe has each line at once, too
     else:
         with pytest.raises(status):
             run_program("x.py", main, [])
