@@ -8,6 +8,8 @@ Read next: data.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -82,6 +84,7 @@ class SlotCon(nn.Module):
         self.temp_student, self.temp_teacher, self.temp_slot = temp_student, temp_teacher, temp_slot
         self.image_loss = image_loss
         self.freeze_backbone = freeze_backbone
+        self.side_by_side = False  # student and teacher each in a thread: for two cores of a CPU
         self.student = GroupingNetwork(arch, num_prototypes, dim_hidden, dim_out, pretrained)
         self.predictor = SlotPredictor(dim_out, dim_out, dim_hidden) if group_weight < 1 else None
         self.register_buffer("center", torch.zeros(num_prototypes))
@@ -99,10 +102,7 @@ class SlotCon(nn.Module):
         """views (b v 3 y x) normalized; boxes (b v 4) and flipped (b v) bool, of `data.Batch` ->
         this rank's loss, as losses.py scales it, and a report.
         """
-        s1, s2 = self.describe(self.student, views, boxes, flipped)
-        with torch.no_grad():
-            known = [s1.features, s2.features] if self.freeze_backbone else [None, None]
-            t1, t2 = self.describe(self.teacher, views, boxes, flipped, known)
+        (s1, s2), (t1, t2) = self.describe_both(views, boxes, flipped)
         valid = overlapping(boxes)
 
         # Pixels that lie in the same location should have similar assignments.
@@ -131,6 +131,18 @@ class SlotCon(nn.Module):
             teacher=(t1, t2),
             valid=valid,
         )
+
+    def describe_both(self, views: Tensor, boxes: Tensor, flipped: Tensor) -> list[list[View]]:
+        """The student's records, and the teacher's without gradient; arguments as in `forward`."""
+        describe_teacher = torch.no_grad()(partial(self.describe, self.teacher))
+        given = views, boxes, flipped
+        if self.side_by_side:  # neither needs the other: the same numbers, sooner
+            with ThreadPoolExecutor(1) as thread:
+                teacher = thread.submit(describe_teacher, *given)
+                return [self.describe(self.student, *given), teacher.result()]
+        student = self.describe(self.student, *given)
+        known = [view.features for view in student] if self.freeze_backbone else [None, None]
+        return [student, describe_teacher(*given, known)]
 
     def describe(
         self, network: GroupingNetwork, views: Tensor, boxes: Tensor, flipped: Tensor,

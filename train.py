@@ -94,6 +94,7 @@ def start(c: Config, given: set[str]) -> int:
     schedule = schedule_for(num_images=len(images), **chosen_for(schedule_for, c))
     torch.manual_seed(c.seed)  # the same weights on every rank
     model = processes.synchronized(SlotCon(**chosen_for(SlotCon, c)).train(), place, c.sync_norm)
+    model.side_by_side = processes.has_spare_core(place) and not (c.compile or c.freeze_backbone)
     started = checkpoints.start_from(model, c.init) if c.init else "random weights"
     for network in (model.student, model.teacher) if c.compile else ():
         network.backbone.compile()

@@ -115,9 +115,21 @@ def workers_of(workers: int) -> int:
     """How many processes read images for this one; -1: its share of the cores, at most 8."""
     if workers >= 0:
         return workers
+    return max(1, min(8, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def cores() -> int:
+    """How many cores this process may use."""
     known = hasattr(os, "sched_getaffinity")  # on Linux
-    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
-    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+
+
+def has_spare_core(place: Place) -> bool:
+    """Whether a thread beside this one is quicker: one CPU process, one thread of PyTorch, float32
+    (a thread has its own precision), and more cores.
+    """
+    alone = place.world_size == 1 and place.device.type == "cpu" and place.dtype is None
+    return alone and torch.get_num_threads() == 1 < cores()
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -193,6 +193,19 @@ def test_no_gradient_reaches_the_teacher_and_all_of_the_student_gets_one(setting
             assert p.grad.abs().sum() > 0, name
 
 
+@each_ablation
+def test_side_by_side_student_and_teacher_are_the_same_to_the_bit(settings):
+    one, two = build(**settings), build(**settings)
+    two.side_by_side = True
+    outputs = [model(*two_views()) for model in (one, two)]
+    for loss, _ in outputs:
+        loss.backward()
+    assert torch.equal(outputs[0][0], outputs[1][0])
+    for a, b in zip(one.parameters(), two.parameters()):
+        assert a.grad is b.grad is None or torch.equal(a.grad, b.grad)
+    assert all(torch.equal(a, b) for a, b in zip(one.buffers(), two.buffers()))
+
+
 def test_the_teachers_follow_the_students_parameters_and_no_buffers():
     model = build(image_loss=True)
     model(*two_views())  # statistics differ now
