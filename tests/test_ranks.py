@@ -385,6 +385,18 @@ def test_devices_that_are_not_there_are_one_line(alone):
         processes.start("auto")
 
 
+def test_a_core_is_spare_for_one_float32_process_of_one_thread_on_a_cpu_with_more(alone):
+    alone.setattr(processes, "cores", lambda: 2)
+    assert processes.has_spare_core(Place(CPU))
+    others = Place(torch.device("cuda")), Place(CPU, 0, 2), Place(CPU, dtype=torch.bfloat16)
+    assert not any(processes.has_spare_core(place) for place in others)
+    alone.setattr(torch, "get_num_threads", lambda: 2)
+    assert not processes.has_spare_core(Place(CPU))
+    alone.undo()
+    alone.setattr(processes, "cores", lambda: 1)
+    assert not processes.has_spare_core(Place(CPU))
+
+
 def test_a_process_of_several_on_gpus_binds_its_group_to_its_gpu(alone):
     """Without a GPU: what would be asked of torch; and memory is said as it is reserved."""
     asked, set_to = {}, []
