@@ -144,6 +144,7 @@ def measure_masks(args: argparse.Namespace) -> dict:
     masks.require_elsewhere(args.output, args.photos)
     photos = streams.open_photographs(args.photos)
     names = masks.read_names(args.names, config["num_prototypes"])
+    options.check_writable(args.output / "prototypes.json", "--output")
     print(f"masks of {len(photos)} photographs, by {args.checkpoint}, in {args.output}")
     found = masks.write_masks(network, photos, args.output, args.size, names, args.workers)
     used = sorted(found["prototypes"], key=lambda prototype: -prototype["share"])[:8]

@@ -58,7 +58,8 @@ class Detector(nn.Module):
     def __init__(self, backbone: nn.Module, classes: int, c: Detection):
         super().__init__()
         if not hasattr(backbone, "layer4"):
-            raise ValueError("a feature pyramid needs a ResNet's four stages: set --arch resnet50")
+            found = f"a feature pyramid needs a ResNet's four stages, and {c.arch} is no ResNet"
+            raise ValueError(f"{found}: give one, or pretrain one with --arch resnet18")
         norm, layers = nn.BatchNorm2d, {f"layer{i + 1}": str(i) for i in range(4)}
         widths = [backbone.out_channels // 2 ** (3 - i) for i in range(4)]
         sizes = [(c.smallest_anchor * 2**level,) for level in range(5)]  # P2 .. P6

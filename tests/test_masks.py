@@ -141,6 +141,8 @@ def test_another_network_size_or_names_make_other_masks(checkpoint, photos, tmp_
     names.write_text("5 sky\n")
     run(checkpoint, photos, *out, "--names", names, status=2)
     assert "'5 sky': expected a prototype from 0 to 4" in capsys.readouterr().err
+    run(checkpoint, file, "--output", names, status=2)
+    assert f"cannot write {names}/prototypes.json: give another" in capsys.readouterr().err
     run(checkpoint, tmp_path / "no.jpg", *out, status=2)
     assert "no such folder" in capsys.readouterr().err
 

@@ -179,8 +179,8 @@ def test_norms_stand_where_they_should_become_synchronized_and_are_not_decayed(d
 
 
 def test_every_weight_of_a_detector_learns_from_one_object():
-    with pytest.raises(ValueError, match="a ResNet's four stages"):
-        Detector(build_backbone("tiny"), 3, COCO)
+    with pytest.raises(ValueError, match="a ResNet's four stages, and tiny is no ResNet"):
+        Detector(build_backbone("tiny"), 3, replace(COCO, arch="tiny"))
     c = replace(COCO, smallest_anchor=8, regions=8)
     detector = with_open_norms(Detector(build_backbone("resnet18"), 3, c))
     masks = torch.zeros(1, 64, 64, dtype=torch.uint8)
