@@ -242,8 +242,11 @@ def open_images(
     """
     root, paths, notice = find_images(data_dir, layout, strict)
     about = f"{len(paths)} images: {notice}"
-    places = {str(data_dir), *(os.path.join(root, p) for p in map(os.path.dirname, paths))}
-    if output_dir and os.path.realpath(output_dir) in map(os.path.realpath, places):
+    folders = {*map(os.path.dirname, paths)}
+    if os.path.isdir(data_dir):  # the next search leaves out all below the folder of a run
+        folders |= {str(above) for folder in folders for above in Path(folder, "x").parents}
+    places = (os.path.realpath(os.path.join(root, folder)) for folder in folders)
+    if output_dir and os.path.realpath(output_dir) in places:
         raise ValueError(f"--output-dir {output_dir} holds the images: give another folder")
     asked, held_out = held_out, min(held_out, len(paths) // 10)
     order = np.random.default_rng([seed, 10]).permutation(len(paths))

@@ -204,9 +204,8 @@ def count_classes(files: Sequence[Path], named: bool) -> int:
             first.setdefault(number, file)
     ids = sorted(first.keys() - {IGNORE})
     if len(ids) < 2:
-        found = (
-            f"the labels hold only {' and '.join(map(str, sorted(first)))}; {IGNORE} is no class"
-        )
+        held = " and ".join(map(str, sorted(first)))
+        found = f"the labels hold only {held}; {IGNORE} is no class"
         raise ValueError(f"{found}, and of one class every score is 100 %: write masks as 0 and 1")
     if len(ids) > MANY and not named:
         found = f"{len(ids)} ids occur in the labels, {ids[-1]} first in {first[ids[-1]]}"

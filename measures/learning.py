@@ -144,11 +144,6 @@ class ViewCorrelation:
         return correlation_of(one, other) if min(one[0, 0, 0], other[0, 0, 0]) > 2 else math.nan
 
 
-def can_start(rho: float, temp_student: float, temp_teacher: float) -> bool:
-    """Whether training leaves the uniform assignment while the features stay what they are."""
-    return rho > temp_teacher / temp_student
-
-
 def law_line(rho: float, temp_student: float, temp_teacher: float) -> str:
     """What the law predicts, in one line."""
     if math.isnan(rho):

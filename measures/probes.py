@@ -116,8 +116,6 @@ def probe(
 def format_probes(result: Mapping[str, dict]) -> str:
     """The rows trained and random_backbone of a result as a table."""
     columns = [(kind, key) for kind in ("linear", "neighbors") for key in ("miou", "accuracy")]
-    names = dict(trained="trained", random_backbone="random backbone")
-    cells = {
-        names[row]: [f"{result[row][kind][key]:.3f}" for kind, key in columns] for row in names
-    }
+    rows = {"trained": result["trained"], "random backbone": result["random_backbone"]}
+    cells = {name: [f"{row[kind][key]:.3f}" for kind, key in columns] for name, row in rows.items()}
     return table(cells, [f"{kind} {key}".replace("miou", "mIoU") for kind, key in columns])

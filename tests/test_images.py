@@ -176,7 +176,7 @@ def test_a_run_learns_from_a_subset_of_what_is_not_held_out_a_tenth_at_most(tmp_
 
 @pytest.mark.parametrize("data_dir, output, refused", [
     (".", ".", True), (".", "linked", True), ("a/list.txt", "a/b", True),
-    (".", "a", False), ("a/list.txt", "a", False), (".", "run", False),
+    (".", "a", True), ("a/list.txt", "a", False), (".", "a/run", False),
 ])  # fmt: skip
 def test_no_results_are_written_among_the_images(data_dir, output, refused, tmp_path):
     tree(tmp_path, "a/b/c.jpg")
