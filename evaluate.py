@@ -35,26 +35,16 @@ def commands() -> options.Commands:
         parser = known.add(name, text)
         options.add_checkpoint(parser)
         options.add_images(parser, "folder of the data set; not needed for toy scenes")
-        several = dict(nargs="+") if name == "segmentation" else {}
+        add, several = parser.add_argument, dict(nargs="+") if name == "segmentation" else {}
         text = f"side of the images, px (default: {size}; toy scenes as drawn)"
-        parser.add_argument("--size", type=options.side, metavar="N", help=text, **several)
+        add("--size", type=options.side, metavar="N", help=text, **several)
         if name != "slots":
-            add_labeled(parser)
-    add_masks(known.add("masks", "the groups of photographs as files"))
-    return known
-
-
-def add_labeled(parser: options.Parser) -> None:
-    """The options of labeled images."""
-    add = parser.add_argument
-    add("--dataset", choices=tuple(LABELED), help="default: folder, or toy scenes")
-    add("--split", help="part to measure on (default: val; all of a folder without parts)")
-    text = "folder: ids are below this (default: classes.txt, otherwise the ids are counted)"
-    add("--num-classes", type=options.positive, default=0, metavar="N", help=text)
-
-
-def add_masks(parser: options.Parser) -> None:
-    """The options of masks."""
+            add("--dataset", choices=tuple(LABELED), help="default: folder, or toy scenes")
+            text = "part to measure on (default: val; all of a folder without parts)"
+            add("--split", help=text)
+            text = "folder: ids are below this (default: classes.txt, else the ids are counted)"
+            add("--num-classes", type=options.positive, default=0, metavar="N", help=text)
+    parser = known.add("masks", "the groups of photographs as files")
     options.add_checkpoint(parser)
     add = parser.add_argument
     add("photos", nargs="+", type=options.path, help="folders or files")
@@ -64,6 +54,7 @@ def add_masks(parser: options.Parser) -> None:
     text = "text file of lines such as '3 sky'; with other names all masks are made again"
     add("--names", type=options.path, metavar="FILE", help=text)
     add("--workers", type=options.whole, default=0, metavar="N", help="processes that decode (0)")
+    return known
 
 
 if __name__ == "__main__":  # a misspelled option is answered before torch is loaded

@@ -62,7 +62,8 @@ def show_prototypes(args: Namespace) -> dict:
     found = retrieval.retrieve(network, images, view, args.top, args.batch_size, args.workers)
     chosen = retrieval.choose_prototypes(found.active, args.show, args.count)
     figures.draw_prototypes(file, network, images, view, found, chosen)
-    return dict(file=printed(file), prototypes=chosen, images=len(images))
+    print(f"figure: {file}")
+    return dict(file=str(file), prototypes=chosen, images=len(images))
 
 
 def show_groups(args: Namespace) -> dict:
@@ -70,7 +71,8 @@ def show_groups(args: Namespace) -> dict:
     images, file, view, network, config = opened(args, args.count)
     views = streams.read_views(images, view)
     figures.draw_parts(file, network, views, config.get("temp_teacher", 0.07), args.slots)
-    return dict(file=printed(file), images=len(views))
+    print(f"figure: {file}")
+    return dict(file=str(file), images=len(views))
 
 
 def opened(args: Namespace, count: int) -> tuple[Sequence[Tensor], Path, Callable, Module, dict]:
@@ -105,13 +107,8 @@ def show_training(args: Namespace) -> dict:
     name = f"training_with{others}" if others else "training"
     file = options.output_file(args.output, args.runs[0] / f"{name}.png")
     figures.save(curves.draw_runs(runs), file, 110)
-    return dict(file=printed(file), last_steps=[run.records[-1]["step"] for run in runs])
-
-
-def printed(file: Path) -> str:
-    """Where the figure is."""
     print(f"figure: {file}")
-    return str(file)
+    return dict(file=str(file), last_steps=[run.records[-1]["step"] for run in runs])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -52,8 +52,7 @@ def photos_result(run: Run, c: Any, images: ImageFiles) -> dict:
     found = retrieval.retrieve(teacher, views, view)
     report = retrieval.slot_report(found)
     chosen = retrieval.choose_prototypes(found.active, ["used"], 12)
-    file = run.folder / "prototypes.png"
-    figures.draw_prototypes(file, teacher, views, view, found, chosen)
+    figures.draw_prototypes(run.folder / "prototypes.png", teacher, views, view, found, chosen)
     file = run.folder / "groups.png"
     figures.draw_parts(file, teacher, views[:SHOWN], c.temp_teacher, use=found.cells)
     text = f"{len(views)} photographs kept out of training\n{retrieval.format_slots(report)}"
