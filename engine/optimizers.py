@@ -31,21 +31,18 @@ class LARS(torch.optim.SGD):
         """Adapt the gradients of weights, then move everything by SGD with momentum."""
         for group in self.param_groups:
             weights = [p for p in group["params"] if p.ndim != 1 and p.grad is not None]
-            if weights:
-                adapt(weights, self.weight_decay, self.coefficient)
+            if not weights:
+                continue
+            gradients = [p.grad for p in weights]
+            # First, since its norm counts too [O]
+            torch._foreach_add_(gradients, weights, alpha=self.weight_decay)
+            weight_norms = torch.stack(torch._foreach_norm(weights))
+            gradient_norms = torch.stack(torch._foreach_norm(gradients))
+            usable = (weight_norms > 0) & (gradient_norms > 0)
+            ratios = torch.where(usable, self.coefficient * weight_norms / gradient_norms, 1.0)
+            # One launch per weight, since to read the factors would make the host wait
+            torch._foreach_mul_(gradients, list(ratios.unbind()))
         super().step()
-
-
-def adapt(weights: list[Tensor], weight_decay: float, coefficient: float) -> None:
-    """Turn the weights' gradients, in place, into updates of norm coefficient |weight|."""
-    gradients = [p.grad for p in weights]
-    torch._foreach_add_(gradients, weights, alpha=weight_decay)  # first: its norm counts too [O]
-    weight_norms = torch.stack(torch._foreach_norm(weights))
-    gradient_norms = torch.stack(torch._foreach_norm(gradients))
-    usable = (weight_norms > 0) & (gradient_norms > 0)
-    ratios = torch.where(usable, coefficient * weight_norms / gradient_norms, 1.0)
-    # One launch per weight, since to read the factors would make the host wait
-    torch._foreach_mul_(gradients, list(ratios.unbind()))
 
 
 def make_optimizer(
