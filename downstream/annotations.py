@@ -8,6 +8,8 @@ from typing import Any
 
 from pycocotools import mask as encoding
 
+from engine.log import progress
+
 Known = dict[str, dict[int, dict]]  # kind -> id -> entry, of what was checked
 OVERHANG = 2  # px that a box may leave its image [U]
 OVERLAP = 0.2  # IoU of a box with the one around its mask, at least: corners and shares have less
@@ -25,7 +27,7 @@ def read_annotations(file: Path) -> dict[str, Any]:
     known: Known = {}
     for kind, rules in RULES.items():
         known[kind] = known["own"] = {}
-        for entry in entries[kind]:
+        for entry in progress(entries[kind], len(entries[kind]), f"{file.name}, {kind}"):
             for key, (expected, holds) in rules.items():
                 value = entry.get(key)
                 with contextlib.suppress(Exception):  # a value may be of any type

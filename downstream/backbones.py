@@ -100,9 +100,8 @@ def share(
     """
     mine = range(place.rank, len(data), place.world_size)
     items = Loaded(data, tuple, workers, stopped, batch_size=None, sampler=mine)
-    items = progress(items, len(mine), "test") if place.is_main else items
     try:
-        for item, index in zip(items, mine):
+        for item, index in zip(progress(items, len(mine), "test"), mine):
             yield index, item
     except ValueError as error:
         raise ValueError(f"the images to test cannot be used: {error}") from None

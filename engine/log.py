@@ -12,6 +12,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from engine.files import write_atomically
+from engine.ranks import rank_and_world_size
 
 T = TypeVar("T")
 OFTEN = 15  # seconds between two lines of `progress` [U]
@@ -23,9 +24,13 @@ def say(line: str) -> None:
 
 
 def progress(items: Iterable[T], total: int, title: str) -> Iterator[T]:
-    """The items, below a bar on stderr; where that is no terminal, with a line now and then."""
-    began = said = time.perf_counter()
-    with tqdm(total=total, desc=title, disable=None, leave=False) as bar:
+    """The items, below a bar on stderr; where that is no terminal, with a line now and then.
+
+    Of several processes the main one says it.
+    """
+    began, silent = time.perf_counter(), rank_and_world_size()[0] > 0
+    said = math.inf if silent else began
+    with tqdm(total=total, desc=title, disable=silent or None, leave=False) as bar:
         for done, item in enumerate(items, 1):
             yield item
             bar.update()

@@ -16,6 +16,7 @@ from backbone import build_backbone
 from downstream import detection, segmentation
 from downstream.backbones import share, some_of
 from downstream.settings import PRESETS
+from engine import log
 from engine.processes import Place
 from measures.metrics import IGNORE
 from trained import write
@@ -343,6 +344,16 @@ def test_a_damaged_file_is_one_line_or_gives_perfect_detections_a_score_of_one(t
             assert "\n" not in str(error), seed
             refused += 1
     assert 100 < refused < 290
+
+
+def test_a_long_reading_of_annotations_says_how_far_it_is(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(log, "OFTEN", 0)
+    for rank in (0, 1):
+        monkeypatch.setattr(log, "rank_and_world_size", lambda rank=rank: (rank, 2))
+        detection.CocoObjects(str(draw_coco(tmp_path / str(rank))), "val")
+        said = capfd.readouterr().err
+        assert ("instances_val2017.json, annotations: 1 of 4, 0:00:0" in said) == bool(said)
+        assert bool(said) == (rank == 0)
 
 
 def test_every_rank_scores_its_own_images():
