@@ -39,16 +39,20 @@ BOXES = {  # name -> left, bottom, width, height, as shares of the figure
     "similarity": (0.465, 0.365, 0.15, 0.63),
     "aligned": (0.635, 0.365, 0.15, 0.63),
     "group loss": (0.805, 0.52, 0.19, 0.325),
-    "average": (0.105, 0.005, 0.34, 0.335),
-    "slots": (0.465, 0.005, 0.15, 0.335),
+    "total loss": (0.805, 0.875, 0.19, 0.12),
+    "average": (0.105, 0.005, 0.28, 0.335),
+    "slots": (0.405, 0.005, 0.13, 0.335),
+    "predictor": (0.55, 0.18, 0.07, 0.16),
     "slot loss": (0.635, 0.005, 0.15, 0.335),
     "center": (0.805, 0.005, 0.19, 0.335),
 }
 ARROWS = (  # x and y of the tail, of the head
     (0.28, 0.83, 0.295, 0.83), (0.28, 0.51, 0.295, 0.51), (0.445, 0.83, 0.465, 0.83),
     (0.445, 0.51, 0.465, 0.51), (0.615, 0.68, 0.635, 0.68), (0.785, 0.68, 0.805, 0.68),
-    (0.52, 0.365, 0.52, 0.34), (0.615, 0.17, 0.635, 0.17), (0.90, 0.34, 0.90, 0.52),
+    (0.505, 0.365, 0.505, 0.34), (0.535, 0.25, 0.55, 0.25), (0.62, 0.25, 0.635, 0.25),
+    (0.535, 0.1, 0.635, 0.1), (0.90, 0.34, 0.90, 0.52), (0.90, 0.845, 0.90, 0.875),
 )  # fmt: skip
+SLOT_LOSS = (0.785, 0.2), (0.795, 0.2), (0.795, 0.93), (0.805, 0.93)  # its way to the total
 UPDATES = (  # corners of the paths that a step takes after its loss
     ((0.295, 0.72), (0.2875, 0.72), (0.2875, 0.34)),  # student -> average
     ((0.37, 0.34), (0.37, 0.365)),  # average -> teacher
@@ -103,10 +107,13 @@ def frame() -> None:
     for *tail, x, y in ARROWS:
         style = dict(arrowstyle="-|>", mutation_scale=20, lw=2, color="black")
         figure.add_artist(FancyArrowPatch(tail, (x, y), **style))
+    style = dict(arrowstyle="-|>", mutation_scale=12, lw=1.5)
+    figure.add_artist(FancyArrowPatch(path=Path(SLOT_LOSS), color="black", **style))
     for corners in UPDATES:
-        style = dict(arrowstyle="-|>", mutation_scale=12, lw=1.5, color="dimgray", ls=(0, (4, 2)))
-        figure.add_artist(FancyArrowPatch(path=Path(corners), **style))
-    figure.text(0.81, 0.96, "solid: forward\ndashed: after each step", va="top", fontsize=10)
+        dashed = dict(color="dimgray", ls=(0, (4, 2)), **style)
+        figure.add_artist(FancyArrowPatch(path=Path(corners), **dashed))
+    words = "(dashed: after each step; solid: forward)"
+    figure.text(0.168, 0.329, words, va="top", fontsize=9)
     patches = [Rectangle((0, 0), 1, 1, color=color / 255) for color in toy.CLASS_COLORS]
     where = dict(loc="lower left", bbox_to_anchor=(0, 0.0), handlelength=1, frameon=False)
     title = "prototypes\nmatched with"
@@ -139,6 +146,11 @@ def draw() -> None:
     target = ((t2.aligned[0] - model.center[:, None, None]) / model.temp_teacher).softmax(0)
     cost = -(target * (s1.aligned[0] / model.temp_student).log_softmax(0)).sum(0)  # over k
     panel((0.84, 0.57), square, cost, "cross-entropy of each cell", cmap="magma", vmin=0)
+    total, group, slot = report.losses.tolist()
+    share = model.group_weight
+    plt.gcf().text(0.811, 0.948, "\u03bb group loss + (1 \u2212 \u03bb) slot loss", va="top")
+    numbers = f"{share} \u00b7 {group:.2f} + {1 - share} \u00b7 {slot:.2f} = {total:.2f}"
+    plt.gcf().text(0.811, 0.914, numbers, va="top")
     draw_lower_row(model, report, colors)
 
 
@@ -146,18 +158,24 @@ def draw_lower_row(model: SlotCon, report: Report, colors: np.ndarray) -> None:
     """Average, slots, slot loss and center."""
     s1, t2, pairs, k = report.student[0], report.teacher[1], report.pairs[0], len(colors)
     owned = (s1.occupied[0] & t2.occupied[0]).nonzero().flatten().tolist()
-    for x, view, name in ((0.473, s1, "student"), (0.545, t2, "teacher")):
-        panel((x, 0.05), (0.85, 1.55), slot_rows(view.slots[0], owned, colors), name)
-    networks = (0.118, model.student, "student's prototypes"), (0.285, model.teacher, "teacher's")
+    with torch.no_grad():
+        predicted = model.predictor(s1.slots[0])
+    for place, width, rows, name in (
+        ((0.415, 0.19), 1.43, s1.slots[0], "student's"),
+        ((0.558, 0.19), 0.7, predicted, ""),
+        ((0.415, 0.045), 1.43, t2.slots[0], "teacher's"),
+    ):
+        panel(place, (width, 0.75), slot_rows(rows, owned, colors), name)
+    networks = (0.116, model.student, "student's prototypes"), (0.252, model.teacher, "teacher's")
     for x, network, name in networks:
         rows = slot_rows(network.prototypes.weight.detach(), list(range(k)), colors)
-        panel((x, 0.05), (1.95, 1.55), rows, name)
+        panel((x, 0.05), (1.6, 1.55), rows, name)
     with torch.no_grad():
         queries, keys = losses.unit_rows(s1.slots, t2.slots, model.predictor, pairs)
     n, m = int((pairs.queries < 4 * k).sum()), int((pairs.keys < 4 * k).sum())
     cosines = (queries @ keys.T)[:n, :m]
     axis = panel((0.656, 0.05), (1.55, 1.55), cosines, "teacher's slots, 4 scenes", vmin=-1, vmax=1)
-    axis.set_ylabel("predictor (student's)", fontsize=9, labelpad=2)
+    axis.set_ylabel("predicted, student's", fontsize=9, labelpad=2)
     axis = plt.gcf().add_axes((0.845, 0.06, 0.14, 0.21))
     axis.bar(range(k), model.center.numpy(), color=colors)
     axis.set_xlabel("mean similarity of each k", fontsize=10, labelpad=2)

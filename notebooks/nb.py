@@ -5,7 +5,8 @@ folder and from the root of the repository. Nothing of the method stands here.
 
     nb.method("slots")                     the diagram of the whole method, one box framed; boxes:
                                            views, student, teacher, similarity, aligned, slots,
-                                           group loss, slot loss, center, average
+                                           predictor, group loss, slot loss, total loss, center,
+                                           average
     nb.exercise("attentive_pooling", mine) the reader's function against the module's on random
                                            tensors; what it is, and its wrong variants, stand in
                                            solutions.py; a number or list is compared as it is
@@ -23,6 +24,7 @@ import inspect
 import io
 import itertools
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -40,15 +42,18 @@ from einops import einsum, rearrange  # noqa: E402
 from IPython.display import Image, Markdown, display  # noqa: E402
 from PIL import Image as Pillow  # noqa: E402
 
+import comparisons  # noqa: E402
+import data  # noqa: E402
 import recipes  # noqa: E402
 import solutions  # noqa: E402
 import toy  # noqa: E402
+from comparisons.kmeans import nearest_center  # noqa: E402
 from engine import checkpoints  # noqa: E402
 from engine.options import chosen_for  # noqa: E402
 from measures import metrics  # noqa: E402
 from measures.datasets import UNSEEN  # noqa: E402
-from measures.figures import prototype_colors  # noqa: E402
-from measures.groups import segment  # noqa: E402
+from measures.figures import color_groups, prototype_colors  # noqa: E402
+from measures.groups import kmeans, segment, winner  # noqa: E402
 from photometric import Photometric, normalize  # noqa: E402
 from slotcon import SlotCon  # noqa: E402
 
@@ -150,9 +155,8 @@ def finish(text: str, marks: dict[str, float] | None = None) -> None:
     """
     for name, value in (marks or {}).items():
         plt.axhline(value, color="gray", ls="--", lw=1)
-        plt.text(1, value, name, ha="right", va="bottom", transform=plt.gca().get_yaxis_transform())
-        low, high = plt.ylim()
-        plt.ylim(low, max(high, value + 0.1 * (high - low)))  # room for the name
+        where = dict(va="center", transform=plt.gca().get_yaxis_transform())
+        plt.text(1.01, value, name, **where)
     drawn, small = io.BytesIO(), io.BytesIO()
     plt.savefig(drawn, format="png", bbox_inches="tight")
     plt.close()
@@ -165,6 +169,130 @@ def finish(text: str, marks: dict[str, float] | None = None) -> None:
 def few_colors(picture: Pillow.Image, refine: int = 0) -> Pillow.Image:
     """At most 256 colors, which take a third of the bytes. refine: rounds of k-means."""
     return picture.convert("RGB").quantize(256, kmeans=refine, dither=Pillow.Dither.NONE)
+
+
+def softmaxes(row: torch.Tensor, temperatures: dict[str, float], text: str) -> None:
+    """One row of similarities (k) as distributions at several temperatures, the first for scale."""
+    row, first = row.sort(descending=True).values, next(iter(temperatures.values()))
+    _, axes = plt.subplots(1, len(temperatures), figsize=(8.6, 2.9), sharey=True)
+    for axis, (name, temp) in zip(axes, temperatures.items()):
+        soft = (row / temp).softmax(0)
+        axis.bar(range(len(soft)), soft, color="C0" if temp == first else "C1")
+        words = f"entropy {torch.special.entr(soft).sum():.2f} nats\nfirst / third: "
+        words += f"{soft[0] / soft[2]:.2f}"
+        if temp != first:
+            words += f"\n= student's to the\npower {first / temp:.2f}"
+        axis.text(0.95, 0.9, words, ha="right", va="top", transform=axis.transAxes)
+        axis.set(title=name, xlabel="prototype, by similarity")
+    axes[0].set_ylabel("share of the cell")
+    finish(text)
+
+
+def entropies(runs: dict[str, dict[str, float]], text: str) -> None:
+    """Runs, each with entropies `pixel` and `mean`, `nmi`, and `used`, in the plane of both."""
+    plt.figure(figsize=(7.5, 4))
+    for name, f in runs.items():
+        place = dict(cmap="viridis", vmin=0, vmax=0.5, s=90, ec="black")
+        plt.scatter(f["pixel"], f["mean"], c=f["nmi"], **place)
+        beside = f["pixel"] + 0.09, f["mean"] - 0.17 * (name == "neither")
+        plt.annotate(f"{name}: {f['used']} used", beside)
+    plt.axline((0, 0), slope=1, color="gray", lw=1)
+    corners = (-0.05, 2.75, "sure, many labels"), (1.2, -0.03, "one label"), (2, 2.95, "no label")
+    for x, y, words in corners:
+        plt.text(x, y, words, style="italic", color="gray")
+    plt.gca().set(xlabel="entropy of a pixel, nats", ylabel="entropy of the mean, nats")
+    plt.gca().set(xlim=(-0.1, 4.3), ylim=(-0.2, 3.15))
+    plt.colorbar(label="NMI with the classes")
+    finish(text)
+
+
+def show_crops(axes: Any, image: Any, pair: Sequence[tuple], mirrored: Sequence[bool]) -> None:
+    """A scene with two crops (top, left, height, width), both views, the shared part in white."""
+
+    def outline(axis, left, top, width, height, color):
+        style = dict(fill=False, ec=color, lw=2.5)
+        axis.add_patch(plt.Rectangle((left - 0.5, top - 0.5), width, height, **style))
+
+    axes[0].imshow(as_image(image))
+    shared, colors = data.overlap_boxes(*pair, mirrored), ("#ff8800", "#00a0ff")
+    for axis, crop, box, flip, color in zip(axes[1:], pair, shared, mirrored, colors):
+        outline(axes[0], crop[1], crop[0], crop[3], crop[2], color)
+        axis.imshow(as_image(data.resized_crop(image, crop, 48, flip)))
+        outline(axis, *(48 * box[:2]).tolist(), *(48 * (box[2:] - box[:2])).tolist(), "w")
+        axis.set_title("mirrored" if flip else "")
+
+
+def measured(file: str, row: str, column: int) -> list[float]:
+    """The numbers in one cell of a table in benchmarks/, such as median, least and most."""
+    table = (ROOT / "benchmarks" / file).read_text()
+    line = re.search(rf"^\| {re.escape(row)} \|(.*)", table, re.M)
+    return [float(number) for number in re.findall(r"\d\.\d+", line[1].split("|")[column])]
+
+
+def painted(kind: str, images: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What slots_<kind>.pth paint of images (n c y x), (n c y/2 x/2) with normalize(x) / 4 + 0.5,
+    and which slot wins each pixel in the last round (n y x). Slots start from the seed's noise.
+    """
+    name = {"flow": "motion", "depth": "depth"}.get(kind, "slot_attention")
+    system = comparisons.build(name, trained()[1]).eval()
+    file = ROOT / "notebooks" / f"slots_{kind}.pth"
+    system.load_state_dict(torch.load(file, weights_only=True))
+    with torch.no_grad():
+        torch.manual_seed(seed)
+        image = rearrange(system.paint(normalize(images))[0], "n c (y x) -> n c y x", y=32)
+        torch.manual_seed(seed)
+        owner = winner(system.maps(normalize(images)), images.shape[-2:])
+    return image / 4 + 0.5, owner
+
+
+def errors(
+    rows: Sequence[Sequence[Any]], shares: Sequence[dict[str, float]], text: str,
+    titles: Sequence[str], labels: Sequence[str], last: str,
+) -> None:  # fmt: skip
+    """Rows of images (maps of errors: dark 0, bright 0.4 and more), each with named shares as bars.
+
+    last: the title of the last row's bars.
+    """
+    shape = dict(figsize=(9.2, 5.2), width_ratios=(1, 1, 1, 1, 1.9))
+    _, axes = plt.subplots(len(rows), 5, **shape)
+    for line, images, named in zip(axes, rows, shares):
+        for axis, image in zip(line, images):
+            axis.imshow(as_image(image), "magma", vmin=0, vmax=0.4, interpolation="nearest")
+        line[4].barh([1, 0], list(named.values()), color=("silver", "palegreen"))
+        line[4].set(xlim=(0, 1), ylim=(-0.6, 1.6))
+        for y, (name, value) in zip((1, 0), named.items()):
+            line[4].text(0.03, y, f"{value:.0%} {name}", va="center")
+    label(axes, labels, titles)
+    axes[-1, 4].set_title(last)
+    finish(text)
+
+
+def clusters_of(pixels: torch.Tensor, k: int) -> torch.Tensor:
+    """Pixels (c y x) of one image -> the number of each pixel's cluster (y x), by k-means."""
+    rows = rearrange(pixels.float(), "c y x -> (y x) c")
+    centers = kmeans(rows.numpy(), min(k, len(rows.unique(dim=0))))
+    return nearest_center(rows, torch.from_numpy(centers).float()).reshape(pixels.shape[1:])
+
+
+def in_colors(groups: torch.Tensor, regions: torch.Tensor) -> list:
+    """Groups of single images (n y x), each in the color of the region that it covers best."""
+    return [color_groups(*pair)[0] for pair in zip(groups.split(1), regions.long().split(1))]
+
+
+def photograph(row: int) -> np.ndarray:
+    """One of the three photographs in docs/images/photos.jpg, reduced: uint8 (3 64 64)."""
+    with Pillow.open(ROOT / "docs" / "images" / "photos.jpg") as sheet:
+        top = (57, 317, 577)[row]
+        square = sheet.crop((7, top, 213, top + 206)).resize((64, 64), Pillow.Resampling.BOX)
+    return np.moveaxis(np.asarray(square), -1, 0).copy()
+
+
+def photographs(text: str) -> None:
+    """Show docs/images/photos.jpg, reduced, and a text below it."""
+    small = io.BytesIO()
+    with Pillow.open(ROOT / "docs" / "images" / "photos.jpg") as sheet:
+        sheet.resize((800, 800 * sheet.height // sheet.width)).save(small, "jpeg", quality=75)
+    display(Image(small.getvalue(), format="jpeg"), Markdown(f"*{text}*"))
 
 
 def as_image(image: Any) -> np.ndarray:
@@ -209,12 +337,15 @@ def label(axes: Any, rows: Sequence = (), columns: Sequence = ()) -> None:
 
 def dots(
     rows: dict[str, dict[str, Any]], text: str, xlabel: str = "", width: float = 7.5,
-    bold: str = "", zero: bool = False,
+    bold: str = "", zero: bool = False, order: Sequence[str] = (), number: str = "",
+    limits: tuple[float, float] | None = None,
 ) -> None:  # fmt: skip
     """Rows of named numbers as dots. A number, or median, least and most, drawn as a line; bold:
-    a row; zero: a line at 0.
+    a row; zero: a line at 0; order: of the names, so that figures give them the same colors;
+    number: a format, to write every number above its dot; limits: of the axis, a number below them
+    stands at its end as an arrow.
     """
-    names = list(dict.fromkeys(name for values in rows.values() for name in values))
+    names = list(dict.fromkeys([*order, *(name for values in rows.values() for name in values)]))
     _, axis = plt.subplots(figsize=(width, 1.1 + 0.32 * len(rows)))
     if zero:
         axis.axvline(0, color="black", lw=1)
@@ -223,22 +354,23 @@ def dots(
             color, shape = f"C{names.index(name)}", "osD^v"[names.index(name) % 5]
             middle, *ends = np.ravel(value)
             axis.plot(ends, [y] * len(ends), color=color, lw=2)
+            if limits and middle < limits[0]:
+                place = dict(va="center", fontsize=9, color=color)
+                axis.text(limits[0], y, f" \u2190 {name}: {middle:.1f}", **place)
+                continue
             axis.plot(middle, y, shape, color=color, label=name)
+            if number:
+                above = dict(ha="center", va="bottom", fontsize=9, color=color)
+                axis.text(middle, y - 0.13, format(middle, number), **above)
     axis.set_yticks(range(len(rows)), list(rows))
-    axis.set(ylim=(len(rows) - 0.5, -0.5), xlabel=xlabel)
+    axis.set(ylim=(len(rows) - 0.5, -0.5 - 0.2 * bool(number)), xlabel=xlabel, xlim=limits)
     axis.grid(axis="y", alpha=0.3)
     for tick in axis.get_yticklabels():
         tick.set_fontweight("bold" if tick.get_text() == bold else "normal")
     if len(names) > 1:
         first = dict(zip(*reversed(axis.get_legend_handles_labels())))
-        axis.legend(
-            first.values(),
-            first.keys(),
-            bbox_to_anchor=(1, 1),
-            loc="upper left",
-            frameon=False,
-            fontsize=9,
-        )
+        beside = dict(bbox_to_anchor=(1, 1), loc="upper left", frameon=False, fontsize=9)
+        axis.legend([first[n] for n in names if n in first], filter(first.get, names), **beside)
     finish(text)
 
 
@@ -268,7 +400,7 @@ def curves(lines: dict[str, Sequence[float]], text: str, ylabel: str = "", **mor
     for (name, values), marker in zip(lines.items(), "os^Dv*"):
         axis.plot(values, marker=marker, label=name, ms=4, markevery=len(values) // 8)
     axis.set(xlabel="step", ylabel=ylabel)
-    beside = dict(bbox_to_anchor=(1, 1), loc="upper left") if len(lines) > 4 else {}
+    beside = dict(bbox_to_anchor=(1.1, 1), loc="upper left") if len(lines) > 4 else {}
     axis.legend(fontsize=9, **beside)
     finish(text, **more)
 

@@ -157,9 +157,14 @@ def test_outputs_are_committed_whole_small_and_without_timestamps(book: Path):
 @each_book
 def test_a_notebook_has_the_size_of_a_lesson(book: Path):
     text = re.sub(r"```.*?```", "", " ".join(sources_of(book, "markdown")), flags=re.S)
-    lines = [len(cell.splitlines()) for cell in sources_of(book)]
+    cells = [cell.splitlines() for cell in sources_of(book)]
+    words_alone = r'\s*|\s*f?"[^"]*"[,)]*'  # nothing, or a piece of a caption
+    lines = [sum(not re.fullmatch(words_alone, line) for line in cell) for cell in cells]
     assert 600 <= len(text.split()) <= 1200
     assert 50 <= sum(lines) <= 120 and statistics.median(lines) <= 10
+    imports = "import ", "from "  # folded into three lines
+    wide = [line for cell in cells for line in cell if not line.startswith(imports)]
+    assert max(map(len, wide)) <= 125 and sum(len(line) > 88 for line in wide) <= 40
 
 
 @each_book
