@@ -57,7 +57,7 @@ def photos_result(run: Run, c: Any, images: ImageFiles) -> dict:
     figures.draw_parts(file, teacher, views[:SHOWN], c.temp_teacher, use=found.cells)
     text = f"{len(views)} photographs kept out of training\n{retrieval.format_slots(report)}"
     how = f"of {SIZE} px; the log counts in crops of {c.image_size} px, which show less"
-    text += f"\ncounted in whole photographs {how}, so fewer slots are occupied"
+    text += f"\ncounted in whole photographs {how}"
     return written(run, report, text, "prototypes.png and groups.png")
 
 
