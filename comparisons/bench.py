@@ -33,6 +33,7 @@ from teacher import teacher_momentum
 
 LABELED = 16  # scenes that the probe learns from
 SHOWN = 8  # scenes in the image
+STEP = 0.1  # seconds, of a row on one core of an Intel Xeon [U]
 
 draw = lru_cache(maxsize=8)(Scenes)  # rows with the same scenes share them
 
@@ -59,7 +60,8 @@ Job = tuple[Entry, int]  # a row and its seed
 def in_processes(jobs: Sequence[Job], folder: Path) -> Iterator[tuple[dict, np.ndarray]]:
     """What `row` returns for each row and seed, in order; one process per core."""
     count = min(workers_of(-1), len(jobs))
-    heading = partial(heading_of, [entry.label for entry, _ in jobs], count, time.time())
+    steps = jobs[0][0].c.steps
+    heading = partial(heading_of, [entry.label for entry, _ in jobs], count, time.time(), steps)
     work = partial(row, folder, heading)
     # Else SIGTERM ends this process alone, and those of the rows stay
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -77,15 +79,16 @@ def in_processes(jobs: Sequence[Job], folder: Path) -> Iterator[tuple[dict, np.n
             raise Stopped(f"{found}; comparison.json has the rows before it") from None
 
 
-def heading_of(labels: Sequence[str], several: int, began: float, number: int) -> str:
-    """Of the row that starts: its number and name, and the time that is left, once known.
+def heading_of(labels: Sequence[str], several: int, began: float, steps: int, number: int) -> str:
+    """Of the row that starts: its number and name, and the time that is left.
 
-    several: how many rows run at a time; all others before this one are done.
+    several: how many rows run at a time; all others before this one are done. Until one is done,
+    the time is that of the machine of benchmarks/comparisons.md.
     """
     done, rows = number + 1 - several, len(labels)
-    minutes = (time.time() - began) / max(done, 1) * (rows - done) / 60
-    left = f", about {minutes:.0f} min left" if done > 0 else ""
-    return f"row {number + 1} of {rows}, {labels[number]}{left}"
+    each = (time.time() - began) / done if done > 0 else STEP * steps / several
+    left = f"about {each * (rows - max(done, 0)) / 60:.0f} min left"
+    return f"row {number + 1} of {rows}, {labels[number]}, {left}"
 
 
 def row(
