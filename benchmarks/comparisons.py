@@ -20,9 +20,8 @@ MEASURES = {
     "miou": "mIoU",
     "nmi": "NMI",
     "probe_miou": "probe mIoU",
-    "ari_instances": "ARI instances",
     "ari_objects": "ARI objects",
-    "ari_classes": "ARI classes",
+    "ari_instances": "ARI instances",
     "ari_foreground": "ARI foreground",
 }
 
@@ -44,16 +43,16 @@ def cell(values: Sequence[float]) -> str:
 
 def main_table(rows: Rows) -> str:
     """All measures; a star where k-means on the backbone's features stands in for groups."""
-    lines = [head("row", *MEASURES.values(), "groups used", "steps", "collapsed")]
+    lines = [head("row", *MEASURES.values(), "groups used")]
     for label, records in rows.items():
         cells = []
         for key in MEASURES:
             how = records[0]["named_by" if key in ("miou", "nmi") else "grouped_by"]
             star = "*" if key != "probe_miou" and "k-means" in how else ""
             cells.append(cell([record[key] for record in records]) + star)
-        used, steps = (statistics.median(r[k] for r in records) for k in ("groups_used", "steps"))
+        used = f"{statistics.median(record['groups_used'] for record in records):g}"
         gone = sum(record["collapsed"] for record in records)
-        lines.append(line(label, *cells, f"{used:g}", f"{steps:g}", f"{gone} of {len(records)}"))
+        lines.append(line(label, *cells, used + f", {gone} collapsed" * bool(gone)))
     return "\n".join(lines)
 
 
