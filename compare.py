@@ -90,7 +90,8 @@ def configuration(steps: int, changes: Sequence[str] = ()) -> recipes.Config:
 
 def run(args: argparse.Namespace, entries: Sequence[Entry]) -> None:
     """Train and judge every row with every seed; what is done so far is always on disk."""
-    title = f"Table {args.table}: {recipes.TABLES[args.table][0]}" if args.table else "All systems"
+    title = ", ".join(args.only or ["All systems"])
+    title = f"Table {args.table}: {recipes.TABLES[args.table][0]}" if args.table else title
     title += f" ({args.steps} steps: too few to judge)" if args.steps < STEPS else ""
     k, scenes = recipes.PRESETS["toy"].num_prototypes, draw(UNSEEN, SHOWN)
     shown = {"scene": as_images(scenes.colors)}

@@ -136,7 +136,8 @@ def measure_masks(args: argparse.Namespace) -> dict:
     photos = streams.open_photographs(args.photos)
     names = masks.read_names(args.names, config["num_prototypes"])
     options.check_writable(args.output / "prototypes.json", "--output")
-    print(f"masks of {len(photos)} photographs, by {args.checkpoint}, in {args.output}")
+    print(f"masks of {len(photos)} photographs, by step {config['step']} of "
+          f"{args.checkpoint}, in {args.output}")  # fmt: skip
     found = masks.write_masks(network, photos, args.output, args.size, names, args.workers)
     used = sorted(found["prototypes"], key=lambda prototype: -prototype["share"])[:8]
     rows = {f"{p['prototype']} {p['name']}": [f"{p['share']:.1%}", str(p["images"])] for p in used}

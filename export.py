@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arch not in RESNETS and form != "timm":
         raise ValueError(
             f"{args.checkpoint} holds the backbone {arch}. Only {', '.join(RESNETS)} can be "
-            "exported, which timm and torchvision have: train with --arch resnet18, for example"
+            "exported, which timm and torchvision have: train with --arch resnet18, for example; "
+            "docs/transfer.md shows how to use it here"
         )
     options.check_writable(args.output, "--output")
     contents = exported.encoded(state, form, args.output.suffix)

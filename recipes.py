@@ -222,6 +222,8 @@ def check(c: Config) -> None:
             f"--preset {c.preset} draws its own scenes: --subset, how many, is at least "
             f"--batch-size {c.batch_size}, and --check-data has nothing to read"
         )
+    if c.check_data and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError("--check-data needs one process: start it without torchrun")
     if c.dataset != "toy" and not c.data_dir:
         raise ValueError(f"the preset {c.preset} needs --data-dir, the folder with the images")
     if c.long_tailed and not c.subset:

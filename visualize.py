@@ -35,7 +35,8 @@ def commands() -> options.Commands:
     parser = known.add("groups", "of images: groups, soft assignments, PCA")
     options.add_checkpoint(parser)
     add = parser.add_argument
-    add("images", nargs="*", type=options.path, help="files, or a folder (default: toy scenes)")
+    text = "files, or a folder (default: toy scenes)"
+    add("images", nargs="*", default=[], type=options.path, help=text)
     add("--count", type=options.positive, default=6, help="of a folder, of scenes (default: 6)")
     add("--slots", type=options.positive, default=4, help="soft assignments (default: 4)")
     add("--size", type=options.side, help=size)

@@ -33,7 +33,7 @@ from teacher import teacher_momentum
 
 LABELED = 16  # scenes that the probe learns from
 SHOWN = 8  # scenes in the image
-STEP = 0.1  # seconds, of a row on one core of an Intel Xeon [U]
+START, STEP = 20, 0.1  # seconds of a row on one core of an Intel Xeon [U]
 
 draw = lru_cache(maxsize=8)(Scenes)  # rows with the same scenes share them
 
@@ -86,8 +86,8 @@ def heading_of(labels: Sequence[str], several: int, began: float, steps: int, nu
     the time is that of the machine of benchmarks/comparisons.md.
     """
     done, rows = number + 1 - several, len(labels)
-    each = (time.time() - began) / done if done > 0 else STEP * steps / several
-    left = f"about {each * (rows - max(done, 0)) / 60:.0f} min left"
+    each = (time.time() - began) / done if done > 0 else (START + STEP * steps) / several
+    left = f"about {max(each * (rows - max(done, 0)) / 60, 1):.0f} min left"
     return f"row {number + 1} of {rows}, {labels[number]}, {left}"
 
 

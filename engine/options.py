@@ -146,7 +146,7 @@ class Parser(argparse.ArgumentParser):
         lists = [a.dest for a in self._get_positional_actions() if a.nargs in ("*", "+")]
         for word in sorted(words, key=lambda word: not word.startswith("-")):
             if lists and not word.startswith("-"):  # of "a --size 9 b c", b and c
-                getattr(found, lists[0]).append(path(word))
+                setattr(found, lists[0], [*getattr(found, lists[0]), path(word)])
                 continue
             known = self._option_string_actions
             near = difflib.get_close_matches(word.partition("=")[0], known, 1)
@@ -163,6 +163,11 @@ class Commands(Parser):
     def __init__(self, program: str, description: str):
         super().__init__(program, description=description)
         self.known = self.add_subparsers(dest="command", required=True, parser_class=Parser)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises ValueError, which names all subcommands where there is none."""
+        names = ", ".join(self.known.choices)
+        raise ValueError(message.replace("required: command", f"required: one of {names}"))
 
     def add(self, name: str, text: str) -> Parser:
         """A subcommand -> its parser."""

@@ -104,7 +104,7 @@ def finish() -> None:
 def describe(place: Place) -> str:
     """One line for a person: device, processes, precision."""
     half = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "float32"}[place.dtype]
-    name = f"{place.device.type}, {torch.get_num_threads()} threads"
+    name = f"{place.device.type}, {torch.get_num_threads()} thread(s)"
     if place.device.type == "cuda":
         name = torch.cuda.get_device_name(place.device)
     processes = "1 process" if place.world_size == 1 else f"{place.world_size} processes"

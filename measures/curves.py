@@ -1,4 +1,4 @@
-"""Curves of training runs from their logs, beside what a network would log that learned nothing."""
+"""Curves of training runs from their logs, beside what uniform assignments would log."""
 
 import contextlib
 import json
@@ -56,7 +56,7 @@ def read_run(folder: Path) -> Run:
 
 
 def chance_lines(records: Sequence[dict], config: Mapping[str, Any]) -> dict[str, list[float]]:
-    """What a network that learned nothing would log: key -> a value per record. {} without k."""
+    """What uniform assignments would log: key -> a value per record. {} without k."""
     k = config.get("num_prototypes")
     if not k:
         return {}
@@ -93,9 +93,9 @@ def hint_of(key: str, runs: Sequence[Run]) -> str:
 
 
 def draw_runs(runs: Sequence[Run]) -> Figure:
-    """A panel per number of the log, a color per run; dashed: a network that learned nothing."""
+    """A panel per number of the log, a color per run; dashed: uniform assignments."""
     figure = Figure((14, 10 + 0.2 * len(runs)), layout="constrained")
-    note = "Over steps. Dashed: a network that learned nothing. Gray: good runs, from start to end."
+    note = "Over steps. Dashed: uniform assignments. Gray text: good runs, from start to end."
     figure.suptitle(f"{note}\nNever judge by the loss: a collapsed run can have the lowest.")
     for axis, key in zip(figure.subplots(3, 4).flat, PANELS):
         handles = [draw_curve(axis, key, *pair) for pair in enumerate(runs)]

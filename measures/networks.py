@@ -26,7 +26,7 @@ def open_network(path: str | Path, which: str = "teacher", device: Any = "cpu") 
     sizes = dict(arch=arch, num_prototypes=k, dim_hidden=dim_hidden, dim_out=dim_out)
     network = untrained_network(**sizes, device=device)
     checkpoints.load_strictly(network, state, path)
-    return network, {**found.config, **sizes}
+    return network, {**found.config, **sizes, "step": found.contents.get("step", "unknown")}
 
 
 def open_backbone(path: str | Path, which: str = "teacher", device: Any = "cpu") -> Opened:

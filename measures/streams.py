@@ -39,7 +39,7 @@ def stream(
     """Batches of indices (b) and views; an unreadable image is left out. Raises ValueError."""
     places, collate = range(len(images)), partial(read, images, view)
     batches, count = Loaded(places, collate, workers, batch_size=batch_size), len(images)
-    seen = progress(batches, -(-count // batch_size), title)
+    seen = progress(batches, -(-count // batch_size), title + ", batches" * (batch_size > 1))
     yield from (default_collate(items) for items in seen if items)
 
 

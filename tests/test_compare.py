@@ -215,10 +215,10 @@ def test_from_the_command_line_to_the_file(tmp_path, small, capfd):
             assert record["steps"] == 2 and isinstance(record["collapsed"], bool)
             assert all(-1 <= record[key] <= 1 for key in systems.MEASURES)
     lines = capfd.readouterr().out.splitlines()
-    assert "row 2 of 6, slot_attention: flat, about 0 min left" in lines
-    assert "All systems (2 steps: too few to judge), median of 2 seed(s)" in lines
-    assert "row 6 of 6, slot_attention: scene, about 0 min left" in lines
+    assert "row 2 of 6, slot_attention: flat, about 1 min left" in lines
+    assert "moco, slot_attention (2 steps: too few to judge), median of 2 seed(s)" in lines
+    assert "row 6 of 6, slot_attention: scene, about 1 min left" in lines
     assert any(line.startswith("2 x 4 blocks know the place only: ARI inst. 0.") for line in lines)
     rows = partial(bench.heading_of, ["moco"] * 12, 2, time.time() - 300, 1000)
     assert rows(number=3) == "row 4 of 12, moco, about 25 min left"
-    assert rows(number=1) == "row 2 of 12, moco, about 10 min left"  # none is done
+    assert rows(number=1) == "row 2 of 12, moco, about 12 min left"  # none is done

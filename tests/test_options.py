@@ -80,7 +80,7 @@ def commands():
     options.add_images(parser, "folder of images")
     options.add_output(parser, "draw.png")
     parser.add_argument("--size", type=options.side)
-    parser.add_argument("files", nargs="*", type=options.path)
+    parser.add_argument("files", nargs="*", default=[], type=options.path)
     return known
 
 
@@ -94,6 +94,8 @@ REFUSED = [  # by the parser of the dataclass, or by that of the subcommands
     ("--big_rate=1", "unrecognized argument --big_rate=1: did you mean --big-rate?"),
     ("--xyz 3 b", "unrecognized argument --xyz"),
     ("drwa", "argument command: invalid choice: 'drwa' (choose from "),
+    ("", "the following arguments are required: one of erase, draw"),
+    ("draw", "the following arguments are required: checkpoint"),
     ("erase a b", "unrecognized argument a"),
     ("draw c.pth --sized 9 a", "unrecognized argument --sized: did you mean --size?"),
     ("draw c.pth --limit -1", "argument --limit: -1: expected a whole number, at least 0"),
@@ -105,7 +107,7 @@ REFUSED = [  # by the parser of the dataclass, or by that of the subcommands
 def test_a_wrong_command_line_is_refused_with_one_line(commands, argv, complaint):
     words = argv.split()
     with pytest.raises(ValueError) as caught:
-        parse(*words) if words[0][:2] == "--" else commands.parse_args(words)
+        parse(*words) if argv.startswith("--") else commands.parse_args(words)
     assert str(caught.value).startswith(complaint) and "\n" not in str(caught.value)
 
 

@@ -244,7 +244,7 @@ KEYS = (
 def test_a_run_prints_what_it_will_do_and_writes_what_others_can_read(short):
     folder, text = short
     for words in (
-        "device   cpu, 1 threads, 1 process, float32", "14 images", "tiny, 5 prototypes; 0.04 M",
+        "device   cpu, 1 thread(s), 1 process, float32", "14 images", "tiny, 5 prototypes; 0.04 M",
         "batch    4 = 4 x 1 process(es); 3 steps per epoch, 18 in all",
         "lr       0.0625 = 4 x 4 / 256, lars, warm-up 3 steps", "2 ln k = 3.219",
         "start    random weights", "step 5/5", "paused   at step 5 of 18; the same command without",
@@ -379,6 +379,9 @@ def test_a_few_bad_images_are_replaced_and_named_and_more_than_one_percent_stop_
 
     (photographs / "004.png").write_bytes(b"no image")
     train_here(tmp_path / "no", "--check-data", photographs=photographs, status=1)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="without torchrun"):
+        patch.setenv("WORLD_SIZE", "2")
+        recipes.parse(["--preset", "photos", "--data-dir", str(photographs), "--check-data"])
     assert not (tmp_path / "no").exists()
     field = recipes.Config.__dataclass_fields__["check_data"]
     assert "status 1 where a run would stop" in field.metadata["help"]
