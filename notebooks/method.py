@@ -52,7 +52,13 @@ ARROWS = (  # x and y of the tail, of the head
     (0.505, 0.365, 0.505, 0.34), (0.535, 0.25, 0.55, 0.25), (0.62, 0.25, 0.635, 0.25),
     (0.535, 0.1, 0.635, 0.1), (0.90, 0.34, 0.90, 0.52), (0.90, 0.845, 0.90, 0.875),
 )  # fmt: skip
-SLOT_LOSS = (0.785, 0.2), (0.795, 0.2), (0.795, 0.93), (0.805, 0.93)  # its way to the total
+PATHS = (  # corners; two paths have a gap where another arrow crosses them
+    (((0.785, 0.2), (0.795, 0.2), (0.795, 0.66)), "-"),  # slot loss -> total loss
+    (((0.795, 0.7), (0.795, 0.93), (0.805, 0.93)), "-|>"),
+    (((0.445, 0.76), (0.455, 0.76), (0.455, 0.535)), "-"),  # embeddings of both -> slots
+    (((0.455, 0.485), (0.455, 0.34)), "-|>"),
+    (((0.445, 0.42), (0.455, 0.42)), "-"),
+)
 UPDATES = (  # corners of the paths that a step takes after its loss
     ((0.295, 0.72), (0.2875, 0.72), (0.2875, 0.34)),  # student -> average
     ((0.37, 0.34), (0.37, 0.365)),  # average -> teacher
@@ -108,7 +114,9 @@ def frame() -> None:
         style = dict(arrowstyle="-|>", mutation_scale=20, lw=2, color="black")
         figure.add_artist(FancyArrowPatch(tail, (x, y), **style))
     style = dict(arrowstyle="-|>", mutation_scale=12, lw=1.5)
-    figure.add_artist(FancyArrowPatch(path=Path(SLOT_LOSS), color="black", **style))
+    for corners, head in PATHS:
+        drawn = style | dict(arrowstyle=head, color="black")
+        figure.add_artist(FancyArrowPatch(path=Path(corners), **drawn))
     for corners in UPDATES:
         dashed = dict(color="dimgray", ls=(0, (4, 2)), **style)
         figure.add_artist(FancyArrowPatch(path=Path(corners), **dashed))
@@ -129,9 +137,13 @@ def draw() -> None:
     square, rng = (1.55, 1.55), random.Random(SEED)
     first = draw_crop(64, 64, rng, config.min_area)
     second = draw_crop(64, 64, rng, config.min_area, first)
-    axis = panel((0.014, 0.565), square, scenes[0], "a scene, two crops")
-    for (top, left, height, width), color in ((first, "white"), (second, "black")):
+    axis = panel((0.014, 0.565), square, scenes[0], "a scene, crops 1 and 2")
+    named = zip((first, second), ("white", "black"), ("black", "white"), "12")
+    for (top, left, height, width), color, other, name in named:
         axis.add_patch(Rectangle((left, top), width - 1, height - 1, fill=False, ec=color, lw=3))
+        place = dict(va="bottom", color=other, fontsize=9, weight="bold")
+        box = dict(facecolor=color, lw=0, pad=1.5)
+        axis.text(left, top + height - 1, name, bbox=box, **place)
     mean, std = (torch.tensor(x)[:, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
     most = s1.similarity[0].argmax(0).flatten().bincount(minlength=len(colors))  # over k
     order = most.argsort(descending=True)[:4].tolist()

@@ -171,20 +171,38 @@ def few_colors(picture: Pillow.Image, refine: int = 0) -> Pillow.Image:
     return picture.convert("RGB").quantize(256, kmeans=refine, dither=Pillow.Dither.NONE)
 
 
-def softmaxes(row: torch.Tensor, temperatures: dict[str, float], text: str) -> None:
-    """One row of similarities (k) as distributions at several temperatures, the first for scale."""
+def softmaxes(
+    row: torch.Tensor, temperatures: dict[str, float], losses: dict[str, Sequence[float]], text: str
+) -> None:
+    """One row of similarities (k) as distributions at several temperatures, the first for scale;
+    beside them the losses of runs against the uniform assignment's ln k.
+    """
     row, first = row.sort(descending=True).values, next(iter(temperatures.values()))
-    _, axes = plt.subplots(1, len(temperatures), figsize=(8.6, 2.9), sharey=True)
-    for axis, (name, temp) in zip(axes, temperatures.items()):
+    figure = plt.figure(figsize=(10, 3.4))
+    places = figure.add_gridspec(1, len(temperatures) + 1, width_ratios=[1] * 3 + [1.5])
+    for place, (name, temp) in zip(places, temperatures.items()):
         soft = (row / temp).softmax(0)
+        axis = figure.add_subplot(place, ylim=(0, 0.8), xlabel="prototype, by similarity")
         axis.bar(range(len(soft)), soft, color="C0" if temp == first else "C1")
         words = f"entropy {torch.special.entr(soft).sum():.2f} nats\nfirst / third: "
         words += f"{soft[0] / soft[2]:.2f}"
         if temp != first:
-            words += f"\n= student's to the\npower {first / temp:.2f}"
-        axis.text(0.95, 0.9, words, ha="right", va="top", transform=axis.transAxes)
-        axis.set(title=name, xlabel="prototype, by similarity")
-    axes[0].set_ylabel("share of the cell")
+            words += f"\n= student's to\nthe power {first / temp:.2f}"
+        axis.text(0.97, 0.95, words, ha="right", va="top", fontsize=10, transform=axis.transAxes)
+        axis.set_title(name, fontsize=11)
+        if temp == first:
+            axis.set_ylabel("share of the cell")
+        else:
+            axis.set_yticklabels([])
+    axis = figure.add_subplot(places[-1], xlabel="step", ylabel="group loss")
+    for (name, values), color in zip(losses.items(), ("C0", "C1")):
+        axis.plot(values, color=color)
+        place = dict(va="bottom", ha="right", color=color, fontsize=10)
+        axis.text(len(values), max(values[-len(values) // 2 :]) + 0.06, name, **place)
+    axis.axhline(np.log(len(row)), color="gray", ls="--", lw=1)
+    axis.set(ylim=(1, 4))
+    axis.set_title("why sharper: two runs,\nwithout and with it", fontsize=11)
+    figure.suptitle("how much sharper, and why", fontsize=12)
     finish(text)
 
 
@@ -192,17 +210,68 @@ def entropies(runs: dict[str, dict[str, float]], text: str) -> None:
     """Runs, each with entropies `pixel` and `mean`, `nmi`, and `used`, in the plane of both."""
     plt.figure(figsize=(7.5, 4))
     for name, f in runs.items():
-        place = dict(cmap="viridis", vmin=0, vmax=0.5, s=90, ec="black")
-        plt.scatter(f["pixel"], f["mean"], c=f["nmi"], **place)
-        beside = f["pixel"] + 0.09, f["mean"] - 0.17 * (name == "neither")
-        plt.annotate(f"{name}: {f['used']} used", beside)
+        x, y, words = f["pixel"], f["mean"], f"{name}: {f['used']} used"
+        plt.scatter(x, y, c=f["nmi"], cmap="viridis", vmin=0, vmax=0.5, s=90, ec="black")
+        if x > 2:  # labels stay off the line
+            plt.annotate(words, (x - 0.09, y - 0.05), ha="right")
+        else:
+            plt.annotate(words, (x - 0.1, y + 0.12) if y - x > 0.3 else (x + 0.09, y - 0.14))
     plt.axline((0, 0), slope=1, color="gray", lw=1)
-    corners = (-0.05, 2.75, "sure, many labels"), (1.2, -0.03, "one label"), (2, 2.95, "no label")
-    for x, y, words in corners:
-        plt.text(x, y, words, style="italic", color="gray")
+    corners = {"sure, many labels": (-0.05, 2.95), "one label": (1.4, -0.11), "no label": (2.85, 2.65)}
+    for words, place in corners.items():
+        plt.text(*place, words, style="italic", color="gray")
     plt.gca().set(xlabel="entropy of a pixel, nats", ylabel="entropy of the mean, nats")
-    plt.gca().set(xlim=(-0.1, 4.3), ylim=(-0.2, 3.15))
+    plt.gca().set(xlim=(-0.15, 3.4), ylim=(-0.25, 3.15))
     plt.colorbar(label="NMI with the classes")
+    finish(text)
+
+
+def powers(xs: Sequence[int], lines: dict[str, Sequence[float]], text: str, **more: Any) -> None:
+    """Lines over powers of two, on a logarithmic axis. more: what `axis.set` takes."""
+    _, axis = plt.subplots(figsize=(6.5, 3.2))
+    for (name, values), marker in zip(lines.items(), "os"):
+        axis.semilogx(xs, values, marker=marker, base=2, label=name)
+    axis.set(ylim=(0, None), xticks=xs, xticklabels=xs, **more)
+    axis.legend()
+    finish(text)
+
+
+def kept(first: torch.Tensor, second: torch.Tensor, k: int) -> np.ndarray:
+    """Groups of the same places in two views (n y x) -> (k) the share of each group's pixels, in
+    either view, that are in it in both; nan for a group without a pixel.
+    """
+    both, either = first[first == second], torch.cat([first, second])
+    sizes = (x.flatten().bincount(minlength=k).numpy() for x in (both, either))
+    with np.errstate(invalid="ignore"):
+        return 2 * next(sizes) / next(sizes)
+
+
+def agreement(
+    columns: dict[str, Sequence[Any]], shares: Sequence[float], colors: Any, by_color: Any, text: str
+) -> None:
+    """Columns of a prototype's pixels in two views, and below each the share that stays its own.
+
+    by_color: the same shares for clusters of color: a band from the least to the most.
+    """
+    figure = plt.figure(figsize=(8.6, 4.9))
+    figure.suptitle("what a prototype becomes: what both views agree about,\nthe texture and not the color")
+    places = figure.add_gridspec(3, len(columns), height_ratios=(1, 1, 1.5))
+    for column, (name, images) in enumerate(columns.items()):
+        for row, image in enumerate(images):
+            axis = figure.add_subplot(places[row, column], xticks=[], yticks=[])
+            axis.imshow(as_image(image), interpolation="nearest")
+            if row == 0:
+                axis.set_title(name, fontsize=10)
+            if column == 0:
+                axis.set_ylabel(f"view {row + 1}")
+    axis = figure.add_subplot(places[2, :], xticks=[], ylim=(0, 1.12), ylabel="share kept")
+    drawn = axis.bar(range(len(shares)), shares, color=colors, width=0.5)
+    axis.bar_label(drawn, fmt="{:.0%}")
+    axis.axhspan(np.nanmin(by_color), np.nanmax(by_color), color="black", alpha=0.25, lw=0)
+    words = f"8 clusters of color keep {np.nanmin(by_color):.0%} to {np.nanmax(by_color):.0%}"
+    axis.text(len(shares) - 0.5, np.nanmax(by_color) + 0.02, words, ha="right", va="bottom",
+              bbox=dict(facecolor="w", alpha=0.85, lw=0, pad=1))  # fmt: skip
+    axis.set(xlim=(-0.5, len(shares) - 0.5))
     finish(text)
 
 
@@ -274,6 +343,14 @@ def clusters_of(pixels: torch.Tensor, k: int) -> torch.Tensor:
     return nearest_center(rows, torch.from_numpy(centers).float()).reshape(pixels.shape[1:])
 
 
+def borders(axis: Any, rows: torch.Tensor, columns: torch.Tensor, marked: torch.Tensor) -> None:
+    """Lines where sorted numbers of rows and of columns change; a dot in each row at a column."""
+    for numbers, line in ((rows, axis.axhline), (columns, axis.axvline)):
+        for edge in numbers.diff().nonzero()[:, 0].tolist():
+            line(edge + 0.5, color="black", lw=0.3)
+    axis.plot(marked, range(len(marked)), "k.", ms=1.5)
+
+
 def in_colors(groups: torch.Tensor, regions: torch.Tensor) -> list:
     """Groups of single images (n y x), each in the color of the region that it covers best."""
     return [color_groups(*pair)[0] for pair in zip(groups.split(1), regions.long().split(1))]
@@ -338,19 +415,21 @@ def label(axes: Any, rows: Sequence = (), columns: Sequence = ()) -> None:
 def dots(
     rows: dict[str, dict[str, Any]], text: str, xlabel: str = "", width: float = 7.5,
     bold: str = "", zero: bool = False, order: Sequence[str] = (), number: str = "",
-    limits: tuple[float, float] | None = None,
+    limits: tuple[float, float] | None = None, title: str = "", shift: float = 0.0,
 ) -> None:  # fmt: skip
     """Rows of named numbers as dots. A number, or median, least and most, drawn as a line; bold:
     a row; zero: a line at 0; order: of the names, so that figures give them the same colors;
     number: a format, to write every number above its dot; limits: of the axis, a number below them
-    stands at its end as an arrow.
+    stands at its end as an arrow; shift: by how much the names stand apart within a row, so that
+    no dot hides another.
     """
     names = list(dict.fromkeys([*order, *(name for values in rows.values() for name in values)]))
-    _, axis = plt.subplots(figsize=(width, 1.1 + 0.32 * len(rows)))
+    _, axis = plt.subplots(figsize=(width, 1.1 + (0.42 if shift else 0.32) * len(rows)))
     if zero:
         axis.axvline(0, color="black", lw=1)
-    for y, values in enumerate(rows.values()):
+    for row, values in enumerate(rows.values()):
         for name, value in values.items():
+            y = row + shift * (names.index(name) - (len(names) - 1) / 2)
             color, shape = f"C{names.index(name)}", "osD^v"[names.index(name) % 5]
             middle, *ends = np.ravel(value)
             axis.plot(ends, [y] * len(ends), color=color, lw=2)
@@ -365,6 +444,7 @@ def dots(
     axis.set_yticks(range(len(rows)), list(rows))
     axis.set(ylim=(len(rows) - 0.5, -0.5 - 0.2 * bool(number)), xlabel=xlabel, xlim=limits)
     axis.grid(axis="y", alpha=0.3)
+    axis.set_title(title)
     for tick in axis.get_yticklabels():
         tick.set_fontweight("bold" if tick.get_text() == bold else "normal")
     if len(names) > 1:
@@ -374,22 +454,50 @@ def dots(
     finish(text)
 
 
+def dots_and_table(
+    values: dict[str, float], columns: dict[str, Sequence[str]], text: str, xlabel: str, over: str,
+    note: str, limits: tuple[float, float],
+) -> None:  # fmt: skip
+    """One number per row as a dot; beside it what a table says of the row, its name above, a note
+    below. columns: head -> words, one per row.
+    """
+    figure, axis = plt.subplots(figsize=(4.6, 0.5 * len(values) + 1.1))
+    figure.set_layout_engine("none")  # the words stand outside the axes
+    beside = dict(transform=axis.get_yaxis_transform(), ha="center", va="center")
+    for y, value in enumerate(values.values()):
+        axis.plot(value, y, "o", color="C0")
+        axis.text(value, y - 0.2, f"{value:.1f}", ha="center", va="bottom", fontsize=10)
+    for x, (head, words) in zip(np.arange(len(columns)) * 0.36 + 1.2, columns.items()):
+        axis.text(x, -0.85, head, weight="bold", **beside)
+        for y, word in enumerate(words):
+            axis.text(x, y, word, **beside)
+    middle = 1.2 + 0.18 * (len(columns) - 1)
+    axis.text(middle, -1.5, over, **beside)
+    axis.text(middle, len(values) + 0.05, note, style="italic", **beside)
+    axis.set_yticks(range(len(values)), list(values))
+    axis.set(xlabel=xlabel, xlim=limits, ylim=(len(values) - 0.5, -0.7))
+    axis.grid(axis="y", alpha=0.3)
+    finish(text)
+
+
 def heat(
     matrix: Any, text: str, rows: Sequence = (), columns: Sequence = (), xlabel: str = "",
     ylabel: str = "", limits: tuple | None = None, size: tuple[float, float] = (5.5, 4.0),
+    numbers: int = 50,
 ) -> None:  # fmt: skip
     """A matrix as colors, a small one with its numbers. rows, columns: names of the ticks; text:
-    "" leaves the figure open, for what is drawn over it.
+    "" leaves the figure open, for what is drawn over it; numbers: less cells than this are small.
     """
-    array, paper = np.asarray(matrix, dtype=float), dict(facecolor="w", alpha=0.6, lw=0, pad=1)
+    array, paper = np.asarray(matrix, dtype=float), dict(facecolor="w", alpha=0.8, lw=0, pad=1)
     low, high = limits or (array.min(), array.max())
     figure, axis = plt.subplots(figsize=size)
     figure.colorbar(axis.imshow(array, "coolwarm" if low < 0 else "viridis", vmin=low, vmax=high))
     axis.set(xlabel=xlabel, ylabel=ylabel, aspect="auto")
     axis.set_yticks(range(len(rows)), map(str, rows))
     axis.set_xticks(range(len(columns)), map(str, columns))
-    for (i, j), value in np.ndenumerate(array) if array.size < 50 else ():
-        axis.text(j, i, f"{value:.2f}", ha="center", va="center", bbox=paper)
+    for (i, j), value in np.ndenumerate(array) if array.size < numbers else ():
+        size = 11 if array.size < 50 else 8
+        axis.text(j, i, f"{value:.2f}", ha="center", va="center", bbox=paper, fontsize=size)
     if text:
         finish(text)
 
