@@ -348,7 +348,7 @@ def borders(axis: Any, rows: torch.Tensor, columns: torch.Tensor, marked: torch.
     for numbers, line in ((rows, axis.axhline), (columns, axis.axvline)):
         for edge in numbers.diff().nonzero()[:, 0].tolist():
             line(edge + 0.5, color="black", lw=0.3)
-    axis.plot(marked, range(len(marked)), "k.", ms=1.5)
+    axis.plot(marked, range(len(marked)), "k.", ms=0.5)
 
 
 def in_colors(groups: torch.Tensor, regions: torch.Tensor) -> list:
