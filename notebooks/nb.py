@@ -217,7 +217,8 @@ def entropies(runs: dict[str, dict[str, float]], text: str) -> None:
         else:
             plt.annotate(words, (x - 0.1, y + 0.12) if y - x > 0.3 else (x + 0.09, y - 0.14))
     plt.axline((0, 0), slope=1, color="gray", lw=1)
-    corners = {"sure, many labels": (-0.05, 2.95), "one label": (1.4, -0.11), "no label": (2.85, 2.65)}
+    corners = {"sure, many labels": (-0.05, 2.95), "one label": (1.4, -0.11)}
+    corners["no label"] = (2.85, 2.65)
     for words, place in corners.items():
         plt.text(*place, words, style="italic", color="gray")
     plt.gca().set(xlabel="entropy of a pixel, nats", ylabel="entropy of the mean, nats")
@@ -247,14 +248,16 @@ def kept(first: torch.Tensor, second: torch.Tensor, k: int) -> np.ndarray:
 
 
 def agreement(
-    columns: dict[str, Sequence[Any]], shares: Sequence[float], colors: Any, by_color: Any, text: str
+    columns: dict[str, Sequence[Any]], shares: Sequence[float], colors: Any, by_color: Any,
+    text: str,
 ) -> None:
     """Columns of a prototype's pixels in two views, and below each the share that stays its own.
 
     by_color: the same shares for clusters of color: a band from the least to the most.
     """
     figure = plt.figure(figsize=(8.6, 4.9))
-    figure.suptitle("what a prototype becomes: what both views agree about,\nthe texture and not the color")
+    words = "what a prototype becomes: what both views agree about,\nthe texture and not the color"
+    figure.suptitle(words)
     places = figure.add_gridspec(3, len(columns), height_ratios=(1, 1, 1.5))
     for column, (name, images) in enumerate(columns.items()):
         for row, image in enumerate(images):
@@ -414,15 +417,15 @@ def label(axes: Any, rows: Sequence = (), columns: Sequence = ()) -> None:
 
 def dots(
     rows: dict[str, dict[str, Any]], text: str, xlabel: str = "", width: float = 7.5,
-    bold: str = "", zero: bool = False, order: Sequence[str] = (), number: str = "",
-    limits: tuple[float, float] | None = None, title: str = "", shift: float = 0.0,
+    bold: str = "", zero: bool = False, order: Sequence[str] = (), **more: Any,
 ) -> None:  # fmt: skip
     """Rows of named numbers as dots. A number, or median, least and most, drawn as a line; bold:
-    a row; zero: a line at 0; order: of the names, so that figures give them the same colors;
-    number: a format, to write every number above its dot; limits: of the axis, a number below them
-    stands at its end as an arrow; shift: by how much the names stand apart within a row, so that
-    no dot hides another.
+    a row; zero: a line at 0; order: of the names, so that figures give them the same colors; more:
+    title; number: a format, to write every number above its dot; limits: of the axis, a number
+    below them stands at its end as an arrow; shift: by how much the names stand apart within a row,
+    so that no dot hides another.
     """
+    number, limits, shift = more.get("number"), more.get("limits"), more.get("shift", 0.0)
     names = list(dict.fromkeys([*order, *(name for values in rows.values() for name in values)]))
     _, axis = plt.subplots(figsize=(width, 1.1 + (0.42 if shift else 0.32) * len(rows)))
     if zero:
@@ -444,7 +447,7 @@ def dots(
     axis.set_yticks(range(len(rows)), list(rows))
     axis.set(ylim=(len(rows) - 0.5, -0.5 - 0.2 * bool(number)), xlabel=xlabel, xlim=limits)
     axis.grid(axis="y", alpha=0.3)
-    axis.set_title(title)
+    axis.set_title(more.get("title", ""))
     for tick in axis.get_yticklabels():
         tick.set_fontweight("bold" if tick.get_text() == bold else "normal")
     if len(names) > 1:
@@ -481,18 +484,19 @@ def dots_and_table(
 
 
 def heat(
-    matrix: Any, text: str, rows: Sequence = (), columns: Sequence = (), xlabel: str = "",
-    ylabel: str = "", limits: tuple | None = None, size: tuple[float, float] = (5.5, 4.0),
-    numbers: int = 50,
+    matrix: Any, text: str, rows: Sequence = (), columns: Sequence = (),
+    limits: tuple | None = None, size: tuple[float, float] = (5.5, 4.0), numbers: int = 50,
+    **names: str,
 ) -> None:  # fmt: skip
     """A matrix as colors, a small one with its numbers. rows, columns: names of the ticks; text:
-    "" leaves the figure open, for what is drawn over it; numbers: less cells than this are small.
+    "" leaves the figure open, for what is drawn over it; numbers: less cells than this are small;
+    names: xlabel, ylabel.
     """
     array, paper = np.asarray(matrix, dtype=float), dict(facecolor="w", alpha=0.8, lw=0, pad=1)
     low, high = limits or (array.min(), array.max())
     figure, axis = plt.subplots(figsize=size)
     figure.colorbar(axis.imshow(array, "coolwarm" if low < 0 else "viridis", vmin=low, vmax=high))
-    axis.set(xlabel=xlabel, ylabel=ylabel, aspect="auto")
+    axis.set(**names, aspect="auto")
     axis.set_yticks(range(len(rows)), map(str, rows))
     axis.set_xticks(range(len(columns)), map(str, columns))
     for (i, j), value in np.ndenumerate(array) if array.size < numbers else ():
