@@ -27,7 +27,7 @@ def test_images_come_in_order_and_a_bad_one_is_left_out(tmp_path, capfd, workers
     assert [indices.tolist() for indices, _ in found] == [[0], [2, 3]]
     assert torch.cat([views for _, views in found])[:, 0, 0, 0].tolist() == [0, 2, 3]
     text = capfd.readouterr().err
-    assert "left out 1.png" in text and "look: 1 of 2, 0:00:0" in text
+    assert "left out 1.png" in text and "look, batches: 1 of 2, 0:00:0" in text
 
 
 def refuse(image):
