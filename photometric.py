@@ -1,6 +1,6 @@
 """What a view looks like may change, what it shows may not: colors, blur and solarization.
 
-Slide: "Prior 1: geometric covariance, photometric invariance".
+Slide: "Prior 1: geometric-covariance and photometric-invariance".
 Paper: section 3.1, implementation details.
 Read next: train.py.
 """

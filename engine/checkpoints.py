@@ -200,7 +200,8 @@ def restore(
         found = f"it holds no training state (found {some_keys(saved)}), or one of a newer version"
         raise ValueError(f"{path} cannot be continued: {found}; its network can be evaluated")
     if differences := changed(saved):
-        advice = "--resume force goes on all the same, --resume none starts over"
+        advice = "--resume force goes on all the same, --resume none starts over in this folder, "
+        advice += "and another --output-dir keeps both"
         raise ValueError(
             f"{path} was made with other options or images ({'; '.join(differences)}): {advice}"
         )

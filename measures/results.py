@@ -17,7 +17,7 @@ from measures.streams import center_view, stream
 SHOWN = 8  # images in groups.png
 SIZE, BATCH = 224, 16  # of photographs: px; at a time
 TITLE = """Scenes never trained on, and the groups found in them without a label.
-A class and the prototype that is matched with it have one color."""
+A class and the prototype that is matched with it have one color; other colors have no class."""
 
 
 def toy_result(run: Run, c: Any) -> dict:

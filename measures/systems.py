@@ -25,6 +25,7 @@ MEASURES = {  # key of a record -> heading
 COUNTS = {"groups_used": "used", "steps": "steps", "seconds": "seconds"}
 EXPLANATION = f"""\
 * of {CLUSTERS}: the system has no groups, or none with names.
+ARI: adjusted Rand index per scene, of objects and stuff, objects, classes, two kinds of pixels.
 Collapsed: fewer than {FEWEST_GROUPS} groups in use, or NMI not above the untrained network's."""
 
 

@@ -90,6 +90,7 @@ REFUSED = [  # by the parser of the dataclass, or by that of the subcommands
     ("--big-rate nan", "--big-rate nan is out of range: expected 0 to 1"),
     ("--both 0.5 nan", "--both nan is out of range: expected at least 0"),
     ("--kind oval", "argument --kind: invalid choice: 'oval' (choose from "),
+    ("--rate 3", "unrecognized argument --rate: did you mean --big-rate?"),
     ("--step 3", "unrecognized argument --step: did you mean --steps?"),
     ("--big_rate=1", "unrecognized argument --big_rate=1: did you mean --big-rate?"),
     ("--xyz 3 b", "unrecognized argument --xyz"),

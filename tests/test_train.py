@@ -203,7 +203,8 @@ def test_what_matters_cannot_change_within_a_run(change, short, tmp_path, monkey
     text = train_here(short[0], *CHANGES[change].split(), status=2)
     assert text == (
         f"train.py: {short[0]}/last.pth was made with other options or images ({change}): "
-        "--resume force goes on all the same, --resume none starts over\n"
+        "--resume force goes on all the same, --resume none starts over in this folder, "
+        "and another --output-dir keeps both\n"
     )
     assert not difference(state_of(short[0]), before)
 
