@@ -72,7 +72,7 @@ def run_program(
     except KeyboardInterrupt:
         return fail(name, "interrupted", 130)
     except RuntimeError as error:
-        line = str(error).partition("\n")[0][:120]
+        line = str(error).partition("\n")[0][:160]
         if "out of memory" in line or "can't allocate memory" in line:
             return fail(name, f"{line}: take a smaller --batch-size, --image-size or network", 2)
         if LOST.search(line) and os.environ.get("WORLD_SIZE", "1") != "1":

@@ -378,7 +378,7 @@ class Run:
         """Says how the run ended -> exit status. Raises Stopped where it could not go on."""
         if self.writes and (skipped := self.folder / "skipped.txt").exists():
             count = len(skipped.read_bytes().splitlines())
-            self.print(f"skipped  {count} images that could not be read: {skipped}")
+            self.print(f"skipped  {count} images that could not be read since the run began: {skipped}")
         held = f"{self.folder}/last.pth holds step {self.steps}: the same command goes on"
         held = held if self.steps else "no step was taken"
         if self.ended == "diverged":
@@ -388,7 +388,7 @@ class Run:
             )
         if self.ended == "trouble":
             reason = self.trouble or "another process has no images, and says why"
-            raise Stopped(f"{reason}; {held}")
+            raise Stopped(f"{reason}; {held.replace(': the', ', and then the')}")
         if self.ended == "signal":
             received = self.signals.received or "a signal to another process"
             line = f"stopped by {received} after step {self.steps} of {self.options.last_step}"

@@ -165,8 +165,8 @@ class Watch:
 
     def __init__(self, c: Any, warmup_steps: int, total_steps: int, notes: dict[str, Any]):
         self.c, self.warmup_steps, self.total_steps = c, warmup_steps, total_steps
-        self.correlation = None if "watch" in notes else ViewCorrelation()
-        self.notes = notes.setdefault("watch", dict(most=0, without={}, warned=[]))
+        self.notes = notes.setdefault("watch", dict(most=0, without={}, warned=[], law=False))
+        self.correlation = None if self.notes.get("law") else ViewCorrelation()
 
     def step(self, report: Report, boxes: Tensor, flipped: Tensor) -> list[str]:
         """What the law predicts, after enough images. boxes (b v 4), flipped (b v). All ranks."""
@@ -177,7 +177,7 @@ class Watch:
         self.correlation.add(maps, boxes[-b:], flipped[-b:])
         if self.correlation.seen < LAW_IMAGES:
             return []
-        rho, self.correlation = self.correlation.value(), None
+        rho, self.correlation, self.notes["law"] = self.correlation.value(), None, True
         return [f"law      {law_line(rho, self.c.temp_student, self.c.temp_teacher)}"]
 
     def line(self, record: Mapping[str, float]) -> list[str]:
