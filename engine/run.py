@@ -378,7 +378,7 @@ class Run:
         """Says how the run ended -> exit status. Raises Stopped where it could not go on."""
         if self.writes and (skipped := self.folder / "skipped.txt").exists():
             count = len(skipped.read_bytes().splitlines())
-            self.print(f"skipped  {count} images that could not be read since the run began: {skipped}")
+            self.print(f"skipped  {count} images since the run began could not be read: {skipped}")
         held = f"{self.folder}/last.pth holds step {self.steps}: the same command goes on"
         held = held if self.steps else "no step was taken"
         if self.ended == "diverged":

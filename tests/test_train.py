@@ -372,7 +372,7 @@ def test_a_few_bad_images_are_replaced_and_named_and_more_than_one_percent_stop_
     given, folder = ("--epochs", "1", "--warmup", "0"), tmp_path / "run"
     text = train_here(folder, *given, photographs=photographs)
     assert text.count("003.png: not an image that Pillow knows: its neighbor takes its place") == 1
-    assert f"skipped  1 images that could not be read since the run began: {folder}" in text
+    assert f"skipped  1 images since the run began could not be read: {folder}" in text
     assert (folder / "skipped.txt").read_text() == "003.png\tnot an image that Pillow knows\n"
     check = train_here(tmp_path / "no", "--check-data", photographs=photographs)
     assert "bad      003.png: not an image that Pillow knows\n" in check
