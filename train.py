@@ -153,7 +153,8 @@ def describe(c: Config, schedule: Schedule, place: Place, model: SlotCon) -> lis
         f"process(es); {schedule.steps_per_epoch} steps per epoch, {schedule.total_steps} in all",
         f"lr       {schedule.peak:g} = {c.base_lr:g} x {c.batch_size} / 256, {c.optimizer}, "
         f"warm-up {schedule.warmup_steps} steps",
-        f"chance   2 ln k = {2 * math.log(c.num_prototypes):.3f}: group loss of uniform groups",
+        f"chance   2 ln k = {2 * math.log(c.num_prototypes):.3f}: the group loss of a uniform "
+        "assignment",
     ]
     if schedule.warmup_steps >= schedule.total_steps:
         lines.append("warning  the warm-up is as long as the run: lower --warmup")

@@ -1,4 +1,4 @@
-"""What a run writes while it runs: log.jsonl, one JSON object per line."""
+"""What a program says while it runs: log.jsonl, an object per line; lines of how far it is."""
 
 import json
 import math

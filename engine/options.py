@@ -151,7 +151,8 @@ class Parser(argparse.ArgumentParser):
             known = self._option_string_actions
             name = word.partition("=")[0]  # --lr: --base-lr; --batch: --batch-size
             near = [each for each in known if each.startswith(name) or each.endswith(name[1:])]
-            near = near or difflib.get_close_matches(name, known, 1)
+            if not (near and name.startswith("--") and name[2:]):
+                near = difflib.get_close_matches(name, known, 1)
             if "--data-dir" in known and os.path.exists(word):
                 near = [f"--data-dir {word}"]
             advice = f": did you mean {near[0]}?" if near else ""

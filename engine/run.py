@@ -379,7 +379,7 @@ class Run:
         if self.writes and (skipped := self.folder / "skipped.txt").exists():
             count = len(skipped.read_bytes().splitlines())
             self.print(f"skipped  {count} images since the run began could not be read: {skipped}")
-        held = f"{self.folder}/last.pth holds step {self.steps}: the same command goes on"
+        held = f"{self.folder}/last.pth holds step {self.steps}"
         held = held if self.steps else "no step was taken"
         if self.ended == "diverged":
             raise Stopped(
@@ -388,11 +388,11 @@ class Run:
             )
         if self.ended == "trouble":
             reason = self.trouble or "another process has no images, and says why"
-            raise Stopped(f"{reason}; {held.replace(': the', ', and then the')}")
+            raise Stopped(f"{reason}; {held}")
         if self.ended == "signal":
             received = self.signals.received or "a signal to another process"
             line = f"stopped by {received} after step {self.steps} of {self.options.last_step}"
-            self.print(f"{line}; {held}")
+            self.print(f"{line}; {held}{': the same command goes on' * bool(self.steps)}")
         return 130 if (self.ended, self.signals.received) == ("signal", "SIGINT") else 0
 
 

@@ -34,7 +34,7 @@ def read(images: Sequence, view: Callable, indices: Sequence[int]) -> list[tuple
 
 
 def stream(
-    images: Sequence, view: Callable, batch_size: int, workers: int = 0, title: str = "batches"
+    images: Sequence, view: Callable, batch_size: int, workers: int = 0, title: str = "images"
 ) -> Iterator[tuple[Tensor, Any]]:
     """Batches of indices (b) and views; an unreadable image is left out. Raises ValueError."""
     places, collate = range(len(images)), partial(read, images, view)

@@ -97,6 +97,7 @@ REFUSED = [  # by the parser of the dataclass, or by that of the subcommands
     ("drwa", "argument command: invalid choice: 'drwa' (choose from "),
     ("", "the following arguments are required: one of erase, draw"),
     ("draw", "the following arguments are required: checkpoint"),
+    ("draw c.pth --siz", "unrecognized argument --siz: did you mean --size?"),
     ("erase a b", "unrecognized argument a"),
     ("draw c.pth --sized 9 a", "unrecognized argument --sized: did you mean --size?"),
     ("draw c.pth --limit -1", "argument --limit: -1: expected a whole number, at least 0"),
@@ -110,6 +111,7 @@ def test_a_wrong_command_line_is_refused_with_one_line(commands, argv, complaint
     with pytest.raises(ValueError) as caught:
         parse(*words) if argv.startswith("--") else commands.parse_args(words)
     assert str(caught.value).startswith(complaint) and "\n" not in str(caught.value)
+    assert ("did you mean" in str(caught.value)) == ("did you mean" in complaint)
 
 
 def test_json_is_written_only_where_it_is_asked_for(commands, tmp_path, capsys):
