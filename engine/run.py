@@ -83,8 +83,8 @@ class Run:
         self.began, self.written = BEGAN, time.perf_counter()
         self.timed_at = self.written
         self.images_per_second = math.inf  # of the last line of the log
-        self.moving = False  # while some weights have moved and others have not
-        self.under_way = False  # a step whose forward may have moved the buffers
+        # Of a step: "forward", which moves buffers, then "moving": some weights have, others not
+        self.stage = ""
         self.buffers = list(model.buffers())
         self.before = [buffer.clone() for buffer in self.buffers]
         if self.folder:
@@ -134,7 +134,7 @@ class Run:
         """Before a forward: keep what it moves, in case the step does not count."""
         if self.buffers:
             torch._foreach_copy_(self.before, self.buffers)
-        self.under_way = True
+        self.stage = "forward"
 
     def parts(self, *batch: Tensor) -> Iterator[list[Tensor]]:
         """The batch in --accumulate parts; only the last backward averages over the ranks."""
@@ -178,22 +178,22 @@ class Run:
 
     def step(self, lr: float) -> None:
         """Move the weights. Until `end_step`, what else belongs to the step moves."""
-        self.moving = True
+        self.stage = "moving"
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
 
     def undo(self) -> None:
         """Return to what was remembered."""
-        if self.under_way and self.buffers:
+        if self.stage and self.buffers:
             torch._foreach_copy_(self.buffers, self.before)
-        self.under_way = False
+        self.stage = ""
 
     def end_step(self) -> None:
         """Count the batch, forget the gradient, and see whether the run ends here."""
         self.scaler.update()
         self.optimizer.zero_grad()
-        self.moving = self.under_way = False
+        self.stage = ""
         self.position += 1
         self.steps, self.bad_steps = self.steps + self.good, self.bad_steps + (not self.good)
         self.bad_in_row = 0 if self.good else self.bad_in_row + 1
@@ -294,6 +294,9 @@ class Run:
             raise ValueError(f"{found}: every machine must see the same --output-dir")
         if wanted:
             self.print(f"resumed  {last} after step {self.steps}")
+            following = self.steps - self.steps % options.log_every + options.log_every
+            if self.steps < options.last_step:
+                self.print(f"next     a line at step {min(following, options.last_step)}")
 
     def require_space(self) -> None:
         """Raises ValueError where not one checkpoint fits on the disk."""
@@ -344,8 +347,10 @@ class Run:
         if self.ended != "diverged" and (self.ended or (self.good and (late or keep))):
             self.save(f"epoch_{epoch:04d}.pth" if keep else "")
 
-    def save(self, also: str = "") -> None:
-        """Write last.pth; also: a second name. A full disk costs a line, at the end the run."""
+    def save(self, also: str = "") -> bool:
+        """Write last.pth -> whether it is there; also: a second name. A full disk costs a line, at
+        the end the run.
+        """
         self.written = time.perf_counter()
         for file in (self.folder / name for name in ("last.pth", also) if name and self.writes):
             try:
@@ -356,6 +361,8 @@ class Run:
                 if self.ended:
                     raise Stopped(f"{line}: make room, and give the same command again") from None
                 log.say(f"{line}, and the run goes on")
+                return False
+        return self.writes
 
     def __enter__(self) -> "Run":
         self.signals.__enter__()
@@ -364,9 +371,10 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Whatever ended the loop, what was learned before the unfinished step is saved."""
         try:
-            if kind and not self.moving and self.steps:
+            if kind and self.stage != "moving" and self.steps:
                 self.undo()
-                self.save()
+                if self.save():
+                    log.say(f"saved    {self.folder}/last.pth after step {self.steps}")
         finally:
             self.signals.__exit__()
             self.loaded.close()
