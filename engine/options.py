@@ -167,14 +167,10 @@ class Commands(Parser):
         super().__init__(program, description=description)
         self.known = self.add_subparsers(dest="command", required=True, parser_class=Parser)
 
-    def error(self, message: str) -> NoReturn:
-        """Raises ValueError, which names all subcommands where there is none."""
-        names = ", ".join(self.known.choices)
-        raise ValueError(message.replace("required: command", f"required: one of {names}"))
-
     def add(self, name: str, text: str) -> Parser:
         """A subcommand -> its parser."""
         parser = self.known.add_parser(name, help=text, description=text)
+        self.known.metavar = " | ".join(self.known.choices)
         text = "write the result as JSON; -: to stdout, tables to stderr"
         parser.add_argument("--json", type=path, metavar="FILE", help=text)
         return parser
