@@ -15,10 +15,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2.functional import center_crop, resize
 
 from engine.images import Photograph, Pixels
 
 RATIO = (3 / 4, 4 / 3)  # of a crop's width to its height [O]
+OVERLAP = 0.01  # with the first crop, at least, as a share of the second [O]
+FLIP = 0.5  # probability, for each view [O]
 TRIES = 10  # draws before the fallback [O]
 
 Crop = tuple[int, int, int, int]  # top, left, height, width, px
@@ -35,28 +39,16 @@ class Batch(NamedTuple):
 class TwoCrops:
     """Cuts two views out of an image: a function of the image and the random generator alone.
 
-    image_size: side of a view, px. min_area: of a crop, as a share of the image. min_overlap: with
-    the first crop, as a share of the second; 0: they may miss each other. flip: probability, for
-    each view. geometric=False: both views are the center square, not mirrored (table 8e). Raises
-    ValueError for numbers out of range.
+    image_size: side of a view, px. min_area: of a crop, as a share of the image. geometric=False:
+    both views are the center square, not mirrored (table 8e). Raises ValueError for numbers out of
+    range.
     """
 
-    def __init__(
-        self,
-        image_size: int = 224,
-        min_area: float = 0.08,
-        min_overlap: float = 0.01,
-        flip: float = 0.5,
-        geometric: bool = True,
-    ):
-        shares_fit = 0 < min_area <= 1 and 0 <= min_overlap <= 1 and 0 <= flip <= 1
-        if image_size < 1 or not shares_fit:
-            raise ValueError(
-                "image_size is at least 1, 0 < min_area <= 1, min_overlap and flip in [0, 1]; "
-                f"found {image_size}, {min_area}, {min_overlap}, {flip}"
-            )
-        self.image_size, self.min_area, self.min_overlap = image_size, min_area, min_overlap
-        self.flip, self.geometric = flip, geometric
+    def __init__(self, image_size: int = 224, min_area: float = 0.08, geometric: bool = True):
+        if image_size < 1 or not 0 < min_area <= 1:
+            found = f"found {image_size}, {min_area}"
+            raise ValueError(f"image_size is at least 1 and 0 < min_area <= 1, {found}")
+        self.image_size, self.min_area, self.geometric = image_size, min_area, geometric
 
     def __call__(self, image: Tensor | Photograph, rng: random.Random) -> Batch:
         """image (3 y x) uint8, or a file that holds one -> views (v 3 y x), boxes (v 4), flipped
@@ -69,8 +61,8 @@ class TwoCrops:
             return Batch(views.contiguous(), boxes, torch.tensor([False, False]))
         height, width = image.shape[1:]
         first = draw_crop(height, width, rng, self.min_area)
-        second = draw_crop(height, width, rng, self.min_area, first, self.min_overlap)
-        flipped = [rng.random() < self.flip for _ in range(2)]
+        second = draw_crop(height, width, rng, self.min_area, first)
+        flipped = [rng.random() < FLIP for _ in range(2)]
         if isinstance(image, Tensor):
             pixels = Pixels(image)
         else:
@@ -85,17 +77,12 @@ class TwoCrops:
 
 
 def draw_crop(
-    height: int,
-    width: int,
-    rng: random.Random,
-    min_area: float = 0.08,
-    other: Crop | None = None,
-    min_overlap: float = 0.01,
+    height: int, width: int, rng: random.Random, min_area: float = 0.08, other: Crop | None = None
 ) -> Crop:
     """Area U(min_area, 1) of the image, ratio log-uniform in RATIO, place uniform [O].
 
     Without `other`: TRIES draws until one fits, then the largest center crop of an allowed ratio.
-    With `other`, the first crop: a draw must also share min_overlap of its area, as drawn and not
+    With `other`, the first crop: a draw must also share OVERLAP of its area, as drawn and not
     yet rounded to pixels [O], with it; if no draw does, the first crop is ignored.
     """
     for _ in range(TRIES):
@@ -104,7 +91,7 @@ def draw_crop(
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             crop = rng.randint(0, height - h), rng.randint(0, width - w), h, w
-            if other is None or intersection(crop, other) >= min_overlap * area:
+            if other is None or intersection(crop, other) >= OVERLAP * area:
                 return crop
     if other is not None:
         return draw_crop(height, width, rng, min_area)
@@ -152,13 +139,9 @@ def resized_crop(image: Tensor, crop: Crop, size: int, flipped: bool) -> Tensor:
 
 def center_square(image: Tensor, size: int) -> Tensor:
     """image (3 y x) uint8 -> (3 size size): the short side becomes 256 for 224, then the center."""
-    image = middle(image)
-    height, width = image.shape[1:]
-    short = round(size * 256 / 224)
-    h, w = (short, short * width // height) if height <= width else (short * height // width, short)
-    resized = F.interpolate(image[None], (h, w), mode="bicubic", antialias=True)[0]
-    top, left = round((h - size) / 2), round((w - size) / 2)
-    return resized[:, top : top + size, left : left + size].contiguous()
+    short, bicubic = round(size * 256 / 224), InterpolationMode.BICUBIC
+    resized = resize(middle(image), [short], bicubic, antialias=True)
+    return center_crop(resized, [size, size]).contiguous()
 
 
 def middle(image: Tensor) -> Tensor:

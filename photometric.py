@@ -19,6 +19,7 @@ from torch import Tensor
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # what torchvision's weights and everybody downstream expect
 IMAGENET_STD = (0.229, 0.224, 0.225)
 LUMA = (0.2989, 0.587, 0.114)  # red, green, blue -> gray: ITU-R 601-2, rounded as torchvision does
+SIGMA = (0.1, 2.0)  # range of the blur's, px of the view [O]; cut at 4 sigma [U]
 
 
 def normalize(images: Tensor) -> Tensor:
@@ -59,19 +60,16 @@ class Photometric:
     p_gray: float = 0.2
     p_blur: tuple[float, float] = (1.0, 0.1)  # in view 1 and in view 2
     solarize: tuple[float, float, float] = (0.0, 0.2, 128)  # at level 0 all are inverted
-    blur_sigma: tuple[float, float] = (0.1, 2.0)  # range, px of the view; cut at 4 sigma [U]
 
     def __post_init__(self) -> None:
-        jitter, low_high = self.jitter, self.blur_sigma
-        if [len(x) for x in (jitter, self.p_blur, self.solarize, low_high)] != [5, 2, 3, 2]:
-            raise ValueError(f"jitter, p_blur, solarize, blur_sigma have 5 2 3 2 numbers: {self}")
+        jitter = self.jitter
+        if [len(x) for x in (jitter, self.p_blur, self.solarize)] != [5, 2, 3]:
+            raise ValueError(f"jitter, p_blur, solarize have 5 2 3 numbers: {self}")
         probabilities = (jitter[4], self.p_gray, *self.p_blur, *self.solarize[:2])
         if not all(0 <= p <= 1 for p in probabilities):
             raise ValueError(f"probabilities lie in 0..1, found {probabilities}")
         if min(jitter[:4]) < 0 or jitter[3] > 0.5:
             raise ValueError(f"strengths are >= 0 and that of the hue <= 0.5, found {jitter[:4]}")
-        if not 0 < low_high[0] <= low_high[1]:
-            raise ValueError(f"blur_sigma is a range of positive numbers, found {low_high}")
 
     def __call__(self, views: Tensor, generator: torch.Generator) -> Tensor:
         """Draws and applies: views (b v 3 y x) uint8 -> (b v 3 y x) float32, normalized."""
@@ -87,7 +85,7 @@ class Photometric:
         weakest = (2 - strongest).clamp(min=0)
         factors = weakest + (strongest - weakest) * drawn[..., 7:10]
         turns = p_jitter > 0 and most_turns > 0
-        blur, (low, high) = blur < _constant(tuple(self.p_blur), device), self.blur_sigma
+        blur, (low, high) = blur < _constant(tuple(self.p_blur), device), SIGMA
         p_solarize = tuple(self.solarize[:2])
         return Draw(
             order=drawn[..., 10:].argsort(dim=-1) if blends else None,
@@ -111,7 +109,7 @@ class Photometric:
         if draw.gray is not None:
             pixels = torch.lerp(pixels, luma(pixels), draw.gray[:, None, None, None].float())
         if draw.sigma is not None:
-            pixels = gaussian_blur(pixels, draw.sigma, math.ceil(4 * self.blur_sigma[1]))
+            pixels = gaussian_blur(pixels, draw.sigma, math.ceil(4 * SIGMA[1]))
         if draw.solarize is not None:
             # In place stays float, which is faster than a mask, here and below.
             bright = pixels.clone().ge_(self.solarize[2] / 255)

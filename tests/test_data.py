@@ -11,6 +11,7 @@ import torch
 from torchvision.transforms import v2 as T
 from torchvision.transforms.v2 import functional as TF
 
+import data
 from data import TwoCrops, center_square, draw_crop, intersection, overlap_boxes, resized_crop
 
 
@@ -156,29 +157,33 @@ def test_a_sample_is_a_function_of_image_and_generator():
         assert not torch.equal(one.boxes, other.boxes)
 
 
-def test_every_view_has_its_own_flip_which_mirrors_view_and_box():
-    image = random_image(37, 53)
+def test_every_view_has_its_own_flip_which_mirrors_view_and_box(monkeypatch):
+    image, found = random_image(37, 53), {}
     for seed in range(11):
-        plain, mirrored = (TwoCrops(24, flip=p)(image, random.Random(seed)) for p in (0, 1))
+        for chance in (0, 1):
+            monkeypatch.setattr(data, "FLIP", chance)
+            found[chance] = TwoCrops(24)(image, random.Random(seed))
+        plain, mirrored = found.values()
         assert not plain.flipped.any() and mirrored.flipped.all()
         assert torch.equal(mirrored.views, plain.views.flip(-1))
         x1, y1, x2, y2 = plain.boxes.unbind(1)
         torch.testing.assert_close(mirrored.boxes, torch.stack([1 - x2, y1, 1 - x1, y2], 1))
+    monkeypatch.undo()
     flips = [TwoCrops(4)(image, random.Random(seed)).flipped.tolist() for seed in range(440)]
     first, second = zip(*flips)
     for found in (first, second, [a == b for a, b in flips]):
         assert statistics.mean(found) == pytest.approx(0.5, abs=0.08)
 
 
-def test_views_are_the_crops_that_are_drawn_with_the_given_limits():
+def test_views_are_the_crops_that_are_drawn_with_the_given_limit():
     image, rng = random_image(37, 53), random.Random(0)
-    limits = dict(min_area=0.2, min_overlap=0.9)
-    sample = TwoCrops(24, flip=0, **limits)(image, random.Random(0))
-    first = draw_crop(37, 53, rng, min_area=0.2)
-    second = draw_crop(37, 53, rng, other=first, **limits)
-    for view, crop in zip(sample.views, (first, second)):
-        assert torch.equal(view, resized_crop(image, crop, 24, False))
-    assert torch.equal(sample.boxes, overlap_boxes(first, second))
+    sample = TwoCrops(24, min_area=0.9)(image, random.Random(0))
+    first = draw_crop(37, 53, rng, min_area=0.9)
+    crops = first, draw_crop(37, 53, rng, min_area=0.9, other=first)
+    assert min(height * width for _, _, height, width in crops) > 0.85 * 37 * 53
+    for view, crop, flip in zip(sample.views, crops, flips := sample.flipped.tolist()):
+        assert torch.equal(view, resized_crop(image, crop, 24, flip))
+    assert torch.equal(sample.boxes, overlap_boxes(*crops, flips))
 
 
 def test_without_geometry_both_views_are_the_whole_center():

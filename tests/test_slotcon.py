@@ -156,12 +156,12 @@ REFUSED = [  # of all parts of the method: what is asked for, and the answer
     *((lambda m=m: update_teacher(NETWORK, NETWORK, m), rf"must lie in \[0, 1\], found {m}")
       for m in (-0.1, 1.1, math.nan)),
     *((lambda name=name, x=x: TwoCrops(**{name: x}), f"found .*{x}") for name, x in (
-        ("image_size", 0), ("min_area", 0), ("min_area", 1.5), ("min_overlap", -1), ("flip", 2))),
+        ("image_size", 0), ("min_area", 0), ("min_area", 1.5))),
     *((lambda name=name, x=x: Photometric(**{name: x}), words) for name, x, words in (
         ("jitter", (0.4, 0.4, 0.2, 0.1, 1.2), "probabilities lie in 0..1, found .*1.2"),
-        ("p_blur", (1.0,), "p_blur, solarize, blur_sigma have 5 2 3 2 numbers"),
+        ("p_blur", (1.0,), "jitter, p_blur, solarize have 5 2 3 numbers"),
         ("jitter", (0.4, 0.4, 0.2, 0.6, 1), "of the hue <= 0.5, found .*0.6"),
-        ("jitter", (-1, 0.4, 0.2, 0.1, 1), "found .-1"), ("blur_sigma", (0, 1), "positive"))),
+        ("jitter", (-1, 0.4, 0.2, 0.1, 1), "found .-1"))),
 ]  # fmt: skip
 
 
