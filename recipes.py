@@ -20,9 +20,6 @@ from typing import Any, NamedTuple
 from engine import LAYOUTS, options
 from engine.options import option
 
-# ------------------------------------------------------------------------------------ configuration
-
-
 method, views, training, machine, files = (
     functools.partial(option, group=name)
     for name in ("method", "views", "optimizer", "machine", "files")
@@ -37,7 +34,8 @@ class Config:
     preset: str = option("coco-r50", "named recipe, which sets all other defaults", free=True)
     data_dir: str = option("", "folder of images, or a text file of paths", free=True)
     output_dir: str = option("", "where the run is written (default: runs/PRESET)", free=True)
-    epochs: float = option(800, "length of the run and of all schedules [P]", low=0, high=1e6)
+    epochs: float = option(
+        800, "length of the run and of all schedules [P]", low=0, high=1e6, unless="steps")
     steps: int = option(0, "the same in optimizer steps; 0: --epochs", low=0, high=10**9)
     batch_size: int = option(512, "images per step, over all processes [P]", low=2, high=10**6)
     arch: str = option("resnet50", "backbone, a row of backbone.py: ARCHITECTURES, or timm:NAME")
@@ -89,7 +87,8 @@ class Config:
     base_lr: float = training(1.0, "learning rate per 256 images of a batch [O]", low=0, high=100)
     weight_decay: float = training(1e-5, "L2, not on biases and norms [O]", low=0, high=10)
     warmup: float = training(
-        5.0, "warm-up, in the unit of the length: epochs, or steps [O]", low=0, high=10**9)
+        5.0, "warm-up, in the unit of the length: epochs, or steps [O]", low=0, high=10**9,
+        unless="steps")
     accumulate: int = training(
         1, "passes per step, for small memories; each pass sees less", low=1, high=10_000)
 
@@ -130,7 +129,7 @@ class Config:
 
 
 COCO = Config()
-PRESETS = {
+CHANGES = {  # preset -> what it changes of COCO
     # For a laptop, and the paper's method as it is; only numbers differ from the published recipe.
     # All [U]; what it learns and what was tried: benchmarks/toy.md.
     # The networks: widths for 8 classes, a backbone that sees 17 px and averages over the period of
@@ -146,13 +145,13 @@ PRESETS = {
     #   the views inverted (solarized from 0 up). The contrast changes little and nothing is
     #   blurred: contrast and detail are what untrained features see of a texture.
     # optimizer: many small steps of AdamW; LARS is made for large batches.
-    "toy": dataclasses.replace(
-        COCO, preset="toy", dataset="toy", subset=768, held_out=256, arch="tiny", image_size=48,
-        num_prototypes=32, dim_hidden=64, dim_out=32, temp_teacher=0.03, momentum_center=0.8,
+    "toy": dict(
+        dataset="toy", subset=768, held_out=256, arch="tiny", image_size=48, num_prototypes=32,
+        dim_hidden=64, dim_out=32, temp_teacher=0.03, momentum_center=0.8,
         momentum_teacher=(0.99, 0.99), min_area=0.2, jitter=(0.2, 0.2, 0.3, 0.5, 1.0),
         p_blur=(0.0, 0.0), solarize=(0.5, 0.5, 0.0), optimizer="adamw", batch_size=16,
-        base_lr=0.16, weight_decay=0.01, epochs=32, warmup=0.625, workers=1,
-        log_every=20, save_minutes=0.5, keep_every=0,
+        base_lr=0.16, weight_decay=0.01, epochs=32, warmup=0.625, workers=1, log_every=20,
+        save_minutes=0.5, keep_every=0,
     ),
     # For a folder of about 300 photographs or more and one small machine. All [U]; measured in
     # benchmarks/photos.md.
@@ -163,27 +162,21 @@ PRESETS = {
     # jitter, p_gray, solarize: mild or off. Grass is green and the sky is blue: in photographs
     #   color says what a thing is, and a network that must not use it learns less here.
     # steps: the length does not depend on the number of photographs.
-    "photos": dataclasses.replace(
-        COCO, preset="photos", dataset="folder", held_out=64, arch="small", image_size=64,
-        num_prototypes=24, dim_hidden=256, dim_out=64, temp_teacher=0.03, momentum_center=0.8,
+    "photos": dict(
+        dataset="folder", held_out=64, arch="small", image_size=64, num_prototypes=24,
+        dim_hidden=256, dim_out=64, temp_teacher=0.03, momentum_center=0.8,
         momentum_teacher=(0.99, 0.99), min_area=0.2, jitter=(0.4, 0.4, 0.2, 0.05, 0.8), p_gray=0.0,
         p_blur=(0.2, 0.1), solarize=(0.0, 0.0, 128.0), optimizer="adamw", batch_size=32,
         base_lr=0.024, weight_decay=0.01, steps=3000, warmup=80, workers=1, log_every=20,
         save_minutes=2.0, keep_every=0,
     ),
-    "coco-r50": COCO,
-    "cocoplus-r50": dataclasses.replace(COCO, preset="cocoplus-r50", dataset="cocoplus"),
-    "imagenet-r50-100ep": dataclasses.replace(
-        COCO, preset="imagenet-r50-100ep", dataset="imagenet", num_prototypes=2048, epochs=100,
-        keep_every=20,
-    ),
-    "imagenet-r50-200ep": dataclasses.replace(
-        COCO, preset="imagenet-r50-200ep", dataset="imagenet", num_prototypes=2048, epochs=200,
-        keep_every=20,
-    ),
-    # length [U]: as COCO
-    "bdd100k-r50": dataclasses.replace(COCO, preset="bdd100k-r50", dataset="bdd100k"),
+    "coco-r50": {},
+    "cocoplus-r50": dict(dataset="cocoplus"),
+    "imagenet-r50-100ep": dict(dataset="imagenet", num_prototypes=2048, epochs=100, keep_every=20),
+    "imagenet-r50-200ep": dict(dataset="imagenet", num_prototypes=2048, epochs=200, keep_every=20),
+    "bdd100k-r50": dict(dataset="bdd100k"),  # length [U]: as COCO
 }
+PRESETS = {k: dataclasses.replace(COCO, preset=k, **changes) for k, changes in CHANGES.items()}
 # fmt: on
 
 
@@ -194,20 +187,14 @@ def parse(argv: Sequence[str] | None, description: str = "") -> tuple[Config, se
     with one line.
     """
     c, given = options.parse(PRESETS, argv, description)
-    preset = PRESETS[c.preset]
-    changes: dict[str, Any] = {
-        name: os.path.expanduser(getattr(c, name)) for name in ("data_dir", "init", "resume")
-    }
-    changes["output_dir"] = os.path.expanduser(c.output_dir or f"runs/{c.preset}")
+    check(c)
     if {"epochs", "steps"} <= given and c.steps:
         raise ValueError("--epochs and --steps are two units of one length: give one of them")
-    if "epochs" in given and c.steps:
-        changes["steps"] = 0
-    steps = changes.get("steps", c.steps)
+    preset, steps, warmup = PRESETS[c.preset], 0 if "epochs" in given else c.steps, c.warmup
     if bool(steps) != bool(preset.steps) and "warmup" not in given:
-        changes["warmup"] = c.warmup * (steps or c.epochs) / (preset.steps or preset.epochs)
-    check(c)
-    return dataclasses.replace(c, **changes), given
+        warmup *= (steps or c.epochs) / (preset.steps or preset.epochs)
+    output_dir = c.output_dir or f"runs/{c.preset}"
+    return dataclasses.replace(c, output_dir=output_dir, steps=steps, warmup=warmup), given
 
 
 def check(c: Config) -> None:

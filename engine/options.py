@@ -34,14 +34,15 @@ READING: dict[type, dict[str, Any]] = {  # type of a field -> how argparse reads
 
 def option(
     default: Any, help: str, group: str = "usual", low: float = -inf, high: float = inf,
-    choices: Iterable = (), free: bool = False,
+    choices: Iterable = (), free: bool = False, unless: str = "",
 ) -> Any:  # fmt: skip
     """A field of a dataclass that is an option. In a string, ~ is the home folder.
 
-    help: with unit and origin; low, high: both included; free: a continued run may change it.
+    help: with unit and origin; low, high: both included; free: a continued run may change it;
+    unless: an option that moves this one, which `differences` does not name where both changed.
     """
     about = dict(help=help, group=group, low=low, high=high, choices=choices, free=free)
-    return dataclasses.field(default=default, metadata=about)
+    return dataclasses.field(default=default, metadata=about | dict(unless=unless))
 
 
 def parse(
@@ -107,12 +108,15 @@ def settle(presets: Mapping[str, T], args: Namespace, by: str = "preset") -> tup
 
 def differences(settings: Any, earlier: Mapping[str, Any]) -> list[str]:
     """Changes of options that are not free, a line each; an option unknown then had its default."""
-    found = []
-    for f in (f for f in dataclasses.fields(settings) if not f.metadata["free"]):
-        now, then = getattr(settings, f.name), earlier.get(f.name, f.default)
-        then = tuple(then) if isinstance(then, list) else then  # JSON has no tuples
-        found += [f"{f.name}: {then} then, {now} now"] if now != then else []
-    return found
+    changed, kept = {}, [f for f in dataclasses.fields(settings) if not f.metadata["free"]]
+    for f in kept:
+        pair = earlier.get(f.name, f.default), getattr(settings, f.name)
+        pair = [tuple(x) if isinstance(x, list) else x for x in pair]  # JSON has no tuples
+        if pair[0] != pair[1]:  # a default of 0 stands for no choice
+            pair = ["not given" if x == f.default == 0 and x is not False else x for x in pair]
+            changed[f.name] = "{}: {} then, {} now".format(f.name, *pair)
+    moved = {f.name for f in kept if f.metadata["unless"] in changed}
+    return [line for name, line in changed.items() if name not in moved]
 
 
 def chosen_for(function: Callable, settings: Any) -> dict[str, Any]:

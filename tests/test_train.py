@@ -95,6 +95,12 @@ def test_the_warm_up_keeps_its_share_in_the_other_unit(arguments, epochs, steps,
     assert (c.epochs, c.steps, c.warmup) == (epochs, steps, pytest.approx(warmup))
 
 
+def test_a_length_in_another_unit_is_named_and_not_what_it_moves():
+    then, now = (recipes.parse(words.split())[0] for words in ("--epochs 2", "--steps 100"))
+    changed = options.differences(now, dataclasses.asdict(then))
+    assert changed == ["steps: not given then, 100 now"]
+
+
 ROWS = {  # some rows of the tables, and what they change of the published recipe
     ("6a", "128"): dict(num_prototypes=128),
     ("6b", "1.0"): dict(group_weight=1),
