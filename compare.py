@@ -56,10 +56,10 @@ if __name__ == "__main__":  # a misspelled option is answered before torch is lo
 import numpy as np
 import torch
 
+from comparisons import judge
 from comparisons.bench import LABELED, SHOWN, Entry, draw, in_processes
-from comparisons.scenes import Scenes
 from engine import files
-from measures import systems
+from measures import metrics
 from measures.datasets import UNSEEN
 from measures.figures import as_images, color_groups, grid, prototype_colors, save
 
@@ -103,27 +103,24 @@ def run(args: argparse.Namespace, entries: Sequence[Entry]) -> None:
     jobs = [(entry, seed) for seed in range(args.seeds) for entry in entries]
     for (entry, _), (record, groups) in zip(jobs, in_processes(jobs, args.output_dir)):
         records[entry.label].append(record)
-        alone = systems.without_names(record)
+        # Slots have no names: group 3 of one image is not group 3 of another
+        alone = record["grouped_by"] != record["named_by"]
         truth, size = (scenes.regions, 1) if alone else (scenes.semantic, SHOWN)
         pairs = zip(torch.from_numpy(groups).split(size), truth.split(size))
         painted = np.concatenate([color_groups(*pair) for pair in pairs])
-        shown.setdefault(entry.label, painted)
-        print(systems.brief(entry.label, record), flush=True)
+        shown.setdefault(entry.label + " *" * (record["grouped_by"] == judge.CLUSTERS), painted)
+        print(judge.brief(entry.label, record), flush=True)
         result["seconds"] = time.perf_counter() - BEGAN
         files.write_json(args.output_dir / "comparison.json", result)
     file = args.output_dir / "comparison.png"
-    what = f"{title}: groups in scenes never trained on"
+    what = f"{title}\nGroups in scenes never trained on; * of {judge.CLUSTERS}"
     save(grid(what, list(shown.values()), list(shown), side=0.8)[0], file, 130)
-    print(f"\n{title}, median of {args.seeds} seed(s)\n{systems.format_table(records)}")
-    found = by_place(draw(UNSEEN, recipes.PRESETS["toy"].held_out))
-    print(f"2 x 4 blocks know the place only: ARI inst. {found[0]:.3f}, obj. {found[1]:.3f}\n")
+    print(f"\n{title}, median of {args.seeds} seed(s)\n{judge.format_table(records)}")
+    unseen = draw(UNSEEN, recipes.PRESETS["toy"].held_out)  # slots must find more than places
+    instances = metrics.rand_index(unseen.blocks, unseen.regions)
+    objects = metrics.rand_index(unseen.blocks, unseen.regions, unseen.instance > 0)
+    print(f"2 x 4 blocks know the place only: ARI inst. {instances:.3f}, obj. {objects:.3f}\n")
     print(f"done     {result['seconds']:.0f} s; comparison.json and {file}")
-
-
-def by_place(scenes: Scenes) -> tuple[float, float]:
-    """The Rand indices of blocks: what slots must exceed to have found more than places."""
-    objects = systems.rand_index(scenes.blocks, scenes.regions, scenes.instance > 0)
-    return systems.rand_index(scenes.blocks, scenes.regions), objects
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -69,7 +69,7 @@ def measure_segmentation(args: argparse.Namespace) -> dict:
     """Groups against labels, at every size, beside the two baselines."""
     network, config = networks.open_network(args.checkpoint, args.network, args.device)
     result = source(args, config)
-    untrained = networks.untrained_network(**networks.sizes_of(config), device=args.device)
+    untrained = networks.untrained_network(config, args.device)
     labeled, k = open_labeled(args, args.split), config["num_prototypes"]
     if labeled.notice:
         print(f"note: {labeled.notice}")
@@ -115,7 +115,8 @@ def measure_probe(args: argparse.Namespace) -> dict:
         raise ValueError("a probe learns on the split train: test on another --split, or none")
     learned, tested = open_labeled(args, "train"), open_labeled(args, args.split or "val")
     probes.check_parts(learned, tested)
-    print(f"learns from {len(learned)} images, measures {len(tested)} others", flush=True)
+    parts = "4 parts follow: learn and test, trained and random"
+    print(f"learns from {len(learned)} images, measures {len(tested)} others; {parts}", flush=True)
     size = args.size or (toy.Dials().size if result["dataset"] == "toy" else 320)
     result.update(labeled_images=len(learned), images=len(tested), size=size)
     random = networks.untrained_backbone(config["arch"], args.device)

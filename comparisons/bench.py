@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import comparisons
-import toy
 from comparisons.common import System
+from comparisons.judge import MEASURES, collapsed, judge
 from comparisons.scenes import Scenes, whole_scene
 from data import TwoCrops
 from engine.optimizers import make_optimizer, schedule_for
@@ -26,7 +26,6 @@ from engine.options import chosen_for
 from engine.processes import Place, synchronized, workers_of
 from engine.program import Stopped
 from engine.run import Options, Run
-from measures import systems
 from measures.datasets import UNSEEN
 from photometric import Photometric, normalize
 from teacher import teacher_momentum
@@ -94,30 +93,24 @@ def heading_of(labels: Sequence[str], several: int, began: float, steps: int, nu
 def row(
     folder: Path, heading: Callable[[int], str], number: int, job: Job
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """In a process of its own: the record of a row and seed, its groups in the scenes shown."""
+    """In a process of its own: the record of a row and seed, its groups in the scenes shown.
+
+    Writes the learned tensors in half precision. Raises Stopped.
+    """
     print(f"{heading(number)}\n", end="", flush=True)  # whole, beside those of others
     entry, seed = job
-    weights = folder / f"{entry.label.replace(': ', '-')}_{seed}.pth"
-    record, groups = train_and_judge(entry, seed, weights)
-    return record, groups[:SHOWN].numpy()
-
-
-def train_and_judge(entry: Entry, seed: int, weights: Path) -> tuple[dict[str, Any], Tensor]:
-    """The record of a row and seed, and its groups in unseen scenes (n y x). Raises Stopped.
-
-    weights: a file for the learned tensors, in half precision.
-    """
-    untrained, _ = judge(entry.build(seed), entry)
+    untrained, _ = judged(entry.build(seed), entry)
     system = entry.build(seed)
     c = dataclasses.replace(entry.c, seed=seed)
     count = c.subset * system.times_scenes
     trained = learn(system, draw(seed, count, system.sees, system.extra, entry.preset), c)
-    torch.save({name: value.half() for name, value in system.state_dict().items()}, weights)
-    found, groups = judge(system, entry)
+    weights = {name: value.half() for name, value in system.state_dict().items()}
+    torch.save(weights, folder / f"{entry.label.replace(': ', '-')}_{seed}.pth")
+    found, groups = judged(system, entry)
     record = dict(system=entry.name, seed=seed, **found, **trained)
-    record["untrained"] = {key: untrained[key] for key in systems.MEASURES}
-    record["collapsed"] = systems.collapsed(found, untrained)
-    return record, groups
+    record["untrained"] = {key: untrained[key] for key in MEASURES}
+    record["collapsed"] = collapsed(found, untrained)
+    return record, groups[:SHOWN].numpy()
 
 
 def learn(system: System, scenes: Scenes, c: Any) -> dict[str, float]:
@@ -161,11 +154,8 @@ def learn(system: System, scenes: Scenes, c: Any) -> dict[str, float]:
     return dict(steps=run.steps, bad_steps=run.bad_steps, seconds=seconds, loss=loss)
 
 
-def judge(system: System, entry: Entry) -> tuple[dict[str, Any], Tensor]:
+def judged(system: System, entry: Entry) -> tuple[dict[str, Any], Tensor]:
     """All measures of a system on unseen scenes, and its groups (n y x)."""
-    system.eval()
-    sets = [(UNSEEN, entry.c.held_out), (UNSEEN + 1, LABELED)]
-    drawn = [draw(seed, count, system.sees, "", entry.preset) for seed, count in sets]
-    truth, labeled = (systems.Truth(s.images, s.semantic, s.regions, s.instance) for s in drawn)
-    parts = system.backbone, system.maps, system.per_image, truth, labeled
-    return systems.judge(*parts, entry.c.num_prototypes, len(toy.CLASS_NAMES))
+    sets = (UNSEEN, entry.c.held_out), (UNSEEN + 1, LABELED)
+    truth, labeled = (draw(seed, count, system.sees, "", entry.preset) for seed, count in sets)
+    return judge(system.eval(), truth, labeled, entry.c.num_prototypes)

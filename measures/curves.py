@@ -18,11 +18,11 @@ PRESETS = ("toy", "photos")  # those of which good runs were measured
 PANELS = {  # key of the log -> title, the shape of the curve in a good run; measured: start to end
     "group_loss": ("Group loss", "leaves 2 ln k early", "8.1 to 1.8", "6.3 to 1.6"),
     "slot_loss": ("Slot loss", "below chance; may rise while groups split", "4.9 to 2.5"),
-    "occupied_per_image": ("Prototypes per image", "a few", "23, 7, 11", "16 to 7"),
+    "occupied_per_image": ("Occupied prototypes per image", "a few", "23, 7, 11", "16 to 7"),
     "prototypes_used": ("Prototypes in use", "1 to 3: collapsed", "31, 9 to 15, 17", "24 to 20"),
     "entropy_teacher": ("Teacher's entropy per pixel", "low; high: uniform", "0.8, 1.5, 0.3"),
     "entropy_mean": ("Teacher's entropy on average", "high; low: one prototype", "3.3 to 2.6"),
-    "agreement": ("Student agrees with teacher", "far above chance", "0.05 to 0.75", "0.15 to 0.7"),
+    "agreement": ("Agreement with the teacher", "far above chance", "0.05 to 0.75", "0.15 to 0.7"),
     "grad_norm": ("Gradient norm", "settles"),
     "lr": ("Learning rate", "ends near 0"),
     "momentum_teacher": ("Teacher's momentum", "as its option says", "stays 0.99", "stays 0.99"),

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from measures import metrics
-from measures.layouts import IGNORE, unlabeled
+from measures.layouts import unlabeled
 from measures.streams import Batches
 from photometric import normalize
 from slots import occupied
@@ -84,16 +84,13 @@ class Tally:
 
     def add(self, segments: Tensor, owned: Tensor, label: Tensor) -> None:
         """segments (b y x) in 0..k-1; owned (b k) bool; label (b y x) in 0..t-1 or IGNORE."""
-        k = len(self.active)
         self.images += len(segments)
         self.active += owned.sum(0)  # over b
         if self.class_names:
-            self.confusion += metrics.confusion_matrix(segments, label, k, len(self.class_names))
-            return
-        for one, target in zip(segments, label):  # without classes, an id is of one image only
-            if (target != IGNORE).any():
-                counts = metrics.confusion_matrix(one, target, k, int(target.max()) + 1)
-                self.rand_indices.append(metrics.adjusted_rand_index(counts))
+            t = len(self.class_names)
+            self.confusion += metrics.confusion_matrix(segments, label, len(self.active), t)
+        else:  # an id is of one image only
+            self.rand_indices += metrics.rand_indices(segments, label)
 
     def report(self) -> dict:
         """All numbers. Raises ValueError where no pixel has a label."""

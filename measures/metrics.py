@@ -105,6 +105,23 @@ def adjusted_rand_index(confusion: Tensor) -> float:
     return float((together - expected) / ((in_groups + in_classes) / 2 - expected))
 
 
+def rand_indices(groups: Tensor, truth: Tensor) -> list[float]:
+    """`adjusted_rand_index` of every image (b y x) in which a pixel is labeled."""
+    found = []
+    for one, other in zip(groups, truth.long()):
+        if (other != IGNORE).any():
+            counts = confusion_matrix(one, other, int(one.max()) + 1, int(other.max()) + 1)
+            found.append(adjusted_rand_index(counts))
+    return found
+
+
+def rand_index(groups: Tensor, truth: Tensor, counted: Tensor | None = None) -> float:
+    """The mean of `rand_indices`, 0 of none; counted (b y x) bool: only these pixels."""
+    truth = truth.long() if counted is None else truth.long().masked_fill(~counted, IGNORE)
+    values = rand_indices(groups, truth)
+    return sum(values) / max(len(values), 1)
+
+
 def _rows_by_class(confusion: Tensor, classes: Tensor) -> Tensor:
     """Rows of prototypes (k t) added up in the rows of their classes (t t)."""
     matched = classes != UNMATCHED

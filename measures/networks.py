@@ -24,7 +24,7 @@ def open_network(path: str | Path, which: str = "teacher", device: Any = "cpu") 
     k, dim_out = state["prototypes.weight"].shape
     dim_hidden = len(state["projector.mlp.0.weight"])
     sizes = dict(arch=arch, num_prototypes=k, dim_hidden=dim_hidden, dim_out=dim_out)
-    network = untrained_network(**sizes, device=device)
+    network = untrained_network(sizes, device)
     checkpoints.load_strictly(network, state, path)
     return network, {**found.config, **sizes, "step": found.contents.get("step", "unknown")}
 
@@ -48,21 +48,17 @@ def read(path: str | Path, which: str) -> tuple[checkpoints.Checkpoint, str]:
         raise ValueError(f"{path} holds no known backbone: {error}") from None
 
 
-def untrained_network(
-    arch: str, num_prototypes: int, dim_hidden: int, dim_out: int,
-    device: Any = "cpu", seed: int = 0,
-) -> GroupingNetwork:  # fmt: skip
-    """A network with random weights, a function of the seed; torch's generator does not move."""
+def untrained_network(config: Mapping, device: Any = "cpu", seed: int = 0) -> GroupingNetwork:
+    """A network of a configuration's arch and sizes, with random weights, a function of the seed;
+    torch's generator does not move.
+    """
+    names = ("arch", "num_prototypes", "dim_hidden", "dim_out")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return GroupingNetwork(arch, num_prototypes, dim_hidden, dim_out).to(device).eval()
+        return GroupingNetwork(**{name: config[name] for name in names}).to(device).eval()
 
 
 def untrained_backbone(arch: str, device: Any = "cpu", seed: int = 0) -> nn.Module:
     """The backbone of `untrained_network`, with the same weights."""
-    return untrained_network(arch, 1, 1, 1, device, seed).backbone
-
-
-def sizes_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What `untrained_network` needs of a configuration."""
-    return {name: config[name] for name in ("arch", "num_prototypes", "dim_hidden", "dim_out")}
+    sizes = dict(arch=arch, num_prototypes=1, dim_hidden=1, dim_out=1)
+    return untrained_network(sizes, device, seed).backbone

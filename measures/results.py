@@ -11,7 +11,7 @@ from engine.run import Run
 from measures import figures, retrieval
 from measures.datasets import UNSEEN
 from measures.groups import compare_in_memory, format_table, segment
-from measures.networks import sizes_of, untrained_network
+from measures.networks import untrained_network
 from measures.streams import center_view, stream
 
 SHOWN = 8  # images in groups.png
@@ -24,7 +24,7 @@ def toy_result(run: Run, c: Any) -> dict:
     """Write result.json and groups.png of unseen scenes, print and return the report."""
     teacher, scenes = run.model.teacher, toy.ToyImages(UNSEEN, c.held_out)
     device = teacher.prototypes.weight.device
-    untrained = untrained_network(**sizes_of(vars(c)), device=device, seed=c.seed)
+    untrained = untrained_network(vars(c), device, c.seed)
     report = compare_in_memory(teacher, untrained, scenes.images, scenes.semantic, toy.CLASS_NAMES)
     images, truth = scenes.images[:SHOWN], scenes.semantic[:SHOWN]
     groups, owner = segment(teacher, images)[0], list(report["matching"].values())

@@ -19,12 +19,11 @@ import compare
 import comparisons
 import recipes
 import train
-from comparisons import bench
+from comparisons import bench, judge
 from comparisons.bench import learn
 from comparisons.common import System
 from comparisons.scenes import Scenes
 from engine.program import Stopped, run_program
-from measures import systems
 from photometric import normalize
 
 SMALL = dict(subset=36, held_out=8, workers=0)
@@ -46,7 +45,7 @@ def test_without_options_every_system_has_its_rows_and_every_file_its_system():
     assert list(dict.fromkeys(row.name for row in rows)) == list(comparisons.SYSTEMS)
     files = {path.stem for path in Path(comparisons.__file__).parent.glob("*.py")}
     used = {place.split(".")[0] for place in comparisons.SYSTEMS.values()}
-    assert files - used == {"__init__", "bench", "common", "scenes"} and used <= files
+    assert files - used == {"__init__", "bench", "common", "judge", "scenes"} and used <= files
     labels = [row.label for row in rows if row.name == "given_masks"]
     assert labels == ["given_masks: grid", "given_masks: color", "given_masks: truth"]
     assert [row.preset for row in rows if row.name == "slot_attention"] == ["flat", "scene"]
@@ -88,7 +87,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("words", REFUSED)
 def test_a_wrong_option_is_one_line_before_any_work(words, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "train_and_judge", None)
+    monkeypatch.setattr(bench, "row", None)
     assert run_program("compare.py", compare.main, words.split()) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("compare.py: ") and REFUSED[words] in line
@@ -185,13 +184,13 @@ def test_slotcon_here_is_train_py_weight_for_weight(tmp_path, small):
 @pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="others see no stand-in")
 @pytest.mark.parametrize("died", [signal.SIGKILL, signal.SIGINT])
 def test_where_a_row_dies_none_goes_on_and_one_line_says_so(died, tmp_path, small, monkeypatch):
-    def row(entry, seed, weights):
+    def stopped(system, scenes, c):
         time.sleep(2)  # until all processes have started
-        if seed == 0:
+        if c.seed == 0:
             os.kill(os.getpid() if died == signal.SIGKILL else os.getppid(), died)
         time.sleep(60)
 
-    monkeypatch.setattr(bench, "train_and_judge", row)
+    monkeypatch.setattr(bench, "learn", stopped)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
     began, words = time.perf_counter(), ["--only", "moco", "--seeds", "9"]
     with pytest.raises(Stopped if died == signal.SIGKILL else KeyboardInterrupt):
@@ -213,7 +212,7 @@ def test_from_the_command_line_to_the_file(tmp_path, small, capfd):
         assert [record["seed"] for record in records] == [0, 1]
         for record in records:
             assert record["steps"] == 2 and isinstance(record["collapsed"], bool)
-            assert all(-1 <= record[key] <= 1 for key in systems.MEASURES)
+            assert all(-1 <= record[key] <= 1 for key in judge.MEASURES)
     lines = capfd.readouterr().out.splitlines()
     assert "row 2 of 6, slot_attention: flat, about 1 min left" in lines
     assert "moco, slot_attention (2 steps: too few to judge), median of 2 seed(s)" in lines

@@ -95,10 +95,11 @@ def test_the_untrained_network_depends_on_the_seed_alone_and_leaves_the_generato
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    network = untrained_network("tiny", K, 12, 6, seed=3)
+    sizes = dict(arch="tiny", num_prototypes=K, dim_hidden=12, dim_out=6)
+    network = untrained_network(sizes, seed=3)
     assert torch.rand(1) == expected and not network.training
     assert network.prototypes.weight.shape == (K, 6)
-    again = untrained_network("tiny", K, 12, 6, seed=3)
+    again = untrained_network(sizes, seed=3)
     assert not difference(again.state_dict(), network.state_dict())
     same, other = (untrained_backbone("tiny", seed=seed).state_dict() for seed in (3, 4))
     assert not difference(same, network.backbone.state_dict()) and difference(same, other)

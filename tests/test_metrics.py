@@ -35,3 +35,16 @@ def test_a_classifier_is_scored_by_the_names_it_gives_and_an_absent_class_is_non
     report = metrics.known_scores(torch.tensor([[0, 6, 0], [2, 2, 0], [0, 0, 0]]), ("a", "b", "c"))
     assert report["iou"] == {"a": 0, "b": pytest.approx(0.2), "c": None}  # b: tp 2, fp 2, fn 6
     assert (report["miou"], report["accuracy"]) == pytest.approx((0.1, 0.2))
+
+
+def test_the_rand_index_is_the_mean_over_scenes_of_the_pixels_that_count():
+    torch.manual_seed(0)
+    groups, truth = torch.randint(2, (3, 6, 7)), torch.randint(2, (3, 6, 7)).byte()
+    counted = torch.rand(3, 6, 7) > 0.5
+    counted[1] = False
+    each = []
+    for i in (0, 2):
+        one, other = groups[i][counted[i]], truth[i][counted[i]]
+        each.append(metrics.adjusted_rand_index(metrics.confusion_matrix(one, other, 2, 2)))
+    assert metrics.rand_index(groups, truth, counted) == pytest.approx(sum(each) / 2)
+    assert metrics.rand_index(truth.long(), truth) == 1

@@ -424,7 +424,7 @@ def test_toy_scenes_end_with_the_scores_of_scenes_that_no_run_sees(tmp_path, cap
         assert words in text
     report = json.loads((tmp_path / "result.json").read_text())
     network, config = networks.open_network(tmp_path)
-    untrained = networks.untrained_network(**networks.sizes_of(config), seed=4)
+    untrained = networks.untrained_network(config, seed=4)
     scenes = toy.ToyImages(UNSEEN, 9)
     labeled = scenes.images, scenes.semantic, toy.CLASS_NAMES
     assert report.pop("seconds") > 0 and report == compare_in_memory(network, untrained, *labeled)

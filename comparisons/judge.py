@@ -2,15 +2,18 @@
 none, k-means on the features of the backbone is matched with the classes instead [U].
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
+import toy
+from comparisons.common import System
+from comparisons.scenes import Scenes
 from measures import metrics, probes
 from measures.groups import kmeans, table, winner
 from photometric import normalize
@@ -29,58 +32,34 @@ ARI: adjusted Rand index per scene, of objects and stuff, objects, classes, two 
 Collapsed: fewer than {FEWEST_GROUPS} groups in use, or NMI not above the untrained network's."""
 
 
-class Truth(NamedTuple):
-    """Scenes never trained on. All uint8, n scenes."""
-
-    seen: Tensor  # (n 3 y x) what the backbone is shown
-    semantic: Tensor  # (n y x) classes 0..t-1
-    regions: Tensor  # (n y x) every object, and every kind of stuff
-    instance: Tensor  # (n y x) 0 the stuff, then the objects
-
-
 @torch.no_grad()
-def judge(
-    backbone: nn.Module, maps: Callable[[Tensor], Tensor | None], per_image: bool,
-    truth: Truth, labeled: Truth, k: int, num_classes: int,
-) -> tuple[dict[str, Any], Tensor]:  # fmt: skip
-    """Every measure of one system, and its groups (n y x); both on the CPU.
+def judge(system: System, truth: Scenes, labeled: Scenes, k: int) -> tuple[dict[str, Any], Tensor]:
+    """Every measure of one system on scenes never trained on, and its groups (n y x).
 
-    maps: of the system, from normalized images (b 3 y x), or None; per_image: the groups have no
-    names; labeled: scenes that the probe learns from; k: of the k-means.
+    labeled: scenes that the probe learns from; k: of the k-means.
     """
-    size, semantic = truth.seen.shape[-2:], truth.semantic.long()
-    device = next(backbone.parameters()).device
-    images = [normalize(some.to(device)) for some in truth.seen.split(64)]
-    features = torch.cat([backbone(some).cpu() for some in images])
-    own = [maps(some) for some in images]
-    clusters = winner(cluster_maps(features, k), size) if per_image or own[0] is None else None
-    groups = clusters if own[0] is None else torch.cat([winner(m.cpu(), size) for m in own])
+    size, semantic = truth.images.shape[-2:], truth.semantic.long()
+    images = [normalize(some) for some in truth.images.split(64)]
+    features = torch.cat([system.backbone(some) for some in images])
+    own = [system.maps(some) for some in images]
+    unnamed = system.per_image or own[0] is None
+    clusters = winner(cluster_maps(features, k), size) if unnamed else None
+    groups = clusters if own[0] is None else torch.cat([winner(maps, size) for maps in own])
     named = groups if clusters is None else clusters
-    counts = metrics.confusion_matrix(named, semantic, int(named.max()) + 1, num_classes)
+    counts = metrics.confusion_matrix(named, semantic, int(named.max()) + 1, len(toy.CLASS_NAMES))
     found = dict(
         named_by=OWN if clusters is None else CLUSTERS,
         grouped_by=CLUSTERS if own[0] is None else OWN,
         miou=metrics.miou(counts, metrics.match(counts)),
         nmi=metrics.nmi(counts),
-        probe_miou=probe(backbone, labeled, features, semantic, num_classes),
-        ari_instances=rand_index(groups, truth.regions),
-        ari_objects=rand_index(groups, truth.regions, truth.instance > 0),
-        ari_classes=rand_index(groups, semantic),
-        ari_foreground=rand_index(groups, truth.instance > 0),
-        groups_used=max(len(some.unique()) for some in (groups if per_image else [groups])),
+        probe_miou=probe(system, labeled, features, semantic),
+        ari_instances=metrics.rand_index(groups, truth.regions),
+        ari_objects=metrics.rand_index(groups, truth.regions, truth.instance > 0),
+        ari_classes=metrics.rand_index(groups, semantic),
+        ari_foreground=metrics.rand_index(groups, truth.instance > 0),
+        groups_used=max(len(some.unique()) for some in (groups if system.per_image else [groups])),
     )
     return found, groups
-
-
-def rand_index(groups: Tensor, truth: Tensor, counted: Tensor | None = None) -> float:
-    """The mean adjusted Rand index of scenes (n y x); counted (n y x) bool: only these pixels."""
-    values, counted = [], torch.ones_like(truth).bool() if counted is None else counted
-    for one, other, which in zip(groups, truth.long(), counted):
-        one, other = one[which], other[which]
-        if one.numel():
-            counts = metrics.confusion_matrix(one, other, int(one.max()) + 1, int(other.max()) + 1)
-            values.append(metrics.adjusted_rand_index(counts))
-    return sum(values) / max(len(values), 1)
 
 
 def cluster_maps(features: Tensor, k: int) -> Tensor:
@@ -94,25 +73,18 @@ def cluster_maps(features: Tensor, k: int) -> Tensor:
 
 
 @torch.enable_grad()
-def probe(
-    backbone: nn.Module, labeled: Truth, features: Tensor, semantic: Tensor, num_classes: int
-) -> float:
+def probe(system: System, labeled: Scenes, features: Tensor, semantic: Tensor) -> float:
     """mIoU of a linear classifier that has learned from the few labeled scenes."""
-    batches = [(torch.empty(0), (labeled.seen, labeled.semantic.long()))]
-    cells = probes.collect_cells(backbone, batches, len(labeled.seen), num_classes)
-    guess = winner(probes.linear_probe(*cells)(features.float()), semantic.shape[-2:])
-    counts = metrics.confusion_matrix(guess, semantic, num_classes, num_classes)
-    return metrics.miou(counts, torch.arange(num_classes))
+    batches, t = [(torch.empty(0), (labeled.images, labeled.semantic.long()))], len(toy.CLASS_NAMES)
+    cells = probes.collect_cells(system.backbone, batches, len(labeled.images), t)
+    guess = winner(probes.linear_probe(*cells)(features), semantic.shape[-2:])
+    counts = metrics.confusion_matrix(guess, semantic, t, t)
+    return metrics.miou(counts, torch.arange(t))
 
 
 def collapsed(found: Mapping[str, Any], untrained: Mapping[str, Any]) -> bool:
     """Few groups in use, or no more agreement with the classes than before training."""
     return found["groups_used"] < FEWEST_GROUPS or found["nmi"] <= untrained["nmi"]
-
-
-def without_names(record: Mapping[str, Any]) -> bool:
-    """Whether group 3 of one image is not group 3 of another: slots."""
-    return record["grouped_by"] == OWN != record["named_by"]
 
 
 def brief(label: str, record: Mapping[str, Any]) -> str:
