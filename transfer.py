@@ -65,8 +65,8 @@ def train(c: Shared, run: Run, unseen: Sequence[Any]) -> None:
 
 def test_is_due(c: Shared, run: Run) -> bool:
     """Whether the weights as they stand are to be scored, and have not been."""
-    asked = c.test_every and run.steps and run.steps % c.test_every == 0
-    return bool(asked or run.finished) and run.notes.get("result", {}).get("step", 0) < run.steps
+    due = run.steps == c.total_steps or (c.test_every and run.steps % c.test_every == 0)
+    return due and run.notes.get("result", {}).get("step", 0) < run.steps
 
 
 def test(c: Shared, run: Run, unseen: Sequence[Any]) -> None:
@@ -103,12 +103,14 @@ def test(c: Shared, run: Run, unseen: Sequence[Any]) -> None:
 
 def finish(c: Shared, run: Run, tested: int) -> None:
     """What a run leaves, beside the slides' numbers."""
-    result, whole = run.notes["result"], run.steps == c.total_steps
-    at = f"{'done' if whole else 'paused':<9}at step {run.steps} of {c.total_steps}"
-    again = "" if whole else "; the same command without --max-steps goes on"
-    print(f"{at}{again}; best.pth has the best of all tests, {run.notes['best']:.3f}")
+    at = f"at step {run.steps} of {c.total_steps}"
+    if run.steps < c.total_steps:
+        print(f"paused   {at}; the same command without --max-steps goes on")
+        return
+    print(f"done     {at}; best.pth has the best of all tests, {run.notes['best']:.3f}")
+    result = run.notes["result"]
     shown = [key for key in result if key in COLUMNS or key in settings.AP]
-    rows = {"this run": result, **(settings.slides_of(c, tested) if whole else {})}
+    rows = {"this run": result, **settings.slides_of(c, tested)}
     cells = {k: ["" if r.get(x) is None else f"{r[x]:.3f}" for x in shown] for k, r in rows.items()}
     print(table(cells, [COLUMNS.get(key, key) for key in shown]))
     if "iou" in result:

@@ -296,7 +296,7 @@ class Scenes(list):
 
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=PRECISIONS.get)
 def test_fine_tuning_for_segmentation_stays_on_the_device_and_waits_once_a_step(dtype):
-    small = dict(max_steps=1, workers=0, head_width=8, frame=(0, 0))
+    small = dict(base_steps=1, workers=0, head_width=8, frame=(0, 0))
     c = dataclasses.replace(settings.PRESETS["segmentation"]["ade20k"], **small)
     model = Segmenter(build_backbone("resnet18"), 3, c)
     with fake_gpu() as gpu, pytest.warns(UserWarning, match="pin_memory"):
