@@ -12,8 +12,10 @@ same everywhere. There is no sin, no power, and no sum of an array.
 
 from __future__ import annotations
 
+import colorsys
 import math
 import operator
+from bisect import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
@@ -53,9 +55,8 @@ class Scene(NamedTuple):
 
     image: np.ndarray  # (y x 3) uint8, sRGB
     semantic: np.ndarray  # (y x) uint8, index into CLASS_NAMES
-    instance: np.ndarray  # (y x) uint8, 0 = stuff, i = the object of row i - 1 below
+    instance: np.ndarray  # (y x) uint8, 0 = stuff, i = the object of things[i - 1]
     parts: np.ndarray  # (y x) uint8, index into PART_NAMES
-    boxes: np.ndarray  # (objects 4) int64, x1 y1 x2 y2 of what is visible; zeros if hidden
     things: np.ndarray  # (objects) uint8, their classes
     depth: np.ndarray  # (y x) uint8, order of drawing: 0 the stuff, 255 the nearest object
 
@@ -64,7 +65,7 @@ class FramePair(NamedTuple):
     """Two frames: second[y + flow_y, x + flow_x] is first[y, x], unless covered or outside."""
 
     first: Scene
-    second: Scene  # row i of boxes and instance i + 1 are the same object as in the first
+    second: Scene  # instance i is the same object as in the first
     flow: np.ndarray  # (y x 2) int64, (x, y) displacement of each pixel of the first frame, px
 
 
@@ -94,8 +95,7 @@ class ToyImages:
 def scene(seed: int, index: int, preset: str = "scene", **dials: Any) -> Scene:
     """Scene number `index` of the series `seed`. ValueError for an unknown preset or dial."""
     chosen, stream = _dials(preset, dials), Stream(seed, index)
-    sketch = _sketch(stream, chosen)
-    return _render(sketch, chosen, stream.field(chosen.size, chosen.size, 3))
+    return _render(_sketch(stream, chosen), chosen, stream)
 
 
 def frame_pair(
@@ -103,11 +103,11 @@ def frame_pair(
 ) -> FramePair:
     """The scene and its next frame: camera and objects move by up to `speed` px, not the light."""
     chosen, stream = _dials(preset, dials), Stream(seed, index)
-    size, sketch = chosen.size, _sketch(stream, chosen)
-    first = _render(sketch, chosen, stream.field(size, size, 3))
+    sketch = _sketch(stream, chosen)
+    first = _render(sketch, chosen, stream)
     # Of the camera, with which instance 0 moves, then of the things.
     moves = [[stream.integer(-speed, speed) for _ in "xy"] for _ in range(1 + len(sketch.things))]
-    second = _render(sketch, chosen, stream.field(size, size, 3), moves)
+    second = _render(sketch, chosen, stream, moves)
     return FramePair(first, second, np.array(moves)[first.instance])
 
 
@@ -280,7 +280,7 @@ class Look(NamedTuple):
     """The surface of one part."""
 
     part: int
-    color: np.ndarray  # (3) in [0, 1]
+    color: tuple[float, float, float]  # in [0, 1]
     amplitude: float
     period: float  # 64ths of the side
     turn: tuple[float, float]  # cosine, sine
@@ -308,18 +308,11 @@ class Sketch(NamedTuple):
     table: np.ndarray  # (32 32) random numbers behind the irregular textures
 
 
-def _color(hue: float, saturation: float, value: float) -> np.ndarray:
-    """HSV in [0, 1] -> RGB (3) in [0, 1]."""
-    ramps = (abs((6.0 * (hue + shift)) % 6.0 - 3.0) - 1.0 for shift in (0.0, 2.0 / 3.0, 1.0 / 3.0))
-    missing = (1.0 - min(max(ramp, 0.0), 1.0) for ramp in ramps)
-    return np.array([value * (1.0 - saturation * each) for each in missing])
-
-
 def _look(stream: Stream, dials: Dials, part: int, hue: float) -> Look:
     texture, period, tilt = PARTS[part][1:]
     if stream.uniform() < dials.hue_bias:
         hue = CLASSES[PART_CLASS[part]].hue + stream.uniform(-0.1, 0.1)
-    color = _color(hue, stream.uniform(0.25, 0.65), stream.uniform(0.45, 0.7))
+    color = colorsys.hsv_to_rgb(hue % 1.0, stream.uniform(0.25, 0.65), stream.uniform(0.45, 0.7))
     turn = direction(stream.uniform(-tilt, tilt))
     phase = (stream.uniform(0.0, 32.0), stream.uniform(0.0, 32.0))
     phase = (0.0, 0.0) if texture is gloss else phase  # gloss has a middle, the object's
@@ -347,9 +340,8 @@ def _places(stream: Stream, dials: Dials) -> list[tuple[float, float, float]]:
 def _kind(stream: Stream, rarity: float) -> int:
     """The class of a thing; the i-th is rarity^i as likely as the first."""
     weights = accumulate([1.0] + [rarity] * (len(CLASSES) - NUM_STUFF - 1), operator.mul)
-    bounds = list(accumulate(weights))
-    pick = stream.uniform(0.0, bounds[-1])
-    return NUM_STUFF + sum(pick >= bound for bound in bounds[:-1])
+    *bounds, whole = accumulate(weights)
+    return NUM_STUFF + bisect(bounds, stream.uniform(0.0, whole))
 
 
 def _thing(stream: Stream, dials: Dials, hue: float, place: tuple[float, float, float]) -> Thing:
@@ -386,9 +378,10 @@ class Canvas:
     def __init__(self, sketch: Sketch, size: int, camera: Sequence[int]):
         """The stuff, shifted by camera (x y), px."""
         self.unit, self.table = 64.0 / size, sketch.table
-        self.rows, self.columns = np.indices((size, size)) + 0.5
+        self.middles = np.arange(size) + 0.5  # of the columns, and of the rows
         # Shifted while exact: no rounding differs.
-        x, y = (self.columns - camera[0]) * self.unit, (self.rows - camera[1]) * self.unit
+        x, y = ((self.middles - shift) * self.unit for shift in camera)
+        y = y[:, None]
         (c, s), offset, height, length, phase = sketch.border
         along, across = c * (x - 32.0) + s * (y - 32.0), c * (y - 32.0) - s * (x - 32.0)
         below = across + height * wave(along / length + phase) > offset
@@ -399,23 +392,16 @@ class Canvas:
 
     def add(self, number: int, thing: Thing, shift: Sequence[int]) -> None:
         """Draws a thing over all that is there, shifted by (x y), px."""
-        patch = self.rows_of(thing, 1, shift[1]), self.rows_of(thing, 0, shift[0])
-        x = (self.columns[patch] - shift[0]) * self.unit - thing.center[0]
-        y = (self.rows[patch] - shift[1]) * self.unit - thing.center[1]
-        c, s = thing.turn
+        x, y = ((self.middles - by) * self.unit - at for by, at in zip(shift, thing.center))
+        ends = -REACH * thing.radius, REACH * thing.radius  # outside nothing of the thing lies
+        columns, rows = (slice(*np.searchsorted(along, ends)) for along in (x, y))
+        x, y, (c, s) = x[columns], y[rows, None], thing.turn
         x, y = (c * x + s * y) * (-1.0 if thing.mirrored else 1.0), c * y - s * x
         masks = CLASSES[thing.kind].shape(x / thing.radius, y / thing.radius)
         for look, mask in zip(thing.looks, masks):
-            self.image[patch][mask] = _paint(look, x[mask], y[mask], self.table)
-            self.parts[patch][mask] = look.part
-            self.instance[patch][mask] = number
-
-    def rows_of(self, thing: Thing, axis: int, shift: int) -> slice:
-        """The rows (axis 1) or columns (axis 0) outside which nothing of the thing lies."""
-        middle, reach = thing.center[axis], REACH * thing.radius
-        edges = middle - reach, middle + reach + self.unit
-        pixels = (math.floor(edge / self.unit) + shift for edge in edges)
-        return slice(*(min(max(pixel, 0), len(self.rows)) for pixel in pixels))
+            self.image[rows, columns][mask] = _paint(look, x[mask], y[mask], self.table)
+            self.parts[rows, columns][mask] = look.part
+            self.instance[rows, columns][mask] = number
 
 
 def _paint(look: Look, x: Values, y: Values, table: Values) -> np.ndarray:
@@ -425,32 +411,25 @@ def _paint(look: Look, x: Values, y: Values, table: Values) -> np.ndarray:
     return look.color + look.amplitude * PARTS[look.part].texture(p, q, table)[..., None]
 
 
-def _render(sketch: Sketch, dials: Dials, noise: Values, moves: Sequence = ()) -> Scene:
-    """moves (x y), px: of the camera, then of each thing."""
-    count = len(sketch.things)
+def _render(sketch: Sketch, dials: Dials, stream: Stream, moves: Sequence = ()) -> Scene:
+    """moves (x y), px: of the camera, then of each thing; stream: of the noise."""
+    size, count = dials.size, len(sketch.things)
     camera, *shifts = moves or [(0, 0)] * (1 + count)
-    canvas = Canvas(sketch, dials.size, camera)
+    canvas = Canvas(sketch, size, camera)
     for number, each in enumerate(zip(sketch.things, shifts), start=1):
         canvas.add(number, *each)
-    x, y = 2.0 * canvas.columns / dials.size - 1.0, 2.0 * canvas.rows / dials.size - 1.0
-    light = 1.0 + sketch.light[0] * x + sketch.light[1] * y
-    image = canvas.image * light[..., None] + dials.noise * (2.0 * noise - 1.0)
-    boxes = [_box(canvas.instance == number) for number in range(1, count + 1)]
+    across = 2.0 * canvas.middles / size - 1.0  # as y it goes down
+    light = 1.0 + sketch.light[0] * across + sketch.light[1] * across[:, None]
+    noise = dials.noise * (2.0 * stream.field(size, size, 3) - 1.0)
+    image = canvas.image * light[..., None] + noise
     return Scene(
         image=np.floor(255.0 * np.clip(image, 0.0, 1.0) + 0.5).astype(np.uint8),
         semantic=PART_CLASS[canvas.parts],
         instance=canvas.instance,
         parts=canvas.parts,
-        boxes=np.array(boxes, np.int64).reshape(-1, 4),
         things=np.array([thing.kind for thing in sketch.things], np.uint8),
         depth=(255 * canvas.instance.astype(np.int64) // max(count, 1)).astype(np.uint8),
     )
-
-
-def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """x1 y1 x2 y2 around a mask (y x), ends exclusive; zeros if it is empty."""
-    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
-    return (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) if len(rows) else (0, 0, 0, 0)
 
 
 def _dials(preset: str, changes: dict) -> Dials:
