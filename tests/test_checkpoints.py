@@ -221,24 +221,17 @@ def move(module, optimizer, seed):
     optimizer.step()
 
 
-def training_state(**changes):
-    module, optimizer, scaler = trained(1)
-    states = dict(model=module, optimizer=optimizer, scaler=scaler)
-    whole = {name: part.state_dict() for name, part in states.items()}
-    return {"format": checkpoints.FORMAT, "config": {}, **whole, **changes}
-
-
-@pytest.mark.parametrize("changes, differences, line", [
-    (dict(format=2), [], "it holds no training state (found format, config, model), or one of"),
-    ({}, ["k: 5 then, 6 now", "epochs: 6 then, 7 now"], "(k: 5 then, 6 now; epochs: 6 then"),
-    (dict(model=FC), [], "is of another architecture or size"),
-    (dict(optimizer=trained(1, name="adamw")[1].state_dict()), [], "made with another optim"),
+@pytest.mark.parametrize("changes, line", [
+    (dict(format=2), "it holds no training state (found format, config, model), or one of"),
+    (dict(optimizer=trained(1, name="adamw")[1].state_dict()), "made with another optimizer"),
 ])  # fmt: skip
-def test_what_cannot_be_continued_is_one_line(changes, differences, line, tmp_path):
-    path = file_with(training_state(**changes), tmp_path)
+def test_what_cannot_be_continued_is_one_line(changes, line, tmp_path):
+    parts = dict(zip(("model", "optimizer", "scaler"), trained(1)))
+    whole = {name: part.state_dict() for name, part in parts.items()}
+    path = file_with({"format": checkpoints.FORMAT, "config": {}, **whole, **changes}, tmp_path)
     module, optimizer, scaler = trained(2)
     with pytest.raises(ValueError) as error:
-        checkpoints.restore(path, module, optimizer, scaler, lambda saved: differences)
+        checkpoints.restore(path, module, optimizer, scaler, lambda saved: [])
     assert str(path) in str(error.value) and line in str(error.value)
     assert "\n" not in str(error.value) and scaler.get_scale() == 4
 

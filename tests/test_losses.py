@@ -11,11 +11,6 @@ from trained import random
 
 B, K, D, H, W = 3, 5, 7, 4, 6
 ALL = torch.ones(B, dtype=torch.bool)
-PLACES = [(b, k) for b in range(B) for k in range(K)]
-
-
-def unit(row):
-    return row / math.sqrt(sum(x * x for x in row.tolist()))
 
 
 def consistency(student, teacher, center=None, temperatures=(0.1, 0.07), valid=ALL):
@@ -52,18 +47,6 @@ def test_the_group_loss_gives_no_gradient_to_the_teacher_the_center_or_an_image_
 
 def masks(seed=0):
     return random(B, K, seed=seed) > 0, random(B, K, seed=seed + 1) > 0
-
-
-def test_queries_are_occupied_in_both_views_and_every_occupied_teacher_slot_is_a_key():
-    directions = [masks(0), masks(2)]
-    found = losses.pair_slots(*zip(*directions))
-    assert len(found) == 2
-    for (student, teacher), pairs in zip(directions, found):
-        keys = [b * K + k for b, k in PLACES if teacher[b, k]]
-        queries = [b * K + k for b, k in PLACES if student[b, k] and teacher[b, k]]
-        assert pairs.queries.tolist() == queries and pairs.keys.tolist() == keys
-        assert pairs.positives.tolist() == [keys.index(q) for q in queries]
-        assert pairs.keys_per_rank == [len(keys)] and pairs.num_queries == len(queries) > 2
 
 
 def slot_inputs(count=None):
@@ -117,15 +100,3 @@ def test_a_contrast_in_parts_has_the_value_and_the_gradient_of_the_whole():
         loss.backward()
         found.append(torch.cat([loss.detach()[None], rows.grad.flatten()]))
     assert torch.allclose(found[1], found[0]) and torch.allclose(found[2], found[0])
-
-
-def test_an_image_is_contrasted_with_the_other_views_of_all():
-    prediction, target = random(B, D), random(B, D, seed=1)
-    terms = []
-    for i in range(B):
-        chances = [math.exp(unit(prediction[i]) @ unit(target[j]) / 0.3) for j in range(B)]
-        terms.append(-math.log(chances[i] / sum(chances)))
-    found = losses.image_contrast(prediction.requires_grad_(), target.requires_grad_(), 0.3)
-    found.backward()
-    assert target.grad is None and prediction.grad.abs().sum() > 0
-    assert found.item() == pytest.approx(0.6 * sum(terms) / B, rel=1e-10)

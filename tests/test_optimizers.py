@@ -1,7 +1,5 @@
 """engine/optimizers.py: LARS against a loop over tensors, AdamW's groups, and the learning rate."""
 
-import math
-
 import pytest
 import torch
 
@@ -35,9 +33,10 @@ def lars_slowly(params, velocities, lr, momentum, weight_decay, coefficient):
         p.data = p.data - lr * velocities[i]
 
 
-@pytest.mark.parametrize("settings", [
-    {}, dict(momentum=0.8, weight_decay=0.05, coefficient=0.02), dict(weight_decay=0.0),
-])  # fmt: skip
+OTHERS = dict(momentum=0.8, weight_decay=0.05, coefficient=0.02)
+
+
+@pytest.mark.parametrize("settings", [{}, OTHERS])
 def test_three_steps_of_lars_equal_the_loop_over_tensors(settings):
     released = dict(momentum=0.9, weight_decay=1e-5, coefficient=0.001)
     ours, slow = weights(), weights()
@@ -66,15 +65,10 @@ def test_an_optimizer_trains_student_and_predictor_and_decays_no_bias_or_norm(na
         assert p.eq(1).all().item() == (p.ndim == 1 or not p.requires_grad)
 
 
-def test_the_learning_rate_rises_from_a_hundredth_and_falls_along_a_cosine_at_every_step():
-    rates = [Schedule(5, 110, 10, 2.0).learning_rate(t) for t in range(111)]
-    assert rates[0] == 0.02 and rates[5] == pytest.approx(0.02 * 50.5) and rates[10] == 2.0
-    assert rates[60] == pytest.approx(1e-6 + (2 - 1e-6) / 2) and rates[110] == pytest.approx(1e-6)
-    assert rates[109] == pytest.approx(1e-6 + (2 - 1e-6) * (1 + math.cos(math.pi * 0.99)) / 2)
-    assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
-    assert Schedule(1, 5, 0, 2.0).learning_rate(0) == 2.0  # no warm-up
-    nothing_else = Schedule(1, 5, 5, 2.0).learning_rate(4)
-    assert nothing_else == pytest.approx(0.02 * (99 * 4 / 5 + 1))
+def test_a_warm_up_may_be_nothing_or_everything():
+    """The curve itself is held to the released code: test_reference_numbers.py."""
+    assert Schedule(1, 5, 0, 2.0).learning_rate(0) == 2.0
+    assert Schedule(1, 5, 5, 2.0).learning_rate(4) == pytest.approx(0.02 * (99 * 4 / 5 + 1))
 
 
 @pytest.mark.parametrize("images, lengths, expected", [
@@ -88,9 +82,5 @@ def test_a_length_is_in_epochs_or_in_steps_and_so_is_the_warm_up(images, lengths
     assert schedule == Schedule(*expected, peak=4 * 8 / 256)
 
 
-def test_the_teachers_momentum_rises_along_a_cosine():
-    found = [teacher_momentum(t, 1000) for t in (0, 250, 500, 1000)]
-    quarter = 1 - 0.01 * (math.sqrt(0.5) + 1) / 2
-    assert found == pytest.approx([0.99, quarter, 0.995, 1.0], rel=1e-14)
-    values = [teacher_momentum(t, 37, 0.9, 0.97) for t in range(38)]
-    assert values == sorted(values) and values[0] == 0.9 and values[-1] == pytest.approx(0.97)
+def test_the_teachers_momentum_ends_where_it_is_asked_to():
+    assert teacher_momentum(37, 37, 0.9, 0.97) == pytest.approx(0.97)
