@@ -105,8 +105,8 @@ def frame_pair(
     chosen, stream = _dials(preset, dials), Stream(seed, index)
     sketch = _sketch(stream, chosen)
     first = _render(sketch, chosen, stream)
-    # Of the camera, with which instance 0 moves, then of the things.
-    moves = [[stream.integer(-speed, speed) for _ in "xy"] for _ in range(1 + len(sketch.things))]
+    # Of the stuff, which the camera moves, then of the things.
+    moves = [[stream.integer(-speed, speed) for _ in "xy"] for _ in sketch.layers]
     second = _render(sketch, chosen, stream, moves)
     return FramePair(first, second, np.array(moves)[first.instance])
 
@@ -205,6 +205,7 @@ checks: Texture = lambda p, q, table: 2.0 * ((_fraction(p) < 0.5) == (_fraction(
 
 
 # ---------------------- shapes: (u, v) in radii from the center, v down -> one mask (y x) per part
+Shape = Callable[[Values, Values], Sequence[np.ndarray]]
 REACH = 1.4  # no shape goes further from its center, radii
 STAR_NORMALS = tuple(direction(0.25 + i / 5) for i in range(5))
 
@@ -247,7 +248,7 @@ class ToyClass(NamedTuple):
     color: tuple[int, int, int]  # of labels, never of scenes
     hue: float  # to which hue_bias ties it, turns
     parts: tuple[Part, ...]
-    shape: Callable[[Values, Values], Sequence[np.ndarray]] | None = None  # None: stuff
+    shape: Shape | None = None  # None: stuff
     lean: float = 0.0  # how far a thing may turn, turns
 
 
@@ -276,47 +277,46 @@ PART_CLASS = np.array([i for i, each in enumerate(CLASSES) for _ in each.parts],
 
 
 # -------------------------------------------------- a sketch: all that is random, but for the noise
-class Look(NamedTuple):
-    """The surface of one part."""
-
-    part: int
-    color: tuple[float, float, float]  # in [0, 1]
-    amplitude: float
-    period: float  # 64ths of the side
-    turn: tuple[float, float]  # cosine, sine
-    phase: tuple[float, float]  # periods
+# x and y (n) from the center of the layer, 64ths of the side, table (32 32) -> color (n 3) in 0..1
+Paint = Callable[[Values, Values, Values], Values]
+WHOLE = 4096.0  # radius of the stuff, 64ths of the side: no shift shows where it ends
 
 
-class Thing(NamedTuple):
-    """One object of a scene."""
+class Layer(NamedTuple):
+    """The stuff of a scene, as of two parts, or one of its objects."""
 
-    kind: int  # its class
+    kind: int  # its class, of the stuff one of both
+    shape: Shape
     center: tuple[float, float]  # x y, 64ths of the side
     radius: float  # 64ths of the side
     turn: tuple[float, float]  # cosine, sine
     mirrored: bool
-    looks: tuple[Look, ...]  # one per part
+    looks: Sequence[tuple[int, Paint]]  # of its parts
 
 
 class Sketch(NamedTuple):
-    """Drawn once per scene, rendered per frame; border: turn, offset, height, length, phase."""
+    """Drawn once per scene, rendered per frame."""
 
-    stuff: tuple[Look, Look]
-    border: tuple[tuple[float, float], float, float, float, float]
-    things: tuple[Thing, ...]  # far to near
+    layers: Sequence[Layer]  # far to near, the stuff first
     light: tuple[float, float]  # gradient along x and y
     table: np.ndarray  # (32 32) random numbers behind the irregular textures
 
 
-def _look(stream: Stream, dials: Dials, part: int, hue: float) -> Look:
-    texture, period, tilt = PARTS[part][1:]
+def _look(stream: Stream, dials: Dials, part: int, hue: float) -> tuple[int, Paint]:
+    texture, periods, tilt = PARTS[part][1:]
     if stream.uniform() < dials.hue_bias:
         hue = CLASSES[PART_CLASS[part]].hue + stream.uniform(-0.1, 0.1)
     color = colorsys.hsv_to_rgb(hue % 1.0, stream.uniform(0.25, 0.65), stream.uniform(0.45, 0.7))
-    turn = direction(stream.uniform(-tilt, tilt))
+    c, s = direction(stream.uniform(-tilt, tilt))
     phase = (stream.uniform(0.0, 32.0), stream.uniform(0.0, 32.0))
     phase = (0.0, 0.0) if texture is gloss else phase  # gloss has a middle, the object's
-    return Look(part, color, stream.uniform(*dials.texture), stream.uniform(*period), turn, phase)
+    amplitude, period = stream.uniform(*dials.texture), stream.uniform(*periods)
+
+    def paint(x: Values, y: Values, table: Values) -> Values:
+        p, q = (c * x + s * y) / period + phase[0], (c * y - s * x) / period + phase[1]
+        return color + amplitude * texture(p, q, table)[:, None]
+
+    return part, paint
 
 
 def _places(stream: Stream, dials: Dials) -> list[tuple[float, float, float]]:
@@ -344,91 +344,75 @@ def _kind(stream: Stream, rarity: float) -> int:
     return NUM_STUFF + bisect(bounds, stream.uniform(0.0, whole))
 
 
-def _thing(stream: Stream, dials: Dials, hue: float, place: tuple[float, float, float]) -> Thing:
+def _thing(stream: Stream, dials: Dials, hue: float, place: tuple[float, float, float]) -> Layer:
     kind = _kind(stream, dials.rarity)
     parts, lean = np.flatnonzero(kind == PART_CLASS).tolist(), CLASSES[kind].lean
-    looks = tuple(_look(stream, dials, part, hue + 0.1 * i) for i, part in enumerate(parts))
+    looks = [_look(stream, dials, part, hue + 0.1 * i) for i, part in enumerate(parts)]
     turn, mirrored = direction(stream.uniform(-lean, lean)), stream.uniform() < 0.5
     x, y, radius = (64.0 * each for each in place)
-    return Thing(kind, (x, y), radius, turn, mirrored, looks)
+    return Layer(kind, CLASSES[kind].shape, (x, y), radius, turn, mirrored, looks)
+
+
+def _stuff(stream: Stream, dials: Dials, hues: Sequence[float]) -> Layer:
+    """Two kinds, and a wavy border between them."""
+    first = stream.integer(0, NUM_STUFF - 1)
+    pair, tilt, most = (first, (first + stream.integer(1, NUM_STUFF - 1)) % NUM_STUFF), 0.5, 8.0
+    if dials.layout == "road":
+        pair = CLASS_NAMES.index("bricks"), CLASS_NAMES.index("waves")  # a wall above a road
+        tilt, most = 0.01, 2.0
+    looks = [_look(stream, dials, *each) for each in zip(pair, hues)]
+    c, s = direction(stream.uniform(-tilt, tilt))
+    ranges = (-most, most), (1.0, 4.0), (24.0, 48.0), (0.0, 1.0)
+    offset, height, length, phase = (stream.uniform(*each) for each in ranges)
+
+    def halves(u: Values, v: Values) -> Sequence[np.ndarray]:
+        x, y = WHOLE * u - 32.0, WHOLE * v - 32.0
+        along, across = c * x + s * y, c * y - s * x
+        below = across + height * wave(along / length + phase) > offset
+        return ~below, below
+
+    return Layer(first, halves, (0.0, 0.0), WHOLE, (1.0, 0.0), False, looks)
 
 
 def _sketch(stream: Stream, dials: Dials) -> Sketch:
     # The golden section spreads the hues of a scene evenly.
     hues = list(accumulate([stream.uniform()] + [0.618034] * (dials.things[1] + 1)))
     places = _places(stream, dials)
-    things = tuple(_thing(stream, dials, *each) for each in zip(hues[2:], places))
-    first = stream.integer(0, NUM_STUFF - 1)
-    pair, tilt, offset = (first, (first + stream.integer(1, NUM_STUFF - 1)) % NUM_STUFF), 0.5, 8.0
-    if dials.layout == "road":
-        pair = CLASS_NAMES.index("bricks"), CLASS_NAMES.index("waves")  # a wall above a road
-        tilt, offset = 0.01, 2.0
-    stuff = tuple(_look(stream, dials, *each) for each in zip(pair, hues))
-    ranges = (-offset, offset), (1.0, 4.0), (24.0, 48.0), (0.0, 1.0)
-    turn = direction(stream.uniform(-tilt, tilt))
-    border = (turn, *(stream.uniform(*each) for each in ranges))
+    things = [_thing(stream, dials, *each) for each in zip(hues[2:], places)]
+    layers = [_stuff(stream, dials, hues), *things]
     c, s = direction(stream.uniform())
-    return Sketch(stuff, border, things, (dials.light * c, dials.light * s), stream.field(32, 32))
+    return Sketch(layers, (dials.light * c, dials.light * s), stream.field(32, 32))
 
 
 # ----------------------------------------------------------------------------------------- drawing
-class Canvas:
-    """What is drawn on: image (y x 3) float, parts and instance (y x) uint8."""
-
-    def __init__(self, sketch: Sketch, size: int, camera: Sequence[int]):
-        """The stuff, shifted by camera (x y), px."""
-        self.unit, self.table = 64.0 / size, sketch.table
-        self.middles = np.arange(size) + 0.5  # of the columns, and of the rows
-        # Shifted while exact: no rounding differs.
-        x, y = ((self.middles - shift) * self.unit for shift in camera)
-        y = y[:, None]
-        (c, s), offset, height, length, phase = sketch.border
-        along, across = c * (x - 32.0) + s * (y - 32.0), c * (y - 32.0) - s * (x - 32.0)
-        below = across + height * wave(along / length + phase) > offset
-        upper, lower = (_paint(look, x, y, self.table) for look in sketch.stuff)
-        self.image = np.where(below[..., None], lower, upper)
-        self.parts = np.where(below, sketch.stuff[1].part, sketch.stuff[0].part).astype(np.uint8)
-        self.instance = np.zeros((size, size), np.uint8)
-
-    def add(self, number: int, thing: Thing, shift: Sequence[int]) -> None:
-        """Draws a thing over all that is there, shifted by (x y), px."""
-        x, y = ((self.middles - by) * self.unit - at for by, at in zip(shift, thing.center))
-        ends = -REACH * thing.radius, REACH * thing.radius  # outside nothing of the thing lies
-        columns, rows = (slice(*np.searchsorted(along, ends)) for along in (x, y))
-        x, y, (c, s) = x[columns], y[rows, None], thing.turn
-        x, y = (c * x + s * y) * (-1.0 if thing.mirrored else 1.0), c * y - s * x
-        masks = CLASSES[thing.kind].shape(x / thing.radius, y / thing.radius)
-        for look, mask in zip(thing.looks, masks):
-            self.image[rows, columns][mask] = _paint(look, x[mask], y[mask], self.table)
-            self.parts[rows, columns][mask] = look.part
-            self.instance[rows, columns][mask] = number
-
-
-def _paint(look: Look, x: Values, y: Values, table: Values) -> np.ndarray:
-    """Color (... 3) of a part at coordinates x and y (...), in 64ths of the side."""
-    (c, s), (p, q) = look.turn, look.phase
-    p, q = (c * x + s * y) / look.period + p, (c * y - s * x) / look.period + q
-    return look.color + look.amplitude * PARTS[look.part].texture(p, q, table)[..., None]
-
-
 def _render(sketch: Sketch, dials: Dials, stream: Stream, moves: Sequence = ()) -> Scene:
-    """moves (x y), px: of the camera, then of each thing; stream: of the noise."""
-    size, count = dials.size, len(sketch.things)
-    camera, *shifts = moves or [(0, 0)] * (1 + count)
-    canvas = Canvas(sketch, size, camera)
-    for number, each in enumerate(zip(sketch.things, shifts), start=1):
-        canvas.add(number, *each)
-    across = 2.0 * canvas.middles / size - 1.0  # as y it goes down
+    """moves (x y), px: of each layer; stream: of the noise."""
+    size, nearest = dials.size, len(sketch.layers) - 1
+    image, (parts, instance) = np.zeros((size, size, 3)), np.zeros((2, size, size), np.uint8)
+    middles = np.arange(size) + 0.5  # of the columns, and of the rows
+    for number, layer in enumerate(sketch.layers):
+        move = moves[number] if moves else (0, 0)
+        # Shifted while exact: no rounding differs.
+        x, y = ((middles - by) * (64.0 / size) - at for by, at in zip(move, layer.center))
+        ends = -REACH * layer.radius, REACH * layer.radius  # nothing of the layer lies outside
+        columns, rows = (slice(*np.searchsorted(along, ends)) for along in (x, y))
+        x, y, (c, s) = x[columns], y[rows, None], layer.turn
+        x, y = (c * x + s * y) * (-1.0 if layer.mirrored else 1.0), c * y - s * x
+        masks = layer.shape(x / layer.radius, y / layer.radius)
+        for (part, paint), mask in zip(layer.looks, masks):
+            image[rows, columns][mask] = paint(x[mask], y[mask], sketch.table)
+            parts[rows, columns][mask], instance[rows, columns][mask] = part, number
+    across = 2.0 * middles / size - 1.0  # as y it goes down
     light = 1.0 + sketch.light[0] * across + sketch.light[1] * across[:, None]
     noise = dials.noise * (2.0 * stream.field(size, size, 3) - 1.0)
-    image = canvas.image * light[..., None] + noise
+    image = image * light[..., None] + noise
     return Scene(
         image=np.floor(255.0 * np.clip(image, 0.0, 1.0) + 0.5).astype(np.uint8),
-        semantic=PART_CLASS[canvas.parts],
-        instance=canvas.instance,
-        parts=canvas.parts,
-        things=np.array([thing.kind for thing in sketch.things], np.uint8),
-        depth=(255 * canvas.instance.astype(np.int64) // max(count, 1)).astype(np.uint8),
+        semantic=PART_CLASS[parts],
+        instance=instance,
+        parts=parts,
+        things=np.array([layer.kind for layer in sketch.layers[1:]], np.uint8),
+        depth=(255 * instance.astype(np.int64) // max(nearest, 1)).astype(np.uint8),
     )
 
 
