@@ -95,7 +95,7 @@ def train_here(folder, *arguments, photographs=None, accident=None, status=0):
 def fork_server():
     """Processes that have imported everything when they start."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["train", "staged"])
+    server.set_forkserver_preload(["train", "staged", "pytest", "comparisons.slot_matching"])
     before = os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), before])
     multiprocessing.forkserver.ensure_running()
