@@ -63,10 +63,8 @@ class TwoCrops:
         first = draw_crop(height, width, rng, self.min_area)
         second = draw_crop(height, width, rng, self.min_area, first)
         flipped = [rng.random() < FLIP for _ in range(2)]
-        if isinstance(image, Tensor):
-            pixels = Pixels(image)
-        else:
-            pixels = image.pixels(min(*first[2:], *second[2:]) / self.image_size)
+        reduction = min(*first[2:], *second[2:]) / self.image_size
+        pixels = Pixels(image) if isinstance(image, Tensor) else image.pixels(reduction)
         # Before the boxes: a crop of a reduced image has edges between whole pixels.
         crops = [pixels.snapped(crop) for crop in (first, second)]
         views = [

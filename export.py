@@ -65,10 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             "docs/transfer.md shows how to use it here"
         )
     options.check_writable(args.output, "--output")
-    contents = exported.encoded(state, form, args.output.suffix)
+    contents = exported.encoded(state, args.output.suffix)
     size = (224, 224) if form == "timm" else (97, 129)
     image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
-    other = exported.decoded(contents, arch, form, args.output.suffix)
+    other = exported.decoded(contents, arch, args.output.suffix)
     with torch.inference_mode():
         features = backbone(image)
         same = torch.equal(features.flatten(1), other(image))

@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 from engine import LAYOUTS, options
 from engine.options import option
 
-method, views, training, machine, files = (
-    functools.partial(option, group=name)
-    for name in ("method", "views", "optimizer", "machine", "files")
+method, views, training, files = (
+    functools.partial(option, group=name) for name in ("method", "views", "optimizer", "files")
 )
+machine = functools.partial(option, group="machine", free=True)
 
 
 # fmt: off
@@ -93,17 +93,15 @@ class Config:
         1, "passes per step, for small memories; each pass sees less", low=1, high=10_000)
 
     device: str = machine(
-        "auto", "auto: a CUDA GPU where there is one", choices=("auto", "cpu", "cuda", "mps"),
-        free=True)
+        "auto", "auto: a CUDA GPU where there is one", choices=("auto", "cpu", "cuda", "mps"))
     amp: str = machine(
-        "auto", "mixed precision; auto: on a GPU", choices=("auto", "bf16", "fp16", "off"),
-        free=True)
+        "auto", "mixed precision; auto: on a GPU", choices=("auto", "bf16", "fp16", "off"))
     sync_norm: str = machine(
         "torch", "batch norms of several processes: torch's SyncBN, on GPUs only, or ours, which "
-        "never waits and is not yet measured on GPUs", choices=("torch", "ours"), free=True)
-    compile: bool = machine(False, "torch.compile both networks: minutes at first", free=True)
+        "never waits and is not yet measured on GPUs", choices=("torch", "ours"))
+    compile: bool = machine(False, "torch.compile both networks: minutes at first")
     workers: int = machine(
-        -1, "processes per rank that read images; -1: one per core", low=-1, high=512, free=True)
+        -1, "processes per rank that read images; -1: one per core", low=-1, high=512)
 
     dataset: str = files("coco", "layout of --data-dir (docs/data.md)", choices=(*LAYOUTS, "toy"))
     subset: int = files(

@@ -82,8 +82,7 @@ class SlotCon(nn.Module):
             raise ValueError(f"slot_loss is ctr or reg and align is asgn or proj, found {given}")
         self.group_weight, self.slot_loss, self.align = group_weight, slot_loss, align
         self.temp_student, self.temp_teacher, self.temp_slot = temp_student, temp_teacher, temp_slot
-        self.image_loss = image_loss
-        self.freeze_backbone = freeze_backbone
+        self.image_loss, self.freeze_backbone = image_loss, freeze_backbone
         self.side_by_side = False  # student and teacher each in a thread: for two cores of a CPU
         self.student = GroupingNetwork(arch, num_prototypes, dim_hidden, dim_out, pretrained)
         self.predictor = SlotPredictor(dim_out, dim_out, dim_hidden) if group_weight < 1 else None

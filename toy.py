@@ -337,15 +337,11 @@ def _places(stream: Stream, dials: Dials) -> list[tuple[float, float, float]]:
     return sorted(places, key=lambda place: place[1]) if dials.layout == "road" else places
 
 
-def _kind(stream: Stream, rarity: float) -> int:
-    """The class of a thing; the i-th is rarity^i as likely as the first."""
-    weights = accumulate([1.0] + [rarity] * (len(CLASSES) - NUM_STUFF - 1), operator.mul)
-    *bounds, whole = accumulate(weights)
-    return NUM_STUFF + bisect(bounds, stream.uniform(0.0, whole))
-
-
 def _thing(stream: Stream, dials: Dials, hue: float, place: tuple[float, float, float]) -> Layer:
-    kind = _kind(stream, dials.rarity)
+    # The i-th class of things is rarity^i as likely as the first.
+    weights = accumulate([1.0] + [dials.rarity] * (len(CLASSES) - NUM_STUFF - 1), operator.mul)
+    *bounds, whole = accumulate(weights)
+    kind = NUM_STUFF + bisect(bounds, stream.uniform(0.0, whole))
     parts, lean = np.flatnonzero(kind == PART_CLASS).tolist(), CLASSES[kind].lean
     looks = [_look(stream, dials, part, hue + 0.1 * i) for i, part in enumerate(parts)]
     turn, mirrored = direction(stream.uniform(-lean, lean)), stream.uniform() < 0.5

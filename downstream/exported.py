@@ -11,7 +11,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from backbone import build_backbone
+from backbone import RESNETS, build_backbone
 
 DETECTRON2_SETTINGS = (  # what a configuration must say for such a file
     'INPUT.FORMAT "RGB"; MODEL.PIXEL_MEAN [123.675, 116.28, 103.53]; '
@@ -28,20 +28,20 @@ DETECTRON2_NAMES = (  # torchvision -> its modeling/backbone/resnet.py, one rule
 )
 
 
-def name_of(name: str, form: str) -> str:
-    """A name of torchvision's under torchvision or detectron2."""
-    for rule in DETECTRON2_NAMES if form == "detectron2" else ():
+def detectron2_name(name: str) -> str:
+    """Of a tensor that torchvision calls `name`."""
+    for rule in DETECTRON2_NAMES:
         name = re.sub(*rule, name)
     return name
 
 
-def encoded(state: Mapping[str, Tensor], form: str, suffix: str) -> bytes:
-    """A file for the target's checkpointer: of torch, safetensors, or arrays, as detectron2 writes.
+def encoded(state: Mapping[str, Tensor], suffix: str) -> bytes:
+    """A file for the target's checkpointer: of torch, safetensors, or *.pkl, as detectron2 writes.
 
     Raises ValueError where safetensors is not installed.
     """
-    if form == "detectron2":
-        arrays = {name_of(name, form): value.numpy() for name, value in state.items()}
+    if suffix == ".pkl":
+        arrays = {detectron2_name(name): value.numpy() for name, value in state.items()}
         return pickle.dumps(dict(model=arrays, __author__="SlotCon", matching_heuristics=True))
     if suffix == ".safetensors":
         return safetensors().save({name: value.contiguous() for name, value in state.items()})
@@ -50,23 +50,23 @@ def encoded(state: Mapping[str, Tensor], form: str, suffix: str) -> bytes:
     return file.getvalue()
 
 
-def decoded(file: bytes, arch: str, form: str, suffix: str) -> nn.Module:
+def decoded(file: bytes, arch: str, suffix: str) -> nn.Module:
     """The target's own network with what our file holds: images (1 3 y x) -> its last map, flat."""
-    if form == "detectron2":
-        named = pickle.loads(file)["model"]
+    if arch in RESNETS:
+        network = whole = getattr(torchvision.models, arch)(weights=None)
+        network.avgpool = network.fc = nn.Identity()
+    else:
+        network = build_backbone(arch)
+        whole = nn.Sequential(network, nn.Flatten())
+    if suffix == ".pkl":
+        arrays, names = pickle.loads(file)["model"], network.state_dict().keys()
+        named = {name: torch.as_tensor(arrays[detectron2_name(name)]) for name in names}
     elif suffix == ".safetensors":
         named = safetensors().load(file)
     else:
         named = torch.load(io.BytesIO(file))
-    if form == "timm":
-        network = nn.Sequential(build_backbone(arch), nn.Flatten())
-        network[0].load_state_dict(named)
-        return network.eval()
-    network = getattr(torchvision.models, arch)(weights=None)
-    network.avgpool = network.fc = nn.Identity()
-    names = network.state_dict().keys()
-    network.load_state_dict({n: torch.as_tensor(named[name_of(n, form)]) for n in names})
-    return network.eval()
+    network.load_state_dict(named)
+    return whole.eval()
 
 
 def safetensors() -> ModuleType:
