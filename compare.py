@@ -65,21 +65,17 @@ from measures.figures import as_images, color_groups, grid, prototype_colors, sa
 
 
 def entries_of(args: argparse.Namespace) -> list[Entry]:
-    """The rows that the command line asks for. Raises ValueError where one cannot be built."""
+    """The rows that the command line asks for."""
     if args.table:
-        entries = [
+        return [
             Entry(row.label, row.system, configuration(args.steps, row.toy), row.arguments)
             for row in recipes.TABLES[args.table][1]
         ]
-    else:
-        entries = [
-            Entry(label, name, configuration(args.steps), arguments, preset)
-            for name in args.only or comparisons.SYSTEMS
-            for label, arguments, preset in comparisons.VARIANTS[name]
-        ]
-    for entry in entries:
-        entry.build(seed=0)
-    return entries
+    return [
+        Entry(label, name, configuration(args.steps), arguments, preset)
+        for name in args.only or comparisons.SYSTEMS
+        for label, arguments, preset in comparisons.VARIANTS[name]
+    ]
 
 
 def configuration(steps: int, changes: Sequence[str] = ()) -> recipes.Config:
@@ -114,7 +110,7 @@ def run(args: argparse.Namespace, entries: Sequence[Entry]) -> None:
         files.write_json(args.output_dir / "comparison.json", result)
     file = args.output_dir / "comparison.png"
     what = f"{title}\nGroups in scenes never trained on; * of {judge.CLUSTERS}"
-    save(grid(what, list(shown.values()), list(shown), side=0.8)[0], file, 130)
+    save(grid(what, list(shown.values()), list(shown), side=0.8), file, 130)
     print(f"\n{title}, median of {args.seeds} seed(s)\n{judge.format_table(records)}")
     unseen = draw(UNSEEN, recipes.PRESETS["toy"].held_out)  # slots must find more than places
     instances = metrics.rand_index(unseen.blocks, unseen.regions)

@@ -14,9 +14,8 @@ Read next: visualize.py.
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import toy
 from engine import options
@@ -61,14 +60,14 @@ if __name__ == "__main__":  # a misspelled option is answered before torch is lo
     run_early("evaluate.py", commands().parse_args)
 
 import torch
+from torch.nn import Module
 
 from measures import datasets, groups, masks, networks, probes, retrieval, streams
 
 
 def measure_segmentation(args: argparse.Namespace) -> dict:
     """Groups against labels, at every size, beside the two baselines."""
-    network, config = networks.open_network(args.checkpoint, args.network, args.device)
-    result = source(args, config)
+    network, config, result = opened(args, networks.open_network)
     untrained = networks.untrained_network(config, args.device)
     labeled, k = open_labeled(args, args.split), config["num_prototypes"]
     if labeled.notice:
@@ -96,8 +95,7 @@ def measure_segmentation(args: argparse.Namespace) -> dict:
 
 def measure_slots(args: argparse.Namespace) -> dict:
     """How many slots are occupied in an image, and how often each."""
-    network, config = networks.open_network(args.checkpoint, args.network, args.device)
-    result = source(args, config)
+    network, config, result = opened(args, networks.open_network)
     images = streams.open_images(result["dataset"], args.data_dir, args.limit)
     view = streams.center_view(args.size or streams.default_size(result["dataset"], config))
     reading = dict(batch_size=args.batch_size, workers=args.workers)
@@ -109,8 +107,7 @@ def measure_slots(args: argparse.Namespace) -> dict:
 
 def measure_probe(args: argparse.Namespace) -> dict:
     """Linear and nearest-neighbor probes on frozen features, beside a random backbone."""
-    backbone, config = networks.open_backbone(args.checkpoint, args.network, args.device)
-    result = source(args, config)
+    backbone, config, result = opened(args, networks.open_backbone)
     if args.split == "train":
         raise ValueError("a probe learns on the split train: test on another --split, or none")
     learned, tested = open_labeled(args, "train"), open_labeled(args, args.split or "val")
@@ -160,12 +157,13 @@ def dataset_of(args: argparse.Namespace) -> str:
     return getattr(args, "dataset", None) or ("folder" if args.data_dir else "toy")
 
 
-def source(args: argparse.Namespace, config: Mapping[str, Any]) -> dict:
-    """What is measured, for the JSON."""
-    dataset = dataset_of(args)
+def opened(args: argparse.Namespace, open_part: Callable) -> tuple[Module, dict, dict]:
+    """The network or backbone, its configuration, and what is measured, for the JSON."""
+    module, config = open_part(args.checkpoint, args.network, args.device)
+    dataset, data_dir = dataset_of(args), args.data_dir and str(args.data_dir)
     streams.note_toy(dataset, config)
-    data_dir, checkpoint = args.data_dir and str(args.data_dir), str(args.checkpoint)
-    return dict(checkpoint=checkpoint, network=args.network, dataset=dataset, data_dir=data_dir)
+    what = dict(checkpoint=str(args.checkpoint), network=args.network)
+    return module, config, dict(what, dataset=dataset, data_dir=data_dir)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -30,9 +30,6 @@ SYSTEMS = {  # name -> file of this folder, and class; in the order of the talk'
 }
 
 
-MASK_KINDS = ("grid", "color", "truth")  # kinds of given masks
-
-
 class Variant(NamedTuple):
     """One row of a system."""
 
@@ -41,23 +38,20 @@ class Variant(NamedTuple):
     preset: str = "scene"  # of toy.py
 
 
-FLAT = Variant("slot_attention: flat", preset="flat")
 # Those that use all of their groups also get as many as there are classes, which helps them
 CLASSES = dict(num_prototypes=8)
-VARIANTS = {name: (Variant(name),) for name in SYSTEMS} | {
-    **{n: (Variant(n), Variant(f"{n}: 8", CLASSES)) for n in ("kmeans", "picie", "sinkhorn")},
-    "given_masks": tuple(Variant(f"given_masks: {kind}", {"masks": kind}) for kind in MASK_KINDS),
-    "slot_attention": (FLAT, Variant("slot_attention: scene")),
+VARIANTS = {name: [Variant(name)] for name in SYSTEMS} | {
+    **{n: [Variant(n), Variant(f"{n}: 8", CLASSES)] for n in ("kmeans", "picie", "sinkhorn")},
+    "given_masks": [Variant(f"given_masks: {x}", {"masks": x}) for x in ("grid", "color", "truth")],
+    "slot_attention": [Variant(f"slot_attention: {x}", preset=x) for x in ("flat", "scene")],
 }
 
 
 def build(name: str, settings: Any, **more: Any) -> "System":
-    """A system with random weights. Raises ValueError for an unknown name.
+    """A system, one of `SYSTEMS`, with random weights.
 
     settings: the configuration, a dataclass; more: arguments of this system alone.
     """
-    if name not in SYSTEMS:
-        raise ValueError(f"no system {name!r}: choose of {', '.join(SYSTEMS)}")
     file, kind = SYSTEMS[name].split(".")
     system = getattr(importlib.import_module(f"comparisons.{file}"), kind)
     known = chosen_for(system.wraps, settings) if system.wraps else {}

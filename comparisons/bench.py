@@ -119,13 +119,13 @@ def learn(system: System, scenes: Scenes, c: Any) -> dict[str, float]:
     Returns steps, bad_steps, seconds, and loss, the mean of the last tenth.
     """
     place, began, losses = Place(torch.device("cpu")), time.perf_counter(), []
-    c = dataclasses.replace(c, **system.changes)
+    c = dataclasses.replace(c, output_dir="", **system.changes)
     system = synchronized(system.train(), place)
     schedule = schedule_for(num_images=len(scenes), **chosen_for(schedule_for, c))
     optimizer = make_optimizer(c.optimizer, system.parameters(), schedule.peak, c.weight_decay)
     photometric = Photometric(**chosen_for(Photometric, c))
-    steps, nowhere = schedule.total_steps, dataclasses.replace(c, output_dir="")
-    options = Options(last_step=steps, **chosen_for(Options, nowhere))
+    steps = schedule.total_steps
+    options = Options(last_step=steps, **chosen_for(Options, c))
     view = whole_scene if system.whole else TwoCrops(**chosen_for(TwoCrops, c))
     run = Run(options, place, system, optimizer, scenes, view, settings={})
     with run:

@@ -25,9 +25,7 @@ PIXELS = 8192  # [U] the most pixels that are clustered
 
 
 def cluster(rows: Tensor, k: int, generator: torch.Generator, rounds: int = 20) -> Tensor:
-    """k-means (Lloyd) from k of the rows (n d) -> centers (k d). Raises ValueError if n < k."""
-    if len(rows) < k:
-        raise ValueError(f"{k} clusters of {len(rows)} rows")
+    """k-means (Lloyd) from k of the rows (n d) -> centers (k d)."""
     centers = rows[torch.randperm(len(rows), generator=generator)[:k]].clone()
     for _ in range(rounds):
         nearest = nearest_center(rows, centers)

@@ -45,17 +45,15 @@ class Scenes(toy.ToyImages):
         self.images = torch.cat([seen, self.channels(extra)], dim=1) if extra else seen
 
     def channels(self, kind: str) -> Tensor:
-        """Extra input (n m y x) uint8: MASKS masks, 255 in one of them. ValueError."""
+        """Extra input (n m y x) uint8: MASKS masks, 255 in one of them; kind: as `extra`."""
         n, y, x = self.semantic.shape
         if kind == "truth":
             numbers = self.regions.long()
         elif kind == "grid":
             cell = torch.arange(9).reshape(1, 1, 3, 3).float()
             numbers = F.interpolate(cell, (y, x)).long()[:, 0].expand(n, -1, -1)
-        elif kind == "color":
-            numbers = torch.stack([color_clusters(image) for image in self.colors])
         else:
-            raise ValueError(f"extra input is grid, color or truth, found {kind!r}")
+            numbers = torch.stack([color_clusters(image) for image in self.colors])
         return rearrange(255 * F.one_hot(numbers, MASKS).byte(), "n y x m -> n m y x")
 
     @property

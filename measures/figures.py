@@ -8,8 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
-from matplotlib.axes import Axes
-from matplotlib.colors import hsv_to_rgb, to_rgb
+from matplotlib.colors import hsv_to_rgb, to_rgba_array
 from matplotlib.figure import Figure  # draws into files, without a window
 from matplotlib.patches import Patch
 from matplotlib.text import Text
@@ -32,16 +31,13 @@ FIRST_COLORS = """
 
 
 def prototype_colors(k: int, use: Tensor | None = None) -> np.ndarray:
-    """The colors of prototypes 0..k-1 in 0..1, (k 3), the best separated ones first.
-
-    use (k): how much each is used; the most used ones get the first colors, where these do not
-    suffice for all.
+    """The colors of prototypes 0..k-1 in 0..1, (k 3), the best separated ones first, or, where
+    these do not suffice for all, for the most used. use (k): how much each is used.
     """
     random = np.random.default_rng(0)  # hue, saturation, value; prototype by prototype
     colors = hsv_to_rgb(random.uniform((0, 0.6, 0.5), (1, 1, 0.9), (k, 3)))
-    first = FIRST_COLORS[:k]
-    colors[: len(first)] = [to_rgb(color) for color in first]
-    if use is not None and k > len(first):
+    colors[: len(FIRST_COLORS)] = to_rgba_array(FIRST_COLORS)[:k, :3]
+    if use is not None and k > len(FIRST_COLORS):
         colors[use.argsort(descending=True, stable=True).cpu()] = colors.copy()
     return colors
 
@@ -84,19 +80,14 @@ Cell = np.ndarray | tuple[str, np.ndarray] | None  # image (y x 3) in 0..1, belo
 def grid(
     title: str, rows: Sequence[Sequence[Cell]], names: Sequence[str] = (), side: float = 1.5,
     legend: Mapping[str, Any] = {},
-) -> tuple[Figure, np.ndarray]:  # fmt: skip
-    """A figure of images and its axes (row column).
-
-    names: of the rows; side: of a cell, inches; legend: colors by their meaning.
-    """
+) -> Figure:  # fmt: skip
+    """Rows of images. names: of the rows; side: of a cell, inches; legend: colors by meaning."""
     columns = max(4, *map(len, rows))  # a title needs the width of four
     width = side * columns + 0.1 * max(map(len, names), default=0)
     figure = Figure((width, 1.1 * side * len(rows) + 0.6), layout="constrained")
     figure.suptitle(title, fontsize=10)
-    axes = figure.subplots(len(rows), columns, squeeze=False)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
+    bare = dict(xticks=[], yticks=[], frame_on=False)
+    axes = figure.subplots(len(rows), columns, squeeze=False, subplot_kw=bare)
     for row, cells in zip(axes, rows):
         for axis, cell in zip(row, cells):
             if cell is not None:
@@ -108,7 +99,7 @@ def grid(
     if legend:
         handles = [Patch(facecolor=color) for color in legend.values()]
         figure.legend(handles, legend, loc="outside lower center", ncols=4, frameon=False)
-    return figure, axes
+    return figure
 
 
 @torch.no_grad()
@@ -128,27 +119,21 @@ def draw_prototypes(
     file: Path, network: GroupingNetwork, images: Sequence[Tensor], view: Callable,
     found: Retrieval, chosen: Sequence[int],
 ) -> None:  # fmt: skip
-    """One column per prototype, the best segment on top."""
+    """One column per prototype, the best segment on top: in a line, all else gray."""
     colors, top = prototype_colors(len(found.cells), found.cells), found.images.shape[1]
     title = f"The {top} best segments of each prototype, best on top, in a line of its color"
-    figure, axes = grid(title, [[None] * len(chosen)] * top, side=1.3)
-    for k, column in zip(chosen, axes.T):
+    figure = grid(title, [[None] * len(chosen)] * top, side=1.3)
+    for k, column in zip(chosen, np.reshape(figure.axes, (top, -1)).T):
         column[0].set_title(f"prototype {k}\nin {int(found.active[k])} images", fontsize=8)
-        for axis, index in zip(column, found.images[k].tolist()):
-            if index >= 0:
-                image = view(images[index])
-                draw_retrieved(axis, image, segment_of(network, image, k), colors[k])
+        for axis, index in zip(column, (i for i in found.images[k].tolist() if i >= 0)):
+            image = view(images[index])
+            mask, picture = segment_of(network, image, k).numpy(), as_images(image[None])[0]
+            # A little of the color, since what is inside can be white or gray itself
+            inside = 0.8 * picture + 0.2 * colors[k]
+            axis.imshow(np.where(mask[..., None], inside, pale(picture)), interpolation="nearest")
+            if mask.any() and not mask.all():
+                axis.contour(mask, levels=[0.5], colors=[colors[k]], linewidths=1.2)
     save(figure, file, 120)
-
-
-def draw_retrieved(axis: Axes, image: Tensor, segment: Tensor, color: np.ndarray) -> None:
-    """A segment (y x) bool of image (3 y x) uint8 in a line, all else gray."""
-    mask, picture = segment.numpy(), as_images(image[None])[0]
-    # A little of the color, since what is inside can be white or gray itself
-    inside = 0.8 * picture + 0.2 * color
-    axis.imshow(np.where(mask[..., None], inside, pale(picture)), interpolation="nearest")
-    if mask.any() and not mask.all():
-        axis.contour(mask, levels=[0.5], colors=[color], linewidths=1.2)
 
 
 def principal_colors(embeddings: Tensor, size: tuple[int, int]) -> Tensor:
@@ -182,10 +167,7 @@ def draw_parts(
     file: Path, network: GroupingNetwork, images: Tensor, temperature: float, slots: int = 4,
     use: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """A row per image (b 3 y x) uint8: groups, soft slots, features.
-
-    use (k): for `prototype_colors`; by default, the pixels in these images.
-    """
+    """A row per image (b 3 y x) uint8: groups, soft slots, features; use: of `prototype_colors`."""
     k, size = network.prototypes.num_embeddings, images.shape[-2:]
     shown = normalize(images.to(network.prototypes.weight.device))
     embeddings, similarity = (each.cpu() for each in network(shown))
@@ -202,4 +184,4 @@ def draw_parts(
         rows.append([*cells, ("features", feature)])
     where = ", in this figure only" * (k > len(FIRST_COLORS))  # another has other most used ones
     title = f"A color is one prototype{where}. Slot: how much a place belongs to it. Features: PCA."
-    save(grid(title, rows, side=1.7)[0], file, 130)
+    save(grid(title, rows, side=1.7), file, 130)

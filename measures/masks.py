@@ -73,16 +73,13 @@ def segments_of(
     return mask, found
 
 
-def require_elsewhere(folder: Path, places: Sequence[Path]) -> None:
-    """Raises ValueError where masks would replace photographs, or count as some the next time.
-
-    places: the files and folders of the photographs.
-    """
+def require_elsewhere(folder: Path, photos: Sequence[Path]) -> None:
+    """Raises ValueError where masks would replace photographs, or count as some the next time."""
     masks = folder.resolve()
-    for place in places:
-        photos = (place if place.is_dir() else place.parent).resolve()
-        if photos == masks or (place.is_dir() and photos in masks.parents):
-            found = f"--output {folder} lies among the photographs, in {photos}"
+    for given in photos:
+        place = (given if given.is_dir() else given.parent).resolve()
+        if place == masks or (given.is_dir() and place in masks.parents):
+            found = f"--output {folder} lies among the photographs, in {place}"
             raise ValueError(f"{found}: masks would replace them, or be taken for some")
 
 
@@ -185,7 +182,6 @@ def draw_sheet(
         with Image.open(masks[i]) as mask:
             ids = np.asarray(mask.resize(small.shape[:0:-1], Image.NEAREST))
         cells += [as_images(small[None])[0], palette[ids]]
-    if cells:
-        rows = [cells[i : i + 4] for i in range(0, len(cells), 4)]
-        title = "Photographs and their masks: a color means a prototype"
-        save(grid(title, rows, side=1.9, legend=legend)[0], folder / "contact_sheet.jpg", 110)
+    rows = [cells[i : i + 4] for i in range(0, len(cells), 4)]
+    title = "Photographs and their masks: a color means a prototype"
+    save(grid(title, rows, side=1.9, legend=legend), folder / "contact_sheet.jpg", 110)

@@ -12,23 +12,15 @@ from measures.layouts import IGNORE
 UNMATCHED = -1
 
 
-def confusion_matrix(
-    predicted: Tensor, target: Tensor, num_predicted: int, num_classes: int
-) -> Tensor:
-    """predicted, target: ids of any equal shape -> pixels of every pair (k t) int64 on the CPU,
-    without IGNORE.
-    """
+def confusion_matrix(predicted: Tensor, target: Tensor, k: int, t: int) -> Tensor:
+    """Ids of any equal shape -> pixels of every pair (k t) int64 on the CPU, without IGNORE."""
     labeled = target != IGNORE
-    predicted, target = predicted[labeled].long(), target[labeled].long()  # uint8 would overflow
-    pairs = predicted * num_classes + target
-    counts = torch.bincount(pairs, minlength=num_predicted * num_classes)
-    return counts.reshape(num_predicted, num_classes).cpu()
+    pairs = predicted[labeled].long() * t + target[labeled].long()  # uint8 would overflow
+    return torch.bincount(pairs, minlength=k * t).reshape(k, t).cpu()
 
 
 def match(confusion: Tensor) -> Tensor:
-    """confusion (k t) -> one-to-one: the class of each prototype (k), or `UNMATCHED`, such that the
-    most pixels are right.
-    """
+    """(k t) -> one-to-one: the class of each prototype (k) or `UNMATCHED`: most pixels right."""
     rows, columns = linear_sum_assignment(confusion.numpy(), maximize=True)
     classes = torch.full((len(confusion),), UNMATCHED)
     classes[torch.from_numpy(rows)] = torch.from_numpy(columns)

@@ -49,9 +49,7 @@ def read(path: str | Path, which: str) -> tuple[checkpoints.Checkpoint, str]:
 
 
 def untrained_network(config: Mapping, device: Any = "cpu", seed: int = 0) -> GroupingNetwork:
-    """A network of a configuration's arch and sizes, with random weights, a function of the seed;
-    torch's generator does not move.
-    """
+    """Random weights, a function of the seed, in these sizes; torch's generator does not move."""
     names = ("arch", "num_prototypes", "dim_hidden", "dim_out")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -20,34 +20,32 @@ TITLE = """Scenes never trained on, and the groups found in them without a label
 A class and the prototype that is matched with it have one color; other colors have no class."""
 
 
-def toy_result(run: Run, c: Any) -> dict:
-    """Write result.json and groups.png of unseen scenes, print and return the report."""
+def toy_result(run: Run, c: Any) -> None:
+    """Write result.json and groups.png of unseen scenes, and print the numbers."""
     teacher, scenes = run.model.teacher, toy.ToyImages(UNSEEN, c.held_out)
-    device = teacher.prototypes.weight.device
-    untrained = untrained_network(vars(c), device, c.seed)
+    untrained = untrained_network(vars(c), teacher.prototypes.weight.device, c.seed)
     report = compare_in_memory(teacher, untrained, scenes.images, scenes.semantic, toy.CLASS_NAMES)
     images, truth = scenes.images[:SHOWN], scenes.semantic[:SHOWN]
     groups, owner = segment(teacher, images)[0], list(report["matching"].values())
-    rows = dict(scene=figures.as_images(images))
-    rows["groups"] = figures.color_groups(groups, truth, owner)
-    rows["truth"] = figures.prototype_colors(len(owner))[truth]
-    pairs = zip(report["iou"].items(), owner)
-    legend = [f"{name}: prototype {k}, IoU {iou or 0:.2f}" for (name, iou), k in pairs]
-    legend = dict(zip(legend, figures.prototype_colors(len(owner))))
-    figure, _ = figures.grid(TITLE, list(rows.values()), list(rows), legend=legend)
+    colors = figures.prototype_colors(len(owner))
+    rows = dict(scene=figures.as_images(images), groups=figures.color_groups(groups, truth, owner))
+    rows["truth"] = colors[truth]
+    classes = zip(report["iou"].items(), owner, colors)
+    legend = {f"{name}: prototype {k}, IoU {x or 0:.2f}": rgb for (name, x), k, rgb in classes}
+    figure = figures.grid(TITLE, list(rows.values()), list(rows), legend=legend)
     figures.save(figure, run.folder / "groups.png", 130)
     text = f"{c.held_out} scenes never trained on\n\n{format_table(report)}"
-    return written(run, report, text, "groups.png")
+    finish(run, report, text, "groups.png")
 
 
 @torch.no_grad()
-def photos_result(run: Run, c: Any, images: ImageFiles) -> dict:
-    """`toy_result` for photographs kept out of training; {}: none is readable."""
+def photos_result(run: Run, c: Any, images: ImageFiles) -> None:
+    """`toy_result` for photographs kept out of training; without numbers if none is readable."""
     teacher, view = run.model.teacher.eval(), center_view(SIZE)
     shown = [views for _, views in stream(images, view, BATCH)]  # what can be read
     if not shown:
         print("\nfigures  none: no photograph that was kept out can be read")
-        return {}
+        return
     views = torch.cat(shown)
     found = retrieval.retrieve(teacher, views, view)
     report = retrieval.slot_report(found)
@@ -58,13 +56,12 @@ def photos_result(run: Run, c: Any, images: ImageFiles) -> dict:
     text = f"{len(views)} photographs kept out of training\n{retrieval.format_slots(report)}"
     how = f"of {SIZE} px; the log counts in crops of {c.image_size} px, which show less"
     text += f"\ncounted in whole photographs {how}"
-    return written(run, report, text, "prototypes.png and groups.png")
+    finish(run, report, text, "prototypes.png and groups.png")
 
 
-def written(run: Run, report: dict, text: str, figures: str) -> dict:
-    """Puts a report into result.json and prints it -> the report, with the seconds of the run."""
+def finish(run: Run, report: dict, text: str, figures: str) -> None:
+    """Puts a report into result.json, with the seconds of the run, and prints it."""
     report["seconds"] = round(run.seconds, 1)
     write_json(run.folder / "result.json", report)
     print(f"\n{text}\n\n{report['seconds']:.0f} s in all")
     print(f"figures  {figures} in {run.folder}; the numbers are in result.json")
-    return report

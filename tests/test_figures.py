@@ -112,7 +112,7 @@ def test_a_group_has_the_color_of_what_it_is_matched_with_and_others_the_next_by
         assert (found[groups == group] == colors[place]).all()
     file, rows = tmp_path / "g.png", [colors[truth], found]
     legend = dict(zip("abc", colors))
-    figure, _ = figures.grid("title", rows, ["truth", "groups"], legend=legend)
+    figure = figures.grid("title", rows, ["truth", "groups"], legend=legend)
     figures.save(figure, file, 130)
     shares = [share_of(pixels(file), colors[place]) for place in (0, 1, 5)]
     assert shares[1] > shares[0] > 0.05 and shares[2] == 0
