@@ -46,8 +46,7 @@ class Config:
     freeze_backbone: bool = option(
         False, "learn projector, prototypes and predictor only, on the backbone as it is [U]")
     max_steps: int = option(
-        0, "pause after this many steps in all; schedules do not change", low=0, high=10**9,
-        free=True)
+        0, "pause after this many steps in all; schedules do not change", low=0, free=True)
     seed: int = option(0, "of weights, order, crops and colors", low=0, high=2**31)
 
     dim_hidden: int = method(
@@ -55,11 +54,9 @@ class Config:
     dim_out: int = method(256, "d, width of embeddings, prototypes, slots [O]", low=1, high=65_536)
     group_weight: float = method(
         0.5, "lambda; the slot loss has 1 - lambda, none at 1 [P]", low=0, high=1)
-    temp_student: float = method(
-        0.1, "temperature of the student's assignment [P]", low=1e-4, high=100)
-    temp_teacher: float = method(
-        0.07, "of the teacher's, well below the student's [P]", low=1e-4, high=100)
-    temp_slot: float = method(0.2, "of the slot contrast [O]", low=1e-4, high=100)
+    temp_student: float = method(0.1, "temperature of the student's assignment [P]", low=1e-4)
+    temp_teacher: float = method(0.07, "of the teacher's, well below the student's [P]", low=1e-4)
+    temp_slot: float = method(0.2, "of the slot contrast [O]", low=1e-4)
     slot_loss: str = method(
         "ctr", "contrast slots, or regress them (table 8b)", choices=("ctr", "reg"))
     align: str = method(
@@ -89,8 +86,7 @@ class Config:
     warmup: float = training(
         5.0, "warm-up, in the unit of the length: epochs, or steps [O]", low=0, high=10**9,
         unless="steps")
-    accumulate: int = training(
-        1, "passes per step, for small memories; each pass sees less", low=1, high=10_000)
+    accumulate: int = training(1, "passes per step, for small memories; each pass sees less", low=1)
 
     device: str = machine(
         "auto", "auto: a CUDA GPU where there is one", choices=("auto", "cpu", "cuda", "mps"))
@@ -107,18 +103,15 @@ class Config:
     subset: int = files(
         0, "learn from N images, 0: all; toy: scenes that are drawn (table 1)", low=0, high=10**9)
     long_tailed: bool = files(False, "the subset's classes follow a Pareto law (table 1)")
-    held_out: int = files(
-        0, "images kept out of training, for the result at the end", low=0, high=10**6)
+    held_out: int = files(0, "images kept out of training, for the result at the end", low=0)
     check_data: bool = files(
         False, "only read every image once; ends with status 1 where a run would stop", free=True)
     resume: str = files(
         "auto", "auto: from OUTPUT_DIR/last.pth; none; a path; or force: although options changed",
         free=True)
-    log_every: int = files(10, "steps between lines of log.jsonl", low=1, high=10**6, free=True)
-    save_minutes: float = files(
-        10.0, "minutes between two writings of last.pth", low=0, high=1e6, free=True)
-    keep_every: int = files(
-        100, "keep epoch_N.pth at every such epoch, 0: none", low=0, high=10**6, free=True)
+    log_every: int = files(10, "steps between lines of log.jsonl", low=1, free=True)
+    save_minutes: float = files(10.0, "minutes between two writings of last.pth", low=0, free=True)
+    keep_every: int = files(100, "keep epoch_N.pth at every such epoch, 0: none", low=0, free=True)
 
     @property
     def threads(self) -> int:
