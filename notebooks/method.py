@@ -2,7 +2,7 @@
 
     python notebooks/method.py        writes docs/images/method.png
 
-`nb.method("slots")` shows it with the box of that name framed.
+`method.show("slots")`, at the top of a notebook, has the box of that name framed.
 """
 
 import io
@@ -14,11 +14,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from einops import rearrange
+from IPython import display
 from matplotlib.patches import FancyArrowPatch, Rectangle
 from matplotlib.path import Path
 from PIL import Image, ImageDraw
 
-import nb  # first: it finds the modules
+import course  # first: it finds the modules
 
 import losses
 import toy
@@ -27,9 +28,10 @@ from engine.options import chosen_for
 from measures.datasets import UNSEEN
 from measures.figures import principal_colors
 from photometric import IMAGENET_MEAN, IMAGENET_STD, Photometric
+from plots import as_image, few_colors
 from slotcon import Report, SlotCon
 
-FILE = nb.ROOT / "docs" / "images" / "method.png"
+FILE = course.ROOT / "docs" / "images" / "method.png"
 WIDTH, HEIGHT = 13.0, 7.0  # inches
 SEED = 55  # of the crops; the first scene of the batch is shown
 BOXES = {  # name -> left, bottom, width, height, as shares of the figure
@@ -68,7 +70,7 @@ UPDATES = (  # corners of the paths that a step takes after its loss
 
 def step() -> tuple[torch.Tensor, Batch, torch.Tensor, Report]:
     """Scenes (b 3 y x), their crops, the crops recolored (b v 3 y x), what a forward finds."""
-    model, config, _ = nb.trained()
+    model, config, _ = course.trained()
     scenes, rng = toy.ToyImages(UNSEEN, 16).images, random.Random(SEED)
     crops = TwoCrops(**chosen_for(TwoCrops, config))
     batch = Batch(*map(torch.stack, zip(*(crops(scene, rng) for scene in scenes))))
@@ -81,7 +83,7 @@ def step() -> tuple[torch.Tensor, Batch, torch.Tensor, Report]:
 def panel(place: tuple[float, float], size: tuple[float, float], image: Any, text: str, **more):
     """An image at a place (shares of the figure), size in inches, a text below it."""
     axis = plt.gcf().add_axes((*place, size[0] / WIDTH, size[1] / HEIGHT))
-    axis.imshow(nb.as_image(image), interpolation="nearest", aspect="auto", **more)
+    axis.imshow(as_image(image), interpolation="nearest", aspect="auto", **more)
     axis.set(xticks=[], yticks=[])
     axis.set_xlabel(text, fontsize=10, labelpad=2)
     return axis
@@ -130,7 +132,7 @@ def frame() -> None:
 
 def draw() -> None:
     """The diagram, as the current figure."""
-    model, config, colors = nb.trained()
+    model, config, colors = course.trained()
     scenes, _, views, report = step()
     s1, t2 = report.student[0], report.teacher[1]
     frame()
@@ -200,22 +202,22 @@ def write(file: os.PathLike = FILE) -> None:
     drawn = io.BytesIO()
     plt.savefig(drawn, dpi=100)
     plt.close()
-    nb.few_colors(Image.open(drawn), refine=1).save(file, optimize=True)
+    few_colors(Image.open(drawn), refine=1).save(file, optimize=True)
     print(f"figure: {file}")
 
 
-def framed(box: str = "") -> bytes:
-    """The committed diagram as PNG, with one box framed. Raises KeyError for another name."""
+def show(box: str) -> None:
+    """Show the committed diagram with one box framed. Raises KeyError for another name."""
     with Image.open(FILE) as file:
         picture = file.convert("RGB")
-    if box:
-        left, bottom, width, height = BOXES[box]
-        corners = left, 1 - bottom - height, left + width, 1 - bottom
-        scaled = [share * side for share, side in zip(corners, 2 * picture.size)]
-        ImageDraw.Draw(picture).rounded_rectangle(scaled, 12, outline=(220, 30, 30), width=6)
-    small, out = nb.few_colors(picture), io.BytesIO()
-    small.save(out, format="png", optimize=True)
-    return out.getvalue()
+    left, bottom, width, height = BOXES[box]
+    corners = left, 1 - bottom - height, left + width, 1 - bottom
+    scaled = [share * side for share, side in zip(corners, 2 * picture.size)]
+    ImageDraw.Draw(picture).rounded_rectangle(scaled, 12, outline=(220, 30, 30), width=6)
+    framed = io.BytesIO()
+    few_colors(picture).save(framed, format="png", optimize=True)
+    words = display.Markdown("*One step of SlotCon; every image is a tensor of it. Red: here.*")
+    display.display(display.Image(framed.getvalue(), format="png", width=900), words)
 
 
 if __name__ == "__main__":

@@ -120,9 +120,9 @@ def test_every_notebook_runs_in_a_fresh_kernel_without_a_network_and_in_time(tmp
 
 @pytest.mark.slow
 def test_the_first_cell_works_from_the_root_of_the_repository_too():
-    """One kernel for all; each finds the paths as a new one has them, and `nb` not yet imported."""
+    """One kernel for all; each finds the paths as a new one has them, and `course` not yet imported."""
     forget = "import sys; p = globals().get('p', [*sys.path]); sys.path = [*p]"
-    forget += "; sys.modules.pop('nb', None)"
+    forget += "; sys.modules.pop('course', None)"
     run([cell for book in BOOKS.values() for cell in (forget, *sources_of(book)[:1])], ROOT)
 
 
@@ -221,7 +221,7 @@ def test_an_exercise_that_is_empty_or_raises_does_not_end_the_notebook():
 def test_a_notebook_begins_with_the_diagram(book: Path):
     from method import BOXES
 
-    assert re.search(r'^nb\.method\("(.+?)"\)', "\n".join(sources_of(book)[:2]), re.M)[1] in BOXES
+    assert re.search(r'^method\.show\("(.+?)"\)', "\n".join(sources_of(book)[:2]), re.M)[1] in BOXES
 
 
 @pytest.mark.slow
