@@ -120,7 +120,7 @@ def test_every_notebook_runs_in_a_fresh_kernel_without_a_network_and_in_time(tmp
 
 @pytest.mark.slow
 def test_the_first_cell_works_from_the_root_of_the_repository_too():
-    """One kernel for all; each finds the paths as a new one has them, and `course` not yet imported."""
+    """One kernel for all; each finds the paths as a new one has them, without `course`."""
     forget = "import sys; p = globals().get('p', [*sys.path]); sys.path = [*p]"
     forget += "; sys.modules.pop('course', None)"
     run([cell for book in BOOKS.values() for cell in (forget, *sources_of(book)[:1])], ROOT)
