@@ -184,7 +184,7 @@ def test_photographs_stand_upright_whole_and_reduced(tmp_path, orientation):
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6])
-def test_views_of_a_reduced_photograph_agree_with_each_other_and_the_whole(tmp_path, orientation):
+def test_views_of_a_reduced_photograph_are_those_of_the_whole(tmp_path, orientation):
     (whole, photographs), crops = saved(tmp_path, orientation), TwoCrops(SIZE)
     for seed in range(40):
         photograph, rng = photographs[0], random.Random(seed)
@@ -196,11 +196,6 @@ def test_views_of_a_reduced_photograph_agree_with_each_other_and_the_whole(tmp_p
         expected = crops(whole, random.Random(seed))
         assert flipped.equal(expected.flipped) and (boxes - expected.boxes).abs().max() < 1 / SIZE
         assert (views.float() - expected.views).abs().max() < 9
-        seen = []
-        for view, (x1, y1, x2, y2) in zip(views, boxes.tolist()):
-            row, column = (min(SIZE - 1, int(SIZE * side / 2)) for side in (y1 + y2, x1 + x2))
-            seen.append(view[:2, row, column].float())
-        assert (seen[0] - seen[1]).abs().max() < 13  # of 255: one pixel of a view
 
 
 @pytest.mark.parametrize("kind", ["JPEG RGB", "JPEG L", "JPEG CMYK", "MPO RGB"])

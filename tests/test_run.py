@@ -11,7 +11,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -27,7 +26,7 @@ from engine.images import BadImage
 from engine.processes import Place
 from engine.program import BEGAN, Stopped
 from engine.run import Options, Run, seed_of
-from staged import ROOT, At, Signals, difference, last_of, log_of, state_of
+from staged import At, Signals, difference, last_of, log_of, state_of
 
 CPU = torch.device("cpu")
 NAN, INF = float("nan"), float("inf")
@@ -303,18 +302,21 @@ def test_a_file_system_without_locks_keeps_no_run_out(number, tmp_path, monkeypa
             lock(tmp_path)
 
 
-def test_a_second_run_in_a_folder_is_refused_with_host_and_process(tmp_path):
-    code = "import sys, pathlib; from engine.guards import lock; lock(pathlib.Path(sys.argv[1]))"
-    command, found = [sys.executable, "-c", code, str(tmp_path)], []
+def test_a_second_run_in_a_folder_is_refused_with_host_and_process(tmp_path, capfd):
+    statuses = []
 
-    def second(run):
-        if run.position == 2:
-            found.append(subprocess.run(command, cwd=ROOT, capture_output=True, text=True))
+    def second(run=None):
+        other = multiprocessing.get_context("fork").Process(target=lock, args=(tmp_path,))
+        other.start()
+        other.join()
+        statuses.append(other.exitcode)
 
-    program(tmp_path, second, last_step=4)
+    program(tmp_path, second, last_step=2)
+    second()
+    assert statuses == [1, 1, 0]  # the run has ended
     holder = f"process {os.getpid()} on {socket.gethostname()}"
-    assert f"--output-dir {tmp_path} is in use by {holder}: wait for that run" in found[0].stderr
-    assert subprocess.run(command, cwd=ROOT).returncode == 0  # the run has ended
+    line = f"--output-dir {tmp_path} is in use by {holder}: wait for that run"
+    assert line in capfd.readouterr().err
 
 
 def test_readers_change_no_bit_and_the_end_waits_for_none_of_them(whole, tmp_path):
