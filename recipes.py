@@ -177,7 +177,9 @@ def parse(argv: Sequence[str] | None, description: str = "") -> tuple[Config, se
     Where the unit of the length changes, the warm-up keeps its share of the run. Raises ValueError
     with one line.
     """
-    c, given = options.parse(PRESETS, argv, description)
+    parser = options.Parser(description=description, usage="%(prog)s [options]")
+    options.add_options(parser, PRESETS)
+    c, given = options.settle(PRESETS, parser.parse_args(argv))
     check(c)
     if {"epochs", "steps"} <= given and c.steps:
         raise ValueError("--epochs and --steps are two units of one length: give one of them")

@@ -166,9 +166,9 @@ def parse(argv: Sequence[str] | None, description: str) -> tuple[Shared, set[str
     for task, presets in PRESETS.items():
         text = f"fine-tune for {task}: {type(next(iter(presets.values()))).__doc__}"
         command = commands.add_parser(task, help=text, description=text)
-        options.add_options(command, presets, by="dataset")
+        options.add_options(command, presets)
     args = parser.parse_args(argv)
-    c, given = options.settle(PRESETS[args.task], args, by="dataset")
+    c, given = options.settle(PRESETS[args.task], args)
     for name in ("shorts", "frame", "window"):
         large, small = getattr(c, name, (0, 0))
         if not (0 < small <= large or large == small == 0):

@@ -1,7 +1,7 @@
 """What a program says while it runs: log.jsonl, an object per line; lines of how far it is."""
 
-import json
 import math
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -43,14 +43,7 @@ def progress(items: Iterable[T], total: int, title: str) -> Iterator[T]:
 def forget_after(file: Path, step: int) -> None:
     """Drop the lines of later steps, whose work was lost, and one that was cut off."""
     lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
-    kept = [line for line in lines if step_of(line) <= step]
+    whole = [(line, re.fullmatch(rb'{"step": (\d+), .*}\n', line)) for line in lines]
+    kept = [line for line, found in whole if found and int(found[1]) <= step]
     if kept != lines:
         write_atomically(file, lambda out: out.writelines(kept))
-
-
-def step_of(line: bytes) -> float:
-    """The step of a line; infinite where the line was cut off."""
-    try:
-        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
-    except (ValueError, KeyError, TypeError):
-        return math.inf

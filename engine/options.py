@@ -8,7 +8,6 @@ import inspect
 import json
 import os
 import re
-import shutil
 import sys
 from argparse import ArgumentTypeError, Namespace
 from collections import defaultdict
@@ -45,26 +44,13 @@ def option(
     return dataclasses.field(default=default, metadata=about | dict(unless=unless))
 
 
-def parse(
-    presets: Mapping[str, T], argv: Sequence[str] | None, description: str
-) -> tuple[T, set[str]]:
-    """The preset that is named, with the given options replaced, and their names.
-
-    presets: name -> instance of one dataclass, the first is the default. Raises ValueError with one
-    line.
-    """
-    parser = Parser(description=description, usage="%(prog)s [options]")
-    add_options(parser, presets)
-    return settle(presets, parser.parse_args(argv))
-
-
-def add_options(parser: "Parser", presets: Mapping[str, Any], by: str = "preset") -> None:
+def add_options(parser: argparse.ArgumentParser, presets: Mapping[str, Any]) -> None:
     """One option per field of the presets' dataclass, in the groups of the help.
 
-    by: the field with the preset's name.
+    presets: name -> instance, whose first field is that name; the first preset is the default.
     """
     first = next(iter(presets.values()))
-    types = get_type_hints(type(first))
+    types, by = get_type_hints(type(first)), next(iter(vars(first)))
     groups = {group: parser.add_argument_group(group) for group in GROUPS}
     for f in dataclasses.fields(first):
         parts = get_args(types[f.name])  # of a tuple
@@ -91,10 +77,13 @@ def _default(presets: Mapping[str, Any], field: str, by: str) -> str:
     return f" (default: {usual}{''.join(others)})" if others or usual != "none" else ""
 
 
-def settle(presets: Mapping[str, T], args: Namespace, by: str = "preset") -> tuple[T, set[str]]:
-    """The end of `parse`, for a parser with other options too. Raises ValueError."""
-    first = next(iter(presets))
-    known = vars(presets[first])
+def settle(presets: Mapping[str, T], args: Namespace) -> tuple[T, set[str]]:
+    """The preset that is named, with the options of `add_options` that were given, and their names.
+
+    Raises ValueError with one line.
+    """
+    first, preset = next(iter(presets.items()))
+    known, by = vars(preset), next(iter(vars(preset)))
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items() if k in known}
     settings = dataclasses.replace(presets[given.get(by, first)], **given)
     for f in dataclasses.fields(settings):
@@ -134,8 +123,7 @@ class Parser(argparse.ArgumentParser):
     """A parser whose complaints are one line. description: a docstring, shown up to its slide."""
 
     def __init__(self, *args: Any, description: str = "", **given: Any):
-        width = shutil.get_terminal_size((100, 24)).columns
-        form = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=width)
+        form = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28)
         description = re.split(r"(?m)^(?:Slides?|Paper|Read next)\b", description)[0].strip()
         more = dict(formatter_class=form, allow_abbrev=False, description=description)
         super().__init__(*args, **more, **given)

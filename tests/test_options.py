@@ -27,7 +27,9 @@ DOC = "A program.\n\n    python program.py\n\nSlide: the first.\nPaper: 3.\nRead
 
 
 def parse(*argv):
-    return options.parse(PRESETS, argv, DOC)
+    parser = options.Parser(description=DOC)
+    options.add_options(parser, PRESETS)
+    return options.settle(PRESETS, parser.parse_args(argv))
 
 
 def test_every_type_of_field_is_read_and_the_given_names_are_returned(monkeypatch):
