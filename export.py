@@ -12,6 +12,7 @@ Paper: section 4.2.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Sequence
 
@@ -38,6 +39,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if output.suffix not in kinds:
         expected = "*.pth or *.safetensors, and *.pkl with --format detectron2"
         raise ValueError(f"--output {output}: expected {expected}")
+    if output.suffix == ".safetensors" and not importlib.util.find_spec("safetensors"):
+        raise ValueError("*.safetensors needs it: pip install safetensors")
     return args
 
 

@@ -1,11 +1,9 @@
 """Files for other libraries: of timm, or a ResNet under torchvision's or detectron2's names."""
 
-import importlib
 import io
 import pickle
 import re
 from collections.abc import Mapping
-from types import ModuleType
 
 import torch
 import torchvision
@@ -36,15 +34,14 @@ def detectron2_name(name: str) -> str:
 
 
 def encoded(state: Mapping[str, Tensor], suffix: str) -> bytes:
-    """A file for the target's checkpointer: of torch, safetensors, or *.pkl, as detectron2 writes.
-
-    Raises ValueError where safetensors is not installed.
-    """
+    """A file for the target's checkpointer: of torch, safetensors, or *.pkl of detectron2."""
     if suffix == ".pkl":
         arrays = {detectron2_name(name): value.numpy() for name, value in state.items()}
         return pickle.dumps(dict(model=arrays, __author__="SlotCon", matching_heuristics=True))
     if suffix == ".safetensors":
-        return safetensors().save({name: value.contiguous() for name, value in state.items()})
+        from safetensors.torch import save  # need not be installed
+
+        return save({name: value.contiguous() for name, value in state.items()})
     file = io.BytesIO()
     torch.save(dict(state), file)
     return file.getvalue()
@@ -62,16 +59,10 @@ def decoded(file: bytes, arch: str, suffix: str) -> nn.Module:
         arrays, names = pickle.loads(file)["model"], network.state_dict().keys()
         named = {name: torch.as_tensor(arrays[detectron2_name(name)]) for name in names}
     elif suffix == ".safetensors":
-        named = safetensors().load(file)
+        from safetensors.torch import load
+
+        named = load(file)
     else:
         named = torch.load(io.BytesIO(file))
     network.load_state_dict(named)
     return whole.eval()
-
-
-def safetensors() -> ModuleType:
-    """The library's part for torch. Raises ValueError where it is not installed."""
-    try:
-        return importlib.import_module("safetensors.torch")
-    except ImportError:
-        raise ValueError("*.safetensors needs it: pip install safetensors") from None
