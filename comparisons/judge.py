@@ -78,8 +78,7 @@ def probe(system: System, labeled: Scenes, features: Tensor, semantic: Tensor) -
     batches, t = [(torch.empty(0), (labeled.images, labeled.semantic.long()))], len(toy.CLASS_NAMES)
     cells = probes.collect_cells(system.backbone, batches, len(labeled.images), t)
     guess = winner(probes.linear_probe(*cells)(features), semantic.shape[-2:])
-    counts = metrics.confusion_matrix(guess, semantic, t, t)
-    return metrics.miou(counts, torch.arange(t))
+    return metrics.miou(metrics.confusion_matrix(guess, semantic, t, t), torch.arange(t))
 
 
 def collapsed(found: Mapping[str, Any], untrained: Mapping[str, Any]) -> bool:

@@ -64,8 +64,7 @@ class Kmeans(Prototyped):
         _, similarity = self.network(images)
         labels = self.labeler(images)[1].argmax(1)  # over k; labels have no gradient
         valid = torch.ones(len(images), dtype=torch.bool, device=images.device)
-        loss = target_loss(similarity, labels, self.temp_student, valid)
-        return loss, views
+        return target_loss(similarity, labels, self.temp_student, valid), views
 
     def start(self, views: Tensor) -> None:
         """Before the first step, cluster its views (b v 3 y x)."""

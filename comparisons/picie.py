@@ -26,5 +26,4 @@ class Picie(Kmeans):
         y1, y2 = (similarity.argmax(1) for similarity in align(teaching, boxes, flipped))  # over k
         valid = overlapping(boxes)
         pairs = ((s1, y1), (s2, y2), (s1, y2), (s2, y1))
-        loss = sum(target_loss(s, y, self.temp_student, valid) for s, y in pairs) / 4
-        return loss, views
+        return sum(target_loss(s, y, self.temp_student, valid) for s, y in pairs) / 4, views

@@ -65,8 +65,7 @@ def matched_contrast(
     keys = gather_rows(own, [b * k] * world_size)
     first = torch.arange(b, device=matching.device)[:, None] * k + rank * b * k
     partners = rearrange(matching + first, "b k -> (b k)")
-    total = contrast_in_parts(rows, partners, keys, temperature)
-    return 2 * temperature * total / (b * k)
+    return 2 * temperature * contrast_in_parts(rows, partners, keys, temperature) / (b * k)
 
 
 class SlotMatching(StudentTeacher):

@@ -71,8 +71,7 @@ def open_labeled(
     if dataset == "toy":  # the split train has the next seed
         given = dict(seed=UNSEEN, count=256) | options
         scenes = toy.ToyImages(given.pop("seed") + (split == "train"), **given)
-        places = range(len(scenes))
-        return Labeled(scenes, scenes.semantic.__getitem__, places, toy.CLASS_NAMES)
+        return Labeled(scenes, scenes.semantic.__getitem__, range(len(scenes)), toy.CLASS_NAMES)
     if not data_dir:
         raise ValueError(f"--data-dir is missing: the folder of {dataset}: {LABELED[dataset].tree}")
     return open_files(dataset, Path(data_dir), split, **options)

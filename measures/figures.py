@@ -167,7 +167,9 @@ def draw_parts(
     file: Path, network: GroupingNetwork, images: Tensor, temperature: float, slots: int = 4,
     use: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """A row per image (b 3 y x) uint8: groups, soft slots, features; use: of `prototype_colors`."""
+    """A row per image (b 3 y x) uint8: groups, soft slots, features. use (k): as in
+    `prototype_colors`; by default, the pixels in these images.
+    """
     k, size = network.prototypes.num_embeddings, images.shape[-2:]
     shown = normalize(images.to(network.prototypes.weight.device))
     embeddings, similarity = (each.cpu() for each in network(shown))

@@ -49,7 +49,7 @@ def read(path: str | Path, which: str) -> tuple[checkpoints.Checkpoint, str]:
 
 
 def untrained_network(config: Mapping, device: Any = "cpu", seed: int = 0) -> GroupingNetwork:
-    """Random weights, a function of the seed, in these sizes; torch's generator does not move."""
+    """Random weights, by the seed alone; config: arch, sizes. torch's generator does not move."""
     names = ("arch", "num_prototypes", "dim_hidden", "dim_out")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -70,7 +70,7 @@ def choose_prototypes(active: Tensor, show: Sequence[str], count: int) -> list[i
 
 
 def slot_report(found: Retrieval) -> dict:
-    """The statistics of the slides; top: the five occupied most often; bottom: of others, least."""
+    """Statistics of the slides; top: the five most occupied; bottom: the five least, of others."""
     order = found.active.argsort(descending=True, stable=True).tolist()
     active, count = found.active.tolist(), max(found.seen, 1)
     used = [dict(prototype=k, images=active[k]) for k in order if active[k] > 0]
