@@ -56,7 +56,7 @@ class Scene(NamedTuple):
     image: np.ndarray  # (y x 3) uint8, sRGB
     semantic: np.ndarray  # (y x) uint8, index into CLASS_NAMES
     instance: np.ndarray  # (y x) uint8, 0 = stuff, i = the object of things[i - 1]
-    parts: np.ndarray  # (y x) uint8, index into PART_NAMES
+    parts: np.ndarray  # (y x) uint8, index into PARTS
     things: np.ndarray  # (objects) uint8, their classes
     depth: np.ndarray  # (y x) uint8, order of drawing: 0 the stuff, 255 the nearest object
 
@@ -272,7 +272,6 @@ CLASS_NAMES = tuple(each.name for each in CLASSES)
 CLASS_COLORS = np.array([each.color for each in CLASSES], np.uint8)
 NUM_STUFF = sum(each.shape is None for each in CLASSES)
 PARTS = tuple(part for each in CLASSES for part in each.parts)
-PART_NAMES = tuple(part.name for part in PARTS)
 PART_CLASS = np.array([i for i, each in enumerate(CLASSES) for _ in each.parts], np.uint8)
 
 
