@@ -204,14 +204,14 @@ def test_a_run_does_not_start_from_another_backbone(line, tmp_path):
         checkpoints.start_from(slotcon(4), str(path))
 
 
-def trained(seed, memory_format=torch.contiguous_format, steps=1, name="lars"):
-    """A layer after some steps of its optimizer."""
-    torch.manual_seed(seed)
+def trained(memory_format, name):
+    """A layer after two steps of its optimizer."""
+    torch.manual_seed(1)
     module = nn.Conv2d(3, 2, 5).to(memory_format=memory_format)
     optimizer = make_optimizer(name, module.parameters(), 0.1, 0.01)
-    for step in range(steps):
+    for step in range(2):
         move(module, optimizer, step)
-    return module, optimizer, torch.amp.GradScaler("cpu", init_scale=2.0**seed)
+    return module, optimizer
 
 
 def move(module, optimizer, seed):
@@ -221,26 +221,11 @@ def move(module, optimizer, seed):
     optimizer.step()
 
 
-@pytest.mark.parametrize("changes, line", [
-    (dict(format=2), "it holds no training state (found format, config, model), or one of"),
-    (dict(optimizer=trained(1, name="adamw")[1].state_dict()), "made with another optimizer"),
-])  # fmt: skip
-def test_what_cannot_be_continued_is_one_line(changes, line, tmp_path):
-    parts = dict(zip(("model", "optimizer", "scaler"), trained(1)))
-    whole = {name: part.state_dict() for name, part in parts.items()}
-    path = file_with({"format": checkpoints.FORMAT, "config": {}, **whole, **changes}, tmp_path)
-    module, optimizer, scaler = trained(2)
-    with pytest.raises(ValueError) as error:
-        checkpoints.restore(path, module, optimizer, scaler, lambda saved: [])
-    assert str(path) in str(error.value) and line in str(error.value)
-    assert "\n" not in str(error.value) and scaler.get_scale() == 4
-
-
 @pytest.mark.parametrize("name", ["lars", "adamw"])
 @pytest.mark.parametrize("first", [True, False])
 def test_an_optimizer_goes_on_whatever_the_memory_format_was_and_is(name, first, tmp_path):
     formats = (torch.contiguous_format, torch.channels_last)[:: 1 if first else -1]
-    (module, optimizer, _), (other, _, _) = (trained(1, form, 2, name) for form in formats)
+    (module, optimizer), (other, _) = (trained(form, name) for form in formats)
     again = make_optimizer(name, other.parameters(), 0.1, 0.01)
     checkpoints.restore_optimizer(again, copy.deepcopy(optimizer.state_dict()), tmp_path)
     for step in (2, 3):

@@ -10,56 +10,40 @@ from slots import SlotPredictor
 from trained import random
 
 B, K, D, H, W = 3, 5, 7, 4, 6
-ALL = torch.ones(B, dtype=torch.bool)
-
-
-def consistency(student, teacher, center=None, temperatures=(0.1, 0.07), valid=ALL):
-    center = torch.zeros(student.shape[1]) if center is None else center
-    return losses.group_consistency(student, teacher, center, *temperatures, valid)
-
-
-def two_maps():
-    return random(B, K, H, W).tanh(), random(B, K, H, W, seed=1).tanh()
+STUDENT, TEACHER = random(B, K) > 0, random(B, K, seed=1) > 0  # which slots are occupied
 
 
 @pytest.mark.parametrize("valid", [[True, True, True], [True, False, True], [False, True, False]])
 def test_the_group_loss_is_the_mean_cross_entropy_over_the_pixels_of_overlapping_crops(valid):
-    (student, teacher), center = two_maps(), random(K, seed=2) / 10
-    terms = []
+    """It has a gradient there, and none for the teacher and the center."""
+    student, teacher = (random(B, K, H, W, seed=seed).tanh() for seed in (0, 1))
+    center, terms = random(K, seed=2) / 10, []
     for b in [b for b in range(B) if valid[b]]:
         for s, t in zip(student[b].flatten(1).T.tolist(), teacher[b].flatten(1).T.tolist()):
             target = [math.exp((x - c) / 0.07) for x, c in zip(t, center.tolist())]
             chance = [math.exp(x / 0.1) for x in s]
             logs = [math.log(x / sum(chance)) for x in chance]
             terms.append(-sum(x / sum(target) * log for x, log in zip(target, logs)))
-    found = consistency(student, teacher, center, valid=torch.tensor(valid))
+    leaves = [x.requires_grad_() for x in (student, teacher, center)]
+    found = losses.group_consistency(*leaves, 0.1, 0.07, torch.tensor(valid))
     assert found.item() == pytest.approx(sum(terms) / len(terms), rel=1e-12)
     assert found.dtype == torch.float64
-
-
-def test_the_group_loss_gives_no_gradient_to_the_teacher_the_center_or_an_image_without_overlap():
-    leaves = [x.requires_grad_() for x in (*two_maps(), torch.zeros(K, dtype=torch.float64))]
-    consistency(*leaves, valid=torch.tensor([True, False, True])).backward()
-    student, teacher, center = leaves
+    found.backward()
     assert teacher.grad is None and center.grad is None
-    assert student.grad.abs().sum((1, 2, 3)).gt(0).tolist() == [True, False, True]
-
-
-def masks(seed=0):
-    return random(B, K, seed=seed) > 0, random(B, K, seed=seed + 1) > 0
+    assert student.grad.abs().sum((1, 2, 3)).gt(0).tolist() == valid
 
 
 def slot_inputs(count=None):
     """Slots of both networks, a predictor, and the pairs: all, or the first `count` queries."""
-    student, teacher = masks()
+    student = STUDENT
     if count is not None:
-        keep = (student & teacher).flatten().nonzero().flatten()[:count]
+        keep = (STUDENT & TEACHER).flatten().nonzero().flatten()[:count]
         student = torch.zeros(B * K, dtype=torch.bool).index_fill(0, keep, True).reshape(B, K)
     predictor = SlotPredictor(D, D, 9).double().eval()
     for i, p in enumerate(predictor.parameters()):
         p.data = random(*p.shape, seed=10 + i)
     slots = [random(B, K, D, seed=seed).requires_grad_() for seed in (4, 5)]
-    return (*slots, predictor, *losses.pair_slots([student], [teacher]))
+    return (*slots, predictor, *losses.pair_slots([student], [TEACHER]))
 
 
 def contrast(*inputs):
@@ -73,9 +57,8 @@ SLOT_LOSSES = pytest.mark.parametrize("loss", [losses.slot_regression, contrast]
 def test_slot_losses_reach_queries_and_predictor_and_nothing_of_the_teacher(loss):
     student_slots, teacher_slots, predictor, pairs = slot_inputs()
     loss(student_slots, teacher_slots, predictor, pairs).backward()
-    student, teacher = masks()
     assert teacher_slots.grad is None
-    assert (student_slots.grad.abs().sum(2) > 0).equal(student & teacher)
+    assert (student_slots.grad.abs().sum(2) > 0).equal(STUDENT & TEACHER)
     assert all(p.grad.abs().sum() > 0 for p in predictor.parameters())
 
 

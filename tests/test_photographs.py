@@ -140,15 +140,13 @@ def test_the_next_readable_neighbor_stands_in_with_the_random_numbers_of_the_sam
         Samples(folder_with_bad(tmp_path / "worst", range(3), count=3), TwoCrops(8), 0)[1]
 
 
-def test_each_bad_file_is_written_once_and_more_than_one_percent_end_the_run(tmp_path, capfd):
+def test_each_bad_file_is_written_once_whatever_its_name(tmp_path, capfd):
     file = tmp_path / "skipped.txt"
     bad = [(name, "truncated") for name in ("ä.jpg", "c.jpg", "new\nline.jpg")]
     for failures in (bad[:2] + bad[:1], bad[1:], [(os.fsdecode(b"caf\xe9.jpg"), "truncated")]):
         name_skipped(file, failures, 400)
     names = [b"c.jpg", b"caf\xe9.jpg", b"new line.jpg", "ä.jpg".encode()]
     assert sorted(file.read_bytes().splitlines()) == [name + b"\ttruncated" for name in names]
-    with pytest.raises(ValueError, match=r"^5 of 400 images .* more than 1%.*skipped\.txt"):
-        name_skipped(file, [("e.jpg", "empty file")], 400)
     assert not too_many(1, 9) and too_many(2, 9)  # one bad image ends no run
     assert capfd.readouterr().err.count("its neighbor takes its place") == 1
     name_skipped(tmp_path, bad, 400)  # a folder: a list that cannot be written

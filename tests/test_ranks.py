@@ -275,12 +275,9 @@ def test_of_several_passes_the_gradient_is_the_mean_over_passes_and_processes(fo
     """A pass is what both processes see at once; only the last one exchanges gradients."""
     model, batch = build({}, alike=False), joined_batch(SOME, NOISE)
     together = torch.tensor([[0, 1, B, B + 1], [2, 3, B + 2, B + 3]])
-    slowly = []
-    for images in together:
-        loss, _ = model(*(x[images] for x in batch))
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        slowly.append(dict(zip(trained, torch.autograd.grad(loss, list(trained.values())))))
-    mean = {name: (slowly[0][name] + slowly[1][name]) / 2 for name in trained}
+    losses = [model(*(x[images] for x in batch))[0] for images in together]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    mean = dict(zip(trained, torch.autograd.grad(sum(losses) / 2, list(trained.values()))))
     for half in (rank["accumulated"] for rank in found):
         same(half["gradients"], mean)
         assert half["synced"] == [False, True]

@@ -94,6 +94,8 @@ def test_what_does_not_matter_can_change_and_force_takes_what_is_asked_for_now(t
     train_here(folder, *given, *forced)
     groups = last_of(folder)["optimizer"]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.5, 0]
+    text = train_here(folder, "--resume", "force", status=2)
+    assert f"{folder}/last.pth was made with another optimizer (" in text
     wrong = ("--num-prototypes", "6", "--resume", "force")
     text = train_here(folder, *given, *wrong, status=2)
     assert "lacks: 3, such as center (6,); that it has too many: 3, such as center (5,)" in text
@@ -105,6 +107,9 @@ def test_a_run_neither_goes_on_from_a_damaged_file_nor_overwrites_it(short, tmp_
     last.write_bytes(last.read_bytes()[:-1000])
     text = train_here(folder, status=2)
     assert f"{last} is no checkpoint, or damaged" in text and text.count("\n") == 1
+    torch.save(last_of(short[0]) | dict(format=2), last)
+    text = train_here(folder, status=2)
+    assert "it holds no training state (found format, config, step), or one of a newer" in text
     text = train_here(folder, "--resume", folder / "gone", status=2)
     assert f"there is no checkpoint {folder}/gone" in text and text.count("\n") == 1
     assert log_of(folder) == log_of(short[0])
