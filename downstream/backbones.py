@@ -1,6 +1,8 @@
 """What both tasks begin with: the pretrained backbone, made ready, and labeled images to read."""
 
 import dataclasses
+import functools
+import operator
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -11,7 +13,7 @@ from torchvision.transforms.v2 import InterpolationMode
 
 from backbone import build_backbone
 from downstream.settings import Shared
-from engine.batches import Loaded
+from engine.batches import load
 from engine.guards import Paused
 from engine.images import BadImage
 from engine.log import progress
@@ -99,7 +101,7 @@ def share(
     Paused at the end of all ranks' shares where one was `stopped`, which ends its share.
     """
     mine = range(place.rank, len(data), place.world_size)
-    items = Loaded(data, tuple, workers, stopped, batch_size=None, sampler=mine)
+    items = load(functools.partial(operator.getitem, data), mine, workers, stopped)
     try:
         for item, index in zip(progress(items, len(mine), "test"), mine):
             yield index, item

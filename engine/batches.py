@@ -7,7 +7,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, default_collate
 
 from engine.images import BadImage, ImageFiles
 from engine.log import progress, say
@@ -29,42 +29,43 @@ GLANCE = 1  # seconds between two looks at what else happens, while a batch is w
 PATIENCE = 300  # seconds without a batch before a run gives up; a slow disk may need some [U]
 LOCKS = 2**20  # bytes of shared memory, more than the locks of all readers need [U]
 TIMED_OUT = "DataLoader timed out"  # how PyTorch says it
+# PyTorch waits for ever for the lock of a killed reader when it ends a loader, so none ends
+ABANDONED: list[Any] = []
 Failures = list[tuple[str, str]]  # (name, reason) of each file that could not be read
 Collate = Callable[[Sequence[Any]], Any]  # samples -> a batch
 
 
-class Samples(Dataset):
+class Samples:
     """view(image, rng) of each image in each epoch; images and view may raise BadImage."""
 
-    def __init__(self, images: Sequence[Any], view: Callable[[Any, random.Random], Any], seed: int):
-        self.images, self.view, self.seed = images, view, seed
+    def __init__(
+        self, images: Sequence[Any], view: Callable[[Any, random.Random], Any], seed: int,
+        collate: Collate = default_collate,
+    ):  # fmt: skip
+        self.images, self.view, self.seed, self.collate = images, view, seed, collate
 
-    def __len__(self) -> int:
-        return len(self.images)
+    def batch(self, samples: Sequence[int]) -> tuple[Any, Failures]:
+        """A batch of what these samples show, and all their failures."""
+        views, failures = zip(*(self[sample] for sample in samples))
+        return self.collate(views), list(itertools.chain(*failures))
 
     def __getitem__(self, sample: int) -> tuple[Any, Failures]:
-        """sample = epoch * len(self) + index -> the view of that image, or of the next one that
-        can be read, and the failures. Raises ValueError after NEIGHBORS unreadable files in a row.
+        """sample = epoch * images + index -> the view of that image, or of the next one that can
+        be read, and the failures. Raises ValueError after NEIGHBORS unreadable files in a row.
         """
-        epoch, index = divmod(int(sample), len(self))
-        failures: Failures = []
+        count, failures = len(self.images), []
+        epoch, index = divmod(sample, count)
         while True:
             # Text is hashed whole: no two streams are alike
             rng = random.Random(f"{self.seed} {epoch} {index}")
             try:
-                image = self.images[(index + len(failures)) % len(self)]
+                image = self.images[(index + len(failures)) % count]
                 return self.view(image, rng), failures
             except BadImage as bad:
                 failures.append((bad.name, bad.reason))
-                if len(failures) == min(NEIGHBORS, len(self)):
+                if len(failures) == min(NEIGHBORS, count):
                     found = f"{len(failures)} images in a row could not be read; {bad}"
                     raise ValueError(found) from None
-
-
-def join(collate: Collate, samples: Sequence[tuple[Any, Failures]]) -> tuple[Any, Failures]:
-    """A batch of what the samples show, and all their failures."""
-    views, failures = zip(*samples)
-    return collate(views), list(itertools.chain(*failures))
 
 
 def order_of(
@@ -113,58 +114,54 @@ def too_many(bad: int, num_images: int) -> bool:
     return bad > max(1, BAD_SHARE * num_images)
 
 
-class Loaded:
-    """What DataLoader(data, **how) hands over, until `stopped`. Raises ValueError with one line:
-    about the images, or about reading processes that died or hand nothing over.
+class Items:
+    """What DataLoader takes for data: each item as it is, for a function to read."""
+
+    def __getitem__(self, item: Any) -> Any:
+        return item
+
+
+def load(
+    read: Callable[[Any], Any], items: Iterable[Any], workers: int = 0,
+    stopped: Callable[[], bool] = lambda: False, pin_memory: bool = False,
+) -> Iterator[Any]:  # fmt: skip
+    """read(item) of each item in order, by reading processes, until `stopped`. Raises ValueError
+    with one line: about the images, or about processes that died or hand nothing over.
     """
-
-    # PyTorch waits for ever for the lock of a killed reader when it ends a loader, so none ends
-    abandoned: tuple[Any, ...] = ()
-
-    def __init__(
-        self, data: Sequence[Any], collate: Collate, workers: int = 0,
-        stopped: Callable[[], bool] = lambda: False, **how: Any,
-    ):  # fmt: skip
-        self.stopped, others = stopped, set(multiprocessing.active_children())
-        try:
-            if workers := workers_of(workers):
-                # Here nothing is half made when it fails
-                torch.empty(LOCKS, dtype=torch.uint8).share_memory_()
-                how |= dict(num_workers=workers, worker_init_fn=begin_to_read, timeout=GLANCE)
-                collate = partial(shared, collate)
-            self.batches = iter(DataLoader(data, collate_fn=collate, **how))
-        except (OSError, RuntimeError) as error:
-            raise ValueError(why(error)) from None
-        self.processes = set(multiprocessing.active_children()) - others
+    workers, others, readers = workers_of(workers), set(multiprocessing.active_children()), set()
+    how = dict(batch_size=None, sampler=items, collate_fn=read, pin_memory=pin_memory)
+    try:
+        if workers:
+            # Here nothing is half made when it fails
+            torch.empty(LOCKS, dtype=torch.uint8).share_memory_()
+            how |= dict(num_workers=workers, worker_init_fn=begin_to_read, timeout=GLANCE)
+            how["collate_fn"] = partial(shared, read)
+        found = iter(DataLoader(Items(), **how))
+        readers = set(multiprocessing.active_children()) - others
         # PyTorch raises the death of a reader anywhere, even in a save; without its handler the
-        # death shows at the next batch. There is none on Windows, nor in another thread
+        # death shows at the next item. There is none on Windows, nor in another thread
         with contextlib.suppress(AttributeError, ValueError):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-
-    def __iter__(self) -> "Loaded":
-        return self
-
-    def __next__(self) -> Any:
         began = time.perf_counter()
-        while not self.stopped():
+        while not stopped():
             try:
-                return next(self.batches)
-            except (ValueError, RuntimeError, OSError, EOFError) as error:
-                if TIMED_OUT in str(error) and time.perf_counter() < began + PATIENCE:
-                    continue
-                self.close()
-                if self.processes or isinstance(error, ValueError):
-                    raise ValueError(why(error)) from None
-                raise
-        self.close()
-        raise StopIteration
-
-    def close(self) -> None:
-        """End the reading processes, and wait for none of them: one may sit in a slow read."""
-        for process in self.processes:
-            process.kill()
-        if self.processes:
-            Loaded.abandoned += (self.batches,)
+                yield next(found)
+                began = time.perf_counter()
+            except StopIteration:
+                readers.clear()  # they have ended
+                return
+            except RuntimeError as error:
+                if TIMED_OUT not in str(error) or time.perf_counter() > began + PATIENCE:
+                    raise
+    except (ValueError, RuntimeError, OSError, EOFError) as error:
+        if workers or isinstance(error, ValueError):
+            raise ValueError(why(error)) from None
+        raise
+    finally:  # which waits for none of them: one may sit in a slow read
+        for reader in readers:
+            reader.kill()
+        if readers:
+            ABANDONED.append(found)
 
 
 def begin_to_read(_worker: int) -> None:
@@ -177,9 +174,9 @@ def begin_to_read(_worker: int) -> None:
     ForkingPickler.dumps(torch.zeros(1))
 
 
-def shared(collate: Collate, samples: Sequence[Any]) -> Any:
-    """A batch in shared memory: else a thread would put it there, and fail without an end."""
-    return tree_map_only(Tensor, Tensor.share_memory_, collate(samples))
+def shared(read: Callable[[Any], Any], item: Any) -> Any:
+    """read(item) in shared memory: else a thread would put it there, and fail without an end."""
+    return tree_map_only(Tensor, Tensor.share_memory_, read(item))
 
 
 def why(error: BaseException) -> str:
@@ -206,7 +203,7 @@ def remark(images: ImageFiles, index: int) -> tuple[str, str]:
 
 def check_images(images: ImageFiles, workers: int = 0) -> int:
     """Read every file once and print what was found -> how many cannot be read."""
-    found = Loaded(range(len(images)), partial(remark, images), workers, batch_size=None)
+    found = load(partial(remark, images), range(len(images)), workers)
     found = list(progress(found, len(images), "check"))
     for index, (kind, reason) in enumerate(found):
         if kind:

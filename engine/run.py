@@ -7,7 +7,6 @@ import datetime
 import json
 import math
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from engine import checkpoints, files, log, processes
-from engine.batches import Collate, Loaded, Samples, join, name_skipped, order_of
+from engine.batches import Collate, Samples, load, name_skipped, order_of
 from engine.guards import StopSignals, lock
 from engine.processes import Place
 from engine.program import BEGAN, Stopped
@@ -72,7 +71,7 @@ class Run:
         self.images, self.settings, self.names = images, dict(settings), (*names, "grad_norm")
         self.folder = Path(options.output_dir) if options.output_dir else None
         self.writes = bool(options.output_dir) and place.is_main  # the folder, and to stdout
-        self.signals, self.lock = StopSignals(), None
+        self.signals, self.held = StopSignals(), contextlib.ExitStack()  # let go at the end
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
         # Good steps; batches; steps without finite numbers, in all and since the last good one
@@ -89,18 +88,18 @@ class Run:
         self.before = [buffer.clone() for buffer in self.buffers]
         if self.folder:
             self.open_folder(changed)
-        look = dict(unit="step", ncols=79, leave=False)
-        seen = self.writes and sys.stderr.isatty()
-        self.bar = tqdm(total=options.last_step, initial=self.steps, disable=not seen, **look)
+        look = dict(unit="step", ncols=79, leave=False, disable=not self.writes or None)
+        self.bar = tqdm(total=options.last_step, initial=self.steps, **look)
+        self.held.enter_context(self.bar)
         self.timed = self.steps
         self.network = processes.wrap(model, place)
         self.steps_per_epoch = max(count // size, 1)
         self.batch, self.trouble = None, ""  # the next one, or why there is none
         self.waited = 0.0  # seconds without a batch, since the last line of the log
         order = order_of(count, size, place, options.seed, self.position)
-        how = dict(batch_sampler=order, pin_memory=place.device.type == "cuda")
-        samples, collate = Samples(images, view, options.seed), partial(join, collate)
-        self.loaded = Loaded(samples, collate, options.workers, self.stopped, **how)
+        samples, on_gpu = Samples(images, view, options.seed, collate), place.device.type == "cuda"
+        self.loaded = load(samples.batch, order, options.workers, self.stopped, on_gpu)
+        self.held.callback(self.loaded.close)
 
     def batches(self) -> Iterator[Any]:
         """From where the run stands to its end, or to a pause."""
@@ -121,14 +120,12 @@ class Run:
             batch, failures = next(self.loaded, (None, []))
             if failures and self.folder:
                 name_skipped(self.folder / "skipped.txt", failures, len(self.images))
+            # From pinned memory, so that no GPU waits for it
+            move = partial(Tensor.to, device=self.place.device, non_blocking=True)
+            self.batch = tree_map_only(Tensor, move, batch)
         except ValueError as error:
             self.trouble = str(error)
-            return
-        finally:
-            self.waited += time.perf_counter() - began
-        # From pinned memory, so that no GPU waits for it
-        move = partial(Tensor.to, device=self.place.device, non_blocking=True)
-        self.batch = tree_map_only(Tensor, move, batch)
+        self.waited += time.perf_counter() - began
 
     def remember(self) -> None:
         """Before a forward: keep what it moves, in case the step does not count."""
@@ -269,20 +266,20 @@ class Run:
         named = options.resume not in ("auto", "none", "force")
         last = Path(options.resume) if named else self.folder / "last.pth"
         wanted = named or (options.resume != "none" and last.exists())
-        lost = not wanted and options.resume == "auto" and (self.folder / "config.json").exists()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.writes:
-                self.lock = lock(self.folder)
+                self.held.enter_context(lock(self.folder))
             if wanted:
                 self.resume(last, changed if options.resume != "force" else lambda saved: [])
             self.require_space()
             if self.writes:
-                if lost:
+                config = self.folder / "config.json"
+                if not wanted and options.resume == "auto" and config.exists():
                     log.say(f"{self.folder}: an earlier run left no checkpoint, a new one starts")
                 log.forget_after(self.folder / "log.jsonl", self.steps)
                 files.remove_leftovers(self.folder)
-                files.write_json(self.folder / "config.json", self.settings)
+                files.write_json(config, self.settings)
                 if not self.position:  # a new run names its own
                     (self.folder / "skipped.txt").unlink(missing_ok=True)
         except OSError as error:
@@ -365,7 +362,7 @@ class Run:
         return self.writes
 
     def __enter__(self) -> "Run":
-        self.signals.__enter__()
+        self.held.enter_context(self.signals)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -376,11 +373,7 @@ class Run:
                 if self.save():
                     log.say(f"saved    {self.folder}/last.pth after step {self.steps}")
         finally:
-            self.signals.__exit__()
-            self.loaded.close()
-            self.bar.close()
-            if self.lock:
-                self.lock.close()
+            self.held.close()
 
     def end(self) -> int:
         """Says how the run ended -> exit status. Raises Stopped where it could not go on."""

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
+from torch.utils.data import BatchSampler, default_collate
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import center_crop, resize
 
 import toy
 from data import center_square, middle
-from engine.batches import Loaded
+from engine.batches import load
 from engine.images import BadImage, ImageFiles, Photographs, find_images
 from engine.log import progress, say
 from measures.datasets import UNSEEN, Labeled
@@ -37,9 +37,9 @@ def stream(
     images: Sequence, view: Callable, batch_size: int, workers: int = 0, title: str = "images"
 ) -> Iterator[tuple[Tensor, Any]]:
     """Batches of indices (b) and views; an unreadable image is left out. Raises ValueError."""
-    places, collate = range(len(images)), partial(read, images, view)
-    batches, count = Loaded(places, collate, workers, batch_size=batch_size), len(images)
-    seen = progress(batches, -(-count // batch_size), title + ", batches" * (batch_size > 1))
+    places = BatchSampler(range(len(images)), batch_size, drop_last=False)
+    batches = load(partial(read, images, view), places, workers)
+    seen = progress(batches, len(places), title + ", batches" * (batch_size > 1))
     yield from (default_collate(items) for items in seen if items)
 
 

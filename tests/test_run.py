@@ -320,7 +320,7 @@ def test_a_second_run_in_a_folder_is_refused_with_host_and_process(tmp_path, cap
 
 
 def test_readers_change_no_bit_and_the_end_waits_for_none_of_them(whole, tmp_path):
-    slow = multiprocessing.Value("b", 0)
+    slow, readers = multiprocessing.Value("b", 0), []
 
     def view(image, rng):
         time.sleep(60 * slow.value)
@@ -330,11 +330,11 @@ def test_readers_change_no_bit_and_the_end_waits_for_none_of_them(whole, tmp_pat
         if run.position == LAST - 1:
             time.sleep(1)  # until they have read ahead
             slow.value = 1
+            readers.extend(multiprocessing.active_children())
 
     began = time.monotonic()
     run = program(tmp_path / "run", last, view=view, workers=2)
     assert time.monotonic() - began < 30 and run.end() == 0
-    readers = run.loaded.processes
     assert readers and not any(reader.is_alive() for reader in readers if not reader.join(9))
     assert same(tmp_path / "run", whole)
 
