@@ -53,7 +53,7 @@ if __name__ == "__main__":  # a misspelled option is answered before torch is lo
 from torch import Tensor
 from torch.nn import Module
 
-from engine.images import ImageFiles
+from engine.images import Photographs
 from measures import curves, figures, networks, retrieval, streams
 
 
@@ -97,7 +97,7 @@ def opened(args: Namespace, count: int) -> tuple[Sequence[Tensor], Path, Callabl
     dataset = "folder" if named or folder else "toy"
     streams.note_toy(dataset, config)
     view = streams.center_view(args.size or streams.default_size(dataset, config))
-    files = ImageFiles(".", list(map(str, named)))
+    files = Photographs(".", list(map(str, named)))
     return files or streams.open_images(dataset, folder, count), file, view, network, config
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, default_collate
 
-from engine.images import BadImage, ImageFiles
+from engine.images import BadImage, Photographs
 from engine.log import progress, say
 from engine.processes import Place, workers_of
 
@@ -189,10 +189,10 @@ def why(error: BaseException) -> str:
     return f"the processes that read images died or hand nothing over ({line}): try {advice}"
 
 
-def remark(images: ImageFiles, index: int) -> tuple[str, str]:
+def remark(images: Photographs, index: int) -> tuple[str, str]:
     """("bad", why an image cannot be read), ("look at", what is odd about it) or ("", "")."""
     try:
-        image = images.open(index).pixels().image
+        image = images[index].pixels().image
     except BadImage as bad:
         return "bad", bad.reason
     if torch.equal(image.amax((1, 2)), image.amin((1, 2))):  # over y, x
@@ -201,7 +201,7 @@ def remark(images: ImageFiles, index: int) -> tuple[str, str]:
     return ("look at", "almost black") if dark else ("", "")
 
 
-def check_images(images: ImageFiles, workers: int = 0) -> int:
+def check_images(images: Photographs, workers: int = 0) -> int:
     """Read every file once and print what was found -> how many cannot be read."""
     found = load(partial(remark, images), range(len(images)), workers)
     found = list(progress(found, len(images), "check"))

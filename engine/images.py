@@ -101,8 +101,11 @@ class Photograph:
         return self.pixels().image
 
 
-class ImageFiles:
-    """Image files as tensors (3 y x) uint8; paths: relative to root, or not. Raises BadImage."""
+class Photographs:
+    """Image files, open and not decoded: a small view needs few pixels of a large image.
+
+    paths: relative to root, or not. An index raises BadImage.
+    """
 
     def __init__(self, root: str | Path, paths: Sequence[str] | np.ndarray):
         self.root, self.paths = os.fspath(root), np.asarray(paths, dtype=str)
@@ -114,18 +117,8 @@ class ImageFiles:
         """The path of an image, as it was given."""
         return str(self.paths[index])
 
-    def open(self, index: int) -> Photograph:
-        """One image: its size is known, its pixels are not decoded yet. Raises BadImage."""
+    def __getitem__(self, index: int) -> Photograph:
         return Photograph(os.path.join(self.root, self.name(index)), self.name(index))
-
-    def __getitem__(self, index: int) -> Tensor | Photograph:
-        return self.open(index).pixels().image
-
-
-class Photographs(ImageFiles):
-    """The same files, open and not decoded: a small view needs few pixels of a large image."""
-
-    __getitem__ = ImageFiles.open
 
 
 @contextlib.contextmanager
@@ -187,17 +180,17 @@ def find_images(
         kinds = sorted(left.items(), key=lambda item: -len(item[1]))
         words = [f"{len(paths)} {kind} (first {min(paths)})" for kind, paths in kinds[:4]]
         notice += f"; left out: {', '.join(words)}{', ...' * (len(kinds) > 4)}"
-    images = ImageFiles(root, np.sort(names))
+    images = Photographs(root, np.sort(names))
     require_readable(images)
     return root, images.paths, notice
 
 
-def require_readable(images: ImageFiles) -> None:
+def require_readable(images: Photographs) -> None:
     """Raises ValueError if none of a few images can be read."""
     tried = range(0, len(images), len(images) // 16 + 1)
     for index in tried:
         try:
-            images[index]
+            images[index].pixels()
             return
         except BadImage as bad:
             reason = f"none of {len(tried)} images tried in {images.root} can be read; {bad}"
@@ -233,7 +226,7 @@ def _search(data_dir: Path, pattern: str, left: Left) -> list[str]:
 def open_images(
     data_dir: str | Path, layout: str = "folder", strict: bool = True, subset: int = 0,
     long_tailed: bool = False, held_out: int = 0, seed: int = 0, output_dir: str = "",
-) -> tuple[Photographs, ImageFiles, str]:  # fmt: skip
+) -> tuple[Photographs, Photographs, str]:  # fmt: skip
     """Images to learn from, others that are kept out for the result at the end, and what was found
     and chosen; a second line is a warning.
 
@@ -257,7 +250,7 @@ def open_images(
     if subset:
         paths, how = choose_subset(paths, subset, seed, long_tailed)
         about += f"; {subset} of them are chosen, {how}"
-    return Photographs(root, paths), ImageFiles(root, out), about + look_like_labels(paths)
+    return Photographs(root, paths), Photographs(root, out), about + look_like_labels(paths)
 
 
 def choose_subset(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import toy
 from engine.files import found_in, read_lines
-from engine.images import BadImage, ImageFiles, Photographs, bad_image, find_images
+from engine.images import BadImage, Photographs, bad_image, find_images
 from engine.log import progress
 from measures.layouts import COARSE_NAMES, FIRST_STUFF, IGNORE, LABELED, WRONG
 
@@ -57,7 +57,7 @@ class Labeled:
 
     def files(self) -> set[Path]:
         """The image files; of toy scenes, which are drawn, none."""
-        places = self.places if isinstance(self.images, ImageFiles) else ()
+        places = self.places if isinstance(self.images, Photographs) else ()
         return {Path(self.images.root, self.images.name(place)) for place in places}
 
 

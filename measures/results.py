@@ -6,7 +6,7 @@ import torch
 
 import toy
 from engine.files import write_json
-from engine.images import ImageFiles
+from engine.images import Photographs
 from engine.run import Run
 from measures import figures, retrieval
 from measures.datasets import UNSEEN
@@ -39,7 +39,7 @@ def toy_result(run: Run, c: Any) -> None:
 
 
 @torch.no_grad()
-def photos_result(run: Run, c: Any, images: ImageFiles) -> None:
+def photos_result(run: Run, c: Any, images: Photographs) -> None:
     """`toy_result` for photographs kept out of training; without numbers if none is readable."""
     teacher, view = run.model.teacher.eval(), center_view(SIZE)
     shown = [views for _, views in stream(images, view, BATCH)]  # what can be read

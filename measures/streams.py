@@ -15,7 +15,7 @@ from torchvision.transforms.v2.functional import center_crop, resize
 import toy
 from data import center_square, middle
 from engine.batches import load
-from engine.images import BadImage, ImageFiles, Photographs, find_images
+from engine.images import BadImage, Photograph, Photographs, find_images
 from engine.log import progress, say
 from measures.datasets import UNSEEN, Labeled
 
@@ -62,7 +62,7 @@ def spaced(count: int, limit: int) -> list[int]:
     return [i * count // limit for i in range(limit)]
 
 
-def open_images(dataset: str, data_dir: Path | None, limit: int = 0) -> ImageFiles | toy.ToyImages:
+def open_images(dataset: str, data_dir: Path | None, limit: int = 0) -> Photographs | toy.ToyImages:
     """Images of a folder or its val2017, or unseen toy scenes; limit 0: all. Raises ValueError."""
     if dataset == "toy":
         return toy.ToyImages(UNSEEN, limit or 256)
@@ -70,7 +70,7 @@ def open_images(dataset: str, data_dir: Path | None, limit: int = 0) -> ImageFil
         raise ValueError("--data-dir is missing: the folder of images to show the network")
     folder = data_dir / "val2017" if (data_dir / "val2017").is_dir() else data_dir
     photos = open_photographs([folder])
-    return ImageFiles(photos.root, photos.paths[spaced(len(photos), limit)])
+    return Photographs(photos.root, photos.paths[spaced(len(photos), limit)])
 
 
 def open_photographs(places: Sequence[Path]) -> Photographs:
@@ -104,9 +104,10 @@ def default_size(dataset: str, config: Mapping[str, Any]) -> int:
 
 
 def center_view(size: int) -> Callable[[Tensor], Tensor]:
-    """A function: image (3 y x) -> `data.center_square`; a square of `size` stays as it is."""
+    """Image (3 y x) or Photograph -> `data.center_square`; a square of `size` stays as it is."""
     return partial(_center_view, size=size)  # a worker process can receive it
 
 
-def _center_view(image: Tensor, size: int) -> Tensor:
+def _center_view(image: Tensor | Photograph, size: int) -> Tensor:
+    image = image if isinstance(image, Tensor) else image.pixels().image
     return image if image.shape[-2:] == (size, size) else center_square(image, size)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from engine import images
-from engine.images import ImageFiles, choose_subset, find_images, open_images
+from engine.images import Photographs, choose_subset, find_images, open_images
 
 
 def tree(root, *names):
@@ -22,7 +22,7 @@ def tree(root, *names):
 def found(data_dir, layout="folder", **options):
     """The paths that are found, of which each can be read."""
     root, paths, _ = find_images(data_dir, layout, **options)
-    assert all(image.shape == (3, 6, 9) for image in ImageFiles(root, paths))
+    assert all(image.pixels().image.shape == (3, 6, 9) for image in Photographs(root, paths))
     return paths.tolist()
 
 

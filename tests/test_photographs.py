@@ -18,7 +18,7 @@ from PIL import Image
 
 from data import TwoCrops, draw_crop
 from engine.batches import Samples, check_images, name_skipped, too_many
-from engine.images import BadImage, ImageFiles, Photographs
+from engine.images import BadImage, Photographs
 
 GRADIENT = np.linspace(0, 255, 12 * 16).reshape(12, 16).astype(np.uint8)
 FRAMES = [Image.new("RGB", (16, 12), color) for color in ("red", "lime", "blue")]
@@ -58,7 +58,8 @@ def plain(color, mode="RGB"):
 ])  # fmt: skip
 def test_odd_files_are_images_with_these_pixels(tmp_path, name, image, expected, options):
     image.save(tmp_path / name, **options)
-    pixels = ImageFiles(tmp_path, [name])[0].permute(1, 2, 0).numpy().astype(int)
+    pixels = Photographs(tmp_path, [name])[0].pixels().image
+    pixels = pixels.permute(1, 2, 0).numpy().astype(int)
     expected = np.asarray(expected.convert("RGB"), dtype=int)
     tolerance = 3 if name == "print.jpg" else 0
     assert pixels.shape == (12, 16, 3) and np.abs(pixels - expected).max() <= tolerance
@@ -111,7 +112,7 @@ def test_images_of_one_color_or_almost_black_are_named_by_the_check(tmp_path, ca
         image.save(tmp_path / name)
     (tmp_path / "d.png").touch()
     names = ["a.png", "b.png", "c.png", "d.png"]
-    assert check_images(ImageFiles(tmp_path, names)) == 1
+    assert check_images(Photographs(tmp_path, names)) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["look at  a.png: one color", "look at  b.png: almost black"]
     assert lines[2] == "bad      d.png: empty file"
@@ -163,7 +164,8 @@ def saved(folder, orientation=1, format="JPEG", mode="RGB"):
         content = (folder / "a.jpg").read_bytes()
         note = content[content.index(b"eXIf") - 4 : content.index(b"IDAT") - 4]
         (folder / "a.jpg").write_bytes(content.replace(note, b"")[:-12] + note + content[-12:])
-    return ImageFiles(folder, ["a.jpg"])[0], Photographs(folder, ["a.jpg"])
+    photographs = Photographs(folder, ["a.jpg"])
+    return photographs[0].pixels().image, photographs
 
 
 @pytest.mark.parametrize("orientation", UPRIGHT)

@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional
 
 from engine import batches, log
-from engine.images import ImageFiles
+from engine.images import Photographs
 from measures import streams
 
 
@@ -77,12 +77,12 @@ def test_images_come_from_a_folder_from_its_val2017_or_are_drawn(tmp_path):
     assert streams.open_images("toy", None, 5)[4].shape == (3, 64, 64)
     with pytest.raises(ValueError, match="--data-dir is missing"):
         streams.open_images("folder", None)
-    named = streams.read_views(ImageFiles(tmp_path, ["a.png"]), streams.center_view(32))
+    named = streams.read_views(Photographs(tmp_path, ["a.png"]), streams.center_view(32))
     assert named.shape == (1, 3, 32, 32)
-    both = ImageFiles(tmp_path, ["a.png", "none.png"])
+    both = Photographs(tmp_path, ["a.png", "none.png"])
     assert streams.read_views(both, streams.center_view(32)).equal(named)
     with pytest.raises(ValueError, match="none of the images can be read"):
-        streams.read_views(ImageFiles(tmp_path, ["none.png"]), streams.center_view(32))
+        streams.read_views(Photographs(tmp_path, ["none.png"]), streams.center_view(32))
 
 
 def test_a_square_of_the_right_size_is_left_alone_and_others_are_cut_from_the_center():
