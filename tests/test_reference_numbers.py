@@ -92,23 +92,17 @@ def head(x: torch.Tensor) -> list[float]:
     return x.detach().flatten()[:4].tolist()
 
 
-def released_model() -> slotcon.SlotCon:
-    """SlotCon with the file's sizes, filled by rule through the importer of checkpoints."""
+def run_steps():
+    """Each step of the file, and what our code, filled through the importer of checkpoints, made of
+    it: model, loss, report, and by released names the gradients before decay, and the teacher
+    before this step's gradient.
+    """
     given = NUMBERS["config"]
     same = "arch num_prototypes dim_hidden dim_out temp_student temp_teacher temp_slot".split()
     settings = {name: given[name] for name in same}
     model = slotcon.SlotCon(group_weight=given["group_loss_weight"], **settings)
     state = checkpoints.released_names(released_checkpoint(model))
     model.double().train().load_state_dict(state)
-    return model
-
-
-def run_steps():
-    """Each step of the file, and what our code made of it: model, loss, report, and by released
-    names the gradients before decay, and the teacher before this step's gradient.
-    """
-    given = NUMBERS["config"]
-    model = released_model()
     trained = [p for p in model.parameters() if p.requires_grad]
     numbers = given["lr"], given["sgd_momentum"], given["weight_decay"]
     optimizer = LARS(trained, *numbers, coefficient=0.001)
