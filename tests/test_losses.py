@@ -1,6 +1,7 @@
 """losses.py in one process; two processes: test_ranks.py."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -46,11 +47,8 @@ def slot_inputs(count=None):
     return (*slots, predictor, *losses.pair_slots([student], [TEACHER]))
 
 
-def contrast(*inputs):
-    return losses.slot_contrast(*inputs, 0.2)
-
-
-SLOT_LOSSES = pytest.mark.parametrize("loss", [losses.slot_regression, contrast])
+CONTRAST = partial(losses.slot_contrast, temp_slot=0.2)
+SLOT_LOSSES = pytest.mark.parametrize("loss", [losses.slot_regression, CONTRAST])
 
 
 @SLOT_LOSSES

@@ -66,10 +66,8 @@ def test_a_run_on_timm_resumes_to_the_same_bits_and_loads_back_strictly(name, tm
 def test_a_run_starts_from_a_file_of_timm_and_a_frozen_backbone_stays_bit_for_bit(name, tmp_path):
     ending = "pth" if name == "test_vit" else "safetensors"
     weights, file = timm.create_model(name).state_dict(), tmp_path / f"weights.{ending}"
-    if ending == "pth":
-        torch.save(weights, file)
-    else:
-        pytest.importorskip("safetensors.torch").save_file(weights, file)
+    save = torch.save if ending == "pth" else pytest.importorskip("safetensors.torch").save_file
+    save(weights, file)
     more = ("--arch", f"timm:{name}", *SIZES, "--init", file, "--freeze-backbone")
     text = train_here(tmp_path / "run", *more, "--max-steps", "2")
     assert f"timm:{name}, frozen, 5 prototypes" in text
