@@ -77,10 +77,9 @@ def order_of(
     of (seed, epoch) alone. Yields lists of samples = epoch * num_images + index.
     """
     share, steps_per_epoch = batch_size // place.world_size, num_images // batch_size
-    first, skipped = divmod(start, steps_per_epoch)
-    for epoch in itertools.count(first):
+    for epoch in itertools.count(start // steps_per_epoch):
         order = np.random.default_rng([seed, epoch]).permutation(num_images)
-        for step in range(skipped if epoch == first else 0, steps_per_epoch):
+        for step in range(max(start - epoch * steps_per_epoch, 0), steps_per_epoch):
             begin = step * batch_size + place.rank * share
             yield (epoch * num_images + order[begin : begin + share]).tolist()
 
@@ -207,7 +206,7 @@ def check_images(images: Photographs, workers: int = 0) -> int:
     found = list(progress(found, len(images), "check"))
     for index, (kind, reason) in enumerate(found):
         if kind:
-            print(f"{kind:<9}{images.name(index)}: {reason}")
+            print(f"{kind:<9}{images.paths[index]}: {reason}")
     bad = sum(kind == "bad" for kind, _ in found)
     print(f"checked  {len(found)} images: {len(found) - bad} can be read, {bad} cannot")
     return bad

@@ -216,13 +216,11 @@ def restore_optimizer(
     optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], path: Path
 ) -> None:
     """What was learned comes from the file; what was asked for, as the decay, stays."""
-    asked = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(saved)
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{path} was made with another optimizer ({error})") from None
-    for group, settings in zip(optimizer.param_groups, asked):
-        group.update(settings)
+    asked = optimizer.state_dict()["param_groups"]
+    now, then = ([group["params"] for group in groups] for groups in (asked, saved["param_groups"]))
+    if now != then:
+        raise ValueError(f"{path} was made with another optimizer: its groups have other weights")
+    optimizer.load_state_dict({**saved, "param_groups": asked})
     for weight, state in optimizer.state.items():
         # Fused optimizers pair the numbers of a weight and of its state as they lie in memory.
         for name, value in state.items():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,6 +32,15 @@ def remove_leftovers(folder: Path) -> None:
     """The temporary files in a folder, and below it, of processes that died while they wrote."""
     for file in folder.rglob(".*.[0-9]*.tmp"):
         file.unlink(missing_ok=True)
+
+
+def forget_after(file: Path, step: int) -> None:
+    """Drop the lines of later steps, whose work was lost, and one that was cut off."""
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    whole = [(line, re.fullmatch(rb'{"step": (\d+), .*}\n', line)) for line in lines]
+    kept = [line for line, found in whole if found and int(found[1]) <= step]
+    if kept != lines:
+        write_atomically(file, lambda out: out.writelines(kept))
 
 
 def write_json(path: str | Path, contents: Any) -> None:

@@ -113,12 +113,8 @@ class Photographs:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def name(self, index: int) -> str:
-        """The path of an image, as it was given."""
-        return str(self.paths[index])
-
     def __getitem__(self, index: int) -> Photograph:
-        return Photograph(os.path.join(self.root, self.name(index)), self.name(index))
+        return Photograph(os.path.join(self.root, self.paths[index]), self.paths[index])
 
 
 @contextlib.contextmanager

@@ -1,17 +1,14 @@
-"""What a program says while it runs: log.jsonl, an object per line; lines of how far it is."""
+"""What a program says while it runs: lines on stderr, and how far it is."""
 
 import math
-import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import TypeVar
 
 from tqdm import tqdm
 
-from engine.files import write_atomically
 from engine.ranks import rank_and_world_size
 
 T = TypeVar("T")
@@ -38,12 +35,3 @@ def progress(items: Iterable[T], total: int, title: str) -> Iterator[T]:
             if bar.disable and now > said + OFTEN:
                 left, said = timedelta(seconds=round((now - began) / done * (total - done))), now
                 say(f"{title}: {done} of {total}, {left} left")
-
-
-def forget_after(file: Path, step: int) -> None:
-    """Drop the lines of later steps, whose work was lost, and one that was cut off."""
-    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
-    whole = [(line, re.fullmatch(rb'{"step": (\d+), .*}\n', line)) for line in lines]
-    kept = [line for line, found in whole if found and int(found[1]) <= step]
-    if kept != lines:
-        write_atomically(file, lambda out: out.writelines(kept))

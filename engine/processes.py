@@ -45,9 +45,9 @@ def start(device: str, amp: str = "off") -> Place:
         torch.cuda.set_device(found)
         torch.backends.cudnn.benchmark = True  # the sizes of a pretraining never change
     if world_size > 1:
-        on_gpu = dict(backend="nccl", device_id=found)
-        how = on_gpu if found.type == "cuda" else dict(backend="gloo")
-        dist.init_process_group(**how, timeout=SILENT)
+        gpu = found if found.type == "cuda" else None
+        backend = "nccl" if gpu else "gloo"
+        dist.init_process_group(backend=backend, device_id=gpu, timeout=SILENT)
     return Place(found, rank, world_size, precision(amp, found))
 
 

@@ -277,7 +277,7 @@ class Run:
                 config = self.folder / "config.json"
                 if not wanted and options.resume == "auto" and config.exists():
                     log.say(f"{self.folder}: an earlier run left no checkpoint, a new one starts")
-                log.forget_after(self.folder / "log.jsonl", self.steps)
+                files.forget_after(self.folder / "log.jsonl", self.steps)
                 files.remove_leftovers(self.folder)
                 files.write_json(config, self.settings)
                 if not self.position:  # a new run names its own

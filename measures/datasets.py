@@ -48,7 +48,7 @@ class Labeled:
             raise ValueError(f"cannot read {bad}") from None
         if label.shape != image.shape[-2:]:
             size, found = (f"{x} x {y}" for y, x in (image.shape[-2:], label.shape))
-            raise ValueError(f"{self.images.name(place)} is {size} but its label is {found}")
+            raise ValueError(f"{self.images.paths[place]} is {size} but its label is {found}")
         return image, label
 
     def subset(self, indices: Sequence[int]) -> "Labeled":
@@ -58,7 +58,7 @@ class Labeled:
     def files(self) -> set[Path]:
         """The image files; of toy scenes, which are drawn, none."""
         places = self.places if isinstance(self.images, Photographs) else ()
-        return {Path(self.images.root, self.images.name(place)) for place in places}
+        return {Path(self.images.root, self.images.paths[place]) for place in places}
 
 
 def open_labeled(

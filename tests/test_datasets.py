@@ -102,7 +102,7 @@ def test_a_split_has_its_images_and_classes(tmp_path, dataset, split, names, cla
     DRAW[dataset](tmp_path)
     found = open_labeled(dataset, tmp_path, split)
     image, label = found[0]
-    assert [found.images.name(place) for place in found.places] == names
+    assert [found.images.paths[place] for place in found.places] == names
     assert len(found) == len(names)
     assert len(found.class_names) == len(set(found.class_names)) == classes
     assert set(label.unique().tolist()) == ids
