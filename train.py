@@ -112,7 +112,7 @@ def start(c: Config, given: set[str]) -> int:
         names=("loss", "group_loss", "slot_loss"),
     )
     run.notes["images"] = digest_of(names)
-    if c.subset and len(names) and place.is_main:
+    if c.subset and len(names) and place.rank == 0:
         files.write_lines(run.folder / "subset.txt", names)
     with run:
         run.print(f"device   {processes.describe(place)}", f"data     {about}")
@@ -120,9 +120,8 @@ def start(c: Config, given: set[str]) -> int:
         run.print(f"start    {f'after step {run.steps}' if run.steps else started}")
         train(c, run, model, schedule)
     status = run.end()
-    if run.finished and place.is_main:
+    if run.finished and place.rank == 0:
         finish(c, run, schedule, held_out)
-    processes.finish()
     return status
 
 

@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(c.seed)  # the same heads on every rank
     backbone, c, about = open_pretrained(c, given)
     model, seen, unseen = TASKS[c.task].prepare(c, backbone)
-    if place.is_main:
+    if place.rank == 0:
         print(f"look     at all {len(unseen)} images to test: whether they can be read", flush=True)
     sum(1 for _ in share(unseen, place, c.workers))
     model = processes.synchronized(model, place).train()
@@ -149,9 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                   f"{c.total_steps} steps of {c.batch_size}, base_lr {c.base_lr:g}")  # fmt: skip
         train(c, run, unseen)
     status = run.end()
-    if run.ended == "done" and place.is_main:
+    if run.ended == "done" and place.rank == 0:
         finish(c, run, len(unseen))
-    processes.finish()
     return status
 
 

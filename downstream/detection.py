@@ -186,7 +186,7 @@ def scores(
     numbers: dict[str, Any] = {}
     with contextlib.redirect_stdout(None):  # pycocotools prints its tables to stdout
         truth = copy.deepcopy(data.coco)  # the judge writes into it
-        found = truth.loadRes(results) if results and place.is_main else None
+        found = truth.loadRes(results) if results and place.rank == 0 else None
         for kind, name in (("bbox", "box"), ("segm", "mask")):
             judge = COCOeval(truth, found, kind)
             judge.params.imgIds, judge.stats = data.ids, [0.0] * len(PRECISION)

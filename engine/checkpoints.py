@@ -219,7 +219,7 @@ def restore_optimizer(
     asked = optimizer.state_dict()["param_groups"]
     now, then = ([group["params"] for group in groups] for groups in (asked, saved["param_groups"]))
     if now != then:
-        raise ValueError(f"{path} was made with another optimizer: its groups have other weights")
+        raise ValueError(f"{path} was made with another optimizer (its groups have other weights)")
     optimizer.load_state_dict({**saved, "param_groups": asked})
     for weight, state in optimizer.state.items():
         # Fused optimizers pair the numbers of a weight and of its state as they lie in memory.

@@ -15,11 +15,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from math import inf
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_type_hints
 
 from engine.files import write_json
-
-T = TypeVar("T")
 
 GROUPS = ("usual", "method", "views", "optimizer", "machine", "files")  # of the help, in this order
 FIGURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp")  # formats of --output
@@ -77,7 +75,7 @@ def _default(presets: Mapping[str, Any], field: str, by: str) -> str:
     return f" (default: {usual}{''.join(others)})" if others or usual != "none" else ""
 
 
-def settle(presets: Mapping[str, T], args: Namespace) -> tuple[T, set[str]]:
+def settle(presets: Mapping[str, Any], args: Namespace) -> tuple[Any, set[str]]:
     """The preset that is named, with the options of `add_options` that were given, and their names.
 
     Raises ValueError with one line.

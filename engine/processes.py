@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import nn
 
 from engine.norms import summed
-from engine.ranks import rank_and_world_size
 
 SILENT = datetime.timedelta(minutes=30)  # then a process counts as lost; a test may be long [U]
 
@@ -19,14 +18,9 @@ class Place(NamedTuple):
     """Where this process runs."""
 
     device: torch.device
-    rank: int = 0
+    rank: int = 0  # 0: the main process, which writes
     world_size: int = 1
     dtype: torch.dtype | None = None  # of autocast; None: float32
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is the process that writes."""
-        return self.rank == 0
 
 
 def start(device: str, amp: str = "off") -> Place:
@@ -93,12 +87,6 @@ def wrap(model: nn.Module, place: Place) -> nn.Module:
     # As a parameter it has another name in newer versions of torch
     wrapped.broadcast_buffers = False
     return wrapped
-
-
-def finish() -> None:
-    """Part from the other processes at the end of a run."""
-    if rank_and_world_size()[1] > 1:
-        dist.destroy_process_group()
 
 
 def describe(place: Place) -> str:

@@ -70,7 +70,7 @@ class Run:
         self.options, self.place, self.model, self.optimizer = options, place, model, optimizer
         self.images, self.settings, self.names = images, dict(settings), (*names, "grad_norm")
         self.folder = Path(options.output_dir) if options.output_dir else None
-        self.writes = bool(options.output_dir) and place.is_main  # the folder, and to stdout
+        self.writes = bool(options.output_dir) and place.rank == 0  # the folder, and to stdout
         self.signals, self.held = StopSignals(), contextlib.ExitStack()  # let go at the end
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -376,7 +376,9 @@ class Run:
             self.held.close()
 
     def end(self) -> int:
-        """Says how the run ended -> exit status. Raises Stopped where it could not go on."""
+        """Says how the run ended, and leaves the other processes -> exit status. Raises Stopped
+        where it could not go on.
+        """
         if self.writes and (skipped := self.folder / "skipped.txt").exists():
             count = len(skipped.read_bytes().splitlines())
             self.print(f"skipped  {count} images since the run began could not be read: {skipped}")
@@ -394,6 +396,8 @@ class Run:
             received = self.signals.received or "a signal to another process"
             line = f"stopped by {received} after step {self.steps} of {self.options.last_step}"
             self.print(f"{line}; {held}{': the same command goes on' * bool(self.steps)}")
+        if self.place.world_size > 1:
+            torch.distributed.destroy_process_group()
         return 130 if (self.ended, self.signals.received) == ("signal", "SIGINT") else 0
 
 

@@ -27,7 +27,6 @@ from PIL import Image
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 import train
-from engine import processes
 from engine.program import run_program
 from engine.run import Run
 
@@ -121,7 +120,7 @@ def _meet(target, rank, world_size, folder):
     group = dict(init_method=f"file://{folder}/meeting", rank=rank, world_size=world_size)
     dist.init_process_group("gloo", **group)
     torch.save(target(rank), f"{folder}/{rank}.pth")
-    processes.finish()
+    dist.destroy_process_group()
 
 
 def join(started):
