@@ -1,6 +1,5 @@
 """What a program says while it runs: lines on stderr, and how far it is."""
 
-import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -25,13 +24,13 @@ def progress(items: Iterable[T], total: int, title: str) -> Iterator[T]:
 
     Of several processes the main one says it.
     """
-    began, silent = time.perf_counter(), rank_and_world_size()[0] > 0
-    said = math.inf if silent else began
+    silent = rank_and_world_size()[0] > 0
+    began = said = time.perf_counter()
     with tqdm(total=total, desc=title, disable=silent or None, leave=False) as bar:
         for done, item in enumerate(items, 1):
             yield item
             bar.update()
             now = time.perf_counter()
-            if bar.disable and now > said + OFTEN:
+            if bar.disable and not silent and now > said + OFTEN:
                 left, said = timedelta(seconds=round((now - began) / done * (total - done))), now
                 say(f"{title}: {done} of {total}, {left} left")
