@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import multiprocessing
-import os
 import random
 import signal
 import time
@@ -55,17 +54,15 @@ class Samples:
         """
         count, failures = len(self.images), []
         epoch, index = divmod(sample, count)
-        while True:
+        for place in range(index, index + min(NEIGHBORS, count)):
             # Text is hashed whole: no two streams are alike
             rng = random.Random(f"{self.seed} {epoch} {index}")
             try:
-                image = self.images[(index + len(failures)) % count]
-                return self.view(image, rng), failures
+                return self.view(self.images[place % count], rng), failures
             except BadImage as bad:
                 failures.append((bad.name, bad.reason))
-                if len(failures) == min(NEIGHBORS, count):
-                    found = f"{len(failures)} images in a row could not be read; {bad}"
-                    raise ValueError(found) from None
+        last = ": ".join(failures[-1])
+        raise ValueError(f"{len(failures)} images in a row could not be read; {last}")
 
 
 def order_of(
@@ -89,13 +86,12 @@ def name_skipped(file: Path, failures: Failures, num_images: int) -> None:
 
     failures: at least one, repeated ones too. Raises ValueError once there are `too_many`.
     """
-    lines = {os.fsencode(" ".join(name.split())): reason for name, reason in failures}
+    lines = {" ".join(name.split()): reason for name, reason in failures}
     try:
-        with file.open("a+b") as out:
+        with file.open("a+", encoding="utf-8", errors="surrogateescape") as out:
             out.seek(0)  # an earlier part of this run, or another rank, may know more
-            known = {line.split(b"\t")[0] for line in out}
-            for name in lines.keys() - known:
-                out.write(name + b"\t" + lines[name].encode() + b"\n")
+            known = {line.split("\t")[0] for line in out}
+            out.writelines(f"{name}\t{lines[name]}\n" for name in lines.keys() - known)
     except OSError as error:
         say(f"could not write to {file}: {error.strerror}; the run goes on")
         return
