@@ -138,7 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     optimizer = torch.optim.SGD(groups_of(model, c), c.base_lr, settings.MOMENTUM)
     run = Run(
         Options(last_step=c.last_step, **options.chosen_for(Options, c)),
-        place, model, optimizer, range(len(seen)), functools.partial(view, TASKS[c.task], seen, c),
+        place, model, optimizer, range(len(seen)),
+        view=functools.partial(view, TASKS[c.task].view, seen, c),
         settings=dict(task=c.task, **dataclasses.asdict(c)),
         changed=functools.partial(settings.differences, c, len(seen)),
         collate=TASKS[c.task].collate, names=model.losses,

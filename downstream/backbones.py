@@ -72,10 +72,10 @@ def groups_of(model: nn.Module, c: Shared) -> list[dict[str, Any]]:
     ]
 
 
-def view(task: Any, seen: Sequence[Any], c: Shared, index: int, rng: random.Random) -> Any:
-    """What a step sees of a labeled image. Raises BadImage where it cannot be used."""
+def view(of: Callable, seen: Sequence[Any], c: Shared, index: int, rng: random.Random) -> Any:
+    """What a step sees, by `of`, of a labeled image. Raises BadImage where it cannot be used."""
     try:
-        return task.view(seen[index], rng, c)
+        return of(seen[index], rng, c)
     except ValueError as error:
         raise BadImage(f"labeled image {index}", str(error)) from None
 

@@ -1,6 +1,7 @@
 """transfer.py: whole fine-tunings of seconds, interrupted and resumed, refused and ended."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -325,3 +326,15 @@ def test_two_processes_find_objects_together(tmp_path):
     assert play(tmp_path / "run", processes=2, small=small)[0] == [0, 0]
     result = last_of(tmp_path / "run")["notes"]["result"]
     assert result["step"] == 2 and result["detections"] > 100 and 0 <= result["box_ap"] <= 1
+
+
+@pytest.mark.slow
+def test_readers_that_are_not_forked_are_sent_all_they_need(tmp_path):
+    """As on a Mac, and everywhere from Python 3.14 on."""
+    usual, few = multiprocessing.get_start_method(), ("--workers", "1", "--max-steps", "1")
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        for small in (SMALL, [*DETECTION, str(draw_coco(tmp_path / "coco", more=1))]):
+            assert run(tmp_path / small[0], *few, small=small) == 0
+    finally:
+        multiprocessing.set_start_method(usual, force=True)
