@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import sys
 from argparse import ArgumentTypeError, Namespace
 from collections import defaultdict
@@ -121,7 +122,8 @@ class Parser(argparse.ArgumentParser):
     """A parser whose complaints are one line. description: a docstring, shown up to its slide."""
 
     def __init__(self, *args: Any, description: str = "", **given: Any):
-        form = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28)
+        width = shutil.get_terminal_size((100, 24)).columns
+        form = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=width)
         description = re.split(r"(?m)^(?:Slides?|Paper|Read next)\b", description)[0].strip()
         more = dict(formatter_class=form, allow_abbrev=False, description=description)
         super().__init__(*args, **more, **given)
