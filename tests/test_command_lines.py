@@ -115,7 +115,7 @@ WRONG = {  # program -> a command line that is wrong, and how it is answered
 @pytest.mark.parametrize("program", WRONG)
 def test_a_program_answers_a_wrong_command_line_before_it_loads_torch(program, tmp_path):
     (tmp_path / "torch.py").write_text("raise SystemExit('torch is loaded')")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "COLUMNS": "100"}
 
     def run(words):
         command = [sys.executable, str(ROOT / f"{program}.py"), *words.split()]
@@ -131,8 +131,9 @@ def test_a_program_answers_a_wrong_command_line_before_it_loads_torch(program, t
     done = run("probe --help" if program == "evaluate" else "--help")
     assert done.returncode == 0 and f"{program}.py" in done.stdout
     if program == "train":
-        for f in dataclasses.fields(recipes.Config):
-            assert options.flag(f.name) in done.stdout
+        fields = dataclasses.fields(recipes.Config)
+        assert len(fields) <= 50 and done.stdout.count("\n") <= 120
+        assert all(options.flag(f.name) in done.stdout for f in fields)
         assert "[P]" in done.stdout and "torchrun --nproc-per-node=8 train.py" in done.stdout
         assert "torch is loaded" in run("").stderr  # so the stand-in is a real one
         (tmp_path / "torch.py").write_text("import os; os.kill(os.getpid(), 2)  # Ctrl-C")
