@@ -42,11 +42,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seeds", type=options.positive, default=1, metavar="N", help=text)
     text = f"optimizer steps of every row (default: {STEPS})"
     add("--steps", type=options.positive, default=STEPS, metavar="N", help=text)
-    text = "default: runs/compare"
-    add("--output-dir", type=options.path, default=Path("runs/compare"), help=text)
+    text = "default: runs/compare, with the names of --only or --table behind it"
+    add("--output-dir", type=options.path, help=text)
     args = parser.parse_args(argv)
     if args.only and args.table:
         raise ValueError("--only names systems and --table rows of SlotCon: give one of them")
+    names = args.only or ([args.table] if args.table else [])
+    args.output_dir = args.output_dir or Path("runs", "-".join(["compare", *names]))
     return args
 
 
@@ -109,7 +111,8 @@ def run(args: argparse.Namespace, entries: Sequence[Entry]) -> None:
         result["seconds"] = time.perf_counter() - BEGAN
         files.write_json(args.output_dir / "comparison.json", result)
     file = args.output_dir / "comparison.png"
-    what = f"{title}\nGroups in scenes never trained on; * of {judge.CLUSTERS}"
+    what = f"{title}\nGroups in scenes never trained on, in the color of what they match best"
+    what += f"; * of {judge.CLUSTERS}"
     save(grid(what, list(shown.values()), list(shown), side=0.8), file, 130)
     print(f"\n{title}, median of {args.seeds} seed(s)\n{judge.format_table(records)}")
     unseen = draw(UNSEEN, recipes.PRESETS["toy"].held_out)  # slots must find more than places

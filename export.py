@@ -1,7 +1,7 @@
 """Write a pretrained backbone for other libraries, and prove that the file gives the same features.
 
-    python export.py runs/coco/last.pth --format torchvision --output resnet50.pth
-    python export.py runs/coco/last.pth --format detectron2 --output detectron2.pkl
+    python export.py runs/coco-r50/last.pth --format torchvision --output resnet50.pth
+    python export.py runs/coco-r50/last.pth --format detectron2 --output detectron2.pkl
 
 torchvision's names serve timm and mmsegmentation too; a backbone of timm keeps timm's.
 
@@ -63,9 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     form = "timm" if arch.startswith(TIMM) and args.format == "torchvision" else args.format
     if arch not in RESNETS and form != "timm":
         raise ValueError(
-            f"{args.checkpoint} holds the backbone {arch}. Only {', '.join(RESNETS)} can be "
-            "exported, which timm and torchvision have: train with --arch resnet18, for example; "
-            "docs/transfer.md shows how to use it here"
+            f"{args.checkpoint} holds the backbone {arch}. Only those that other "
+            f"libraries have can be exported, {', '.join(RESNETS)} and networks of timm: train "
+            "with --arch resnet18, for example; docs/transfer.md shows how to use it here"
         )
     options.check_writable(args.output, "--output")
     contents = exported.encoded(state, args.output.suffix)

@@ -21,6 +21,7 @@ from comparisons.common import System
 from comparisons.judge import MEASURES, collapsed, judge
 from comparisons.scenes import Scenes, whole_scene
 from data import TwoCrops
+from engine.guards import end_with_parent
 from engine.optimizers import make_optimizer, schedule_for
 from engine.options import chosen_for
 from engine.processes import Place, synchronized, workers_of
@@ -65,7 +66,7 @@ def in_processes(jobs: Sequence[Job], folder: Path) -> Iterator[tuple[dict, np.n
     # Else SIGTERM ends this process alone, and those of the rows stay
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     threads = (torch.get_num_threads(),)  # a new process has its own number
-    with ProcessPoolExecutor(count, None, torch.set_num_threads, threads) as pool:
+    with ProcessPoolExecutor(count, None, begin, threads) as pool:
         try:
             rows = [pool.submit(work, number, job) for number, job in enumerate(jobs)]
             yield from (each.result() for each in rows)
@@ -76,6 +77,12 @@ def in_processes(jobs: Sequence[Job], folder: Path) -> Iterator[tuple[dict, np.n
                 raise
             found = "the process of a row was killed, perhaps for want of memory"
             raise Stopped(f"{found}; comparison.json has the rows before it") from None
+
+
+def begin(threads: int) -> None:
+    """In a process of rows."""
+    torch.set_num_threads(threads)
+    end_with_parent()
 
 
 def heading_of(labels: Sequence[str], several: int, began: float, steps: int, number: int) -> str:

@@ -25,9 +25,9 @@ MEASURES = {  # key of a record -> heading
     "miou": "mIoU", "nmi": "NMI", "probe_miou": "probe", "ari_instances": "ARI inst.",
     "ari_objects": "ARI obj.", "ari_classes": "ARI class", "ari_foreground": "ARI fore.",
 }  # fmt: skip
-COUNTS = {"groups_used": "used", "steps": "steps", "seconds": "seconds"}
+COUNTS = {"groups_used": "in use", "steps": "steps", "seconds": "seconds"}
+STARRED = f"* of {CLUSTERS}: the system has no groups, or none with names.\n"
 EXPLANATION = f"""\
-* of {CLUSTERS}: the system has no groups, or none with names.
 ARI: adjusted Rand index per scene, of objects and stuff, objects, classes, two kinds of pixels.
 Collapsed: fewer than {FEWEST_GROUPS} groups in use, or NMI not above the untrained network's."""
 
@@ -103,4 +103,5 @@ def format_table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         cells[label] = [f"{median[key]:.3f}{' *'[starred.get(key, grouped)]}" for key in MEASURES]
         cells[label] += [f"{median[key]:.0f} " for key in COUNTS]
         cells[label] += [f"{sum(record['collapsed'] for record in records)} of {len(records)}"]
-    return f"{table(cells, [*MEASURES.values(), *COUNTS.values(), 'collapsed'])}\n{EXPLANATION}"
+    text = table(cells, [*MEASURES.values(), *COUNTS.values(), "collapsed"])
+    return f"{text}\n{STARRED * ('*' in text)}{EXPLANATION}"

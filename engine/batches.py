@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, default_collate
 
+from engine.guards import end_with_parent
 from engine.images import BadImage, Photographs
 from engine.log import progress, say
 from engine.processes import Place, workers_of
@@ -163,6 +164,7 @@ def begin_to_read(_worker: int) -> None:
     """In a reading process: signals reach every process of a job, and a run needs its readers until
     its step is done. Raises OSError where no tensor can be handed over: else a thread would.
     """
+    end_with_parent()
     for name in ("SIGINT", "SIGUSR1", "SIGHUP"):
         if hasattr(signal, name):  # Windows lacks some
             signal.signal(getattr(signal, name), signal.SIG_IGN)

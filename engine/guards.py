@@ -2,9 +2,11 @@
 
 import contextlib
 import errno
+import multiprocessing
 import os
 import signal
 import socket
+import threading
 from pathlib import Path
 from types import FrameType
 from typing import TextIO
@@ -40,6 +42,7 @@ class StopSignals:
     def note(self, number: int, _frame: FrameType | None) -> None:
         """The handler. It answers at once, since a step may take minutes."""
         if self.received == "SIGINT" and number == signal.SIGINT:  # a second Ctrl-C
+            os.write(2, b"ended at once: what was learned since the last writing is lost\n")
             os._exit(130)
         if self.received and number != signal.SIGINT:
             return
@@ -50,6 +53,12 @@ class StopSignals:
             # print() is not safe in a handler: the run may be in the middle of one.
             with contextlib.suppress(OSError):
                 os.write(2, line.encode())
+
+
+def end_with_parent() -> None:
+    """In a process that another one started: end at once where that one is killed."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: os._exit(parent.join() or 1), daemon=True).start()
 
 
 def lock(folder: Path) -> TextIO:

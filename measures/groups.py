@@ -153,11 +153,11 @@ def table(rows: Mapping[str, Sequence[str]], columns: Sequence[str]) -> str:
 COLUMNS = {
     "adjusted_rand_index": "adjusted Rand", "nmi": "NMI", "miou": "mIoU", "accuracy": "accuracy",
     "miou_many_to_one": "mIoU n:1", "accuracy_many_to_one": "acc. n:1",
-    "occupied_per_image": "occupied", "prototypes_used": "used",
+    "occupied_per_image": "occupied", "prototypes_used": "in use",
 }  # fmt: skip
 EXPLANATION = """\
 mIoU, accuracy: prototypes matched one-to-one with classes. n:1: each gets its majority class,
-which favors a large k. occupied: prototypes per image. used: in any image."""
+which favors a large k. occupied: prototypes per image. in use: in any image."""
 
 
 def format_table(report: dict) -> str:

@@ -7,6 +7,8 @@ import math
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -25,6 +27,7 @@ from comparisons.common import System
 from comparisons.scenes import Scenes
 from engine.program import Stopped, run_program
 from photometric import normalize
+from staged import ROOT
 
 SMALL = dict(subset=36, held_out=8, workers=0)
 
@@ -196,6 +199,15 @@ def test_where_a_row_dies_none_goes_on_and_one_line_says_so(died, tmp_path, smal
     with pytest.raises(Stopped if died == signal.SIGKILL else KeyboardInterrupt):
         compare.main([*words, "--output-dir", str(tmp_path)])
     assert time.perf_counter() - began < 50
+
+
+@pytest.mark.slow
+def test_rows_end_with_the_program_where_it_is_killed(tmp_path):
+    command = [sys.executable, "compare.py", "--only", "moco", "--output-dir", str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdout.readline().startswith("row 1 of 1, moco")
+        program.kill()
+        program.communicate(timeout=20)  # the process of the row writes there, too
 
 
 def test_from_the_command_line_to_the_file(tmp_path, small, capfd):
