@@ -28,7 +28,7 @@ def commands() -> options.Commands:
     known = options.Commands("evaluate.py", __doc__)
     for name, text, size in (
         ("segmentation", "mIoU and accuracy of groups against labels, beside baselines", "320 224"),
-        ("slots", "occupied slots per image, and how often each is occupied", "as in training"),
+        ("slots", "occupied slots per image, and how often each is occupied", "224"),
         ("probe", "linear and nearest-neighbor segmentation on frozen features", "320"),
     ):
         parser = known.add(name, text)
@@ -95,9 +95,9 @@ def measure_segmentation(args: argparse.Namespace) -> dict:
 
 def measure_slots(args: argparse.Namespace) -> dict:
     """How many slots are occupied in an image, and how often each."""
-    network, config, result = opened(args, networks.open_network)
+    network, _, result = opened(args, networks.open_network)
     images = streams.open_images(result["dataset"], args.data_dir, args.limit)
-    view = streams.center_view(args.size or streams.default_size(result["dataset"], config))
+    view = streams.center_view(args.size or streams.default_size(result["dataset"]))
     reading = dict(batch_size=args.batch_size, workers=args.workers)
     report = retrieval.slot_report(retrieval.retrieve(network, images, view, **reading))
     print(retrieval.format_slots(report))
@@ -122,6 +122,8 @@ def measure_probe(args: argparse.Namespace) -> dict:
         to_learn = read(learned, size, title=f"{row}: learn")
         to_test = read(tested, size, title=f"{row}: test")
         result[row] = probes.probe(network, to_learn, len(learned), to_test, tested.class_names)
+    if missing := result["trained"]["not_learned"]:
+        print(f"note: tested, but with no label to learn from: {', '.join(missing)}")
     print(f"{len(learned)} labeled images, tested on {len(tested)} others, {size} px")
     print(probes.format_probes(result))
     return result
@@ -138,6 +140,7 @@ def measure_masks(args: argparse.Namespace) -> dict:
           f"{args.checkpoint}, in {args.output}")  # fmt: skip
     found = masks.write_masks(network, photos, args.output, args.size, names, args.workers)
     used = sorted(found["prototypes"], key=lambda prototype: -prototype["share"])[:8]
+    print(f"the {len(used)} most used of {config['num_prototypes']} prototypes")
     rows = {f"{p['prototype']} {p['name']}": [f"{p['share']:.1%}", str(p["images"])] for p in used}
     print(groups.table(rows, ["of the pixels", "photographs"]))
     print(f"{len(found['photos'])} photographs have a mask; {args.output}/contact_sheet.jpg")

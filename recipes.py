@@ -206,6 +206,8 @@ def check(c: Config) -> None:
         raise ValueError("--check-data needs one process: start it without torchrun")
     if c.dataset != "toy" and not c.data_dir:
         raise ValueError(f"the preset {c.preset} needs --data-dir, the folder with the images")
+    if c.freeze_backbone and not (c.init or c.pretrained):
+        raise ValueError("--freeze-backbone keeps random weights: add --init FILE or --pretrained")
     if c.long_tailed and not c.subset:
         raise ValueError("--long-tailed says how a subset is chosen: add --subset N")
 

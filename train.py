@@ -191,8 +191,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return start(c, given)
     images, held_out, about = images_of(c, "dataset" in given)
     print(about)
-    bad = [batches.check_images(part, c.workers) for part in (images, held_out) if len(part)]
-    return 1 if batches.too_many(bad[0], len(images)) else 0
+    parts = dict(zip(("to learn from", "kept out"), (images, held_out)))
+    return int(batches.check_images(parts, c.workers))
 
 
 if __name__ == "__main__":

@@ -105,7 +105,9 @@ def finish(c: Shared, run: Run, tested: int) -> None:
     """What a run leaves, beside the slides' numbers."""
     at = f"at step {run.steps} of {c.total_steps}"
     if run.steps < c.total_steps:
-        print(f"paused   {at}; the same command without --max-steps goes on")
+        left = run.time_left(c.total_steps)
+        print(f"paused   {at}; the same command without --max-steps goes on"
+              f"{left and f', for {left}'}")  # fmt: skip
         return
     print(f"done     {at}; best.pth has the best of all tests, {run.notes['best']:.3f}")
     result = run.notes["result"]

@@ -22,7 +22,7 @@ from engine.program import run_early, run_program
 def commands() -> options.Commands:
     """The subcommands with their options."""
     known = options.Commands("visualize.py", __doc__)
-    size = "side, px (default: as in training; toy scenes as they are drawn)"
+    size = "side, px (default: 224, as masks have; toy scenes as they are drawn)"
     parser = known.add("prototypes", "the best segments of each prototype, as in figure 3")
     options.add_checkpoint(parser)
     options.add_images(parser, "folder of images, nested or flat (COCO: val2017); else toy scenes")
@@ -96,9 +96,11 @@ def opened(args: Namespace, count: int) -> tuple[Sequence[Tensor], Path, Callabl
     network, config = networks.open_network(args.checkpoint, args.network, args.device)
     dataset = "folder" if named or folder else "toy"
     streams.note_toy(dataset, config)
-    view = streams.center_view(args.size or streams.default_size(dataset, config))
+    size = args.size or streams.default_size(dataset)
+    print(f"shows    images of {size} px to the network", flush=True)
     files = Photographs(".", list(map(str, named)))
-    return files or streams.open_images(dataset, folder, count), file, view, network, config
+    images = files or streams.open_images(dataset, folder, count)
+    return images, file, streams.center_view(size), network, config
 
 
 def show_training(args: Namespace) -> dict:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import multiprocessing
-import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -63,8 +62,6 @@ def in_processes(jobs: Sequence[Job], folder: Path) -> Iterator[tuple[dict, np.n
     steps = jobs[0][0].c.steps
     heading = partial(heading_of, [entry.label for entry, _ in jobs], count, time.time(), steps)
     work = partial(row, folder, heading)
-    # Else SIGTERM ends this process alone, and those of the rows stay
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     threads = (torch.get_num_threads(),)  # a new process has its own number
     with ProcessPoolExecutor(count, None, begin, threads) as pool:
         try:

@@ -6,7 +6,7 @@ import multiprocessing
 import random
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -198,13 +198,20 @@ def remark(images: Photographs, index: int) -> tuple[str, str]:
     return ("look at", "almost black") if dark else ("", "")
 
 
-def check_images(images: Photographs, workers: int = 0) -> int:
-    """Read every file once and print what was found -> how many cannot be read."""
-    found = load(partial(remark, images), range(len(images)), workers)
-    found = list(progress(found, len(images), "check"))
-    for index, (kind, reason) in enumerate(found):
-        if kind:
-            print(f"{kind:<9}{images.paths[index]}: {reason}")
-    bad = sum(kind == "bad" for kind, _ in found)
-    print(f"checked  {len(found)} images: {len(found) - bad} can be read, {bad} cannot")
-    return bad
+def check_images(parts: Mapping[str, Photographs], workers: int = 0) -> bool:
+    """Read every file of the parts once, print what was found -> whether a run would stop.
+
+    parts: what they are for -> images; the first ones are those that a run learns from.
+    """
+    stops = []
+    for what, images in parts.items():
+        found = load(partial(remark, images), range(len(images)), workers)
+        found = list(progress(found, len(images), "check"))
+        for index, (kind, reason) in enumerate(found):
+            if kind:
+                print(f"{kind:<9}{images.paths[index]}: {reason}")
+        bad = sum(kind == "bad" for kind, _ in found)
+        print(f"checked  {len(found)} images {what}: {len(found) - bad} can be read, {bad} cannot")
+        stops.append(too_many(bad, len(images)))
+    print(f"result   a run would {'stop' if stops[0] else 'go on'}")
+    return stops[0]

@@ -4,6 +4,7 @@ import argparse
 import io
 import math
 import re
+import textwrap
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.files import write_atomically
+from engine.files import found_in, write_atomically
 
 FORMAT = 1  # goes up when older programs could not continue from a file
 # Names of the released SlotCon -> names here. The released `_k` networks are the teacher.
@@ -87,7 +88,7 @@ def read(path: str | Path) -> Checkpoint:
     path = Path(path)
     path = path / "last.pth" if path.is_dir() else path
     if not path.is_file():
-        raise ValueError(f"there is no checkpoint {path}")
+        raise ValueError(f"there is no checkpoint {path}; {found_in(path)}")
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")
@@ -114,7 +115,7 @@ def kind_of(path: Path, error: Exception) -> str:
     kinds = (kind for way, kind in OTHERS.items() if re.match(way, found, re.DOTALL))
     # The bytes of a text are taken for instructions, which fail anywhere
     known = isinstance(error, (RuntimeError, OSError))
-    return next(kinds, text.partition("\n")[0][:100] if known else UNKNOWN)
+    return next(kinds, textwrap.shorten(text, 100, placeholder=" ...") if known else UNKNOWN)
 
 
 def released_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -160,8 +160,11 @@ def find_images(
         names = [line for line in lines if line and not f"{line} ".startswith("# ")]
         root, notice = data_dir.parent, f"the list {data_dir}"
     else:
-        found = [_search(data_dir, folder, left) for folder in LAYOUTS[layout]]
-        names = list(itertools.chain(*found)) if all(found) else []
+        found = {folder: _search(data_dir, folder, left) for folder in LAYOUTS[layout]}
+        names = list(itertools.chain(*found.values())) if all(found.values()) else []
+        if any(found.values()) and not names:
+            lacking = next(folder for folder, some in found.items() if not some)
+            raise ValueError(f"no images in {data_dir / lacking}, which the layout {layout} has")
         root, notice = data_dir, f"{data_dir}, layout {layout}"
     if not names and not strict:
         left.clear()

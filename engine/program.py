@@ -6,10 +6,12 @@ trace. This file loads no torch.
 """
 
 import contextlib
+import errno
 import os
 import re
 import signal
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -63,6 +65,7 @@ def run_program(
     os.environ.update(task_of_slurm(os.environ))
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # in the background it is ignored
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # where no run saves first
     try:
         return main(argv)
     except (ValueError, OSError) as error:
@@ -72,11 +75,12 @@ def run_program(
     except KeyboardInterrupt:
         return fail(name, "interrupted", 130)
     except RuntimeError as error:
-        line = str(error).partition("\n")[0][:160]
+        line = textwrap.shorten(str(error).partition("\n")[0], 160, placeholder=" ...")
         if "out of memory" in line or "can't allocate memory" in line:
             return fail(name, f"{line}: take a smaller --batch-size, --image-size or network", 2)
         if LOST.search(line) and os.environ.get("WORLD_SIZE", "1") != "1":
-            return fail(name, f"another process is gone, and may say why ({line})", 1)
+            kept = "what the main one, rank 0, saved last is kept, and the same command goes on"
+            return fail(name, f"another process is gone, and may say why; {kept} ({line})", 1)
         raise
 
 
@@ -84,6 +88,8 @@ def fail(name: str, reason: Exception | str, status: int) -> int:
     """One line on stderr, from every process that meets it -> the status."""
     several = os.environ.get("WORLD_SIZE", "1") != "1"
     rank = f"rank {os.environ['RANK']}: " if several else ""
+    if getattr(reason, "errno", 0) == errno.ENOSPC:
+        reason = f"{reason}: make room, and give the same command again"
     with contextlib.suppress(OSError):  # nobody reads any more
         print(f"{name}: {rank}{reason}", file=sys.stderr, flush=True)
         sys.stdout.flush()

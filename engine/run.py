@@ -63,10 +63,12 @@ class Run:
         collate: Collate = default_collate, names: Sequence[str] = ("loss",),
     ):  # fmt: skip
         size, count = options.batch_size, len(images)
-        if size % (place.world_size * options.accumulate) or not 1 <= size <= count:
+        if size > count:
+            found = f"--batch-size {size} is more than the {count} images that there are"
+            raise ValueError(f"{found}: take {count} at most")
+        if size % (place.world_size * options.accumulate):
             parts = f"{place.world_size} process(es) x --accumulate {options.accumulate}"
-            found = f"--batch-size {size} must be a multiple of {parts}"
-            raise ValueError(f"{found}, and at most the {count} images that there are")
+            raise ValueError(f"--batch-size {size} must be a multiple of {parts}")
         self.options, self.place, self.model, self.optimizer = options, place, model, optimizer
         self.images, self.settings, self.names = images, dict(settings), (*names, "grad_norm")
         self.folder = Path(options.output_dir) if options.output_dir else None
@@ -80,7 +82,7 @@ class Run:
         self.notes: dict[str, Any] = {}  # what a program wants to know again when it is resumed
         self.ended = ""  # then "done", "signal", "trouble" or "diverged"
         self.began, self.written = BEGAN, time.perf_counter()
-        self.timed_at = self.written
+        self.timed_at = self.heard = self.written  # heard: the last line about a step
         self.images_per_second = math.inf  # of the last line of the log
         # Of a step: "forward", which moves buffers, then "moving": some weights have, others not
         self.stage = ""
@@ -196,6 +198,7 @@ class Run:
         self.bad_in_row = 0 if self.good else self.bad_in_row + 1
         if self.good:
             self.bar.update()
+            self.tell_time()
             self.sums = [a + b for a, b in zip(self.sums, self.values)]
         if self.bad_in_row >= MAX_BAD_STEPS:
             self.ended = "diverged"
@@ -234,9 +237,19 @@ class Run:
         )
         self.logged, self.sums, self.waited = self.steps, [0.0] * len(self.names), 0.0
         self.timed, self.timed_at = self.steps, now
+        self.heard = now
         left = self.time_left(self.options.last_step) if self.steps > 1 else ""
         self.write(record, brief(record) + (left and f"  {left} left"))
         return record
+
+    def tell_time(self) -> None:
+        """Where there is no bar: a line about the time that is left, after a while without one."""
+        now, steps = time.perf_counter(), self.steps - self.timed
+        if self.writes and self.bar.disable and now > self.heard + log.OFTEN and self.steps > 1:
+            self.images_per_second = steps * self.options.batch_size / (now - self.timed_at)
+            left = self.time_left(self.options.last_step)
+            log.say(f"step {self.steps}/{self.options.last_step}  {left} left")
+            self.heard = now
 
     def time_left(self, step: int) -> str:
         """From here to a step, at the speed of the last line of the log; "" without one."""
@@ -354,7 +367,7 @@ class Run:
                 checkpoints.save(file, self.state())
             except OSError as error:
                 line = f"could not write {file} after step {self.steps}: {error.strerror or error}"
-                line += "; what stood there before is intact"
+                line += "; what stood there before is intact" * file.exists()
                 if self.ended:
                     raise Stopped(f"{line}: make room, and give the same command again") from None
                 log.say(f"{line}, and the run goes on")

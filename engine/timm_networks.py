@@ -1,5 +1,6 @@
 """Networks of timm, where it is installed, as backbones: any by its name there."""
 
+import logging
 from types import MethodType
 
 import torch
@@ -15,6 +16,7 @@ def build(name: str, pretrained: bool = False) -> nn.Module:
     try:
         import timm
 
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for every try
         try:  # a ViT then takes views of any size
             model = timm.create_model(name, pretrained, num_classes=0, dynamic_img_size=True)
         except TypeError:
@@ -23,7 +25,8 @@ def build(name: str, pretrained: bool = False) -> nn.Module:
         raise ValueError(f"--arch timm:{name} needs timm: pip install timm") from None
     except Exception as error:  # of a network, a server, a file: of every kind
         line = str(error).partition("\n")[0]
-        raise ValueError(f"timm could not make {name}: {line}; weights: --init FILE") from None
+        advice = "; without a network, give the weights by --init FILE" * pretrained
+        raise ValueError(f"timm could not make {name}: {line}{advice}") from None
     model.forward = MethodType(last_map, model)
     prepare(model.eval())
     return model.train()

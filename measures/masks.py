@@ -137,6 +137,10 @@ def write_masks(
     palette, files = np.uint8(colors * 255 + 0.5), mask_files(photos.paths.tolist(), folder)
     known = [read_segments(file, about["made_by"]) for file in files]
     todo = [i for i, segments in enumerate(known) if segments is None]
+    others = sum(files[i].exists() for i in todo)
+    if len(todo) < len(files) or others:
+        print(f"{len(files) - len(todo)} masks are there; {others} of another network, size or "
+              "names are made again", flush=True)  # fmt: skip
     remove_leftovers(folder)
     todo_photos, see = Subset(photos, todo), partial(view, size=size)
     for place, (image, whole) in stream(todo_photos, see, 1, workers, "masks"):

@@ -97,7 +97,9 @@ def neighbor_probe(features: Tensor, shares: Tensor) -> Classifier:
 def probe(
     backbone: nn.Module, to_learn: Batches, num_images: int, to_test: Batches, names: Sequence[str]
 ) -> dict:
-    """`metrics.known_scores` of both probes; names: of the classes. Raises ValueError: no label."""
+    """`metrics.known_scores` of both probes; names: of the classes; not_learned: those of tested
+    classes without a label to learn from. Raises ValueError where there is no label at all.
+    """
     t, device = len(names), next(backbone.parameters()).device
     cells = [each.to(device) for each in collect_cells(backbone, to_learn, num_images, t)]
     classifiers = dict(linear=linear_probe(*cells), neighbors=neighbor_probe(*cells))
@@ -110,7 +112,9 @@ def probe(
             counts[name] += metrics.confusion_matrix(guess, label, t, t)
     if not all(found.any() for found in counts.values()):
         raise unlabeled("the labels to test on")
-    return {name: metrics.known_scores(found, names) for name, found in counts.items()}
+    scores = {name: metrics.known_scores(found, names) for name, found in counts.items()}
+    missing = (counts["linear"].sum(0) > 0) & (cells[1].sum(0).cpu() == 0)  # over k, n
+    return dict(scores, not_learned=[name for name, m in zip(names, missing) if m])
 
 
 def format_probes(result: Mapping[str, dict]) -> str:

@@ -12,16 +12,17 @@ from measures import figures, retrieval
 from measures.datasets import UNSEEN
 from measures.groups import compare_in_memory, format_table, segment
 from measures.networks import untrained_network
-from measures.streams import center_view, stream
+from measures.streams import SIZE, center_view, stream
 
 SHOWN = 8  # images in groups.png
-SIZE, BATCH = 224, 16  # of photographs: px; at a time
+BATCH = 16  # photographs at a time
 TITLE = """Scenes never trained on, and the groups found in them without a label.
 A class and the prototype that is matched with it have one color; other colors have no class."""
 
 
 def toy_result(run: Run, c: Any) -> None:
     """Write result.json and groups.png of unseen scenes, and print the numbers."""
+    print(f"measures {c.held_out} scenes that nothing was learned from")
     teacher, scenes = run.model.teacher, toy.ToyImages(UNSEEN, c.held_out)
     untrained = untrained_network(vars(c), teacher.prototypes.weight.device, c.seed)
     report = compare_in_memory(teacher, untrained, scenes.images, scenes.semantic, toy.CLASS_NAMES)
@@ -41,6 +42,7 @@ def toy_result(run: Run, c: Any) -> None:
 @torch.no_grad()
 def photos_result(run: Run, c: Any, images: Photographs) -> None:
     """`toy_result` for photographs kept out of training; without numbers if none is readable."""
+    print(f"measures {len(images)} photographs that nothing was learned from")
     teacher, view = run.model.teacher.eval(), center_view(SIZE)
     shown = [views for _, views in stream(images, view, BATCH)]  # what can be read
     if not shown:

@@ -19,6 +19,7 @@ from engine.images import BadImage, Photograph, Photographs, find_images
 from engine.log import progress, say
 from measures.datasets import UNSEEN, Labeled
 
+SIZE = 224  # px, of photographs that are shown to a network [U]
 Batches = Iterable[tuple[Tensor, tuple[Tensor, Tensor]]]  # labeled: indices, (images, label)
 
 
@@ -98,9 +99,9 @@ def note_toy(dataset: str, config: Mapping[str, Any]) -> None:
         print("note: the network learned from photographs and sees toy scenes; give it photographs")
 
 
-def default_size(dataset: str, config: Mapping[str, Any]) -> int:
-    """The side of views, px: toy scenes as they are drawn, photographs as in training."""
-    return toy.Dials().size if dataset == "toy" else config.get("image_size", 224)
+def default_size(dataset: str) -> int:
+    """The side of views, px: toy scenes as they are drawn, photographs as for their masks."""
+    return toy.Dials().size if dataset == "toy" else SIZE
 
 
 def center_view(size: int) -> Callable[[Tensor], Tensor]:

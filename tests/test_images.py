@@ -99,13 +99,17 @@ def test_the_figures_of_a_run_inside_the_folder_are_no_photographs(tmp_path):
 
 
 def test_another_layout_is_taken_as_a_plain_folder_only_where_that_is_allowed(tmp_path):
-    tree(tmp_path, "mine/a.jpg", "train2017/b.jpg")
+    tree(tmp_path, "mine/a.jpg", "train/b.jpg")
     notice = f"{tmp_path} is not laid out as cocoplus: taken as a plain folder of images"
     assert find_images(tmp_path, "cocoplus", strict=False)[2] == notice
-    assert found(tmp_path, "cocoplus", strict=False) == ["mine/a.jpg", "train2017/b.jpg"]
+    assert found(tmp_path, "cocoplus", strict=False) == ["mine/a.jpg", "train/b.jpg"]
     words = "no images in .*; the layout cocoplus has them in train2017 and unlabeled2017; found in"
-    with pytest.raises(ValueError, match=rf"{words} {tmp_path}: mine/, train2017/$"):
+    with pytest.raises(ValueError, match=rf"{words} {tmp_path}: mine/, train/$"):
         find_images(tmp_path, "cocoplus")
+    tree(tmp_path, "train2017/c.jpg")  # a part of the layout is there
+    lacks = f"no images in {tmp_path}/unlabeled2017, which the layout cocoplus has"
+    with pytest.raises(ValueError, match=lacks):
+        find_images(tmp_path, "cocoplus", strict=False)
 
 
 MANY, NONE = " ".join(f"{number}.jpg" for number in range(40)), b"\xff\xfe\0\x81"

@@ -112,11 +112,14 @@ def test_images_of_one_color_or_almost_black_are_named_by_the_check(tmp_path, ca
         image.save(tmp_path / name)
     (tmp_path / "d.png").touch()
     names = ["a.png", "b.png", "c.png", "d.png"]
-    assert check_images(Photographs(tmp_path, names)) == 1
+    assert not check_images({"to learn from": Photographs(tmp_path, names)})
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["look at  a.png: one color", "look at  b.png: almost black"]
     assert lines[2] == "bad      d.png: empty file"
-    assert lines[-1] == "checked  4 images: 3 can be read, 1 cannot"
+    assert lines[-2:] == [
+        "checked  4 images to learn from: 3 can be read, 1 cannot",
+        "result   a run would go on",
+    ]
 
 
 def folder_with_bad(folder, bad, count=9):
