@@ -63,7 +63,7 @@ def show_prototypes(args: Namespace) -> dict:
     found = retrieval.retrieve(network, images, view, args.top, args.batch_size, args.workers)
     chosen = retrieval.choose_prototypes(found.active, args.show, args.count)
     figures.draw_prototypes(file, network, images, view, found, chosen)
-    print(f"figure: {file}")
+    print(f"figure: {file}; the network saw images of {view.keywords['size']} px")
     return dict(file=str(file), prototypes=chosen, images=len(images))
 
 
@@ -72,7 +72,7 @@ def show_groups(args: Namespace) -> dict:
     images, file, view, network, config = opened(args, args.count)
     views = streams.read_views(images, view)
     figures.draw_parts(file, network, views, config.get("temp_teacher", 0.07), args.slots)
-    print(f"figure: {file}")
+    print(f"figure: {file}; the network saw images of {view.keywords['size']} px")
     return dict(file=str(file), images=len(views))
 
 
@@ -96,11 +96,9 @@ def opened(args: Namespace, count: int) -> tuple[Sequence[Tensor], Path, Callabl
     network, config = networks.open_network(args.checkpoint, args.network, args.device)
     dataset = "folder" if named or folder else "toy"
     streams.note_toy(dataset, config)
-    size = args.size or streams.default_size(dataset)
-    print(f"shows    images of {size} px to the network", flush=True)
+    view = streams.center_view(args.size or streams.default_size(dataset))
     files = Photographs(".", list(map(str, named)))
-    images = files or streams.open_images(dataset, folder, count)
-    return images, file, streams.center_view(size), network, config
+    return files or streams.open_images(dataset, folder, count), file, view, network, config
 
 
 def show_training(args: Namespace) -> dict:

@@ -64,8 +64,7 @@ class Run:
     ):  # fmt: skip
         size, count = options.batch_size, len(images)
         if size > count:
-            found = f"--batch-size {size} is more than the {count} images that there are"
-            raise ValueError(f"{found}: take {count} at most")
+            raise ValueError(f"--batch-size {size} is more than the {count} images that there are")
         if size % (place.world_size * options.accumulate):
             parts = f"{place.world_size} process(es) x --accumulate {options.accumulate}"
             raise ValueError(f"--batch-size {size} must be a multiple of {parts}")

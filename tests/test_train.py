@@ -39,7 +39,7 @@ def short(tmp_path_factory):
 REFUSED = [  # arguments behind those of a small run, what the line must say
     ("--epochs 3 --steps 9", "--epochs and --steps are two units of one length: give one of them"),
     ("--long-tailed", "--long-tailed says how a subset is chosen: add --subset N"),
-    ("--batch-size 16", "must be a multiple of 1 process(es) x --accumulate 1, and at most"),
+    ("--batch-size 16", "--batch-size 16 is more than the 14 images that there are"),
     ("--preset toy --dataset toy", "draws its own scenes: add a preset for photographs, such as"),
     ("--data-dir=", "needs --data-dir, the folder with the images"),
     ("--preset toy --dataset toy --data-dir= --check-data", "--check-data has nothing to read"),
