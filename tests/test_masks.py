@@ -137,6 +137,9 @@ def test_another_network_size_or_names_make_other_masks(checkpoint, photos, tmp_
         for _ in range(2):
             run(*given, *out)
             seen.append(contents(tmp_path / "m")["gray.png"])
+        said = capsys.readouterr().out
+        assert ("\n0 masks are there; 1 of another network" in said) == (len(seen) > 2)
+        assert "\n1 masks are there; 0 of another network" in said
     assert seen[::2] == seen[1::2] and len(set(seen)) == 4
     names.write_text("5 sky\n")
     run(checkpoint, photos, *out, "--names", names, status=2)

@@ -67,6 +67,10 @@ def test_both_probes_are_tested_on_images_they_have_not_learned_from():
     report = probes.probe(backbone, [(None, learned)], 5, [(None, turned)], NAMES)
     # Nothing is matched.
     assert report["linear"]["accuracy"] == report["neighbors"]["accuracy"] == 0
+    assert report["not_learned"] == []
+    without = learned[0], torch.where(learned[1] == 1, IGNORE, learned[1])
+    report = probes.probe(backbone, [(None, without)], 5, [(None, tested)], NAMES)
+    assert report["not_learned"] == [NAMES[1]]
 
 
 def test_probes_refuse_to_learn_from_or_to_be_tested_on_nothing():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -36,10 +37,19 @@ def short(tmp_path_factory):
     return folder, train_here(folder, *arguments)
 
 
+def test_slow_steps_say_how_much_time_is_left_between_two_lines_of_the_log(tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.log.OFTEN", -1)
+    lines = train_here(tmp_path, "--max-steps", "4", "--log-every", "9").splitlines()
+    found = [line for line in lines if re.fullmatch(r"step [234]/4  \d:\d\d:\d\d left", line)]
+    assert [line[5] for line in found] == ["2", "3"]  # after step 4 nothing is left
+
+
 REFUSED = [  # arguments behind those of a small run, what the line must say
     ("--epochs 3 --steps 9", "--epochs and --steps are two units of one length: give one of them"),
     ("--long-tailed", "--long-tailed says how a subset is chosen: add --subset N"),
     ("--batch-size 16", "--batch-size 16 is more than the 14 images that there are"),
+    ("--accumulate 3", "must be a multiple of 1 process(es) x --accumulate 3"),
+    ("--freeze-backbone", "keeps random weights: add --init FILE or --pretrained"),
     ("--preset toy --dataset toy", "draws its own scenes: add a preset for photographs, such as"),
     ("--data-dir=", "needs --data-dir, the folder with the images"),
     ("--preset toy --dataset toy --data-dir= --check-data", "--check-data has nothing to read"),
