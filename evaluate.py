@@ -112,7 +112,7 @@ def measure_probe(args: argparse.Namespace) -> dict:
         raise ValueError("a probe learns on the split train: test on another --split, or none")
     learned, tested = open_labeled(args, "train"), open_labeled(args, args.split or "val")
     probes.check_parts(learned, tested)
-    parts = "4 parts follow: learn and test, trained and random"
+    parts = "four parts: to learn and to test, with trained and with random weights"
     print(f"learns from {len(learned)} images, measures {len(tested)} others; {parts}", flush=True)
     size = args.size or (toy.Dials().size if result["dataset"] == "toy" else 320)
     result.update(labeled_images=len(learned), images=len(tested), size=size)

@@ -43,7 +43,7 @@ def cell(values: Sequence[float]) -> str:
 
 def main_table(rows: Rows) -> str:
     """All measures; a star where k-means on the backbone's features stands in for groups."""
-    lines = [head("row", *MEASURES.values(), "groups used")]
+    lines = [head("row", *MEASURES.values(), "groups in use")]
     for label, records in rows.items():
         cells = []
         for key in MEASURES:

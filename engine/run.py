@@ -72,7 +72,7 @@ class Run:
         self.images, self.settings, self.names = images, dict(settings), (*names, "grad_norm")
         self.folder = Path(options.output_dir) if options.output_dir else None
         self.writes = bool(options.output_dir) and place.rank == 0  # the folder, and to stdout
-        self.signals, self.held = StopSignals(), contextlib.ExitStack()  # let go at the end
+        self.signals, self.held = StopSignals(bool(self.folder)), contextlib.ExitStack()
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
         # Good steps; batches; steps without finite numbers, in all and since the last good one

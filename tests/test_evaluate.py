@@ -119,7 +119,7 @@ def test_a_backbone_is_probed_as_its_network_is_beside_a_random_one(trained, tmp
     for words in ([trained], [tmp_path / "backbone.pth"], [trained, "--network", "student"]):
         status, result, text, _ = run("probe", *words, "--limit", 6, capsys=capsys)
         assert status == 0 and result["labeled_images"] == result["images"] == 6
-        assert "4 parts follow" in text and "random backbone" in text
+        assert "four parts: to learn and" in text and "random backbone" in text
         assert result["trained"] != result["random_backbone"]
         results.append([result["trained"], result["random_backbone"]])
     assert results[0] == results[1] and results[0][0] != results[2][0]
