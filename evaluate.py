@@ -72,9 +72,10 @@ def measure_segmentation(args: argparse.Namespace) -> dict:
     labeled, k = open_labeled(args, args.split), config["num_prototypes"]
     if labeled.notice:
         print(f"note: {labeled.notice}")
-    print(f"measures {len(labeled)} images of {result['dataset']}", flush=True)
-    # 320 px is PiCIE's size [P], 224 px the one of training [U].
+    # 320 px is PiCIE's size [P], 224 px that of masks and figures [U].
     sizes = args.size or ([toy.Dials().size] if result["dataset"] == "toy" else [320, 224])
+    shown = " and then ".join(f"{size} px" for size in sizes)
+    print(f"measures {len(labeled)} images of {result['dataset']} at {shown}", flush=True)
     read = partial(streams.labeled_batches, batch_size=args.batch_size, workers=args.workers)
     some = torch.linspace(0, len(labeled) - 1, min(256, len(labeled))).long().tolist()
     batches = read(labeled.subset(some), sizes[0], title="k-means")
@@ -137,7 +138,7 @@ def measure_masks(args: argparse.Namespace) -> dict:
     names = masks.read_names(args.names, config["num_prototypes"])
     options.check_writable(args.output / "prototypes.json", "--output")
     print(f"masks of {len(photos)} photographs, by step {config['step']} of "
-          f"{args.checkpoint}, in {args.output}")  # fmt: skip
+          f"{args.checkpoint}, in {args.output}; the same command goes on after a stop")  # fmt: skip
     found = masks.write_masks(network, photos, args.output, args.size, names, args.workers)
     used = sorted(found["prototypes"], key=lambda prototype: -prototype["share"])[:8]
     print(f"the {len(used)} most used of {config['num_prototypes']} prototypes")

@@ -213,5 +213,6 @@ def check_images(parts: Mapping[str, Photographs], workers: int = 0) -> bool:
         bad = sum(kind == "bad" for kind, _ in found)
         print(f"checked  {len(found)} images {what}: {len(found) - bad} can be read, {bad} cannot")
         stops.append(too_many(bad, len(images)))
-    print(f"result   a run would {'stop' if stops[0] else 'go on'}")
+    so = "would" if stops[0] else "would not"
+    print(f"result   a run {so} stop at so many bad images: its limit is {BAD_SHARE:.0%}, or one")
     return stops[0]

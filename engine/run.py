@@ -64,7 +64,7 @@ class Run:
     ):  # fmt: skip
         size, count = options.batch_size, len(images)
         if size > count:
-            raise ValueError(f"--batch-size {size} is more than the {count} images that there are")
+            raise ValueError(f"--batch-size {size}, but {count} images to learn from: lower it")
         if size % (place.world_size * options.accumulate):
             parts = f"{place.world_size} process(es) x --accumulate {options.accumulate}"
             raise ValueError(f"--batch-size {size} must be a multiple of {parts}")
@@ -244,7 +244,8 @@ class Run:
     def tell_time(self) -> None:
         """Where there is no bar: a line about the time that is left, after a while without one."""
         now, steps = time.perf_counter(), self.steps - self.timed
-        if self.writes and self.bar.disable and now > self.heard + log.OFTEN and self.steps > 1:
+        silent = self.writes and self.bar.disable and not self.log_is_due()
+        if silent and now > self.heard + log.OFTEN:
             self.images_per_second = steps * self.options.batch_size / (now - self.timed_at)
             left = self.time_left(self.options.last_step)
             log.say(f"step {self.steps}/{self.options.last_step}  {left} left")

@@ -118,7 +118,7 @@ def test_images_of_one_color_or_almost_black_are_named_by_the_check(tmp_path, ca
     assert lines[2] == "bad      d.png: empty file"
     assert lines[-2:] == [
         "checked  4 images to learn from: 3 can be read, 1 cannot",
-        "result   a run would go on",
+        "result   a run would not stop at so many bad images: its limit is 1%, or one",
     ]
 
 

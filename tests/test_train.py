@@ -41,13 +41,14 @@ def test_slow_steps_say_how_much_time_is_left_between_two_lines_of_the_log(tmp_p
     monkeypatch.setattr("engine.log.OFTEN", -1)
     lines = train_here(tmp_path, "--max-steps", "4", "--log-every", "9").splitlines()
     found = [line for line in lines if re.fullmatch(r"step [234]/4  \d:\d\d:\d\d left", line)]
-    assert [line[5] for line in found] == ["2", "3"]  # after step 4 nothing is left
+    assert [line[5] for line in found] == ["2", "3"]  # and after step 4 the log's own line
+    assert sum(line.startswith("step 4/4") for line in lines) == 1
 
 
 REFUSED = [  # arguments behind those of a small run, what the line must say
     ("--epochs 3 --steps 9", "--epochs and --steps are two units of one length: give one of them"),
     ("--long-tailed", "--long-tailed says how a subset is chosen: add --subset N"),
-    ("--batch-size 16", "--batch-size 16 is more than the 14 images that there are"),
+    ("--batch-size 16", "--batch-size 16, but 14 images to learn from: lower it"),
     ("--accumulate 3", "must be a multiple of 1 process(es) x --accumulate 3"),
     ("--freeze-backbone", "keeps random weights: add --init FILE or --pretrained"),
     ("--preset toy --dataset toy", "draws its own scenes: add a preset for photographs, such as"),
@@ -283,7 +284,7 @@ def test_doubts_are_said(tmp_path):
     given = ("--accumulate", "4", "--max-steps", "1", "--min-area", "0.9", "--warmup", "6")
     text = train_here(tmp_path / "run", *given)
     assert "warning  one image per pass" in text
-    assert "warning  the warm-up is as long as the run: lower --warmup" in text
+    assert "warning  the warm-up is no shorter than the run: lower --warmup" in text
 
 
 def test_toy_scenes_end_with_the_scores_of_scenes_that_no_run_sees(tmp_path, capsys):
