@@ -137,8 +137,8 @@ def measure_masks(args: argparse.Namespace) -> dict:
     photos = streams.open_photographs(args.photos)
     names = masks.read_names(args.names, config["num_prototypes"])
     options.check_writable(args.output / "prototypes.json", "--output")
-    print(f"masks of {len(photos)} photographs, by step {config['step']} of "
-          f"{args.checkpoint}, in {args.output}; the same command goes on after a stop")  # fmt: skip
+    print(f"masks of {len(photos)} photographs, by step {config['step']} of {args.checkpoint}, in "
+          f"{args.output}; after a stop the same command goes on")  # fmt: skip
     found = masks.write_masks(network, photos, args.output, args.size, names, args.workers)
     used = sorted(found["prototypes"], key=lambda prototype: -prototype["share"])[:8]
     print(f"the {len(used)} most used of {config['num_prototypes']} prototypes")
