@@ -82,7 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"written  {args.output}, under {form}'s names")
     print(f"proved   features {(*features.shape,)} of a random image are identical")
     if args.format == "detectron2":
-        print(f"needs    {exported.DETECTRON2_SETTINGS}")
+        depth = int(arch.removeprefix("resnet"))
+        small = "; MODEL.RESNETS.RES2_OUT_CHANNELS 64" * (depth < 50)
+        print(f"needs    {exported.DETECTRON2_SETTINGS}; MODEL.RESNETS.DEPTH {depth}{small}")
     return 0
 
 

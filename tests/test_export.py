@@ -94,6 +94,7 @@ def test_detectron2_gets_every_tensor_under_its_own_name(tmp_path, capsys):
     assert run(tmp_path / "backbone.pth", "--format", "detectron2", "--output", file) == 0
     said = capsys.readouterr().out
     assert 'INPUT.FORMAT "RGB"' in said and "are identical" in said
+    assert said.endswith("; MODEL.RESNETS.DEPTH 50\n")
     contents = pickle.loads(file.read_bytes())
     assert contents["matching_heuristics"] is True and contents["__author__"] == "SlotCon"
     assert len(contents["model"]) == len(state)
