@@ -191,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return start(c, given)
     images, held_out, about = images_of(c, "dataset" in given)
     print(about)
-    parts = dict(zip(("to learn from", "kept out"), (images, held_out)))
+    parts = {"to learn from": images} | ({"kept out": held_out} if len(held_out) else {})
     return int(batches.check_images(parts, c.workers))
 
 

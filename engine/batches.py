@@ -203,7 +203,7 @@ def check_images(parts: Mapping[str, Photographs], workers: int = 0) -> bool:
 
     parts: what they are for -> images; the first ones are those that a run learns from.
     """
-    stops = []
+    counts = []
     for what, images in parts.items():
         found = load(partial(remark, images), range(len(images)), workers)
         found = list(progress(found, len(images), "check"))
@@ -212,7 +212,8 @@ def check_images(parts: Mapping[str, Photographs], workers: int = 0) -> bool:
                 print(f"{kind:<9}{images.paths[index]}: {reason}")
         bad = sum(kind == "bad" for kind, _ in found)
         print(f"checked  {len(found)} images {what}: {len(found) - bad} can be read, {bad} cannot")
-        stops.append(too_many(bad, len(images)))
-    so = "would" if stops[0] else "would not"
+        counts.append((bad, len(images)))
+    stops = too_many(*counts[0])
+    so = "would" if stops else "would not"
     print(f"result   a run {so} stop at so many bad images: its limit is {BAD_SHARE:.0%}, or one")
-    return stops[0]
+    return stops

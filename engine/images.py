@@ -164,8 +164,8 @@ def find_images(
         names = list(itertools.chain(*found.values())) if all(found.values()) else []
         if any(found.values()) and not names:
             lacking = next(folder for folder, some in found.items() if not some)
-            found = f"no images in {data_dir / lacking}, which the layout {layout} has"
-            raise ValueError(f"{found}: give another --dataset; {found_in(data_dir)}")
+            reason = f"no images in {data_dir / lacking}, which the layout {layout} has"
+            raise ValueError(f"{reason}: give another --dataset; {found_in(data_dir)}")
         root, notice = data_dir, f"{data_dir}, layout {layout}"
     if not names and not strict:
         left.clear()

@@ -88,7 +88,7 @@ def settle(presets: Mapping[str, Any], args: Namespace) -> tuple[Any, set[str]]:
     for f in dataclasses.fields(settings):
         value, low, high = getattr(settings, f.name), f.metadata["low"], f.metadata["high"]
         for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, (int, float)) and not low <= number <= high:  # nor nan
+            if isinstance(number, (int, float)) and not (low <= number <= high and number < inf):
                 expected = f"at least {low}" if high == inf else f"{low} to {high}"
                 raise ValueError(f"{flag(f.name)} {number} is out of range: expected {expected}")
     return settings, set(given)

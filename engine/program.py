@@ -1,8 +1,8 @@
 """The same beginning and end for every program: one line for what went wrong, and an exit status.
 
 Exit status: 0 done, or paused by a cluster's signal; 1 stopped, and what was learned is on disk;
-2 something that the person who started it can change; 130 Ctrl-C. A mistake of ours keeps its
-trace. This file loads no torch.
+2 something that the person who started it can change; 130 Ctrl-C, or SIGTERM outside a run. A
+mistake of ours keeps its trace. This file loads no torch.
 """
 
 import contextlib

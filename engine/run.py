@@ -82,7 +82,7 @@ class Run:
         self.ended = ""  # then "done", "signal", "trouble" or "diverged"
         self.began, self.written = BEGAN, time.perf_counter()
         self.timed_at = self.heard = self.written  # heard: the last line about a step
-        self.images_per_second = math.inf  # of the last line of the log
+        self.images_per_second = math.inf  # of the last line about a step
         # Of a step: "forward", which moves buffers, then "moving": some weights have, others not
         self.stage = ""
         self.buffers = list(model.buffers())
@@ -235,8 +235,7 @@ class Run:
             **more,
         )
         self.logged, self.sums, self.waited = self.steps, [0.0] * len(self.names), 0.0
-        self.timed, self.timed_at = self.steps, now
-        self.heard = now
+        self.timed, self.timed_at, self.heard = self.steps, now, now
         left = self.time_left(self.options.last_step) if self.steps > 1 else ""
         self.write(record, brief(record) + (left and f"  {left} left"))
         return record
@@ -252,7 +251,7 @@ class Run:
             self.heard = now
 
     def time_left(self, step: int) -> str:
-        """From here to a step, at the speed of the last line of the log; "" without one."""
+        """From here to a step, at the speed of the last line about a step; "" without one."""
         seconds = (step - self.steps) * self.options.batch_size / self.images_per_second
         return str(datetime.timedelta(seconds=round(seconds))) if seconds else ""
 
@@ -358,8 +357,8 @@ class Run:
             self.save(f"epoch_{epoch:04d}.pth" if keep else "")
 
     def save(self, also: str = "") -> bool:
-        """Write last.pth -> whether it is there; also: a second name. A full disk costs a line, at
-        the end the run.
+        """Write last.pth -> whether this process did; also: a second name. A full disk costs a
+        line, at the end the run.
         """
         self.written = time.perf_counter()
         for file in (self.folder / name for name in ("last.pth", also) if name and self.writes):

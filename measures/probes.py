@@ -113,7 +113,7 @@ def probe(
     if not all(found.any() for found in counts.values()):
         raise unlabeled("the labels to test on")
     scores = {name: metrics.known_scores(found, names) for name, found in counts.items()}
-    missing = (counts["linear"].sum(0) > 0) & (cells[1].sum(0).cpu() == 0)  # over k, n
+    missing = (counts["linear"].sum(0) > 0) & (cells[1].sum(0).cpu() == 0)  # over t, n
     return dict(scores, not_learned=[name for name, m in zip(names, missing) if m])
 
 
