@@ -70,7 +70,7 @@ def entries_of(args: argparse.Namespace) -> list[Entry]:
     """The rows that the command line asks for."""
     if args.table:
         return [
-            Entry(row.label, row.system, configuration(args.steps, row.toy), row.arguments)
+            Entry(label_of(row), row.system, configuration(args.steps, row.toy), row.arguments)
             for row in recipes.TABLES[args.table][1]
         ]
     return [
@@ -78,6 +78,13 @@ def entries_of(args: argparse.Namespace) -> list[Entry]:
         for name in args.only or comparisons.SYSTEMS
         for label, arguments, preset in comparisons.VARIANTS[name]
     ]
+
+
+def label_of(row: recipes.Row) -> str:
+    """The slide's, and the value on toy scenes where it is another one."""
+    if row.toy == row.options or row.system != "slotcon":
+        return row.label
+    return f"{row.label} (toy: {' '.join(word for word in row.toy if word[0] != '-')})"
 
 
 def configuration(steps: int, changes: Sequence[str] = ()) -> recipes.Config:
@@ -98,6 +105,8 @@ def run(args: argparse.Namespace, entries: Sequence[Entry]) -> None:
     records: dict[str, list[dict]] = {entry.label: [] for entry in entries}
     result = dict(table=args.table or "", seeds=args.seeds, steps=args.steps, k=k)
     result.update(labeled_scenes=LABELED, rows=records)
+    kept = f"{args.output_dir} keeps every row that is done; the same command begins anew"
+    print(f"{len(entries) * args.seeds} rows of {args.steps} steps; {kept}", flush=True)
     jobs = [(entry, seed) for seed in range(args.seeds) for entry in entries]
     for (entry, _), (record, groups) in zip(jobs, in_processes(jobs, args.output_dir)):
         records[entry.label].append(record)
@@ -106,13 +115,14 @@ def run(args: argparse.Namespace, entries: Sequence[Entry]) -> None:
         truth, size = (scenes.regions, 1) if alone else (scenes.semantic, SHOWN)
         pairs = zip(torch.from_numpy(groups).split(size), truth.split(size))
         painted = np.concatenate([color_groups(*pair) for pair in pairs])
-        shown.setdefault(entry.label + " *" * (record["grouped_by"] == judge.CLUSTERS), painted)
+        kind = " (objects)" * alone + " *" * (record["grouped_by"] == judge.CLUSTERS)
+        shown.setdefault(entry.label + kind, painted)
         print(judge.brief(entry.label, record), flush=True)
         result["seconds"] = time.perf_counter() - BEGAN
         files.write_json(args.output_dir / "comparison.json", result)
     file = args.output_dir / "comparison.png"
-    what = f"{title}\nGroups in scenes never trained on, in the color of what they match best"
-    what += f"; * of {judge.CLUSTERS}"
+    what = f"{title}\nGroups in scenes never trained on, in the color of the class that they match; "
+    what += f"(objects): of the object\nFurther colors match nothing; * of {judge.CLUSTERS}"
     save(grid(what, list(shown.values()), list(shown), side=0.8), file, 130)
     print(f"\n{title}, median of {args.seeds} seed(s)\n{judge.format_table(records)}")
     unseen = draw(UNSEEN, recipes.PRESETS["toy"].held_out)  # slots must find more than places

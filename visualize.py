@@ -60,10 +60,15 @@ from measures import curves, figures, networks, retrieval, streams
 def show_prototypes(args: Namespace) -> dict:
     """The best segments of each prototype."""
     images, file, view, network, _ = opened(args, args.limit)
+    retrieval.check_choice(args.show, network.prototypes.num_embeddings)
+    print(f"looks for the best segments in {len(images)} images (--limit N: in fewer)", flush=True)
     found = retrieval.retrieve(network, images, view, args.top, args.batch_size, args.workers)
     chosen = retrieval.choose_prototypes(found.active, args.show, args.count)
     figures.draw_prototypes(file, network, images, view, found, chosen)
-    print(f"figure: {file}; the network saw images of {view.keywords['size']} px")
+    size, used = view.keywords["size"], int((found.active > 0).sum())
+    print(f"figure: {file}; the network saw images of {size} px")
+    if len(chosen) < used:
+        print(f"{len(chosen)} of {used} prototypes in use are shown: --count {used} shows all")
     return dict(file=str(file), prototypes=chosen, images=len(images))
 
 

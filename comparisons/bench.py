@@ -2,6 +2,8 @@
 
 import dataclasses
 import multiprocessing
+import re
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -77,7 +79,8 @@ def in_processes(jobs: Sequence[Job], folder: Path) -> Iterator[tuple[dict, np.n
 
 
 def begin(threads: int) -> None:
-    """In a process of rows."""
+    """In a process of rows. Ctrl-C is left to the main one, which ends them all."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     end_with_parent()
 
@@ -109,7 +112,8 @@ def row(
     count = c.subset * system.times_scenes
     trained = learn(system, draw(seed, count, system.sees, system.extra, entry.preset), c)
     weights = {name: value.half() for name, value in system.state_dict().items()}
-    torch.save(weights, folder / f"{entry.label.replace(': ', '-')}_{seed}.pth")
+    name = re.sub(r"[^\w.]+", "-", entry.label).strip("-")
+    torch.save(weights, folder / f"{name}_{seed}.pth")
     found, groups = judged(system, entry)
     record = dict(system=entry.name, seed=seed, **found, **trained)
     record["untrained"] = {key: untrained[key] for key in MEASURES}

@@ -22,14 +22,14 @@ SAMPLE = 8192  # [U] cells of the features that k-means is fitted to
 OWN, CLUSTERS = "own groups", "k-means on backbone features"
 FEWEST_GROUPS = 4  # fewer of k in use is a collapse
 MEASURES = {  # key of a record -> heading
-    "miou": "mIoU", "nmi": "NMI", "probe_miou": "probe", "ari_instances": "ARI inst.",
-    "ari_objects": "ARI obj.", "ari_classes": "ARI class", "ari_foreground": "ARI fore.",
+    "miou": "mIoU", "nmi": "NMI", "probe_miou": "probe", "ari_objects": "obj.",
+    "ari_instances": "inst.", "ari_foreground": "fore.",
 }  # fmt: skip
-COUNTS = {"groups_used": "in use", "steps": "steps", "seconds": "seconds"}
-STARRED = f"* of {CLUSTERS}: the system has no groups, or none with names.\n"
+STARRED = f"* of {CLUSTERS}: no groups, or none with names.\n"
 EXPLANATION = f"""\
-ARI: adjusted Rand index per scene, of objects and stuff, objects, classes, two kinds of pixels.
-Collapsed: fewer than {FEWEST_GROUPS} groups in use, or NMI not above the untrained network's."""
+Adjusted Rand index per scene: of the pixels of objects; of objects and stuff
+(instances); of two kinds of pixels (foreground). used: groups in use.
+collapsed: fewer than {FEWEST_GROUPS} groups, or NMI not above the untrained network's."""
 
 
 @torch.no_grad()
@@ -53,9 +53,8 @@ def judge(system: System, truth: Scenes, labeled: Scenes, k: int) -> tuple[dict[
         miou=metrics.miou(counts, metrics.match(counts)),
         nmi=metrics.nmi(counts),
         probe_miou=probe(system, labeled, features, semantic),
-        ari_instances=metrics.rand_index(groups, truth.regions),
         ari_objects=metrics.rand_index(groups, truth.regions, truth.instance > 0),
-        ari_classes=metrics.rand_index(groups, semantic),
+        ari_instances=metrics.rand_index(groups, truth.regions),
         ari_foreground=metrics.rand_index(groups, truth.instance > 0),
         groups_used=max(len(some.unique()) for some in (groups if system.per_image else [groups])),
     )
@@ -99,9 +98,10 @@ def format_table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     for label, records in rows.items():
         named, grouped = (records[0][by] == CLUSTERS for by in ("named_by", "grouped_by"))
         starred = dict(miou=named, nmi=named, probe_miou=False)
-        median = {key: np.median([r[key] for r in records]) for key in (*MEASURES, *COUNTS)}
+        median = {key: np.median([r[key] for r in records]) for key in (*MEASURES, "groups_used")}
         cells[label] = [f"{median[key]:.3f}{' *'[starred.get(key, grouped)]}" for key in MEASURES]
-        cells[label] += [f"{median[key]:.0f} " for key in COUNTS]
-        cells[label] += [f"{sum(record['collapsed'] for record in records)} of {len(records)}"]
-    text = table(cells, [*MEASURES.values(), *COUNTS.values(), "collapsed"])
+        gone = sum(record["collapsed"] for record in records)
+        note = f"{gone} of {len(records)} collapsed" * bool(gone)
+        cells[label] += [f"{median['groups_used']:.0f}", note]
+    text = table(cells, [*MEASURES.values(), "used", ""])
     return f"{text}\n{STARRED * ('*' in text)}{EXPLANATION}"

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,7 @@ def load(
     how = dict(batch_size=None, sampler=items, collate_fn=read, pin_memory=pin_memory)
     try:
         if workers:
+            get_temp_dir()  # which this process removes at its end: a killed reader leaves its own
             # Here nothing is half made when it fails
             torch.empty(LOCKS, dtype=torch.uint8).share_memory_()
             how |= dict(num_workers=workers, worker_init_fn=begin_to_read, timeout=GLANCE)

@@ -188,21 +188,22 @@ def start_from(model: torch.nn.Module, path: str) -> str:
         raise ValueError(f"--init {path} does not hold this backbone: {reason}")
     model.load_state_dict({**own, **used})
     source = path if found.holds_network else found.source()
-    return f"{source}: {len(used)} of {len(own)} tensors used, the others are random"
+    rest = ", the others are random" * (len(used) < len(own))
+    return f"{source}: {len(used)} of {len(own)} tensors used{rest}"
 
 
 def restore(
     path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler, changed: Callable[[Mapping[str, Any]], list[str]],
+    scaler: torch.amp.GradScaler, changed: Callable[[Mapping[str, Any]], list[str]], advice: str,
 ) -> Mapping[str, Any]:  # fmt: skip
-    """Put a training checkpoint back -> its contents. Raises ValueError for what has `changed`."""
+    """Put a training checkpoint back -> its contents. Raises ValueError, with advice for what has
+    `changed`.
+    """
     saved = read(path).contents
     if saved.get("format", math.inf) > FORMAT:
         found = f"it holds no training state (found {some_keys(saved)}), or one of a newer version"
         raise ValueError(f"{path} cannot be continued: {found}; its network can be evaluated")
     if differences := changed(saved):
-        advice = "--resume force goes on all the same, --resume none starts over in this folder, "
-        advice += "and another --output-dir keeps both"
         raise ValueError(
             f"{path} was made with other options or images ({'; '.join(differences)}): {advice}"
         )

@@ -1,10 +1,12 @@
 """What a program says while it runs: lines on stderr, and how far it is."""
 
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 from tqdm import tqdm
 
@@ -16,7 +18,16 @@ OFTEN = 15  # seconds between two lines of `progress` [U]
 
 def say(line: str) -> None:
     """A line on stderr, above the bar."""
-    tqdm.write(line, file=sys.stderr)
+    tqdm.write(fit(line, sys.stderr), file=sys.stderr)
+
+
+def fit(text: str, stream: TextIO) -> str:
+    """The text; lines that are wider than the terminal are broken between words."""
+    if not stream.isatty():
+        return text
+    form = dict(subsequent_indent=" " * 9, break_long_words=False, break_on_hyphens=False)
+    width = shutil.get_terminal_size().columns
+    return "\n".join(textwrap.fill(line, width, **form) for line in text.split("\n"))
 
 
 def progress(items: Iterable[T], total: int, title: str) -> Iterator[T]:

@@ -61,7 +61,8 @@ class Normalize(torch.autograd.Function):
         x, weight, mean, var, n = ctx.saved_tensors
         grads = grad, torch.zeros_like(weight), torch.zeros_like(weight)
         if len(x):  # as with mean and var that are constant
-            constant = grad, x, weight, mean, var, None, None, False, ctx.eps, [True] * 3
+            unsaved = mean.new_empty(0)  # the kernels of CUDA do not take None
+            constant = grad, x, weight, mean, var, unsaved, unsaved, False, ctx.eps, [True] * 3
             grads = torch.ops.aten.native_batch_norm_backward(*constant)
         means = sum_over_ranks(torch.stack(grads[1:])) / n
         means *= weight * (var + ctx.eps).rsqrt()

@@ -35,10 +35,11 @@ class Stopped(Exception):
 
 def run_early(name: str, parse: Callable[[Sequence[str] | None], Any]) -> None:
     """Parse the command line before torch is loaded: exits with one line where it is wrong, or at
-    Ctrl-C while it is loaded.
+    Ctrl-C or SIGTERM while it is loaded.
     """
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-        signal.signal(signal.SIGINT, lambda *_: os._exit(fail(name, "interrupted", 130)))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda *_: os._exit(fail(name, "interrupted", 130)))
     try:
         parse(None)
     except ValueError as error:

@@ -7,6 +7,7 @@ import datetime
 import json
 import math
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,11 @@ from engine.ranks import gather_objects, sum_over_ranks
 MAX_BAD_STEPS = 20  # in a row without a finite loss and gradient, before a run stops [U]
 # What a run counts, and a checkpoint keeps beside the tensors
 COUNTS = ("position", "bad_steps", "bad_in_row", "logged", "sums", "notes")
+MORE = "lower it, or give more images"
+# Ways out where a checkpoint of this folder, or of another place, was made otherwise
+IN_PLACE = "--resume force goes on all the same, --resume none starts over in this folder, and "
+IN_PLACE += "another --output-dir keeps both"
+ELSEWHERE = "--resume FILE needs the same ones; train.py --init FILE begins anew with its weights"
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class Run:
     ):  # fmt: skip
         size, count = options.batch_size, len(images)
         if size > count:
-            raise ValueError(f"--batch-size {size}, but {count} images to learn from: lower it")
+            raise ValueError(f"--batch-size {size}, but {count} images to learn from: {MORE}")
         if size % (place.world_size * options.accumulate):
             parts = f"{place.world_size} process(es) x --accumulate {options.accumulate}"
             raise ValueError(f"--batch-size {size} must be a multiple of {parts}")
@@ -270,7 +276,7 @@ class Run:
         """Lines on stdout, from the main process."""
         if self.writes and lines:
             with tqdm.external_write_mode():  # above the bar
-                print("\n".join(lines), flush=True)
+                print(log.fit("\n".join(lines), sys.stdout), flush=True)
 
     def open_folder(self, changed: Callable[[Mapping[str, Any]], list[str]]) -> None:
         """Take the folder, go on from its checkpoint, and open the log. Raises ValueError."""
@@ -287,8 +293,9 @@ class Run:
             self.require_space()
             if self.writes:
                 config = self.folder / "config.json"
-                if not wanted and options.resume == "auto" and config.exists():
-                    log.say(f"{self.folder}: an earlier run left no checkpoint, a new one starts")
+                expected = options.resume == "force" or (options.resume == "auto" and config.exists())
+                if expected and not wanted:
+                    log.say(f"{self.folder}: no checkpoint of an earlier run, a new run starts")
                 files.forget_after(self.folder / "log.jsonl", self.steps)
                 files.remove_leftovers(self.folder)
                 files.write_json(config, self.settings)
@@ -318,7 +325,9 @@ class Run:
 
     def resume(self, path: Path, changed: Callable[[Mapping[str, Any]], list[str]]) -> None:
         """Go on from a checkpoint."""
-        saved = checkpoints.restore(path, self.model, self.optimizer, self.scaler, changed)
+        advice = IN_PLACE if path == self.folder / "last.pth" else ELSEWHERE
+        parts = self.model, self.optimizer, self.scaler
+        saved = checkpoints.restore(path, *parts, changed, advice)
         self.steps = saved["step"]
         for name in COUNTS:
             setattr(self, name, saved.get(name, getattr(self, name)))

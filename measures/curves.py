@@ -88,14 +88,14 @@ def hint_of(key: str, runs: Sequence[Run]) -> str:
     """The shape of the curve in a good run; and a line for each preset that these runs have."""
     _, shape, *measured = PANELS[key]
     presets = {run.config.get("preset") for run in runs}
-    known = [f"{name}: {text}" for name, text in zip(PRESETS, measured) if name in presets]
+    known = [f"preset {name}: {text}" for name, text in zip(PRESETS, measured) if name in presets]
     return "\n".join([shape, *known])
 
 
 def draw_runs(runs: Sequence[Run]) -> Figure:
-    """A panel per number of the log, a color per run; dashed: uniform assignments."""
+    """A panel per number of the log, a color per run; dashed: `chance_lines`."""
     figure = Figure((14, 10 + 0.2 * len(runs)), layout="constrained")
-    note = "Over steps. Dashed: a uniform assignment. Gray text: good runs, from start to end."
+    note = "Over steps. Dashed: chance. Gray text: good runs, from start to end."
     figure.suptitle(f"{note}\nNever judge by the loss: a collapsed run can have the lowest.")
     for axis, key in zip(figure.subplots(3, 4).flat, PANELS):
         handles = [draw_curve(axis, key, *pair) for pair in enumerate(runs)]

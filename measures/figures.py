@@ -22,12 +22,13 @@ from measures.metrics import UNMATCHED
 from measures.retrieval import Retrieval
 from photometric import normalize
 
-# Okabe and Ito (2008), then colors far from all before them, up to the 13th with every kind of
-# color vision; none is near gray, black or white
+# Okabe and Ito (2008), then colors far from all before them: up to the 13th with every kind of color
+# vision, then by CIEDE2000; none is near gray, black or white
 FIRST_COLORS = """
     #e69f00 #56b4e9 #009e73 #f0e442 #0072b2 #d55e00 #cc79a7 #870f69 #a50fff #3c0fd2 #00f0c3 #8778f0
-    #a51e00 #ff00e1 #006900 #00d200 #ffa5ff #e10069 #2d5aff #784bb4 #c300b4 #969600 #ff8778 #d269ff
+    #a51e00 #78691e #4bd200 #ff1e4b #ffa587 #1e7800 #69f0ff #a5a54b #ff2dff #a54b5a #3c8796 #00b4b4
 """.split()
+ONLY_HERE = ", in this figure only"  # where k is larger: another figure has other most used ones
 
 
 def prototype_colors(k: int, use: Tensor | None = None) -> np.ndarray:
@@ -121,7 +122,9 @@ def draw_prototypes(
 ) -> None:  # fmt: skip
     """One column per prototype, the best segment on top: in a line, all else gray."""
     colors, top = prototype_colors(len(found.cells), found.cells), found.images.shape[1]
-    title = f"The {top} best segments of each prototype, best on top, in a line of its color"
+    shown = f"{len(chosen)} of {int((found.active > 0).sum())} prototypes in use"
+    title = f"{shown}: the {top} segments whose pixels are the most similar to each, best on top,\n"
+    title += "in a line of its color" + ONLY_HERE * (len(colors) > len(FIRST_COLORS))
     figure = grid(title, [[None] * len(chosen)] * top, side=1.3)
     for k, column in zip(chosen, np.reshape(figure.axes, (top, -1)).T):
         column[0].set_title(f"prototype {k}\nin {int(found.active[k])} images", fontsize=8)
@@ -184,6 +187,6 @@ def draw_parts(
             drawn = tint(image, colors[slot], enlarged[slot])
             cells.append((f"slot {slot}: {float(mass[slot]):.0%}", drawn))
         rows.append([*cells, ("features", feature)])
-    where = ", in this figure only" * (k > len(FIRST_COLORS))  # another has other most used ones
+    where = ONLY_HERE * (k > len(FIRST_COLORS))
     title = f"A color is one prototype{where}. Slot: how much a place belongs to it. Features: PCA."
     save(grid(title, rows, side=1.7), file, 130)

@@ -24,6 +24,7 @@ from torch.utils.data import Subset
 
 from engine.files import read_lines, remove_leftovers, write_atomically, write_json
 from engine.images import BadImage, Photograph, Photographs
+from engine.log import progress
 from grouping import GroupingNetwork
 from measures.figures import as_images, grid, prototype_colors, save
 from measures.groups import winner
@@ -93,14 +94,20 @@ def write_mask(file: Path, mask: Image.Image, palette: np.ndarray, about: Mappin
     write_atomically(file, lambda out: mask.save(out, "PNG", pnginfo=text))
 
 
-def read_segments(file: Path, made_by: str) -> Segments | None:
-    """What is in a mask; None: there is no mask, or one that was made otherwise."""
+def read_segments(file: Path, made_by: str, photo: Path) -> Segments | None:
+    """What is in a mask; None: there is no mask, or one made otherwise or of another photograph."""
     try:
         with Image.open(file) as mask:
             about = json.loads(mask.text["slotcon"])
-            return about["segments"] if about["made_by"] == made_by else None
+        same = about["made_by"] == made_by and about["photo"] == digest(photo)
+        return about["segments"] if same else None
     except (OSError, AttributeError, KeyError, ValueError):
         return None
+
+
+def digest(photo: Path) -> str:
+    """Of its bytes. Raises OSError."""
+    return hashlib.sha256(photo.read_bytes()).hexdigest()
 
 
 def mask_files(paths: Sequence[str], folder: Path) -> list[Path]:
@@ -135,17 +142,21 @@ def write_masks(
     about = dict(made_by=made_by.hexdigest(), names=names)
     colors = prototype_colors(network.prototypes.num_embeddings)
     palette, files = np.uint8(colors * 255 + 0.5), mask_files(photos.paths.tolist(), folder)
-    known = [read_segments(file, about["made_by"]) for file in files]
+    paths = [Path(photos.root, path) for path in photos.paths]
+    pairs = progress(zip(files, paths), len(files), "masks that are there")
+    known = [read_segments(file, about["made_by"], path) for file, path in pairs]
     todo = [i for i, segments in enumerate(known) if segments is None]
     others = sum(files[i].exists() for i in todo)
-    if len(todo) < len(files) or others:
-        print(f"{len(files) - len(todo)} masks are there; {others} of another network, size or "
-              "names are made again", flush=True)  # fmt: skip
+    if done := len(files) - len(todo):
+        print(f"{done} of {len(files)} masks are there", flush=True)
+    if others:
+        print(f"{others} masks of another network, size, names or photograph are made again")
     remove_leftovers(folder)
     todo_photos, see = Subset(photos, todo), partial(view, size=size)
     for place, (image, whole) in stream(todo_photos, see, 1, workers, "masks"):
         mask, known[todo[place]] = segments_of(network, image, whole[0].tolist())
-        write_mask(files[todo[place]], mask, palette, dict(about, segments=known[todo[place]]))
+        own = dict(photo=digest(paths[todo[place]]), segments=known[todo[place]])
+        write_mask(files[todo[place]], mask, palette, about | own)
     found = {photo: segments for photo, segments in zip(photos.paths.tolist(), known) if segments}
     if not found:
         raise ValueError("none of the photographs can be read")

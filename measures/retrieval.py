@@ -54,6 +54,14 @@ def retrieve(
     return found
 
 
+def check_choice(show: Sequence[str], k: int) -> None:
+    """Raises ValueError where `choose_prototypes` does not know what to show."""
+    numbers = all(each.isdigit() and int(each) < k for each in show)
+    if not numbers and tuple(show) not in (("used",), ("extremes",)):
+        known = f"used, extremes, or numbers from 0 to {k - 1}"
+        raise ValueError(f"--show {' '.join(show)}: {known}")
+
+
 def choose_prototypes(active: Tensor, show: Sequence[str], count: int) -> list[int]:
     """The prototypes to draw: used, extremes, or numbers. Raises ValueError."""
     order = [int(k) for k in active.argsort(descending=True, stable=True) if active[k] > 0]
@@ -61,12 +69,7 @@ def choose_prototypes(active: Tensor, show: Sequence[str], count: int) -> list[i
         raise ValueError("no prototype is occupied in any image")
     extremes = order if len(order) <= 10 else order[:5] + order[-5:]
     by_name = {"used": order[:count], "extremes": extremes}
-    if len(show) == 1 and show[0] in by_name:
-        return by_name[show[0]]
-    if not all(each.isdigit() and int(each) < len(active) for each in show):
-        known = f"used, extremes, or numbers from 0 to {len(active) - 1}"
-        raise ValueError(f"--show {' '.join(show)}: {known}")
-    return [int(each) for each in show]
+    return by_name[show[0]] if show[0] in by_name else [int(each) for each in show]
 
 
 def slot_report(found: Retrieval) -> dict:

@@ -136,8 +136,9 @@ def test_a_program_answers_a_wrong_command_line_before_it_loads_torch(program, t
         assert all(options.flag(f.name) in done.stdout for f in fields)
         assert "[P]" in done.stdout and "torchrun --nproc-per-node=8 train.py" in done.stdout
         assert "torch is loaded" in run("").stderr  # so the stand-in is a real one
-        (tmp_path / "torch.py").write_text("import os; os.kill(os.getpid(), 2)  # Ctrl-C")
-        assert (run("").returncode, run("").stderr) == (130, "train.py: interrupted\n")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            (tmp_path / "torch.py").write_text(f"import os; os.kill(os.getpid(), {int(number)})")
+            assert (run("").returncode, run("").stderr) == (130, "train.py: interrupted\n")
 
 
 @pytest.mark.parametrize("given, workers", [("", -1), ("--workers 1", 1)])

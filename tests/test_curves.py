@@ -69,7 +69,7 @@ def test_a_loss_that_is_off_is_not_drawn_and_its_panel_says_so():
 def test_the_numbers_of_good_runs_are_those_of_the_presets_that_were_run():
     toy, other = (a_run(preset=name) for name in ("toy", "coco-r50"))
     assert curves.hint_of("prototypes_used", [other]) == "1 to 3: collapsed"
-    assert "toy: 31, 9 to 15, 17" in curves.hint_of("prototypes_used", [toy, other])
+    assert "preset toy: 31, 9 to 15, 17" in curves.hint_of("prototypes_used", [toy, other])
     assert "photos" not in curves.hint_of("prototypes_used", [toy, other])
 
 

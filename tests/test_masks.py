@@ -1,6 +1,8 @@
 """evaluate.py masks: the groups of photographs as files that any labeling tool opens."""
 
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -124,6 +126,18 @@ def test_stopped_and_started_again_it_ends_the_same(checkpoint, photos, tmp_path
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
+def test_another_photograph_of_the_same_name_has_another_mask(checkpoint, photos, tmp_path, capsys):
+    for name in ("gray.png", "a.png"):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        shutil.copy2(photos / name, tmp_path / "photos" / "one.png")
+        os.utime(tmp_path / "photos" / "one.png", (1, 1))
+        run(checkpoint, tmp_path / "photos", "--output", tmp_path / "m")
+        run(checkpoint, photos / name, "--output", tmp_path / "alone")
+        found, alone = (Image.open(tmp_path / path) for path in ("m/one.png", f"alone/{name}"))
+        assert found.tobytes() == alone.tobytes()
+    assert "1 masks of another network, size, names or photograph" in capsys.readouterr().out
+
+
 def test_another_network_size_or_names_make_other_masks(checkpoint, photos, tmp_path, capsys):
     out, file = ["--output", tmp_path / "m"], photos / "gray.png"
     names, seen = tmp_path / "names.txt", []
@@ -138,8 +152,8 @@ def test_another_network_size_or_names_make_other_masks(checkpoint, photos, tmp_
             run(*given, *out)
             seen.append(contents(tmp_path / "m")["gray.png"])
         said = capsys.readouterr().out
-        assert ("\n0 masks are there; 1 of another network" in said) == (len(seen) > 2)
-        assert "\n1 masks are there; 0 of another network" in said
+        assert ("\n1 masks of another network, size, names" in said) == (len(seen) > 2)
+        assert said.count("\n1 of 1 masks are there") == 1
     assert seen[::2] == seen[1::2] and len(set(seen)) == 4
     names.write_text("5 sky\n")
     run(checkpoint, photos, *out, "--names", names, status=2)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from measures import retrieval
-from measures.retrieval import Retrieval, choose_prototypes
+from measures.retrieval import Retrieval, check_choice, choose_prototypes
 
 K, H, W = 7, 4, 5
 
@@ -53,7 +53,7 @@ def test_prototypes_are_chosen_by_use_by_extremes_or_by_number():
     assert choose_prototypes(active, ["7", "1"], 3) == [7, 1]
     for wrong in (["13"], ["all"], ["-1"], ["used", "3"]):
         with pytest.raises(ValueError, match=r"--show .*numbers from 0 to 12"):
-            choose_prototypes(active, wrong, 3)
+            check_choice(wrong, 13)
     with pytest.raises(ValueError, match="no prototype is occupied"):
         choose_prototypes(torch.zeros(3), ["used"], 3)
 

@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 
@@ -144,8 +145,10 @@ def test_work_that_was_lost_is_done_again_and_logged_once(saved, whole, tmp_path
     log.write_text(log.read_text() + '{"step": 6, "los\n{"step": 2}')
     shutil.copytree(tmp_path / "run", tmp_path / "other")
     program(tmp_path / "other", resume="none")
-    lost = "an earlier run left no checkpoint"
+    lost = "no checkpoint of an earlier run, a new run starts"
     assert lost not in capfd.readouterr().err
+    program(tmp_path / "misspelled", resume="force")
+    assert f"{tmp_path}/misspelled: {lost}" in capfd.readouterr().err
     program(tmp_path / "run")
     assert (f"{tmp_path}/run: {lost}" in capfd.readouterr().err) == (saved is None)
     assert same(tmp_path / "run", whole)
@@ -319,8 +322,9 @@ def test_a_second_run_in_a_folder_is_refused_with_host_and_process(tmp_path, cap
     assert line in capfd.readouterr().err
 
 
-def test_readers_change_no_bit_and_the_end_waits_for_none_of_them(whole, tmp_path):
-    slow, readers = multiprocessing.Value("b", 0), []
+def test_readers_change_no_bit_and_the_end_waits_for_none_of_them(whole, tmp_path, monkeypatch):
+    slow, readers, temporary = multiprocessing.Value("b", 0), [], tempfile.mkdtemp()
+    monkeypatch.setattr(tempfile, "tempdir", temporary)
 
     def view(image, rng):
         time.sleep(60 * slow.value)
@@ -337,6 +341,7 @@ def test_readers_change_no_bit_and_the_end_waits_for_none_of_them(whole, tmp_pat
     assert time.monotonic() - began < 30 and run.end() == 0
     assert readers and not any(reader.is_alive() for reader in readers if not reader.join(9))
     assert same(tmp_path / "run", whole)
+    assert len(os.listdir(temporary)) <= 1  # this process's own, which its end removes
 
 
 @pytest.mark.parametrize("first", [0, 4])
@@ -382,9 +387,13 @@ def test_seconds_count_from_the_start_of_the_program(tmp_path):
 
 
 def test_a_bar_on_a_terminal_counts_the_steps_within_79_columns(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    program(tmp_path / "run")
+    monkeypatch.setenv("COLUMNS", "79")
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    program(tmp_path / "run", lambda run: run.print("many  words " * 9, "and more"))
     out, err = capfd.readouterr()
+    assert "many  words\n         many  words" in out and "\nand more\n" in out
+    assert max(map(len, out.splitlines())) <= 79
     bars = err.replace("\r", "\n").splitlines()
     assert any(f"{LAST}/{LAST}" in bar for bar in bars) and max(map(len, bars)) <= 79
     assert "step 8/9" in out

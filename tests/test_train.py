@@ -48,7 +48,7 @@ def test_slow_steps_say_how_much_time_is_left_between_two_lines_of_the_log(tmp_p
 REFUSED = [  # arguments behind those of a small run, what the line must say
     ("--epochs 3 --steps 9", "--epochs and --steps are two units of one length: give one of them"),
     ("--long-tailed", "--long-tailed says how a subset is chosen: add --subset N"),
-    ("--batch-size 16", "--batch-size 16, but 14 images to learn from: lower it"),
+    ("--batch-size 16", "--batch-size 16, but 14 images to learn from: lower it, or give more images"),
     ("--accumulate 3", "must be a multiple of 1 process(es) x --accumulate 3"),
     ("--freeze-backbone", "keeps random weights: add --init FILE or --pretrained"),
     ("--preset toy --dataset toy", "draws its own scenes: add a preset for photographs, such as"),
@@ -93,6 +93,9 @@ def test_what_matters_cannot_change_within_a_run(change, short, tmp_path, monkey
         "and another --output-dir keeps both\n"
     )
     assert not difference(state_of(short[0]), before)
+    elsewhere = "--output-dir", tmp_path / "b", "--resume", short[0] / "last.pth"
+    text = train_here(short[0], *CHANGES[change].split(), *elsewhere, status=2)
+    assert "--init FILE begins anew" in text and "force" not in text
 
 
 def test_what_does_not_matter_can_change_and_force_takes_what_is_asked_for_now(tmp_path):
@@ -226,7 +229,7 @@ def test_a_run_starts_from_given_weights_and_from_the_state_of_another_folder(sh
     given = ("--max-steps", "5", "--log-every", "1")
     text = train_here(tmp_path / "a", *given, "--init", short[0])
     count = len(last_of(short[0])["model"])
-    assert f"start    {short[0]}: {count} of {count} tensors used, the others are random" in text
+    assert f"start    {short[0]}: {count} of {count} tensors used\n" in text
     assert log_of(tmp_path / "a")[0]["loss"] != log_of(short[0])[0]["loss"]
     resume = ("--resume", short[0] / "last.pth", "--max-steps", "7")
     assert "after step 5" in train_here(tmp_path / "b", *resume)
