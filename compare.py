@@ -121,8 +121,8 @@ def run(args: argparse.Namespace, entries: Sequence[Entry]) -> None:
         result["seconds"] = time.perf_counter() - BEGAN
         files.write_json(args.output_dir / "comparison.json", result)
     file = args.output_dir / "comparison.png"
-    what = f"{title}\nGroups in scenes never trained on, in the color of the class that they match; "
-    what += f"(objects): of the object\nFurther colors match nothing; * of {judge.CLUSTERS}"
+    what = f"{title}\nGroups in scenes never trained on, in the color of the class they match, "
+    what += f"(objects) of the object\nFurther colors match nothing; * of {judge.CLUSTERS}"
     save(grid(what, list(shown.values()), list(shown), side=0.8), file, 130)
     print(f"\n{title}, median of {args.seeds} seed(s)\n{judge.format_table(records)}")
     unseen = draw(UNSEEN, recipes.PRESETS["toy"].held_out)  # slots must find more than places

@@ -147,7 +147,7 @@ def describe(c: Config, schedule: Schedule, place: Place, model: SlotCon) -> lis
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     lines = [
         f"network  {c.arch}{', frozen' * c.freeze_backbone}, {c.num_prototypes} prototypes; "
-        f"{trained:.2f} M parameters trained",
+        f"{trained:.2f} M parameters trained{', compiled in the first minutes' * c.compile}",
         f"batch    {c.batch_size} = {c.batch_size // place.world_size} x {place.world_size} "
         f"process(es); {schedule.steps_per_epoch} steps per epoch, {schedule.total_steps} in all",
         f"lr       {schedule.peak:g} = {c.base_lr:g} x {c.batch_size} / 256, {c.optimizer}, "

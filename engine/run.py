@@ -293,8 +293,8 @@ class Run:
             self.require_space()
             if self.writes:
                 config = self.folder / "config.json"
-                expected = options.resume == "force" or (options.resume == "auto" and config.exists())
-                if expected and not wanted:
+                expects = dict(auto=config.exists(), force=True)
+                if not wanted and expects.get(options.resume):
                     log.say(f"{self.folder}: no checkpoint of an earlier run, a new run starts")
                 files.forget_after(self.folder / "log.jsonl", self.steps)
                 files.remove_leftovers(self.folder)

@@ -22,8 +22,8 @@ from measures.metrics import UNMATCHED
 from measures.retrieval import Retrieval
 from photometric import normalize
 
-# Okabe and Ito (2008), then colors far from all before them: up to the 13th with every kind of color
-# vision, then by CIEDE2000; none is near gray, black or white
+# Okabe and Ito (2008), then colors far from all before them: up to the 13th with every kind of
+# color vision, then by CIEDE2000; none is near gray, black or white
 FIRST_COLORS = """
     #e69f00 #56b4e9 #009e73 #f0e442 #0072b2 #d55e00 #cc79a7 #870f69 #a50fff #3c0fd2 #00f0c3 #8778f0
     #a51e00 #78691e #4bd200 #ff1e4b #ffa587 #1e7800 #69f0ff #a5a54b #ff2dff #a54b5a #3c8796 #00b4b4

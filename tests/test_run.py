@@ -392,7 +392,7 @@ def test_a_bar_on_a_terminal_counts_the_steps_within_79_columns(tmp_path, monkey
         monkeypatch.setattr(stream, "isatty", lambda: True)
     program(tmp_path / "run", lambda run: run.print("many  words " * 9, "and more"))
     out, err = capfd.readouterr()
-    assert "many  words\n         many  words" in out and "\nand more\n" in out
+    assert "many  words many\n         words" in out and "\nand more\n" in out
     assert max(map(len, out.splitlines())) <= 79
     bars = err.replace("\r", "\n").splitlines()
     assert any(f"{LAST}/{LAST}" in bar for bar in bars) and max(map(len, bars)) <= 79

@@ -41,7 +41,7 @@ def test_seed_and_index_do_not_stand_for_each_other():
 
 def test_a_scene_has_two_kinds_of_stuff_and_every_class_and_part_occurs():
     drawn = scenes(60)
-    assert set(np.concatenate([scene.things for scene in drawn])) == set(range(3, 8))
+    assert set(np.concatenate([scene.things for scene in drawn])) == set(range(toy.NUM_STUFF, len(toy.CLASS_NAMES)))
     assert set(np.unique([scene.parts for scene in drawn])) == set(range(len(toy.PARTS)))
     kinds = [len(set(scene.semantic[scene.instance == 0])) for scene in drawn]
     assert max(kinds) == 2 and np.mean(kinds) > 1.9  # now and then things cover one of them
@@ -167,9 +167,9 @@ def test_a_wrong_dial_is_named(preset, dials, message):
 
 def test_mirrored_scenes_belong_to_the_same_classes():
     """Flips keep labels, since gx * gy, which is odd under mirroring, is 0 on average."""
-    totals, sizes = np.zeros(8), np.zeros(8)
+    totals, sizes = np.zeros((2, t := len(toy.CLASS_NAMES)))
     for scene in scenes(250, seed=6, light=0, noise=0):
         gy, gx = np.gradient(scene.image.mean(axis=-1))  # over colors
-        totals += np.bincount(scene.semantic.ravel(), (gx * gy).ravel(), 8)
-        sizes += np.bincount(scene.semantic.ravel(), (gx * gx + gy * gy).ravel(), 8)
+        totals += np.bincount(scene.semantic.ravel(), (gx * gy).ravel(), t)
+        sizes += np.bincount(scene.semantic.ravel(), (gx * gx + gy * gy).ravel(), t)
     assert (abs(totals / sizes) < 0.05).all()

@@ -11,6 +11,7 @@ import torch
 from test_datasets import draw_ade20k, draw_folder
 from test_transfer_data import draw_coco
 
+import toy
 import transfer
 from backbone import build_backbone
 from downstream import segmentation, settings
@@ -24,7 +25,7 @@ SMALL = (
     "segmentation --dataset toy --labeled 10 --test-on train --batch-size 4 --base-steps 3 "
     "--log-every 2 --test-every 6 --device cpu --dropout 0.2 --base-lr 0.4"
 ).split()
-STEPS = 12
+STEPS, T = 12, len(toy.CLASS_NAMES)
 
 
 def run(folder, *arguments, accident=None, small=SMALL):
@@ -78,14 +79,14 @@ def test_a_run_leaves_its_settings_its_log_its_scores_and_two_checkpoints(whole)
     assert tests.keys() == {6, 12} and all(0 < score < 1 for score in tests.values())
     assert best["result"]["miou"] == max(tests.values()) == last["notes"]["best"]
     assert last["step"] == STEPS and best["config"]["dataset"] == "toy"
-    assert result_of(whole)["step"] == 12 and len(result_of(whole)["iou"]) == 8
+    assert result_of(whole)["step"] == 12 and len(result_of(whole)["iou"]) == T
     c, _ = settings.parse(SMALL, "")  # the score is that of the weights that were kept
     model, _, unseen = segmentation.prepare(c, build_backbone("tiny"))
     model.load_state_dict(best["model"])
-    counts = torch.zeros(8, 8, dtype=torch.long)
+    counts = torch.zeros(T, T, dtype=torch.long)
     for image, label in unseen:
-        counts += metrics.confusion_matrix(model.eval().predict(image), label, 8, 8)
-    assert metrics.miou(counts, torch.arange(8)) == best["result"]["miou"]
+        counts += metrics.confusion_matrix(model.eval().predict(image), label, T, T)
+    assert metrics.miou(counts, torch.arange(T)) == best["result"]["miou"]
 
 
 @pytest.mark.parametrize("steps", [3, 6, 8])
@@ -248,7 +249,7 @@ def test_a_backbone_that_is_not_whole_or_another_is_refused(tmp_path, capsys):
     (["segmentation", "--dataset", "voc"], "--data-dir is missing: the folder of voc"),
     (["detection", "--dataset", "voc"], "--dataset: invalid choice: 'voc' (choose from"),
     (["detection", "--shorts", "640", "800"], "--shorts 640 800: the larger number comes first"),
-    ([*SMALL, "--labeled", "3"], "--batch-size 4, but 3 images to learn from: lower it, or give more images"),
+    ([*SMALL, "--labeled", "3"], "4, but 3 images to learn from: lower it, or give more images"),
     ([*SMALL, "--aux-weight", "0.4"], "set --aux-weight 0"),
     ([*SMALL, "--output-stride", "16"], "set --output-stride 0"),
     ([*SMALL, "--arch", "huge"], "unknown architecture 'huge'"),

@@ -12,6 +12,7 @@ from pycocotools import mask as encoding
 from test_datasets import draw_voc
 from torchvision.datasets import wrap_dataset_for_transforms_v2
 
+import toy
 from backbone import build_backbone
 from downstream import detection, segmentation
 from downstream.backbones import share, some_of
@@ -65,7 +66,7 @@ def draw_coco(root, more=0):
 @pytest.mark.parametrize("dataset, draw, options, sizes, ids", [
     ("voc", draw_voc, {}, (2, 1, 21), {0, IGNORE}),
     ("voc", draw_voc, dict(train_list="train"), (1, 1, 21), {1, IGNORE}),
-    ("toy", lambda root: None, dict(labeled=3), (3, 256, 8), None),
+    ("toy", lambda root: None, dict(labeled=3), (3, 256, len(toy.CLASS_NAMES)), None),
 ])  # fmt: skip
 def test_every_layout_has_its_lists_and_classes(dataset, draw, options, sizes, ids, tmp_path):
     draw(tmp_path)
