@@ -40,8 +40,8 @@ def test_seed_and_index_do_not_stand_for_each_other():
 
 
 def test_a_scene_has_two_kinds_of_stuff_and_every_class_and_part_occurs():
-    drawn = scenes(60)
-    assert set(np.concatenate([scene.things for scene in drawn])) == set(range(toy.NUM_STUFF, len(toy.CLASS_NAMES)))
+    drawn, t = scenes(60), len(toy.CLASS_NAMES)
+    assert set(np.concatenate([scene.things for scene in drawn])) == set(range(toy.NUM_STUFF, t))
     assert set(np.unique([scene.parts for scene in drawn])) == set(range(len(toy.PARTS)))
     kinds = [len(set(scene.semantic[scene.instance == 0])) for scene in drawn]
     assert max(kinds) == 2 and np.mean(kinds) > 1.9  # now and then things cover one of them
