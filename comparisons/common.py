@@ -18,7 +18,7 @@ from grouping import GroupingNetwork, inverse_augmentation
 from slots import SlotPredictor
 from teacher import make_teacher, update_teacher
 
-Step = tuple[Tensor, Any]  # this rank's loss, and what `after_step` needs of the step
+Step = tuple[Tensor, Any]  # the loss, and what `after_step` needs of the step
 
 
 class System(nn.Module):

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from backbone import Projector
 from comparisons.common import PixelNetwork, Step, StudentTeacher, align, each_view
-from engine.ranks import gather_rows, rank_and_world_size
 from grouping import overlapping
 from losses import contrast_in_parts, unit
 
@@ -23,7 +22,7 @@ PLACES = 4  # [U] rows and columns of the shared part: closer places are too muc
 
 
 def place_contrast(query: Tensor, key: Tensor, valid: Tensor, temperature: float) -> Tensor:
-    """Each place of the scene finds its own key among the places of all images of all ranks.
+    """Each place of the scene finds its own key among the places of all images.
 
     CE = mean_n -log softmax_m(<q_n, k_m> / temperature)_n, times 2 temperature
 
@@ -31,15 +30,11 @@ def place_contrast(query: Tensor, key: Tensor, valid: Tensor, temperature: float
     crops overlap -> scalar, one direction.
     """
     query, key = (F.adaptive_avg_pool2d(maps, PLACES) for maps in (query, key))
-    rows = [rearrange(maps[valid], "b d h w -> (b h w) d") for maps in (query, key.detach())]
-    rank, world_size = rank_and_world_size()
-    counts = gather_rows(valid.sum()[None] * PLACES**2, [1] * world_size).tolist()
-    keys = gather_rows(unit(rows[1]), counts)
-    positives = torch.arange(counts[rank], device=query.device) + sum(counts[:rank])
-    if not counts[rank]:
+    rows, keys = (unit(rearrange(x[valid], "b d h w -> (b h w) d")) for x in (query, key.detach()))
+    if not len(rows):
         return 0 * query.sum()
-    total = contrast_in_parts(unit(rows[0]), positives, keys, temperature)
-    return 2 * temperature * total * world_size / sum(counts)
+    positives = torch.arange(len(rows), device=rows.device)
+    return 2 * temperature * contrast_in_parts(rows, positives, keys, temperature) / len(rows)
 
 
 class Dense(StudentTeacher):

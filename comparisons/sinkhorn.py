@@ -7,11 +7,10 @@ from the first step on. It is the method without teacher and center: one network
 """
 
 import torch
-from einops import rearrange, reduce
+from einops import reduce
 from torch import Tensor
 
 from comparisons.common import Prototyped, Step, align, each_view, target_loss
-from engine.ranks import sum_over_ranks
 from grouping import overlapping
 
 TEMPERATURE = 0.05  # of the targets [P]
@@ -21,12 +20,12 @@ TEMPERATURE = 0.05  # of the targets [P]
 def sinkhorn(similarity: Tensor, temperature: float, iterations: int = 3) -> Tensor:
     """Balanced targets: by turns every prototype and every pixel is scaled to the same sum.
 
-    similarity (b k h w) of this rank -> assignment (b k h w), summing to 1 over k; over all pixels
-    of all ranks each prototype sums to nearly the same (Cuturi, 2013). Three iterations [P].
+    similarity (b k h w) -> assignment (b k h w), summing to 1 over k; over all pixels each
+    prototype sums to nearly the same (Cuturi, 2013). Three iterations [P].
     """
     q = ((similarity - 1) / temperature).exp()  # only ratios matter; below 0.03 float32 underflows
     for _ in range(iterations):
-        q = q / rearrange(sum_over_ranks(reduce(q, "b k h w -> k", "sum")), "k -> k 1 1")
+        q = q / reduce(q, "b k h w -> 1 k 1 1", "sum")
         q = q / reduce(q, "b k h w -> b 1 h w", "sum")
     return q
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from backbone import build_backbone
 from comparisons.common import Step, StudentTeacher, each_view
 from comparisons.slot_attention import DIM, NUM_SLOTS, PixelEncoder, SlotAttention
-from engine.ranks import gather_rows, rank_and_world_size
 from losses import contrast_in_parts, unit
 
 
@@ -53,17 +52,15 @@ def match_slots(slots: Tensor, others: Tensor) -> Tensor:
 def matched_contrast(
     prediction: Tensor, target: Tensor, matching: Tensor, temperature: float
 ) -> Tensor:
-    """Every slot finds its partner among the slots of all images of all ranks.
+    """Every slot finds its partner among the slots of all images.
 
     CE = mean_bk -log softmax_m(<q_bk, t_m> / temperature)_partner, times 2 temperature
 
     prediction, target (b k d); matching (b k), as `match_slots` gives it -> scalar, one direction.
     """
     b, k, _ = prediction.shape
-    rank, world_size = rank_and_world_size()
-    rows, own = (unit(rearrange(x, "b k d -> (b k) d")) for x in (prediction, target.detach()))
-    keys = gather_rows(own, [b * k] * world_size)
-    first = torch.arange(b, device=matching.device)[:, None] * k + rank * b * k
+    rows, keys = (unit(rearrange(x, "b k d -> (b k) d")) for x in (prediction, target.detach()))
+    first = torch.arange(b, device=matching.device)[:, None] * k
     partners = rearrange(matching + first, "b k -> (b k)")
     return 2 * temperature * contrast_in_parts(rows, partners, keys, temperature) / (b * k)
 

@@ -8,7 +8,7 @@ import random as random_module
 import numpy as np
 import pytest
 import torch
-from einops import rearrange
+from einops import rearrange, reduce
 
 import comparisons
 import recipes
@@ -282,6 +282,8 @@ def test_sinkhorn_alternates_between_equal_prototypes_and_whole_pixels():
     # Four pixels that prefer one of two prototypes are split evenly.
     same = torch.tensor([1.0, -1.0]).reshape(1, 2, 1, 1).expand(1, 2, 2, 2)
     assert balanced.sinkhorn(same, 0.1).eq(0.5).all()
+    share = reduce(balanced.sinkhorn(maps, 0.1, iterations=50), "b k h w -> k", "mean")
+    assert (share * maps.shape[1] - 1).abs().max() < 1e-3
 
 
 def test_sinkhorn_predicts_the_other_views_targets_and_targets_have_no_gradient():

@@ -11,8 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from comparisons import dense, slot_matching
-from comparisons.sinkhorn import sinkhorn
 from engine import processes, ranks
 from engine.norms import summed
 from engine.optimizers import LARS
@@ -132,24 +130,6 @@ def vote(rank, place, values, stop, trouble):
     return run.agree(torch.tensor(values[rank])), run.ended, run.values[:2]
 
 
-def unbalanced_maps():
-    similarity = random(2 * B, K, H, W).tanh()
-    similarity[:B, 1] += 0.4  # nearest to most pixels of the first process
-    return similarity
-
-
-def contrasts(part):
-    """Both of comparisons/ on a part of the joined batch, and the gradients of their queries."""
-    query = random(2 * B, D, 8, 8)[part].requires_grad_()
-    slots = random(2 * B, K, D, seed=1)[part].requires_grad_()
-    keys, targets = random(2 * B, D, 8, 8, seed=2)[part], random(2 * B, K, D, seed=3)[part]
-    matching = torch.stack([torch.arange(K).roll(shift) for shift in range(2 * B)])[part]
-    place = dense.place_contrast(query, keys, torch.tensor(SOME)[part], 0.2)
-    slot = slot_matching.matched_contrast(slots, targets, matching, 0.2)
-    (place + slot).backward()
-    return place.detach(), slot.detach(), query.grad, slots.grad
-
-
 def one_of_two(rank):
     place, found = Place(CPU, rank, 2), {}
     for name, (settings, valid, flat) in CASES.items():
@@ -165,9 +145,6 @@ def one_of_two(rank):
     found["training"] = step(build({}, alike=True).train(), place, batch)
     found["votes"] = {name: vote(rank, place, *case) for name, case in VOTES.items()}
     found["sum"] = [ranks.sum_over_ranks(own := torch.tensor([1.0, 10.0]) + rank), own]
-    part = slice(rank * B, (rank + 1) * B)
-    found["sinkhorn"] = sinkhorn(unbalanced_maps()[part], 0.1, iterations=50)
-    found["contrasts"] = contrasts(part)
     return found
 
 
@@ -305,26 +282,6 @@ def test_ranks_agree_on_a_step_that_is_good_on_all_of_them_and_on_the_end(found)
 def test_a_sum_over_ranks_leaves_what_is_summed(found):
     for r, rank in enumerate(found):
         assert [x.tolist() for x in rank["sum"]] == [[3.0, 21.0], [1.0 + r, 10.0 + r]]
-
-
-def test_over_two_processes_every_prototype_owns_the_same_share_to_a_thousandth(found):
-    q = torch.cat([rank["sinkhorn"] for rank in found])
-    share = q.sum((0, 2, 3)) / (2 * B * H * W)
-    assert (share * K - 1).abs().max() < 1e-3
-    assert torch.allclose(q.sum(1), torch.ones(2 * B, H, W, dtype=torch.float64))
-    of_one = found[0]["sinkhorn"].sum((0, 2, 3)) / (B * H * W)
-    assert (of_one * K - 1).abs().max() > 0.05  # it is not balanced in each process alone
-    assert torch.allclose(q, sinkhorn(unbalanced_maps(), 0.1, iterations=50), rtol=1e-9)
-
-
-def test_the_contrasts_of_two_processes_are_those_of_the_joined_batch(found):
-    place, slot, *gradients = contrasts(slice(None))
-    for i, whole in enumerate((place, slot)):
-        mean = sum(rank["contrasts"][i] for rank in found).item() / 2
-        assert mean == pytest.approx(whole.item(), rel=1e-9)
-    for i, whole in enumerate(gradients, start=2):
-        halves = torch.cat([rank["contrasts"][i] for rank in found])
-        assert torch.allclose(halves / 2, whole, rtol=1e-9)
 
 
 def keep_statistics(run):
