@@ -41,8 +41,8 @@ class Config:
     arch: str = option("resnet50", "backbone, a row of backbone.py: ARCHITECTURES, or timm:NAME")
     image_size: int = option(224, "side of a view, px [P]", low=32, high=4096)
     num_prototypes: int = option(256, "k; 256 for COCO, 2048 for ImageNet [P]", low=2, high=10**6)
-    init: str = option("", "start from these weights: a checkpoint, or a backbone", free=True)
-    pretrained: bool = option(False, "of timm:NAME: start from timm's own weights", free=True)
+    init: str = option("", "start from these weights: a checkpoint, or a backbone")
+    pretrained: bool = option(False, "of timm:NAME: start from timm's own weights")
     freeze_backbone: bool = option(
         False, "learn projector, prototypes and predictor only, on the backbone as it is [U]")
     max_steps: int = option(
@@ -278,7 +278,7 @@ TABLES: dict[str, tuple[str, tuple[Row, ...]]] = {
     "collapse": (
         "ways not to collapse, taken away one at a time, without the slot loss",
         (
-            _without("all of them", "", True),
+            _without("nothing", "", True),
             _without("no center", "--momentum-center 1"),
             _without("no sharpening", "--temp-teacher 0.1"),
             _without("no stop-gradient", "", stop_gradient=False),

@@ -111,7 +111,8 @@ def start(c: Config, given: set[str]) -> int:
         changed=lambda saved: differences(c, len(images), digest_of(names), saved),
         names=("loss", "group_loss", "slot_loss"),
     )
-    run.notes["images"] = digest_of(names)
+    lists = {*run.notes.get("lists", ()), digest_of(names)}  # of the images that were learned from
+    run.notes["images"], run.notes["lists"] = digest_of(names), sorted(lists)
     if c.subset and len(names) and place.rank == 0:
         files.write_lines(run.folder / "subset.txt", names)
     with run:

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ def test_is_due(c: Shared, run: Run) -> bool:
 
 def test(c: Shared, run: Run, unseen: Sequence[Any]) -> None:
     """Score the weights; all ranks share the images. The best are kept, and the result."""
+    began = time.perf_counter()
     run.print(f"test     {len(unseen)} images")
     run.save()  # a test may take long
     copy_from_main(run.model.buffers())  # without SyncBN every rank has its own
@@ -99,6 +101,7 @@ def test(c: Shared, run: Run, unseen: Sequence[Any]) -> None:
         except OSError as error:
             say(f"could not write best.pth: {error.strerror}; the run goes on")
     run.save()
+    run.leave_out(began)
 
 
 def finish(c: Shared, run: Run, tested: int) -> None:

@@ -208,7 +208,10 @@ def _search(data_dir: Path, pattern: str, left: Left) -> list[str]:
     walks = (os.walk(os.path.join(data_dir, top), onerror=note, followlinks=True) for top in tops)
     for place, folders, names in itertools.chain(*walks):
         real, folder = os.path.realpath(place), os.path.relpath(place, data_dir)
-        if real in entered or (folder != "." and {"config.json", "log.jsonl"} <= {*names}):
+        of_run = folder != "." and {"config.json", "log.jsonl"} <= {*names}
+        if of_run:
+            left["folders of runs"].append(folder)
+        if of_run or real in entered:
             folders.clear()
             continue
         entered.add(real)

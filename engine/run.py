@@ -9,7 +9,8 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,6 +56,14 @@ class Options:
     keep_every: int = 0  # epochs between two files epoch_N.pth, 0: none
 
 
+def by_type(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Lists of one type each: a GPU copies only such a list at once."""
+    found = defaultdict(list)
+    for tensor in tensors:
+        found[tensor.dtype].append(tensor)
+    return list(found.values())
+
+
 class Run:
     """One rank's part of a run, new or resumed. Raises ValueError for what a person can change.
 
@@ -91,8 +100,8 @@ class Run:
         self.images_per_second = math.inf  # of the last line about a step
         # Of a step: "forward", which moves buffers, then "moving": some weights have, others not
         self.stage = ""
-        self.buffers = list(model.buffers())
-        self.before = [buffer.clone() for buffer in self.buffers]
+        self.buffers = by_type(model.buffers())
+        self.before = [[buffer.clone() for buffer in some] for some in self.buffers]
         if self.folder:
             self.open_folder(changed)
         look = dict(unit="step", ncols=79, leave=False, disable=not self.writes or None)
@@ -136,8 +145,8 @@ class Run:
 
     def remember(self) -> None:
         """Before a forward: keep what it moves, in case the step does not count."""
-        if self.buffers:
-            torch._foreach_copy_(self.before, self.buffers)
+        for before, buffers in zip(self.before, self.buffers):
+            torch._foreach_copy_(before, buffers)
         self.stage = "forward"
 
     def parts(self, *batch: Tensor) -> Iterator[list[Tensor]]:
@@ -189,8 +198,8 @@ class Run:
 
     def undo(self) -> None:
         """Return to what was remembered."""
-        if self.stage and self.buffers:
-            torch._foreach_copy_(self.buffers, self.before)
+        for before, buffers in zip(self.before, self.buffers if self.stage else ()):
+            torch._foreach_copy_(buffers, before)
         self.stage = ""
 
     def end_step(self) -> None:
@@ -255,6 +264,10 @@ class Run:
             left = self.time_left(self.options.last_step)
             log.say(f"step {self.steps}/{self.options.last_step}  {left} left")
             self.heard = now
+
+    def leave_out(self, began: float) -> None:
+        """The time since then, as of a test, is no time of a step."""
+        self.timed_at += time.perf_counter() - began
 
     def time_left(self, step: int) -> str:
         """From here to a step, at the speed of the last line about a step; "" without one."""

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 DESCRIBED = ("preset", "arch", "num_prototypes", "image_size")  # of one run
 PRESETS = ("toy", "photos")  # those of which good runs were measured
 PANELS = {  # key of the log -> title, the shape of the curve in a good run; measured: start to end
-    "group_loss": ("Group loss", "leaves 2 ln k early", "8.1 to 1.8", "6.3 to 1.6"),
+    "group_loss": ("Group loss", "leaves 2 ln k early", "8.1 to 1.8", "6.3 to 1.7"),
     "slot_loss": ("Slot loss", "below chance; may rise while groups split", "4.9 to 2.5"),
     "occupied_per_image": ("Occupied prototypes per image", "a few", "23, 7, 11", "16 to 7"),
     "prototypes_used": ("Prototypes in use", "1 to 3: collapsed", "31, 9 to 15, 17", "24 to 20"),

@@ -24,7 +24,7 @@ LAW_IMAGES = 256  # with fewer, the two estimates of rho lie further apart
 DIRECTIONS = 64  # principal directions that are searched; more would fit the noise of few images
 RIDGE = 1e-3  # of the mean variance of a direction
 LEAST = 0.1  # below this, rho is noise
-EDGE = 0.7, 1.1  # times the ratio: in between, runs started at 0.73 and at 0.99
+EDGE = 0.7, 1.1  # times the ratio: in between some runs start at once, some late, some never
 MARGIN = 0.8  # of rho: a teacher temperature that leaves room for the images to come
 
 # The warnings. All [U], between the failed and the healthy runs of tests/recorded
@@ -157,7 +157,7 @@ def law_line(rho: float, temp_student: float, temp_teacher: float) -> str:
         advice = f"--temp-teacher {MARGIN * rho * temp_student:.2g} could start"
     if rho > EDGE[0] * ratio:
         return f"{measured}, near {threshold}: the groups may start late or never; {advice}"
-    return f"{measured}, below {threshold}: the groups cannot start on these images; {advice}"
+    return f"{measured}, below {threshold}: the groups will hardly start on these images; {advice}"
 
 
 class Watch:

@@ -42,7 +42,10 @@ def toy_result(run: Run, c: Any) -> None:
 @torch.no_grad()
 def photos_result(run: Run, c: Any, images: Photographs) -> None:
     """`toy_result` for photographs kept out of training; without numbers if none is readable."""
-    print(f"measures {len(images)} photographs that nothing was learned from")
+    mixed = len(run.notes["lists"]) > 1  # with --resume force
+    seen = "some of which may have been learned from: the images were changed"
+    what = seen if mixed else "kept out of training"
+    print(f"measures {len(images)} photographs, {what}")
     teacher, view = run.model.teacher.eval(), center_view(SIZE)
     shown = [views for _, views in stream(images, view, BATCH)]  # what can be read
     if not shown:
@@ -55,7 +58,7 @@ def photos_result(run: Run, c: Any, images: Photographs) -> None:
     figures.draw_prototypes(run.folder / "prototypes.png", teacher, views, view, found, chosen)
     file = run.folder / "groups.png"
     figures.draw_parts(file, teacher, views[:SHOWN], c.temp_teacher, use=found.cells)
-    text = f"{len(views)} photographs kept out of training\n{retrieval.format_slots(report)}"
+    text = f"{len(views)} photographs, {what}\n{retrieval.format_slots(report)}"
     how = f"of {SIZE} px; the log counts in crops of {c.image_size} px, which show less"
     text += f"\ncounted in whole photographs {how}"
     finish(run, report, text, "prototypes.png and groups.png")

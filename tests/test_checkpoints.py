@@ -125,12 +125,13 @@ def zip_of(*names):
 NO = " is no checkpoint, or damaged: "
 SPOILED = [{**OURS, "center": torch.full((K,), float(word))} for word in ("nan", "inf")]
 BROKEN = {  # what is said -> of which files
-    NO: (b"", b"PK\x03\x04 and no more", b"\x80\x02}q\x00"),
+    NO: (b"", b"\x80\x02}q\x00"),
     f"{NO}a web page": (b"\n<!DOCTYPE html><title>Drive - Virus scan",),
     f"{NO}a pointer of git-lfs": (b"version https://git-lfs.github.com\n",),
     f"{NO}a pickle, as *.pkl of": (pickle.dumps(dict(model=[1.5] * 9)),),
     f"{NO}a zip of other files": (zip_of("readme.txt"),),
     f"{NO}TorchScript": (zip_of("a/constants.pkl", "a/version"),),
+    f"{NO}a part of it is missing": (b"PK\x03\x04 and", zip_of("a/data.pkl")[:-8]),
     f"{NO}its first bytes are": (b"\x9d" * 50, b"hello\nworld, this is text\n"),
     " holds a list, not a checkpoint's dictionary": ([1, 2],),
     " holds no backbone: found nothing": ({},),

@@ -108,9 +108,9 @@ def test_maps_are_aligned_before_they_are_compared_and_count_where_crops_overlap
 @pytest.mark.parametrize("rho, temp_teacher, words", [
     (0.5, 0.03, "0.50, above temp_teacher / temp_student = 0.30: the groups can start"),
     (0.31, 0.03, "late or never; --temp-teacher 0.025 could start"),
-    (0.2, 0.03, "cannot start on these images; --temp-teacher 0.016 could start"),
-    (0.5, 0.3, "cannot start on these images; --temp-teacher 0.04 could start"),
-    (0.05, 0.03, "cannot start on these images; use milder colors"),
+    (0.2, 0.03, "will hardly start on these images; --temp-teacher 0.016 could start"),
+    (0.5, 0.3, "will hardly start on these images; --temp-teacher 0.04 could start"),
+    (0.05, 0.03, "will hardly start on these images; use milder colors"),
     (math.nan, 0.03, "raise --min-area"),
 ])  # fmt: skip
 def test_the_line_of_the_law_names_the_outcome_and_a_way(rho, temp_teacher, words):

@@ -247,7 +247,7 @@ def test_subset_and_held_out_are_said_and_written_and_a_result_is_of_what_was_no
     assert "30 images" in text and "3 are kept out" in text and "20 of them are chosen" in text
     learned = set((folder / "subset.txt").read_text().splitlines())
     assert len(learned) == 20 and len(out) == 3 and not learned & out
-    for words in (f"left out {min(out)}", "2 photographs kept out of training", "are occupied",
+    for words in (f"left out {min(out)}", "\n2 photographs, kept out of training\n", "are occupied",
                   "of 224 px; the log counts in crops of 32 px, which show less\n"):  # fmt: skip
         assert words in text
     report = json.loads((folder / "result.json").read_text())
@@ -258,6 +258,9 @@ def test_subset_and_held_out_are_said_and_written_and_a_result_is_of_what_was_no
         (photographs / name).write_bytes(b"no image")
     text = train_here(folder, *given, photographs=photographs)
     assert "no photograph that was kept out can be read" in text
+    photographs = staged.draw_photographs(tmp_path / "fewer", count=29)  # others are kept out
+    text = train_here(folder, *given, "--resume", "force", photographs=photographs)
+    assert "2 photographs, some of which may have been learned from" in text
 
 
 def test_a_few_bad_images_are_replaced_and_named_and_more_than_one_percent_stop_the_run(tmp_path):

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import time
 
 import pytest
 import torch
@@ -67,6 +68,14 @@ def assert_same_run(folder, other):
 
 def losses_of(folder):
     return [line for line in log_of(folder) if "loss" in line]
+
+
+def test_a_long_test_is_no_time_of_the_steps_after_it(tmp_path, monkeypatch):
+    plain = segmentation.scores
+    monkeypatch.setattr(segmentation, "scores", lambda *given: time.sleep(3) or plain(*given))
+    assert run(tmp_path, "--max-steps", "8") == 0
+    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 8 and last["images_per_second"] > 2 * 4 / 3  # steps, images, seconds
 
 
 def test_a_run_leaves_its_settings_its_log_its_scores_and_two_checkpoints(whole):
