@@ -75,7 +75,8 @@ def entries_of(args: argparse.Namespace) -> list[Entry]:
         ]
     return [
         Entry(label, name, configuration(args.steps), arguments, preset)
-        for name in args.only or comparisons.SYSTEMS
+        for name in comparisons.SYSTEMS  # those of slots come first
+        if not args.only or name in args.only
         for label, arguments, preset in comparisons.VARIANTS[name]
     ]
 
@@ -100,8 +101,6 @@ def run(args: argparse.Namespace, entries: Sequence[Entry]) -> None:
     title += f" ({args.steps} steps: too few to judge)" if args.steps < STEPS else ""
     k, scenes = recipes.PRESETS["toy"].num_prototypes, draw(UNSEEN, SHOWN)
     shown = {"scene": as_images(scenes.colors)}
-    for name, truth in (("classes", scenes.semantic), ("objects", scenes.regions)):
-        shown[f"truth: {name}"] = prototype_colors(int(truth.max()) + 1)[truth]
     records: dict[str, list[dict]] = {entry.label: [] for entry in entries}
     result = dict(table=args.table or "", seeds=args.seeds, steps=args.steps, k=k)
     result.update(labeled_scenes=LABELED, rows=records)
@@ -113,17 +112,19 @@ def run(args: argparse.Namespace, entries: Sequence[Entry]) -> None:
         # Slots have no names: group 3 of one image is not group 3 of another
         alone = record["grouped_by"] != record["named_by"]
         truth, size = (scenes.regions, 1) if alone else (scenes.semantic, SHOWN)
+        colors = prototype_colors(int(truth.max()) + 1)
+        shown.setdefault(f"truth: {'objects' if alone else 'classes'}", colors[truth])
         pairs = zip(torch.from_numpy(groups).split(size), truth.split(size))
         painted = np.concatenate([color_groups(*pair) for pair in pairs])
-        kind = " (objects)" * alone + " *" * (record["grouped_by"] == judge.CLUSTERS)
-        shown.setdefault(entry.label + kind, painted)
+        shown.setdefault(entry.label + " *" * (record["grouped_by"] == judge.CLUSTERS), painted)
         print(judge.brief(entry.label, record), flush=True)
         result["seconds"] = time.perf_counter() - BEGAN
         files.write_json(args.output_dir / "comparison.json", result)
     file = args.output_dir / "comparison.png"
-    what = f"{title}\nGroups in scenes never trained on, in the color of the class they match, "
-    what += f"(objects) of the object\nFurther colors match nothing; * of {judge.CLUSTERS}"
-    save(grid(what, list(shown.values()), list(shown), side=0.8), file, 130)
+    what = "Groups in scenes never trained on, in the color of what they match in the truth above\n"
+    starred = any(name.endswith("*") for name in shown)
+    what += "Other colors match nothing" + f"; * of {judge.CLUSTERS}" * starred
+    save(grid(f"{title}\n{what}", list(shown.values()), list(shown), side=0.8), file, 130)
     print(f"\n{title}, median of {args.seeds} seed(s)\n{judge.format_table(records)}")
     unseen = draw(UNSEEN, recipes.PRESETS["toy"].held_out)  # slots must find more than places
     instances = metrics.rand_index(unseen.blocks, unseen.regions)

@@ -133,6 +133,7 @@ def measure_probe(args: argparse.Namespace) -> dict:
 def measure_masks(args: argparse.Namespace) -> dict:
     """A mask for each photograph, and what is in all of them."""
     network, config = networks.open_network(args.checkpoint, args.network, args.device)
+    streams.note_domain("folder", config)
     masks.require_elsewhere(args.output, args.photos)
     photos = streams.open_photographs(args.photos)
     names = masks.read_names(args.names, config["num_prototypes"])
@@ -140,11 +141,13 @@ def measure_masks(args: argparse.Namespace) -> dict:
     print(f"masks of {len(photos)} photographs, by step {config['step']} of {args.checkpoint}, in "
           f"{args.output}; after a stop the same command goes on")  # fmt: skip
     found = masks.write_masks(network, photos, args.output, args.size, names, args.workers)
-    used = sorted(found["prototypes"], key=lambda prototype: -prototype["share"])[:8]
+    used = [prototype for prototype in found["prototypes"] if prototype["images"]]
+    used = sorted(used, key=lambda prototype: -prototype["share"])[:8]
     print(f"the {len(used)} most used of {config['num_prototypes']} prototypes")
     rows = {f"{p['prototype']} {p['name']}": [f"{p['share']:.1%}", str(p["images"])] for p in used}
     print(groups.table(rows, ["of the pixels", "photographs"]))
-    print(f"{len(found['photos'])} photographs have a mask; {args.output}/contact_sheet.jpg")
+    print(f"{len(found['photos'])} photographs have a mask; prototypes.json and contact_sheet.jpg "
+          f"in {args.output} are of these")  # fmt: skip
     return dict(checkpoint=str(args.checkpoint), output=str(args.output), **found)
 
 
@@ -165,7 +168,7 @@ def opened(args: argparse.Namespace, open_part: Callable) -> tuple[Module, dict,
     """The network or backbone, its configuration, and what is measured, for the JSON."""
     module, config = open_part(args.checkpoint, args.network, args.device)
     dataset, data_dir = dataset_of(args), args.data_dir and str(args.data_dir)
-    streams.note_toy(dataset, config)
+    streams.note_domain(dataset, config)
     what = dict(checkpoint=str(args.checkpoint), network=args.network)
     return module, config, dict(what, dataset=dataset, data_dir=data_dir)
 

@@ -67,7 +67,7 @@ def show_prototypes(args: Namespace) -> dict:
     figures.draw_prototypes(file, network, images, view, found, chosen)
     size, used = view.keywords["size"], int((found.active > 0).sum())
     print(f"figure: {file}; the network saw images of {size} px")
-    if len(chosen) < used:
+    if len(chosen) < used and args.show == ["used"]:
         print(f"{len(chosen)} of {used} prototypes in use are shown: --count {used} shows all")
     return dict(file=str(file), prototypes=chosen, images=len(images))
 
@@ -100,7 +100,7 @@ def opened(args: Namespace, count: int) -> tuple[Sequence[Tensor], Path, Callabl
         raise ValueError(f"--output {file} is one of the images: give another name")
     network, config = networks.open_network(args.checkpoint, args.network, args.device)
     dataset = "folder" if named or folder else "toy"
-    streams.note_toy(dataset, config)
+    streams.note_domain(dataset, config)
     view = streams.center_view(args.size or streams.default_size(dataset))
     files = Photographs(".", list(map(str, named)))
     return files or streams.open_images(dataset, folder, count), file, view, network, config

@@ -5,6 +5,7 @@ Exit status: 0 done, or paused by a cluster's signal; 1 stopped, and what was le
 mistake of ours keeps its trace. This file loads no torch.
 """
 
+import atexit
 import contextlib
 import errno
 import os
@@ -64,6 +65,7 @@ def run_program(
             # Into a pipe or a file, too, each line is written at once
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     os.environ.update(task_of_slurm(os.environ))
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # the end takes a moment
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # in the background it is ignored
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # where no run saves first

@@ -139,7 +139,7 @@ def read_label(files: Sequence[Path], ids: Sequence[int], num_classes: int, inde
     wrong = (classes != IGNORE) & ((classes < 0) | (classes >= num_classes))
     if num_classes and wrong.any():
         found = f"the label {files[index]} has id {numbers[wrong][0]}"
-        raise ValueError(f"{found}, which is none of its {num_classes} classes")
+        raise ValueError(f"{found}, which is none of its {num_classes} classes: see --num-classes")
     return torch.from_numpy(classes)
 
 

@@ -122,9 +122,10 @@ def draw_prototypes(
 ) -> None:  # fmt: skip
     """One column per prototype, the best segment on top: in a line, all else gray."""
     colors, top = prototype_colors(len(found.cells), found.cells), found.images.shape[1]
-    shown = f"{len(chosen)} of {int((found.active > 0).sum())} prototypes in use"
-    title = f"{shown}: the {top} segments whose pixels are the most similar to each, best on top,\n"
-    title += "in a line of its color" + ONLY_HERE * (len(colors) > len(FIRST_COLORS))
+    used = int((found.active > 0).sum())
+    title = f"{len(chosen)} prototypes, {used} are in use: the {top} segments that are\n"
+    title += "the most similar to each, best on top, in a line of its color"
+    title += f"\n(the color{ONLY_HERE[1:]})" * (len(colors) > len(FIRST_COLORS))
     figure = grid(title, [[None] * len(chosen)] * top, side=1.3)
     for k, column in zip(chosen, np.reshape(figure.axes, (top, -1)).T):
         column[0].set_title(f"prototype {k}\nin {int(found.active[k])} images", fontsize=8)
@@ -188,5 +189,6 @@ def draw_parts(
             cells.append((f"slot {slot}: {float(mass[slot]):.0%}", drawn))
         rows.append([*cells, ("features", feature)])
     where = ONLY_HERE * (k > len(FIRST_COLORS))
-    title = f"A color is one prototype{where}. Slot: how much a place belongs to it. Features: PCA."
+    title = f"A color is one prototype{where}. Slot: how much a place belongs to it, and how\n"
+    title += "much of the image does. Features: PCA."
     save(grid(title, rows, side=1.7), file, 130)

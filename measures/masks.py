@@ -5,6 +5,7 @@ FOLDER/prototypes.json  color, name, share, images and nearest segments of every
 FOLDER/contact_sheet.jpg
 """
 
+import contextlib
 import hashlib
 import json
 from collections import Counter
@@ -22,7 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.utils.data import Subset
 
-from engine.files import read_lines, remove_leftovers, write_atomically, write_json
+from engine.files import found_in, read_lines, remove_leftovers, write_atomically, write_json
 from engine.images import BadImage, Photograph, Photographs
 from engine.log import progress
 from grouping import GroupingNetwork
@@ -120,6 +121,8 @@ def mask_files(paths: Sequence[str], folder: Path) -> list[Path]:
 def read_names(file: Path | None, k: int) -> dict[int, str]:
     """Names of prototypes from lines such as "3 sky"; {} without a file. Raises ValueError."""
     names = {}
+    if file and not file.is_file():
+        raise ValueError(f"--names {file}: no such file; {found_in(file)}")
     for line in filter(None, read_lines(file) if file else ()):
         number, _, name = line.partition(" ")
         if not (number.isdecimal() and int(number) < k and name):
@@ -159,6 +162,8 @@ def write_masks(
         write_mask(files[todo[place]], mask, palette, about | own)
     found = {photo: segments for photo, segments in zip(photos.paths.tolist(), known) if segments}
     if not found:
+        with contextlib.suppress(OSError):  # it holds something
+            folder.rmdir()
         raise ValueError("none of the photographs can be read")
     prototypes = [about_prototype(k, found, color, names) for k, color in enumerate(colors)]
     write_json(folder / "prototypes.json", prototypes)

@@ -22,7 +22,7 @@ Classifier = Callable[[Tensor], Tensor]  # maps (b c h w) -> class scores (b t h
 def check_parts(learned: Labeled, tested: Labeled) -> None:
     """Raises ValueError unless the parts have the same named classes and no image in common."""
     if not tested.class_names:
-        raise ValueError("a probe learns classes, and these segments have no names")
+        raise ValueError("a probe learns classes; these segments have none: use segmentation")
     if learned.class_names != tested.class_names:
         one, other = (len(part.class_names) for part in (learned, tested))
         raise ValueError(f"{one} classes to learn and {other} to test: give --num-classes")

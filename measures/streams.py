@@ -76,8 +76,9 @@ def open_images(dataset: str, data_dir: Path | None, limit: int = 0) -> Photogra
 
 def open_photographs(places: Sequence[Path]) -> Photographs:
     """The photographs in files and folders, named from where all lie. Raises ValueError."""
-    files = {os.path.abspath(place) for place in places if place.is_file()}
-    for folder in (place for place in places if not place.is_file()):
+    single = (place for place in places if place.is_file() and place.suffix != ".txt")  # no list
+    files = set(map(os.path.abspath, single))
+    for folder in (place for place in places if os.path.abspath(place) not in files):
         root, paths, notice = find_images(folder)
         print(f"{len(paths)} images: {notice}")
         files.update(os.path.join(root, path) for path in paths)
@@ -93,10 +94,12 @@ def read_views(images: Sequence[Tensor], view: Callable[[Tensor], Tensor]) -> Te
     return torch.stack(views)
 
 
-def note_toy(dataset: str, config: Mapping[str, Any]) -> None:
-    """Says so where a network of photographs is shown toy scenes."""
-    if dataset == "toy" != config.get("dataset", "toy"):
-        print("note: the network learned from photographs and sees toy scenes; give it photographs")
+def note_domain(dataset: str, config: Mapping[str, Any]) -> None:
+    """Says so where a network of photographs is shown toy scenes, and the other way round."""
+    kinds = ["photographs", "toy scenes"]
+    learned, seen = (kinds[each == "toy"] for each in (config.get("dataset", dataset), dataset))
+    if learned != seen:
+        print(f"note: the network learned from {learned} and sees {seen}")
 
 
 def default_size(dataset: str) -> int:

@@ -223,7 +223,7 @@ def test_from_the_command_line_to_the_file(tmp_path, small, capfd):
     assert compare.main([*words, "--output-dir", str(tmp_path / "out")]) == 0
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert (tmp_path / "out" / "comparison.png").stat().st_size > 1000
-    assert list(found["rows"]) == ["moco", "slot_attention: flat", "slot_attention: scene"]
+    assert list(found["rows"]) == ["slot_attention: flat", "slot_attention: scene", "moco"]
     system = entries("--only", "slot_attention")[0].build(seed=9)
     kept = torch.load(tmp_path / "out" / "slot_attention-flat_1.pth", weights_only=True)
     system.load_state_dict(kept)
@@ -234,9 +234,9 @@ def test_from_the_command_line_to_the_file(tmp_path, small, capfd):
             assert record["steps"] == 2 and isinstance(record["collapsed"], bool)
             assert all(-1 <= record[key] <= 1 for key in judge.MEASURES)
     lines = capfd.readouterr().out.splitlines()
-    assert "row 2 of 6, slot_attention: flat, about 1 min left" in lines
+    assert "row 1 of 6, slot_attention: flat, about 1 min left" in lines
     assert "moco, slot_attention (2 steps: too few to judge), median of 2 seed(s)" in lines
-    assert "row 6 of 6, slot_attention: scene, about 1 min left" in lines
+    assert "row 6 of 6, moco, about 1 min left" in lines
     assert any(line.startswith("2 x 4 blocks know the place only: ARI inst. 0.") for line in lines)
     rows = partial(bench.heading_of, ["moco"] * 12, 2, time.time() - 300, 1000)
     assert rows(number=3) == "row 4 of 12, moco, about 25 min left"

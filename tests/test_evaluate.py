@@ -90,7 +90,7 @@ def test_segments_without_classes_have_an_adjusted_rand_index(trained, tmp_path,
     where = bsds_tree(tmp_path / "b", 0, 9)
     _, result, text, _ = run("segmentation", trained, *where, capsys=capsys)
     assert "adjusted Rand" in text and result["sizes"]["32"]["adjusted_rand_index"] < 0.5
-    assert "have no names" in refusal("probe", trained, *where, capsys=capsys)
+    assert "use segmentation" in refusal("probe", trained, *where, capsys=capsys)
     where = bsds_tree(tmp_path / "c", IGNORE)
     assert "nothing is labeled" in refusal("segmentation", trained, *where, capsys=capsys)
 
