@@ -122,4 +122,5 @@ def format_probes(result: Mapping[str, dict]) -> str:
     columns = [(kind, key) for kind in ("linear", "neighbors") for key in ("miou", "accuracy")]
     rows = {"trained": result["trained"], "random backbone": result["random_backbone"]}
     cells = {name: [f"{row[kind][key]:.3f}" for kind, key in columns] for name, row in rows.items()}
-    return table(cells, [f"{kind} {key}".replace("miou", "mIoU") for kind, key in columns])
+    names = dict(miou="mIoU", accuracy="acc.")
+    return table(cells, [f"{kind} {names[key]}" for kind, key in columns])

@@ -89,6 +89,6 @@ def format_slots(report: dict) -> str:
     used = "{prototypes_used} of {num_prototypes} prototypes are in use"
     lines = [f"{mean}; {used}".format(**report)]
     for title, key in (("most often", "top"), ("least often, of those in use", "bottom")):
-        numbers = (f"prototype {each['prototype']} ({each['images']})" for each in report[key])
-        lines += [f"{title}: {', '.join(numbers)}"] if report[key] else []
+        numbers = (f"{each['prototype']} ({each['images']})" for each in report[key])
+        lines += [f"{title}: prototypes {', '.join(numbers)}"] if report[key] else []
     return "\n".join(lines)

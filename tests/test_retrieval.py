@@ -72,7 +72,7 @@ def test_the_report_names_the_most_and_the_least_active_of_the_slots_in_use():
     numbers = dict(prototypes_used=6, images=10, occupied_per_image=2.8, active=active)
     assert numbers.items() <= report.items()
     text = retrieval.format_slots(report)
-    assert "2.80 slots" in text and "6 of 8" in text and "prototype 4 (1)" in text
+    assert "2.80 slots" in text and "6 of 8" in text and "prototypes 4 (1)" in text
     assert "least often" not in retrieval.format_slots(report_of([3, 0, 9], 9))
     many = report_of(list(range(14)), 13)
     assert [each["prototype"] for each in many["bottom"]] == [1, 2, 3, 4, 5]
