@@ -104,7 +104,7 @@ def run(args: argparse.Namespace, entries: Sequence[Entry]) -> None:
     records: dict[str, list[dict]] = {entry.label: [] for entry in entries}
     result = dict(table=args.table or "", seeds=args.seeds, steps=args.steps, k=k)
     result.update(labeled_scenes=LABELED, rows=records)
-    kept = f"{args.output_dir} keeps every row that is done; the same command begins anew"
+    kept = f"{args.output_dir} keeps every row that is done; given again, it starts anew"
     print(f"{len(entries) * args.seeds} rows of {args.steps} steps; {kept}", flush=True)
     jobs = [(entry, seed) for seed in range(args.seeds) for entry in entries]
     for (entry, _), (record, groups) in zip(jobs, in_processes(jobs, args.output_dir)):
@@ -129,7 +129,7 @@ def run(args: argparse.Namespace, entries: Sequence[Entry]) -> None:
     unseen = draw(UNSEEN, recipes.PRESETS["toy"].held_out)  # slots must find more than places
     instances = metrics.rand_index(unseen.blocks, unseen.regions)
     objects = metrics.rand_index(unseen.blocks, unseen.regions, unseen.instance > 0)
-    print(f"2 x 4 blocks know the place only: ARI inst. {instances:.3f}, obj. {objects:.3f}\n")
+    print(f"2 x 4 blocks know the place only: obj. {objects:.3f}, inst. {instances:.3f}\n")
     print(f"done     {result['seconds']:.0f} s; comparison.json and {file}")
 
 

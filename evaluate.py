@@ -141,7 +141,7 @@ def measure_masks(args: argparse.Namespace) -> dict:
     print(f"masks of {len(photos)} photographs, by step {config['step']} of {args.checkpoint}, in "
           f"{args.output}; after a stop the same command goes on")  # fmt: skip
     found = masks.write_masks(network, photos, args.output, args.size, names, args.workers)
-    used = [prototype for prototype in found["prototypes"] if prototype["images"]]
+    used = (prototype for prototype in found["prototypes"] if prototype["images"])
     used = sorted(used, key=lambda prototype: -prototype["share"])[:8]
     print(f"the {len(used)} most used of {config['num_prototypes']} prototypes")
     rows = {f"{p['prototype']} {p['name']}": [f"{p['share']:.1%}", str(p["images"])] for p in used}

@@ -278,7 +278,7 @@ TABLES: dict[str, tuple[str, tuple[Row, ...]]] = {
     "collapse": (
         "ways not to collapse, taken away one at a time, without the slot loss",
         (
-            _without("nothing", "", True),
+            _without("all kept", "", True),
             _without("no center", "--momentum-center 1"),
             _without("no sharpening", "--temp-teacher 0.1"),
             _without("no stop-gradient", "", stop_gradient=False),

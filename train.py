@@ -111,8 +111,8 @@ def start(c: Config, given: set[str]) -> int:
         changed=lambda saved: differences(c, len(images), digest_of(names), saved),
         names=("loss", "group_loss", "slot_loss"),
     )
-    lists = {*run.notes.get("lists", ()), digest_of(names)}  # of the images that were learned from
-    run.notes["images"], run.notes["lists"] = digest_of(names), sorted(lists)
+    other = run.notes.get("images") not in (None, digest_of(names))  # with --resume force
+    run.notes.update(images=digest_of(names), changed=run.notes.get("changed", False) or other)
     if c.subset and len(names) and place.rank == 0:
         files.write_lines(run.folder / "subset.txt", names)
     with run:

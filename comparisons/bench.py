@@ -80,7 +80,8 @@ def in_processes(jobs: Sequence[Job], folder: Path) -> Iterator[tuple[dict, np.n
 
 def begin(threads: int) -> None:
     """In a process of rows. Ctrl-C is left to the main one, which ends them all."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     torch.set_num_threads(threads)
     end_with_parent()
 

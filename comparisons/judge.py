@@ -27,8 +27,8 @@ MEASURES = {  # key of a record -> heading
 }  # fmt: skip
 STARRED = f"* of {CLUSTERS}: no groups, or none with names.\n"
 EXPLANATION = f"""\
-Adjusted Rand index per scene: of the pixels of objects; of objects and stuff
-(instances); of two kinds of pixels (foreground). used: groups in use.
+obj., inst., fore.: adjusted Rand index per scene, of the pixels of objects; of
+objects and stuff; of foreground and background. used: groups in use.
 collapsed: fewer than {FEWEST_GROUPS} groups, or NMI not above the untrained network's."""
 
 

@@ -1,6 +1,6 @@
 """What a program says while it runs: lines on stderr, and how far it is."""
 
-import shutil
+import os
 import sys
 import textwrap
 import time
@@ -26,7 +26,7 @@ def fit(text: str, stream: TextIO) -> str:
     if not stream.isatty():
         return text
     form = dict(subsequent_indent=" " * 9, break_long_words=False, break_on_hyphens=False)
-    width = shutil.get_terminal_size().columns
+    width = int(os.environ.get("COLUMNS", 0)) or os.get_terminal_size(stream.fileno()).columns or 80
     return "\n".join(textwrap.fill(line, width, **form) for line in text.split("\n"))
 
 

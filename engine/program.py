@@ -65,7 +65,7 @@ def run_program(
             # Into a pipe or a file, too, each line is written at once
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     os.environ.update(task_of_slurm(os.environ))
-    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # the end takes a moment
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)  # no trace from the very end
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # in the background it is ignored
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # where no run saves first

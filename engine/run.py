@@ -33,11 +33,10 @@ from engine.ranks import gather_objects, sum_over_ranks
 MAX_BAD_STEPS = 20  # in a row without a finite loss and gradient, before a run stops [U]
 # What a run counts, and a checkpoint keeps beside the tensors
 COUNTS = ("position", "bad_steps", "bad_in_row", "logged", "sums", "notes")
-MORE = "lower it, or give more images"
 # Ways out where a checkpoint of this folder, or of another place, was made otherwise
 IN_PLACE = "--resume force goes on all the same, --resume none starts over in this folder, and "
 IN_PLACE += "another --output-dir keeps both"
-ELSEWHERE = "--resume FILE needs the same ones; train.py --init FILE begins anew with its weights"
+ELSEWHERE = "--resume FILE needs the same ones"
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class Run:
     ):  # fmt: skip
         size, count = options.batch_size, len(images)
         if size > count:
-            raise ValueError(f"--batch-size {size}, but {count} images to learn from: {MORE}")
+            raise ValueError(f"--batch-size {size}, but {count} images: lower it, or add images")
         if size % (place.world_size * options.accumulate):
             parts = f"{place.world_size} process(es) x --accumulate {options.accumulate}"
             raise ValueError(f"--batch-size {size} must be a multiple of {parts}")
@@ -306,8 +305,8 @@ class Run:
             self.require_space()
             if self.writes:
                 config = self.folder / "config.json"
-                expects = dict(auto=config.exists(), force=True)
-                if not wanted and expects.get(options.resume):
+                expected = dict(auto=config.exists(), force=True).get(options.resume)
+                if expected and not wanted:
                     log.say(f"{self.folder}: no checkpoint of an earlier run, a new run starts")
                 files.forget_after(self.folder / "log.jsonl", self.steps)
                 files.remove_leftovers(self.folder)

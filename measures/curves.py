@@ -78,7 +78,7 @@ def legend_of(runs: Sequence[Run]) -> list[str]:
         names = [name for name in names if len({str(run.config.get(name)) for run in runs}) > 1]
     lines = []
     for name, _, config in runs:
-        short = {k: round(x, 4) if isinstance(x, float) else x for k, x in config.items()}
+        short = {k: f"{x:.4g}" if isinstance(x, float) else x for k, x in config.items()}
         words = [f"{each.replace('_', '-')} {short[each]}" for each in names if each in short]
         known = ", ".join(words) or ("no option differs" if config else "no config.json")
         lines.append(textwrap.shorten(f"{name}: {known}", 150))

@@ -123,7 +123,7 @@ def draw_prototypes(
     """One column per prototype, the best segment on top: in a line, all else gray."""
     colors, top = prototype_colors(len(found.cells), found.cells), found.images.shape[1]
     used = int((found.active > 0).sum())
-    title = f"{len(chosen)} prototypes, {used} are in use: the {top} segments that are\n"
+    title = f"{len(chosen)} prototypes ({used} are in use): the {top} segments that are\n"
     title += "the most similar to each, best on top, in a line of its color"
     title += f"\n(the color{ONLY_HERE[1:]})" * (len(colors) > len(FIRST_COLORS))
     figure = grid(title, [[None] * len(chosen)] * top, side=1.3)

@@ -5,7 +5,6 @@ FOLDER/prototypes.json  color, name, share, images and nearest segments of every
 FOLDER/contact_sheet.jpg
 """
 
-import contextlib
 import hashlib
 import json
 from collections import Counter
@@ -146,6 +145,8 @@ def write_masks(
     colors = prototype_colors(network.prototypes.num_embeddings)
     palette, files = np.uint8(colors * 255 + 0.5), mask_files(photos.paths.tolist(), folder)
     paths = [Path(photos.root, path) for path in photos.paths]
+    if clash := {file.resolve() for file in files} & {path.resolve() for path in paths}:
+        raise ValueError(f"--output {folder}: masks would replace {len(clash)} of the photographs")
     pairs = progress(zip(files, paths), len(files), "masks that are there")
     known = [read_segments(file, about["made_by"], path) for file, path in pairs]
     todo = [i for i, segments in enumerate(known) if segments is None]
@@ -162,8 +163,6 @@ def write_masks(
         write_mask(files[todo[place]], mask, palette, about | own)
     found = {photo: segments for photo, segments in zip(photos.paths.tolist(), known) if segments}
     if not found:
-        with contextlib.suppress(OSError):  # it holds something
-            folder.rmdir()
         raise ValueError("none of the photographs can be read")
     prototypes = [about_prototype(k, found, color, names) for k, color in enumerate(colors)]
     write_json(folder / "prototypes.json", prototypes)

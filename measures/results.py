@@ -42,9 +42,8 @@ def toy_result(run: Run, c: Any) -> None:
 @torch.no_grad()
 def photos_result(run: Run, c: Any, images: Photographs) -> None:
     """`toy_result` for photographs kept out of training; without numbers if none is readable."""
-    mixed = len(run.notes["lists"]) > 1  # with --resume force
     seen = "some of which may have been learned from: the images were changed"
-    what = seen if mixed else "kept out of training"
+    what = seen if run.notes["changed"] else "kept out of training"
     print(f"measures {len(images)} photographs, {what}")
     teacher, view = run.model.teacher.eval(), center_view(SIZE)
     shown = [views for _, views in stream(images, view, BATCH)]  # what can be read

@@ -237,7 +237,7 @@ def test_from_the_command_line_to_the_file(tmp_path, small, capfd):
     assert "row 1 of 6, slot_attention: flat, about 1 min left" in lines
     assert "moco, slot_attention (2 steps: too few to judge), median of 2 seed(s)" in lines
     assert "row 6 of 6, moco, about 1 min left" in lines
-    assert any(line.startswith("2 x 4 blocks know the place only: ARI inst. 0.") for line in lines)
+    assert any(line.startswith("2 x 4 blocks know the place only: obj. 0.") for line in lines)
     rows = partial(bench.heading_of, ["moco"] * 12, 2, time.time() - 300, 1000)
     assert rows(number=3) == "row 4 of 12, moco, about 25 min left"
     assert rows(number=1) == "row 2 of 12, moco, about 12 min left"  # none is done

@@ -70,11 +70,15 @@ def test_every_photograph_has_an_upright_palette_image(checkpoint, photos, tmp_p
     assert found == pytest.approx(counts.tolist(), abs=1e-5)
 
 
-@pytest.mark.parametrize("given, output", [(".", "."), (".", "deep/masks"), ("gray.png", ".")])
+AMONG = [(".", "."), (".", "deep/masks"), ("gray.png", "."), ("../list.txt", "deep")]
+
+
+@pytest.mark.parametrize("given, output", AMONG)
 def test_masks_among_the_photographs_are_refused(given, output, checkpoint, photos, capsys):
     before = contents(photos)
+    (photos / "../list.txt").write_text(f"{photos}/deep/a.png")
     run(checkpoint, photos / given, "--output", photos / output, status=2)
-    assert "lies among the photographs" in capsys.readouterr().err and contents(photos) == before
+    assert "masks would replace" in capsys.readouterr().err and contents(photos) == before
 
 
 def test_ids_are_those_of_the_segmentation_that_is_measured(checkpoint, photos, tmp_path):

@@ -322,9 +322,13 @@ def test_a_second_run_in_a_folder_is_refused_with_host_and_process(tmp_path, cap
     assert line in capfd.readouterr().err
 
 
-def test_readers_change_no_bit_and_the_end_waits_for_none_of_them(whole, tmp_path, monkeypatch):
-    slow, readers, temporary = multiprocessing.Value("b", 0), [], tempfile.mkdtemp()
+def test_readers_change_no_bit_and_the_end_waits_for_none_of_them(
+    whole, tmp_path, tmp_path_factory, monkeypatch
+):
+    slow, readers = multiprocessing.Value("b", 0), []
+    temporary = str(tmp_path_factory.mktemp("t"))
     monkeypatch.setattr(tempfile, "tempdir", temporary)
+    monkeypatch.delitem(multiprocessing.current_process()._config, "tempdir", raising=False)
 
     def view(image, rng):
         time.sleep(60 * slow.value)

@@ -48,7 +48,7 @@ def test_slow_steps_say_how_much_time_is_left_between_two_lines_of_the_log(tmp_p
 REFUSED = [  # arguments behind those of a small run, what the line must say
     ("--epochs 3 --steps 9", "--epochs and --steps are two units of one length: give one of them"),
     ("--long-tailed", "--long-tailed says how a subset is chosen: add --subset N"),
-    ("--batch-size 16", "but 14 images to learn from: lower it, or give more images"),
+    ("--batch-size 16", "--batch-size 16, but 14 images: lower it, or add images"),
     ("--accumulate 3", "must be a multiple of 1 process(es) x --accumulate 3"),
     ("--freeze-backbone", "keeps random weights: add --init FILE or --pretrained"),
     ("--preset toy --dataset toy", "draws its own scenes: add a preset for photographs, such as"),
@@ -74,6 +74,7 @@ CHANGES = {
     "num_prototypes: 5 then, 6 now": "--num-prototypes 6",
     "epochs: 6.0 then, 7.0 now; warmup: 1.0 then, 2.0 now": "--epochs 7 --warmup 2",
     "p_blur: (1.0, 0.1) then, (1.0, 0.2) now": "--p-blur 1 0.2",
+    "init: not given then, given.pth now": "--init given.pth",
     "images: 14 then, 13 now": "--data-dir fewer",
     "images: as many then (14), but with other names": "--data-dir others",
 }
@@ -83,6 +84,7 @@ CHANGES = {
 def test_what_matters_cannot_change_within_a_run(change, short, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     staged.draw_photographs(tmp_path / "fewer", 13)
+    shutil.copy(short[0] / "last.pth", "given.pth")
     others = staged.draw_photographs(tmp_path / "others")
     (others / "000.png").rename(others / "new.png")
     before = state_of(short[0])
@@ -95,7 +97,7 @@ def test_what_matters_cannot_change_within_a_run(change, short, tmp_path, monkey
     assert not difference(state_of(short[0]), before)
     elsewhere = "--output-dir", tmp_path / "b", "--resume", short[0] / "last.pth"
     text = train_here(short[0], *CHANGES[change].split(), *elsewhere, status=2)
-    assert "--init FILE begins anew" in text and "force" not in text
+    assert text.endswith(f"({change}): --resume FILE needs the same ones\n")
 
 
 def test_what_does_not_matter_can_change_and_force_takes_what_is_asked_for_now(tmp_path):
