@@ -43,10 +43,6 @@ def entries(*words):
     return compare.entries_of(compare.parse(words))
 
 
-def slides_label(entry):
-    return entry.label.partition(" (toy")[0]
-
-
 def test_without_options_every_system_has_its_rows_and_every_file_its_system():
     rows = entries("--steps", "7")
     assert list(dict.fromkeys(row.name for row in rows)) == list(comparisons.SYSTEMS)
@@ -64,8 +60,8 @@ def test_without_options_every_system_has_its_rows_and_every_file_its_system():
 def test_every_row_of_every_table_is_the_preset_but_for_what_its_label_says(table):
     rows = recipes.TABLES[table][1]
     built = entries("--table", table)
-    assert [slides_label(entry) for entry in built] == [row.label for row in rows]
-    assert len(rows) >= 2
+    labels = [entry.label.partition(" (toy")[0] for entry in built]
+    assert labels == [row.label for row in rows] and len(rows) >= 2
     for entry, row in zip(built, rows):
         same = entry.c == compare.configuration(compare.STEPS) and not entry.arguments
         assert same == row.default, row.label
@@ -74,7 +70,7 @@ def test_every_row_of_every_table_is_the_preset_but_for_what_its_label_says(tabl
 def test_the_tables_do_what_their_rows_say():
     def system(table, label):
         known = entries("--table", table)
-        entry = next(entry for entry in known if slides_label(entry) == label)
+        entry = next(entry for entry in known if entry.label.partition(" (toy")[0] == label)
         return entry.build(seed=0)
 
     assert [entry.label for entry in entries("--table", "6c")][1] == "0.07 (toy: 0.03)"

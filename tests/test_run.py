@@ -322,12 +322,9 @@ def test_a_second_run_in_a_folder_is_refused_with_host_and_process(tmp_path, cap
     assert line in capfd.readouterr().err
 
 
-def test_readers_change_no_bit_and_the_end_waits_for_none_of_them(
-    whole, tmp_path, tmp_path_factory, monkeypatch
-):
+def test_readers_change_no_bit_and_end_at_once(whole, tmp_path, tmp_path_factory, monkeypatch):
     slow, readers = multiprocessing.Value("b", 0), []
-    temporary = str(tmp_path_factory.mktemp("t"))
-    monkeypatch.setattr(tempfile, "tempdir", temporary)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("t")))
     monkeypatch.delitem(multiprocessing.current_process()._config, "tempdir", raising=False)
 
     def view(image, rng):
@@ -345,7 +342,7 @@ def test_readers_change_no_bit_and_the_end_waits_for_none_of_them(
     assert time.monotonic() - began < 30 and run.end() == 0
     assert readers and not any(reader.is_alive() for reader in readers if not reader.join(9))
     assert same(tmp_path / "run", whole)
-    assert len(os.listdir(temporary)) <= 1  # this process's own, which its end removes
+    assert len(os.listdir(tempfile.tempdir)) <= 1  # this process's own, which its end removes
 
 
 @pytest.mark.parametrize("first", [0, 4])
