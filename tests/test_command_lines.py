@@ -151,9 +151,7 @@ def test_on_a_gpu_only_a_given_number_of_readers_is_taken(given, workers, monkey
 
 
 @pytest.mark.parametrize("loaded, rank, lines", [(0, 0, 1), (0, 1, 0), (1, 0, 0)])
-def test_a_line_of_one_process_says_that_torch_is_loaded_slowly(
-    loaded, rank, lines, monkeypatch, capfd
-):
+def test_a_slow_load_of_torch_is_one_line_of_one_process(loaded, rank, lines, monkeypatch, capfd):
     event = threading.Event()
     monkeypatch.setattr(program, "LOADED", event)
     monkeypatch.setattr(program, "PATIENCE", 0)

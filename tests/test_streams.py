@@ -49,9 +49,7 @@ NONE_LEFT = READERS.format(".*File too large")
     (None, 10, "", NONE_LEFT),  # not even a lock does
     (None, None, "x" * 100, READERS.format(".*AF_UNIX path too long")),  # as on a cluster
 ])  # fmt: skip
-def test_readers_that_cannot_hand_over_are_one_line_at_once(
-    view, shared, place, line, monkeypatch, tmp_path
-):
+def test_readers_that_hand_over_nothing_end(view, shared, place, line, monkeypatch, tmp_path):
     """shared: bytes that a file may have, also one in shared memory; place: of sockets."""
     (tmp_path / place).mkdir(exist_ok=True)
     # Where multiprocessing keeps TMPDIR once it has been asked for
