@@ -104,9 +104,9 @@ def run(args: argparse.Namespace, entries: Sequence[Entry]) -> None:
     records: dict[str, list[dict]] = {entry.label: [] for entry in entries}
     result = dict(table=args.table or "", seeds=args.seeds, steps=args.steps, k=k)
     result.update(labeled_scenes=LABELED, rows=records)
-    kept = f"{args.output_dir} keeps every row that is done; given again, it starts anew"
-    print(f"{len(entries) * args.seeds} rows of {args.steps} steps; {kept}", flush=True)
     jobs = [(entry, seed) for seed in range(args.seeds) for entry in entries]
+    kept = f"{args.output_dir} has those that are done; a second start begins with row 1"
+    print(f"{len(jobs)} rows of {args.steps} steps; {kept}", flush=True)
     for (entry, _), (record, groups) in zip(jobs, in_processes(jobs, args.output_dir)):
         records[entry.label].append(record)
         # Slots have no names: group 3 of one image is not group 3 of another

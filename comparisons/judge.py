@@ -87,9 +87,9 @@ def collapsed(found: Mapping[str, Any], untrained: Mapping[str, Any]) -> bool:
 
 def brief(label: str, record: Mapping[str, Any]) -> str:
     """One line about one row and seed."""
-    form = "mIoU {miou:.3f}  NMI {nmi:.3f}  probe {probe_miou:.3f}  {steps} steps, {seconds:.0f} s"
+    form = "mIoU {miou:.3f} NMI {nmi:.3f} probe {probe_miou:.3f}, trained in {seconds:.0f} s"
     gone = "  collapsed" * record["collapsed"]
-    return f"seed {record['seed']}  {label:<28} {form.format(**record)}{gone}"
+    return f"seed {record['seed']}  {label:<22} {form.format(**record)}{gone}"
 
 
 def format_table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:

@@ -187,8 +187,7 @@ def draw_parts(
         for slot in mass.topk(min(slots, k)).indices.tolist():
             drawn = tint(image, colors[slot], enlarged[slot])
             cells.append((f"slot {slot}: {float(mass[slot]):.0%}", drawn))
-        rows.append([*cells, ("features", feature)])
+        rows.append([*cells, ("features (PCA)", feature)])
     where = ONLY_HERE * (k > len(FIRST_COLORS))
-    title = f"A color is one prototype{where}. Slot: how much a place belongs to it, and how\n"
-    title += "much of the image does. Features: PCA."
+    title = f"A color is one prototype{where}. Slot: how much a place (%: the image) belongs to it."
     save(grid(title, rows, side=1.7), file, 130)

@@ -145,19 +145,19 @@ def table(rows: Mapping[str, Sequence[str]], columns: Sequence[str]) -> str:
     lines = []
     for name, cells in {"": columns, **rows}.items():
         texts = (f"{cell:>{width}}" for cell, width in zip(cells, widths))
-        lines.append(f"{name:<{first}}" + "".join(texts))
+        lines.append((f"{name:<{first}}" + "".join(texts)).rstrip())
     return "\n".join(lines)
 
 
 # key -> heading; a table shows those that its report has
 COLUMNS = {
-    "adjusted_rand_index": "adjusted Rand", "nmi": "NMI", "miou": "mIoU", "accuracy": "accuracy",
+    "adjusted_rand_index": "adjusted Rand", "nmi": "NMI", "miou": "mIoU", "accuracy": "acc.",
     "miou_many_to_one": "mIoU n:1", "accuracy_many_to_one": "acc. n:1",
     "occupied_per_image": "occupied", "prototypes_used": "in use",
 }  # fmt: skip
 EXPLANATION = """\
-mIoU, accuracy: prototypes matched one-to-one with classes. n:1: each gets its
-majority class, which favors a large k. occupied: prototypes per image. in use:
+mIoU, acc. (accuracy): prototypes matched one-to-one with classes. n:1: each gets
+its majority class, which favors a large k. occupied: prototypes per image. in use:
 in any image."""
 
 
