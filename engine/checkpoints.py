@@ -35,7 +35,7 @@ HEADS = (  # not all of head.*: a ConvNeXt of timm has a norm there
 )
 UNKNOWN = "its first bytes are those of nothing known"
 OTHERS = {  # how files begin that are no checkpoints, and what torch says -> what they are
-    r"PK.*(reading zip archive|Errno 22)": "a part of it is missing; take an earlier one",
+    r"PK.*(reading zip archive|Errno 22)": "a part is missing; take an earlier one, or train anew",
     r"\s*<": "a web page; download the file itself",
     r"version https://git-lfs": "a pointer of git-lfs; `git lfs pull` brings the file itself",
     r"PK.*TorchScript": "TorchScript; take its state_dict()",

@@ -311,8 +311,7 @@ class Run:
                 files.forget_after(self.folder / "log.jsonl", self.steps)
                 files.remove_leftovers(self.folder)
                 files.write_json(config, self.settings)
-                if not self.position:  # a new run names its own
-                    (self.folder / "skipped.txt").unlink(missing_ok=True)
+                self.take_away()
         except OSError as error:
             reason = "it is a file" if isinstance(error, FileExistsError) else error
             raise ValueError(f"--output-dir {self.folder} cannot be used: {reason}") from None
@@ -325,6 +324,15 @@ class Run:
             following = self.steps - self.steps % options.log_every + options.log_every
             if self.steps < options.last_step:
                 self.print(f"next     a line at step {min(following, options.last_step)}")
+
+    def take_away(self) -> None:
+        """What an earlier run left in the folder and would be taken for this one's."""
+        left = ["skipped.txt"] * (self.position == 0)  # a new run names its own
+        left += ["backbone.pth", "result.json"] * (self.steps < self.options.last_step)
+        for name in left:
+            (self.folder / name).unlink(missing_ok=True)
+        if self.position == 0 and (old := list(self.folder.glob("epoch_*.pth"))):
+            log.say(f"{self.folder}: {len(old)} files epoch_N.pth are of an earlier run")
 
     def require_space(self) -> None:
         """Raises ValueError where not one checkpoint fits on the disk."""

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
+from engine.log import say
+
 
 def build(name: str, pretrained: bool = False) -> nn.Module:
     """A network of timm under timm's names of tensors, which gives its last map [U].
@@ -16,6 +18,8 @@ def build(name: str, pretrained: bool = False) -> nn.Module:
     try:
         import timm
 
+        if pretrained:
+            say(f"looks for the weights of {name}, here and then in the network")
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for every try
         try:  # a ViT then takes views of any size
             model = timm.create_model(name, pretrained, num_classes=0, dynamic_img_size=True)

@@ -97,7 +97,7 @@ def draw_runs(runs: Sequence[Run]) -> Figure:
     """A panel per number of the log, a color per run; dashed: `chance_lines`."""
     figure = Figure((14, 10 + 0.2 * len(runs)), layout="constrained")
     note = "Over steps. Dashed: uniform assignments, in the slot loss uniform keys."
-    note += " Gray text: good runs, from start to end."
+    note += " Gray text: good runs, from start to end, and signs of bad ones."
     figure.suptitle(f"{note}\nNever judge by the loss: a collapsed run can have the lowest.")
     for axis, key in zip(figure.subplots(3, 4).flat, PANELS):
         handles = [draw_curve(axis, key, *pair) for pair in enumerate(runs)]

@@ -139,7 +139,8 @@ def read_label(files: Sequence[Path], ids: Sequence[int], num_classes: int, inde
     wrong = (classes != IGNORE) & ((classes < 0) | (classes >= num_classes))
     if num_classes and wrong.any():
         found = f"the label {files[index]} has id {numbers[wrong][0]}"
-        raise ValueError(f"{found}, which is none of its {num_classes} classes: see --num-classes")
+        known = f"{num_classes} classes, of classes.txt or --num-classes"
+        raise ValueError(f"{found}, which is none of its {known}")
     return torch.from_numpy(classes)
 
 

@@ -95,14 +95,18 @@ def write_mask(file: Path, mask: Image.Image, palette: np.ndarray, about: Mappin
 
 
 def read_segments(file: Path, made_by: str, photo: Path) -> Segments | None:
-    """What is in a mask; None: there is no mask, or one made otherwise or of another photograph."""
+    """What is in a mask; None: there is no mask, or one made otherwise or of another photograph.
+    Raises ValueError for a file that is no mask of ours.
+    """
     try:
         with Image.open(file) as mask:
             about = json.loads(mask.text["slotcon"])
         same = about["made_by"] == made_by and about["photo"] == digest(photo)
         return about["segments"] if same else None
-    except (OSError, AttributeError, KeyError, ValueError):
+    except FileNotFoundError:
         return None
+    except (OSError, AttributeError, KeyError, ValueError):
+        raise ValueError(f"{file} is no mask of this program: give another --output") from None
 
 
 def digest(photo: Path) -> str:

@@ -15,7 +15,7 @@ from torchvision.transforms.v2.functional import center_crop, resize
 import toy
 from data import center_square, middle
 from engine.batches import load
-from engine.images import BadImage, Photograph, Photographs, find_images
+from engine.images import BadImage, Photograph, Photographs, find_images, look_like_labels
 from engine.log import progress, say
 from measures.datasets import UNSEEN, Labeled
 
@@ -80,7 +80,7 @@ def open_photographs(places: Sequence[Path]) -> Photographs:
     files = set(map(os.path.abspath, single))
     for folder in (place for place in places if os.path.abspath(place) not in files):
         root, paths, notice = find_images(folder)
-        print(f"{len(paths)} images: {notice}")
+        print(f"{len(paths)} images: {notice}{look_like_labels(paths)}")
         files.update(os.path.join(root, path) for path in paths)
     root = os.path.commonpath([os.path.dirname(file) for file in files])
     return Photographs(root, sorted(os.path.relpath(file, root) for file in files))
@@ -90,7 +90,7 @@ def read_views(images: Sequence[Tensor], view: Callable[[Tensor], Tensor]) -> Te
     """All views (b 3 y x) uint8 of what can be read. Raises ValueError if that is nothing."""
     views = [image for _, image in read(images, view, range(len(images)))]
     if not views:
-        raise ValueError("none of the images can be read")
+        raise ValueError(f"none of the {len(images)} images chosen can be read")
     return torch.stack(views)
 
 

@@ -131,7 +131,7 @@ BROKEN = {  # what is said -> of which files
     f"{NO}a pickle, as *.pkl of": (pickle.dumps(dict(model=[1.5] * 9)),),
     f"{NO}a zip of other files": (zip_of("readme.txt"),),
     f"{NO}TorchScript": (zip_of("a/constants.pkl", "a/version"),),
-    f"{NO}a part of it is missing": (b"PK\x03\x04 and", zip_of("a/data.pkl")[:-8]),
+    f"{NO}a part is missing": (b"PK\x03\x04 and", zip_of("a/data.pkl")[:-8]),
     f"{NO}its first bytes are": (b"\x9d" * 50, b"hello\nworld, this is text\n"),
     " holds a list, not a checkpoint's dictionary": ([1, 2],),
     " holds no backbone: found nothing": ({},),

@@ -154,6 +154,9 @@ def test_another_network_size_names_or_photo_make_other_masks(checkpoint, photos
     assert "'5 sky': expected a prototype from 0 to 4" in capsys.readouterr().err
     run(checkpoint, file, "--output", names, status=2)
     assert f"cannot write {names}/prototypes.json: give another" in capsys.readouterr().err
+    shutil.copy(photos / "a.png", tmp_path / "m" / "gray.png")  # a label, say
+    run(checkpoint, file, *out, status=2)
+    assert "m/gray.png is no mask of this program: give another" in capsys.readouterr().err
     run(checkpoint, tmp_path / "no.jpg", *out, status=2)
     assert "no such folder" in capsys.readouterr().err
 

@@ -156,12 +156,16 @@ def test_work_that_was_lost_is_done_again_and_logged_once(saved, whole, tmp_path
     assert names == ["config.json", "last.pth", "log.jsonl", "run.lock"]
 
 
-def test_a_finished_run_that_is_started_again_changes_nothing(whole, tmp_path):
+def test_a_finished_run_that_is_started_again_changes_nothing(whole, tmp_path, capfd):
     shutil.copytree(whole, tmp_path / "run")
-    assert program(tmp_path / "run").finished
+    result, epoch = (tmp_path / "run" / name for name in ("result.json", "epoch_0001.pth"))
+    result.touch()
+    epoch.touch()
+    assert program(tmp_path / "run").finished and result.exists()
     assert same(tmp_path / "run", whole)
     assert program(tmp_path / "run", resume="none").steps == LAST  # this one starts over
-    assert same(tmp_path / "run", whole)
+    assert same(tmp_path / "run", whole) and not result.exists()
+    assert "1 files epoch_N.pth are of an earlier run" in capfd.readouterr().err
 
 
 def test_a_signal_in_the_last_step_does_not_turn_the_end_into_a_pause(whole, tmp_path):

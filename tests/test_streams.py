@@ -79,7 +79,7 @@ def test_images_come_from_a_folder_from_its_val2017_or_are_drawn(tmp_path):
     assert named.shape == (1, 3, 32, 32)
     both = Photographs(tmp_path, ["a.png", "none.png"])
     assert streams.read_views(both, streams.center_view(32)).equal(named)
-    with pytest.raises(ValueError, match="none of the images can be read"):
+    with pytest.raises(ValueError, match="none of the 1 images chosen can be read"):
         streams.read_views(Photographs(tmp_path, ["none.png"]), streams.center_view(32))
 
 

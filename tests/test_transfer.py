@@ -148,7 +148,7 @@ def test_a_run_ends_with_a_table_in_one_unit_and_writes_json(whole, tmp_path, ca
     assert run(here, "--json", str(tmp_path / "score.json")) == 0
     assert result_of(here) == result == json.loads((tmp_path / "score.json").read_text())
     end = capsys.readouterr().out.partition("done ")[2]
-    assert f"this run    {result['miou']:.3f}     {result['accuracy']:.3f}\n" in end
+    assert f"this run    {result['miou']:.3f}  {result['accuracy']:.3f}\n" in end
     ball = f"ball              {result['iou']['ball']:.3f}\n"
     assert "IoU of each class\n" in end and ball in end and "%" not in end and "slides" not in end
     assert run(here, "--json", str(whole)) == 2
