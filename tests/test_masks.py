@@ -69,10 +69,9 @@ def test_every_photograph_has_an_upright_palette_image(checkpoint, photos, tmp_p
     assert found == pytest.approx(counts.tolist(), abs=1e-5)
 
 
-AMONG = [(".", "."), (".", "deep/masks"), ("gray.png", "."), ("../list.txt", "deep")]
-
-
-@pytest.mark.parametrize("given, output", AMONG)
+@pytest.mark.parametrize("given, output", [
+    (".", "."), (".", "deep/masks"), ("gray.png", "."), ("../list.txt", "deep"),
+])  # fmt: skip
 def test_masks_among_the_photographs_are_refused(given, output, checkpoint, photos, capsys):
     before = contents(photos)
     (photos / "../list.txt").write_text(f"{photos}/deep/a.png")
@@ -87,9 +86,7 @@ def test_ids_are_those_of_the_segmentation_that_is_measured(checkpoint, photos, 
     assert np.array_equal(mask, segment(open_network(checkpoint)[0], pixels[None])[0][0].numpy())
 
 
-def test_prototypes_are_described_in_a_file_and_beside_the_sheet(
-    checkpoint, photos, tmp_path, monkeypatch
-):
+def test_prototypes_are_described_beside_the_sheet(checkpoint, photos, tmp_path, monkeypatch):
     out, sheets = tmp_path / "m", []
     monkeypatch.setattr(masks, "save", lambda figure, *_: sheets.append(figure))
     (tmp_path / "names.txt").write_text("0 sky\n\n3 the ground\n")
