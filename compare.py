@@ -105,8 +105,8 @@ def run(args: argparse.Namespace, entries: Sequence[Entry]) -> None:
     result = dict(table=args.table or "", seeds=args.seeds, steps=args.steps, k=k)
     result.update(labeled_scenes=LABELED, rows=records)
     jobs = [(entry, seed) for seed in range(args.seeds) for entry in entries]
-    kept = f"{args.output_dir} has those that are done; a second start begins with row 1"
-    print(f"{len(jobs)} rows of {args.steps} steps; {kept}", flush=True)
+    print(f"{len(jobs)} rows of {args.steps} steps; a second start begins with row 1\n"
+          f"those that are done are in {args.output_dir}/comparison.json", flush=True)  # fmt: skip
     for (entry, _), (record, groups) in zip(jobs, in_processes(jobs, args.output_dir)):
         records[entry.label].append(record)
         # Slots have no names: group 3 of one image is not group 3 of another

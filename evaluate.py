@@ -114,7 +114,7 @@ def measure_probe(args: argparse.Namespace) -> dict:
     learned, tested = open_labeled(args, "train"), open_labeled(args, args.split or "val")
     probes.check_parts(learned, tested)
     parts = "four parts: to learn and to test, with trained and with random weights"
-    print(f"learns from {len(learned)} images, measures {len(tested)} others; {parts}", flush=True)
+    print(f"learns from {len(learned)} images, measures {len(tested)} others\n{parts}", flush=True)
     size = args.size or (toy.Dials().size if result["dataset"] == "toy" else 320)
     result.update(labeled_images=len(learned), images=len(tested), size=size)
     random = networks.untrained_backbone(config["arch"], args.device)

@@ -135,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.backends.cudnn.benchmark = c.task == "segmentation"  # sizes of detection change
     torch.manual_seed(c.seed)  # the same heads on every rank
     backbone, c, about = open_pretrained(c, given)
+    weights = checkpoints.weights_digest(backbone)
     model, seen, unseen = TASKS[c.task].prepare(c, backbone)
     if place.rank == 0:
         print(f"look     at all {len(unseen)} images to test: whether they can be read", flush=True)
@@ -146,9 +147,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         place, model, optimizer, range(len(seen)),
         view=functools.partial(view, TASKS[c.task].view, seen, c),
         settings=dict(task=c.task, **dataclasses.asdict(c)),
-        changed=functools.partial(settings.differences, c, len(seen)),
+        changed=functools.partial(settings.differences, c, len(seen), weights),
         collate=TASKS[c.task].collate, names=model.losses,
     )  # fmt: skip
+    run.notes["backbone"] = weights
     with run:
         run.print(f"device   {processes.describe(place)}", f"backbone {about}")
         run.print(f"data     {len(seen)} images to learn from, {len(unseen)} to test; "

@@ -29,7 +29,7 @@ STARRED = f"* of {CLUSTERS}: no groups, or none with names.\n"
 EXPLANATION = f"""\
 obj., inst., fore.: adjusted Rand index per scene, of the pixels of objects; of
 objects and stuff; of foreground and background. used: groups in use.
-collapsed: fewer than {FEWEST_GROUPS} groups, or NMI not above the untrained network's."""
+collapsed: fewer than {FEWEST_GROUPS} groups, or, but for slots, NMI not above untrained."""
 
 
 @torch.no_grad()
@@ -81,8 +81,11 @@ def probe(system: System, labeled: Scenes, features: Tensor, semantic: Tensor) -
 
 
 def collapsed(found: Mapping[str, Any], untrained: Mapping[str, Any]) -> bool:
-    """Few groups in use, or no more agreement with the classes than before training."""
-    return found["groups_used"] < FEWEST_GROUPS or found["nmi"] <= untrained["nmi"]
+    """Few groups in use, or no more agreement with the classes than before training; of groups
+    without names the first alone.
+    """
+    named = found["named_by"] == found["grouped_by"]
+    return found["groups_used"] < FEWEST_GROUPS or (named and found["nmi"] <= untrained["nmi"])
 
 
 def brief(label: str, record: Mapping[str, Any]) -> str:

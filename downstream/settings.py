@@ -179,10 +179,12 @@ def parse(argv: Sequence[str] | None, description: str) -> tuple[Shared, set[str
     return dataclasses.replace(c, output_dir=output_dir), given
 
 
-def differences(c: Shared, num_images: int, saved: Mapping[str, Any]) -> list[str]:
-    """What a checkpoint was made with and this run is not."""
+def differences(c: Shared, num_images: int, weights: str, saved: Mapping[str, Any]) -> list[str]:
+    """What a checkpoint was made with and this run is not. weights: a hash of the backbone's."""
     task, images = saved["config"].get("task", "pretraining"), saved["num_images"]
     if task != c.task:
         return [f"task: {task} then, {c.task} now"]
     other = [f"images: {images} then, {num_images} now"] if images != num_images else []
+    if saved["notes"].get("backbone", weights) != weights:
+        other.append(f"backbone: {c.backbone} had other weights then")
     return options.differences(c, saved["config"]) + other

@@ -1,6 +1,7 @@
 """Checkpoints: one reader for all of them, which runs nothing, under our names; one way back."""
 
 import argparse
+import hashlib
 import io
 import math
 import re
@@ -117,6 +118,14 @@ def kind_of(path: Path, error: Exception) -> str:
     # The bytes of a text are taken for instructions, which fail anywhere
     known = isinstance(error, (RuntimeError, OSError))
     return next(kinds, textwrap.shorten(text, 100, placeholder=" ...") if known else UNKNOWN)
+
+
+def weights_digest(network: torch.nn.Module) -> str:
+    """A hash of all tensors."""
+    found = hashlib.sha256()
+    for weights in network.state_dict().values():
+        found.update(weights.cpu().numpy().tobytes())
+    return found.hexdigest()
 
 
 def released_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

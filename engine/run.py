@@ -311,7 +311,7 @@ class Run:
                 files.forget_after(self.folder / "log.jsonl", self.steps)
                 files.remove_leftovers(self.folder)
                 files.write_json(config, self.settings)
-                self.take_away()
+                self.take_away(own=wanted and last == self.folder / "last.pth")
         except OSError as error:
             reason = "it is a file" if isinstance(error, FileExistsError) else error
             raise ValueError(f"--output-dir {self.folder} cannot be used: {reason}") from None
@@ -325,8 +325,14 @@ class Run:
             if self.steps < options.last_step:
                 self.print(f"next     a line at step {min(following, options.last_step)}")
 
-    def take_away(self) -> None:
-        """What an earlier run left in the folder and would be taken for this one's."""
+    def take_away(self, own: bool) -> None:
+        """What an earlier run left in the folder and would be taken for this one's; own: which goes
+        on here.
+        """
+        last = self.folder / "last.pth"
+        if not own and last.exists():
+            last.replace(self.folder / "previous.pth")
+            log.say(f"{self.folder}: last.pth of the earlier run is previous.pth now")
         left = ["skipped.txt"] * (self.position == 0)  # a new run names its own
         left += ["backbone.pth", "result.json"] * (self.steps < self.options.last_step)
         for name in left:

@@ -22,6 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.utils.data import Subset
 
+from engine.checkpoints import weights_digest
 from engine.files import found_in, read_lines, remove_leftovers, write_atomically, write_json
 from engine.images import BadImage, Photograph, Photographs
 from engine.log import progress
@@ -142,10 +143,8 @@ def write_masks(
     """All files, for the photographs that lack a mask -> the contents of prototypes.json, and the
     shares of each photograph. Raises ValueError, OSError.
     """
-    made_by = hashlib.sha256(repr((size, sorted(names.items()))).encode())
-    for weights in network.state_dict().values():
-        made_by.update(weights.cpu().numpy().tobytes())
-    about = dict(made_by=made_by.hexdigest(), names=names)
+    made_by = repr((size, sorted(names.items()), weights_digest(network)))
+    about = dict(made_by=hashlib.sha256(made_by.encode()).hexdigest(), names=names)
     colors = prototype_colors(network.prototypes.num_embeddings)
     palette, files = np.uint8(colors * 255 + 0.5), mask_files(photos.paths.tolist(), folder)
     paths = [Path(photos.root, path) for path in photos.paths]
