@@ -36,7 +36,7 @@ COUNTS = ("position", "bad_steps", "bad_in_row", "logged", "sums", "notes")
 # Ways out where a checkpoint of this folder, or of another place, was made otherwise
 IN_PLACE = "--resume force goes on all the same, --resume none starts over in this folder, and "
 IN_PLACE += "another --output-dir keeps both"
-ELSEWHERE = "--resume FILE needs the same ones"
+ELSEWHERE = "--resume FILE needs the same ones; train.py has --init FILE for its weights alone"
 
 
 @dataclass(frozen=True)

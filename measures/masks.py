@@ -165,13 +165,16 @@ def write_masks(
         own = dict(photo=digest(paths[todo[place]]), segments=known[todo[place]])
         write_mask(files[todo[place]], mask, palette, about | own)
     found = {photo: segments for photo, segments in zip(photos.paths.tolist(), known) if segments}
+    masks = {i: files[i] for i, segments in enumerate(known) if segments}
+    if stale := {*folder.rglob("*.png")} - {*masks.values()}:
+        print(f"{len(stale)} other files .png in {folder} are not of these photographs, first "
+              f"{min(stale)}")  # fmt: skip
     if not found:
         raise ValueError("none of the photographs can be read")
     prototypes = [about_prototype(k, found, color, names) for k, color in enumerate(colors)]
     write_json(folder / "prototypes.json", prototypes)
     used = sorted((p for p in prototypes if p["images"]), key=lambda p: -p["share"])
     legend = {f"{p['prototype']} {p['name']}": p["color"] for p in used[:IN_LEGEND]}
-    masks = {i: files[i] for i, each in enumerate(known) if each}
     draw_sheet(folder, photos, masks, palette, legend)
     shares = {photo: {k: share for k, (share, _) in each.items()} for photo, each in found.items()}
     return dict(prototypes=prototypes, photos=shares)

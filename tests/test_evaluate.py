@@ -125,8 +125,7 @@ def test_a_backbone_is_probed_as_its_network_is_beside_a_random_one(trained, tmp
         results.append([result["trained"], result["random_backbone"]])
     assert results[0] == results[1] and results[0][0] != results[2][0]
     scores = [row[kind] for row in results[0] for kind in ("linear", "neighbors")]
-    assert all(0 < score["miou"] <= 1 for score in scores)
-    assert all(len(score["iou"]) == len(toy.CLASS_NAMES) for score in scores)
+    assert all(0 < s["miou"] <= 1 and len(s["iou"]) == len(toy.CLASS_NAMES) for s in scores)
 
 
 def test_a_probe_is_never_tested_on_an_image_that_it_has_learned_from(trained, folder, capsys):

@@ -42,8 +42,7 @@ def test_an_empty_box_gives_finite_values_and_is_no_overlap():
 
 def test_prototypes_start_from_a_standard_normal():
     table = GroupingNetwork("tiny", 400, dim_hidden=9, dim_out=50).prototypes.weight
-    assert table.shape == (400, 50)
-    assert table.mean().item() == pytest.approx(0, abs=0.05)
+    assert table.shape == (400, 50) and table.mean().item() == pytest.approx(0, abs=0.05)
     assert table.std().item() == pytest.approx(1, rel=0.05)
 
 

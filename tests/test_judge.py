@@ -58,8 +58,8 @@ def test_groups_with_names_are_judged_themselves_and_slots_by_clusters():
 def test_a_collapse_is_few_groups_or_no_more_than_the_untrained_network_knows(used, nmi, gone):
     found = dict(groups_used=used, nmi=nmi, named_by=judge.OWN, grouped_by=judge.OWN)
     assert judge.collapsed(found, dict(nmi=0.2)) is gone
-    found["named_by"] = judge.CLUSTERS  # of slots, whose NMI is not theirs
-    assert judge.collapsed(found, dict(nmi=0.2)) is (used < 4)
+    of_slots = dict(found, named_by=judge.CLUSTERS)  # whose NMI is not theirs
+    assert judge.collapsed(of_slots, dict(nmi=0.2)) is (used < 4)
 
 
 def test_the_table_has_medians_stars_and_collapses():

@@ -146,16 +146,18 @@ def test_another_network_size_names_or_photo_make_other_masks(checkpoint, photos
         assert ("\n1 masks of another network, size, names" in said) == (len(seen) > 2)
         assert said.count("\n1 of 1 masks are there") == 1
     assert seen[::2] == seen[1::2] and len(set(seen)) == 5
+    run(checkpoint, photos / "a.png", *out)
+    assert f"1 other files .png in {tmp_path}/m are not of these" in capsys.readouterr().out
     names.write_text("5 sky\n")
-    run(checkpoint, photos, *out, "--names", names, status=2)
-    assert "'5 sky': expected a prototype from 0 to 4" in capsys.readouterr().err
-    run(checkpoint, file, "--output", names, status=2)
-    assert f"cannot write {names}/prototypes.json: give another" in capsys.readouterr().err
     shutil.copy(photos / "a.png", tmp_path / "m" / "gray.png")  # a label, say
-    run(checkpoint, file, *out, status=2)
-    assert "m/gray.png is no mask of this program: give another" in capsys.readouterr().err
-    run(checkpoint, tmp_path / "no.jpg", *out, status=2)
-    assert "no such folder" in capsys.readouterr().err
+    for given, complaint in (
+        ([photos, *out, "--names", names], "'5 sky': expected a prototype from 0 to 4"),
+        ([file, "--output", names], f"cannot write {names}/prototypes.json: give another"),
+        ([file, *out], "m/gray.png is no mask of this program: give another"),
+        ([tmp_path / "no.jpg", *out], "no such folder"),
+    ):
+        run(checkpoint, *given, status=2)
+        assert complaint in capsys.readouterr().err
 
 
 def test_where_no_photograph_can_be_read_one_line_says_so(checkpoint, photos, tmp_path, capsys):

@@ -135,8 +135,7 @@ def test_options_may_split_a_list_and_a_folder_is_its_checkpoint(commands, tmp_p
     monkeypatch.setenv("HOME", str(tmp_path))
     args = commands.parse_args("draw ~ ~/a.png --limit 9 b --data-dir ~/c d".split())
     assert (args.checkpoint, args.data_dir) == (tmp_path / "last.pth", tmp_path / "c")
-    assert args.files == [tmp_path / "a.png", Path("b"), Path("d")]
-    assert args.limit == 9
+    assert args.files == [tmp_path / "a.png", Path("b"), Path("d")] and args.limit == 9
 
 
 def test_where_a_figure_goes(tmp_path):

@@ -273,6 +273,10 @@ def test_a_run_is_continued_by_its_own_options_and_task_only(whole, tmp_path, ca
     shutil.copytree(whole, tmp_path / "run")
     assert run(tmp_path / "run", "--base-lr", "3") == 2
     assert "base_lr: 0.4 then, 3.0 now" in capsys.readouterr().err
+    given = "--backbone", str(save_checkpoint(tmp_path / "given.pth")), "--max-steps", "1"
+    assert run(tmp_path / "other", *given) == 0
+    assert run(tmp_path / "other", *given, "--network", "student") == 2
+    assert "given.pth had other weights then" in capsys.readouterr().err
     pretraining = last_of(whole)
     del pretraining["config"]["task"]
     checkpoints.save(tmp_path / "run" / "last.pth", pretraining)
