@@ -156,9 +156,9 @@ COLUMNS = {
     "occupied_per_image": "occupied", "prototypes_used": "in use",
 }  # fmt: skip
 EXPLANATION = """\
-mIoU, acc. (accuracy): prototypes matched one-to-one with classes. n:1: each gets
-its majority class, which favors a large k. occupied: prototypes per image. in use:
-in any image."""
+mIoU, acc. (accuracy): prototypes matched one-to-one with classes. n:1: each
+gets its majority class, which favors a large k. occupied: prototypes per
+image. in use: in any image."""
 
 
 def format_table(report: dict) -> str:
