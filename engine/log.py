@@ -26,8 +26,9 @@ def fit(text: str, stream: TextIO) -> str:
     if not stream.isatty():
         return text
     form = dict(subsequent_indent=" " * 9, break_long_words=False, break_on_hyphens=False)
-    width = int(os.environ.get("COLUMNS", 0)) or os.get_terminal_size(stream.fileno()).columns or 80
-    return "\n".join(textwrap.fill(line, width, **form) for line in text.split("\n"))
+    known = os.environ.get("COLUMNS", "")
+    width = int(known) if known.isdecimal() else os.get_terminal_size(stream.fileno()).columns
+    return "\n".join(textwrap.fill(line, width or 80, **form) for line in text.split("\n"))
 
 
 def progress(items: Iterable[T], total: int, title: str) -> Iterator[T]:

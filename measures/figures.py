@@ -28,7 +28,7 @@ FIRST_COLORS = """
     #e69f00 #56b4e9 #009e73 #f0e442 #0072b2 #d55e00 #cc79a7 #870f69 #a50fff #3c0fd2 #00f0c3 #8778f0
     #a51e00 #78691e #4bd200 #ff1e4b #ffa587 #1e7800 #69f0ff #a5a54b #ff2dff #a54b5a #3c8796 #00b4b4
 """.split()
-ONLY_HERE = ", in this figure only"  # where k is larger: another figure has other most used ones
+ONLY_HERE = "in this figure only"  # where k is larger: another figure has other most used ones
 
 
 def prototype_colors(k: int, use: Tensor | None = None) -> np.ndarray:
@@ -125,7 +125,7 @@ def draw_prototypes(
     used = int((found.active > 0).sum())
     title = f"{len(chosen)} prototypes ({used} are in use): the {top} segments that are\n"
     title += "the most similar to each, best on top, in a line of its color"
-    title += f"\n(the color{ONLY_HERE[1:]})" * (len(colors) > len(FIRST_COLORS))
+    title += f"\n(the color {ONLY_HERE})" * (len(colors) > len(FIRST_COLORS))
     figure = grid(title, [[None] * len(chosen)] * top, side=1.3)
     for k, column in zip(chosen, np.reshape(figure.axes, (top, -1)).T):
         column[0].set_title(f"prototype {k}\nin {int(found.active[k])} images", fontsize=8)
@@ -188,6 +188,6 @@ def draw_parts(
             drawn = tint(image, colors[slot], enlarged[slot])
             cells.append((f"slot {slot}: {float(mass[slot]):.0%}", drawn))
         rows.append([*cells, ("features (PCA)", feature)])
-    where = ONLY_HERE * (k > len(FIRST_COLORS))
+    where = f", {ONLY_HERE}" * (k > len(FIRST_COLORS))
     title = f"A color is one prototype{where}. Slot: how much a place (%: the image) belongs to it."
     save(grid(title, rows, side=1.7), file, 130)
