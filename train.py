@@ -146,11 +146,13 @@ def differences(c: Config, num_images: int, digest: str, saved: Mapping[str, Any
 def describe(c: Config, schedule: Schedule, place: Place, model: SlotCon) -> list[str]:
     """What will be trained, on a few lines."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    parts = place.world_size * c.accumulate
     lines = [
         f"network  {c.arch}{', frozen' * c.freeze_backbone}, {c.num_prototypes} prototypes; "
         f"{trained:.2f} M parameters trained{', compiled in the first minutes' * c.compile}",
-        f"batch    {c.batch_size} = {c.batch_size // place.world_size} x {place.world_size} "
-        f"process(es); {schedule.steps_per_epoch} steps per epoch, {schedule.total_steps} in all",
+        f"batch    {c.batch_size} = {c.batch_size // parts} x {place.world_size} process(es)"
+        f"{f' x --accumulate {c.accumulate}' * (c.accumulate > 1)}; "
+        f"{schedule.steps_per_epoch} steps per epoch, {schedule.total_steps} in all",
         f"lr       {schedule.peak:g} = {c.base_lr:g} x {c.batch_size} / 256, {c.optimizer}, "
         f"warm-up {schedule.warmup_steps} steps",
         f"chance   2 ln k = {2 * math.log(c.num_prototypes):.3f}: the group loss of a uniform "
@@ -158,7 +160,7 @@ def describe(c: Config, schedule: Schedule, place: Place, model: SlotCon) -> lis
     ]
     if schedule.warmup_steps >= schedule.total_steps:
         lines.append("warning  the warm-up is no shorter than the run: lower --warmup")
-    if c.batch_size == place.world_size * c.accumulate:
+    if c.batch_size == parts:
         lines.append("warning  one image per pass: batch norm and contrast see no other image")
     return lines
 
@@ -166,17 +168,14 @@ def describe(c: Config, schedule: Schedule, place: Place, model: SlotCon) -> lis
 @torch.compiler.set_stance("force_eager")  # --compile would take longer than a few images
 def finish(c: Config, run: Run, schedule: Schedule, held_out: Sequence[Any]) -> None:
     """What a run leaves: the teacher's backbone for others, and a look at what was found."""
-    if run.steps < schedule.total_steps:
-        left = run.time_left(schedule.total_steps)
-        print(f"paused   at step {run.steps} of {schedule.total_steps}; the same command without "
-              f"--max-steps goes on{left and f', for {left}'}")  # fmt: skip
+    if run.paused(schedule.total_steps):
         return
     file = run.folder / "backbone.pth"
     try:
         checkpoints.save(file, run.model.teacher.backbone.state_dict())
     except OSError as error:
         raise Stopped(f"could not write {file}: {error}; the same command tries again") from None
-    print(f"done     {run.steps} steps; {file} is the teacher's backbone")
+    run.print(f"done     {run.steps} steps; {file} is the teacher's backbone")
     from measures import results  # only here: it brings matplotlib, which no step needs
 
     if c.dataset == "toy":

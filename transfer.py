@@ -106,13 +106,10 @@ def test(c: Shared, run: Run, unseen: Sequence[Any]) -> None:
 
 def finish(c: Shared, run: Run, tested: int) -> None:
     """What a run leaves, beside the slides' numbers."""
-    at = f"at step {run.steps} of {c.total_steps}"
-    if run.steps < c.total_steps:
-        left = run.time_left(c.total_steps)
-        print(f"paused   {at}; the same command without --max-steps goes on"
-              f"{left and f', for {left}'}")  # fmt: skip
+    if run.paused(c.total_steps):
         return
-    print(f"done     {at}; best.pth has the best of all tests, {run.notes['best']:.3f}")
+    best = f"best.pth has the best of all tests, {run.notes['best']:.3f}"
+    run.print(f"done     {run.steps} steps; {best}")
     result = run.notes["result"]
     shown = [key for key in result if key in COLUMNS or key in settings.AP]
     rows = {"this run": result, **settings.slides_of(c, tested)}

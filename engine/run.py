@@ -223,6 +223,15 @@ class Run:
         """Whether all steps are taken."""
         return self.steps >= self.options.last_step
 
+    def paused(self, total: int) -> bool:
+        """Whether the run ended before its last step, and a line about it."""
+        if self.steps >= total:
+            return False
+        left = self.time_left(total)
+        then = f"the same command without --max-steps goes on{left and f', for {left}'}"
+        self.print(f"paused   at step {self.steps} of {total}; {then}")
+        return True
+
     def generator(self) -> torch.Generator:
         """Random numbers on the device for this batch and rank."""
         seed = seed_of(self.options.seed, self.position, self.place.rank)
@@ -296,12 +305,15 @@ class Run:
         named = options.resume not in ("auto", "none", "force")
         last = Path(options.resume) if named else self.folder / "last.pth"
         wanted = named or (options.resume != "none" and last.exists())
+        judge = changed if options.resume != "force" else lambda saved: []
         try:
+            if named:  # before there is a folder: where it is refused, none is left behind
+                self.resume(last, judge)
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.writes:
                 self.held.enter_context(lock(self.folder))
-            if wanted:
-                self.resume(last, changed if options.resume != "force" else lambda saved: [])
+            if wanted and not named:
+                self.resume(last, judge)
             self.require_space()
             if self.writes:
                 config = self.folder / "config.json"

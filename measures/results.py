@@ -22,7 +22,7 @@ A class and the prototype that is matched with it have one color; other colors h
 
 def toy_result(run: Run, c: Any) -> None:
     """Write result.json and groups.png of unseen scenes, and print the numbers."""
-    print(f"measures {c.held_out} scenes that nothing was learned from")
+    run.print(f"measures {c.held_out} scenes that nothing was learned from")
     teacher, scenes = run.model.teacher, toy.ToyImages(UNSEEN, c.held_out)
     untrained = untrained_network(vars(c), teacher.prototypes.weight.device, c.seed)
     report = compare_in_memory(teacher, untrained, scenes.images, scenes.semantic, toy.CLASS_NAMES)
@@ -44,11 +44,11 @@ def photos_result(run: Run, c: Any, images: Photographs) -> None:
     """`toy_result` for photographs kept out of training; without numbers if none is readable."""
     seen = "some of which may have been learned from: the images were changed"
     what = seen if run.notes["changed"] else "kept out of training"
-    print(f"measures {len(images)} photographs, {what}")
+    run.print(f"measures {len(images)} photographs, {what}")
     teacher, view = run.model.teacher.eval(), center_view(SIZE)
     shown = [views for _, views in stream(images, view, BATCH)]  # what can be read
     if not shown:
-        print("\nfigures  none: no photograph that was kept out can be read")
+        run.print("\nfigures  none: no photograph that was kept out can be read")
         return
     views = torch.cat(shown)
     found = retrieval.retrieve(teacher, views, view)
@@ -67,5 +67,5 @@ def finish(run: Run, report: dict, text: str, figures: str) -> None:
     """Puts a report into result.json, with the seconds of the run, and prints it."""
     report["seconds"] = round(run.seconds, 1)
     write_json(run.folder / "result.json", report)
-    print(f"\n{text}\n\n{report['seconds']:.0f} s in all")
-    print(f"figures  {figures} in {run.folder}; the numbers are in result.json")
+    run.print(f"\n{text}\n\n{report['seconds']:.0f} s in all")
+    run.print(f"figures  {figures} in {run.folder}; the numbers are in result.json")

@@ -98,6 +98,7 @@ def test_what_matters_cannot_change_within_a_run(change, short, tmp_path, monkey
     elsewhere = "--output-dir", tmp_path / "b", "--resume", short[0] / "last.pth"
     text = train_here(short[0], *CHANGES[change].split(), *elsewhere, status=2)
     assert f"({change}): --resume FILE needs the same ones; train.py has --init" in text
+    assert not (tmp_path / "b").exists()  # what is refused leaves no folder behind
 
 
 def test_what_does_not_matter_can_change_and_force_takes_what_is_asked_for_now(tmp_path):

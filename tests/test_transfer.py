@@ -180,7 +180,7 @@ def test_fewer_steps_are_the_beginning_of_more(whole, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1].startswith(paused)
     assert not {"best.pth", "result.json"} & set(os.listdir(folder))  # a pause does not test
     assert run(folder) == 0
-    assert "done     at step 12 of 12; best.pth has the best of" in capsys.readouterr().out
+    assert "done     12 steps; best.pth has the best of" in capsys.readouterr().out
     a, b = last_of(folder), last_of(whole)
     assert not difference(a["model"], b["model"]) and not difference(a["optimizer"], b["optimizer"])
 
