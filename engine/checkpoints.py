@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.files import found_in, write_atomically
+from engine.options import checkpoint_path
 
 FORMAT = 1  # goes up when older programs could not continue from a file
 # Names of the released SlotCon -> names here. The released `_k` networks are the teacher.
@@ -87,8 +88,7 @@ class Checkpoint:
 
 def read(path: str | Path) -> Checkpoint:
     """The checkpoint in a file; of a folder, its last.pth. Raises ValueError with one line."""
-    path = Path(path)
-    path = path / "last.pth" if path.is_dir() else path
+    path = checkpoint_path(path)
     if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}; {found_in(path)}")
     try:

@@ -26,6 +26,8 @@ SUFFIXES = (  # how the names of image files end
     *(".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"),
 )
 HIDDEN = (".", "@eaDir")  # how the names begin of what is left out; @eaDir holds a NAS's thumbnails
+# Folders that a run or evaluate.py wrote, by the files in them: these images are no photographs
+OWN = {"runs": {"config.json", "log.jsonl"}, "masks": {"prototypes.json"}}
 # How folders of label maps begin in VOC, Cityscapes, ADE20K and COCO-Stuff, and how their names end
 LABELS = re.compile(
     r"(?i)(?:^|/)(?:segment|gt|ground.?truth|anno|stuffthing|label|mask)\w*(?=/)"
@@ -200,7 +202,7 @@ def require_readable(images: Photographs) -> None:
 def _search(data_dir: Path, pattern: str, left: Left) -> list[str]:
     """Paths, relative to data_dir, of the images in a folder of a layout, without hidden ones.
 
-    "." stands for all folders but those of runs, which hold figures; links are followed.
+    "." stands for all folders but those that programs here wrote; links are followed.
     """
     deep, entered, images = pattern == ".", set(), []
     tops = [""] if deep else sorted(glob.glob(f"{pattern}/", root_dir=data_dir))
@@ -208,10 +210,10 @@ def _search(data_dir: Path, pattern: str, left: Left) -> list[str]:
     walks = (os.walk(os.path.join(data_dir, top), onerror=note, followlinks=True) for top in tops)
     for place, folders, names in itertools.chain(*walks):
         real, folder = os.path.realpath(place), os.path.relpath(place, data_dir)
-        of_run = folder != "." and {"config.json", "log.jsonl"} <= {*names}
-        if of_run:
-            left["folders of runs"].append(folder)
-        if of_run or real in entered:
+        own = next((kind for kind, files in OWN.items() if files <= {*names}), "")
+        if own and folder != ".":
+            left[f"folders of {own}"].append(folder)
+        if (own and folder != ".") or real in entered:
             folders.clear()
             continue
         entered.add(real)

@@ -14,15 +14,18 @@ class SummedNorm(nn.modules.batchnorm._BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (n c ...) -> the same shape and type."""
-        if not self.training:
-            given = self.running_mean, self.running_var, self.weight, self.bias
-            return F.batch_norm(x, *given, eps=self.eps)
-        normal, mean, var, n = Normalize.apply(x, self.weight, self.bias, self.eps)
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * n / (n - 1), self.momentum)
-        return normal
+        given = self.weight, self.bias
+        if self.training:
+            x, mean, var, n = Normalize.apply(x, *given, self.eps)
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(var * n / (n - 1), self.momentum)
+        else:
+            x = F.batch_norm(x, self.running_mean, self.running_var, *given, eps=self.eps)
+        for after in self.children():  # in a norm of timm: its dropout, then its activation
+            x = after(x)
+        return x
 
 
 class Normalize(torch.autograd.Function):

@@ -235,12 +235,12 @@ def check_writable(file: Path, option: str) -> None:
         raise ValueError(f"cannot write {file}: give another place by {option}")
 
 
-def path(text: str) -> Path:
+def path(text: str | Path) -> Path:
     """A file or folder; ~ is the home folder."""
     return Path(text).expanduser()
 
 
-def checkpoint_path(text: str) -> Path:
+def checkpoint_path(text: str | Path) -> Path:
     """A checkpoint; of a folder, the last.pth in it."""
     file = path(text)
     return file / "last.pth" if file.is_dir() else file

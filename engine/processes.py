@@ -73,7 +73,10 @@ def synchronized(model: nn.Module, place: Place, sync_norm: str = "torch") -> nn
     if place.world_size > 1 and sync_norm == "ours":
         return summed(model)
     if place.world_size > 1 and place.device.type == "cuda":  # on a CPU it raises
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        convert = nn.SyncBatchNorm.convert_sync_batchnorm
+        if "timm" in sys.modules:  # some norms there hold an activation, which PyTorch would drop
+            from timm.layers import convert_sync_batchnorm as convert
+        return convert(model)
     return model
 
 

@@ -4,6 +4,7 @@ a log. A program puts its own step between `remember` and `end_step`, as train.p
 
 import contextlib
 import datetime
+import itertools
 import json
 import math
 import shutil
@@ -26,6 +27,7 @@ from tqdm import tqdm
 from engine import checkpoints, files, log, processes
 from engine.batches import Collate, Samples, load, name_skipped, order_of
 from engine.guards import StopSignals, lock
+from engine.options import checkpoint_path
 from engine.processes import Place
 from engine.program import BEGAN, Stopped
 from engine.ranks import gather_objects, sum_over_ranks
@@ -33,6 +35,8 @@ from engine.ranks import gather_objects, sum_over_ranks
 MAX_BAD_STEPS = 20  # in a row without a finite loss and gradient, before a run stops [U]
 # What a run counts, and a checkpoint keeps beside the tensors
 COUNTS = ("position", "bad_steps", "bad_in_row", "logged", "sums", "notes")
+# What a program writes at the end of a run
+RESULTS = "backbone.pth", "result.json", "groups.png", "prototypes.png"
 # Ways out where a checkpoint of this folder, or of another place, was made otherwise
 IN_PLACE = "--resume force goes on all the same, --resume none starts over in this folder, and "
 IN_PLACE += "another --output-dir keeps both"
@@ -118,6 +122,7 @@ class Run:
 
     def batches(self) -> Iterator[Any]:
         """From where the run stands to its end, or to a pause."""
+        self.kept = self.position  # of the last writing: whether epoch_N.pth is due since then
         if self.finished:
             self.ended = self.ended or "done"  # unless its test was stopped
         else:
@@ -228,9 +233,15 @@ class Run:
         if self.steps >= total:
             return False
         left = self.time_left(total)
-        then = f"the same command without --max-steps goes on{left and f', for {left}'}"
+        then = f"{self.command('--max-steps')}{left and f', for {left}'}"
         self.print(f"paused   at step {self.steps} of {total}; {then}")
         return True
+
+    def command(self, *without: str) -> str:
+        """What goes on from last.pth, in words."""
+        starts = self.options.resume in ("auto", "force")
+        without = " and ".join([*without, *["--resume"] * (not starts)])
+        return f"the same command{f' without {without}' * bool(without)} goes on"
 
     def generator(self) -> torch.Generator:
         """Random numbers on the device for this batch and rank."""
@@ -301,56 +312,61 @@ class Run:
 
     def open_folder(self, changed: Callable[[Mapping[str, Any]], list[str]]) -> None:
         """Take the folder, go on from its checkpoint, and open the log. Raises ValueError."""
-        options = self.options
+        options, last = self.options, self.folder / "last.pth"
         named = options.resume not in ("auto", "none", "force")
-        last = Path(options.resume) if named else self.folder / "last.pth"
-        wanted = named or (options.resume != "none" and last.exists())
+        path = checkpoint_path(options.resume) if named else last
+        other = named and not (path.exists() and last.exists() and path.samefile(last))
+        wanted = other or (options.resume != "none" and last.exists())
         judge = changed if options.resume != "force" else lambda saved: []
         try:
-            if named:  # before there is a folder: where it is refused, none is left behind
-                self.resume(last, judge)
+            if other:  # before there is a folder: where it is refused, none is left behind
+                self.resume(path, judge, ELSEWHERE)
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.writes:
                 self.held.enter_context(lock(self.folder))
-            if wanted and not named:
-                self.resume(last, judge)
+            if wanted and not other:
+                self.resume(last, judge, IN_PLACE)
             self.require_space()
+            positions = gather_objects(self.position)  # now all have read it
+            if len(set(positions)) > 1:
+                found = f"the processes found different states of {path} (batches: {positions})"
+                raise ValueError(f"{found}: every machine must see the same --output-dir")
             if self.writes:
-                config = self.folder / "config.json"
-                expected = dict(auto=config.exists(), force=True).get(options.resume)
-                if expected and not wanted:
-                    log.say(f"{self.folder}: no checkpoint of an earlier run, a new run starts")
-                files.forget_after(self.folder / "log.jsonl", self.steps)
-                files.remove_leftovers(self.folder)
-                files.write_json(config, self.settings)
-                self.take_away(own=wanted and last == self.folder / "last.pth")
+                self.tidy_folder(goes_on=wanted and not other)
         except OSError as error:
             reason = "it is a file" if isinstance(error, FileExistsError) else error
             raise ValueError(f"--output-dir {self.folder} cannot be used: {reason}") from None
-        positions = gather_objects(self.position)
-        if len(set(positions)) > 1:
-            found = f"the processes found different states of {last} (batches done: {positions})"
-            raise ValueError(f"{found}: every machine must see the same --output-dir")
+        if other:
+            self.save()  # so that the command without --resume goes on from here
         if wanted:
-            self.print(f"resumed  {last} after step {self.steps}")
+            self.print(f"resumed  {path} after step {self.steps}")
             following = self.steps - self.steps % options.log_every + options.log_every
             if self.steps < options.last_step:
                 self.print(f"next     a line at step {min(following, options.last_step)}")
 
-    def take_away(self, own: bool) -> None:
-        """What an earlier run left in the folder and would be taken for this one's; own: which goes
-        on here.
+    def tidy_folder(self, goes_on: bool) -> None:
+        """Take away what an earlier run left in the folder and would be taken for this one's.
+
+        goes_on: the run of that last.pth.
         """
-        last = self.folder / "last.pth"
-        if not own and last.exists():
-            last.replace(self.folder / "previous.pth")
-            log.say(f"{self.folder}: last.pth of the earlier run is previous.pth now")
+        last, config = self.folder / "last.pth", self.folder / "config.json"
+        expected = dict(auto=config.exists(), force=True).get(self.options.resume)
+        if last.exists() and not goes_on:
+            others = (self.folder / f"previous_{n}.pth" for n in itertools.count(1))
+            previous = next(file for file in others if not file.exists())
+            last.replace(previous)
+            log.say(f"{self.folder}: last.pth of the earlier run is {previous.name} now")
+        elif not last.exists() and expected:
+            log.say(f"{self.folder}: no checkpoint of an earlier run, a new run starts")
         left = ["skipped.txt"] * (self.position == 0)  # a new run names its own
-        left += ["backbone.pth", "result.json"] * (self.steps < self.options.last_step)
+        left += list(RESULTS) * (self.steps < self.options.last_step)
         for name in left:
             (self.folder / name).unlink(missing_ok=True)
         if self.position == 0 and (old := list(self.folder.glob("epoch_*.pth"))):
             log.say(f"{self.folder}: {len(old)} files epoch_N.pth are of an earlier run")
+        files.forget_after(self.folder / "log.jsonl", self.steps)
+        files.remove_leftovers(self.folder)
+        files.write_json(config, self.settings)
 
     def require_space(self) -> None:
         """Raises ValueError where not one checkpoint fits on the disk."""
@@ -361,9 +377,10 @@ class Run:
             found = f"a checkpoint needs {size / 1e9:.3f} GB and {free / 1e9:.3f} GB are free"
             raise ValueError(f"the disk of {self.folder} is too small: {found}")
 
-    def resume(self, path: Path, changed: Callable[[Mapping[str, Any]], list[str]]) -> None:
-        """Go on from a checkpoint."""
-        advice = IN_PLACE if path == self.folder / "last.pth" else ELSEWHERE
+    def resume(
+        self, path: Path, changed: Callable[[Mapping[str, Any]], list[str]], advice: str
+    ) -> None:
+        """Go on from a checkpoint; advice: for what has `changed`."""
         parts = self.model, self.optimizer, self.scaler
         saved = checkpoints.restore(path, *parts, changed, advice)
         self.steps = saved["step"]
@@ -396,12 +413,14 @@ class Run:
 
     def save_if_due(self) -> None:
         """After a step: last.pth by the clock and at the end, epoch_N.pth at its epoch."""
-        epoch, into_epoch = divmod(self.position, self.steps_per_epoch)
-        keep = self.options.keep_every and not into_epoch and not epoch % self.options.keep_every
+        every = self.options.keep_every and self.steps_per_epoch * self.options.keep_every
+        keep = every and self.position // every > self.kept // every
         late = time.perf_counter() - self.written >= 60 * self.options.save_minutes
         # After a bad step the checkpoint before it may be the better one
         if self.ended != "diverged" and (self.ended or (self.good and (late or keep))):
+            epoch = self.position // self.steps_per_epoch
             self.save(f"epoch_{epoch:04d}.pth" if keep else "")
+            self.kept = self.position
 
     def save(self, also: str = "") -> bool:
         """Write last.pth -> whether this process did; also: a second name. A full disk costs a
@@ -454,7 +473,7 @@ class Run:
         if self.ended == "signal":
             received = self.signals.received or "a signal to another process"
             line = f"stopped by {received} after step {self.steps} of {self.options.last_step}"
-            self.print(f"{line}; {held}{': the same command goes on' * bool(self.steps)}")
+            self.print(f"{line}; {held}{f': {self.command()}' * bool(self.steps)}")
         if self.place.world_size > 1:
             torch.distributed.destroy_process_group()
         return 130 if (self.ended, self.signals.received) == ("signal", "SIGINT") else 0

@@ -116,10 +116,10 @@ def digest(photo: Path) -> str:
 
 
 def mask_files(paths: Sequence[str], folder: Path) -> list[Path]:
-    """NAME.png of each photograph; where two differ in their ending only, NAME.jpg.png."""
-    names = [Path(path).with_suffix(".png") for path in paths]
-    count = Counter(names)
-    return [folder / (n if count[n] == 1 else f"{path}.png") for n, path in zip(names, paths)]
+    """NAME.png of each photograph; where another one is called NAME or NAME.*, NAME.jpg.png."""
+    stems = [str(Path(path).with_suffix("")) for path in paths]
+    count = Counter([*stems, *paths])
+    return [folder / f"{s if count[s] == 1 else path}.png" for s, path in zip(stems, paths)]
 
 
 def read_names(file: Path | None, k: int) -> dict[int, str]:
@@ -157,8 +157,11 @@ def write_masks(
     if done := len(files) - len(todo):
         print(f"{done} of {len(files)} masks are there", flush=True)
     if others:
-        print(f"{others} masks of another network, size, names or photograph are made again")
+        print(f"{others} masks of another network, size, names or photograph are made again, where "
+              "it can be read")  # fmt: skip
     remove_leftovers(folder)
+    if not (summary := folder / "prototypes.json").exists():
+        write_json(summary, [])  # by which a search for photographs knows the folder
     todo_photos, see = Subset(photos, todo), partial(view, size=size)
     for place, (image, whole) in stream(todo_photos, see, 1, workers, "masks"):
         mask, known[todo[place]] = segments_of(network, image, whole[0].tolist())
@@ -172,7 +175,7 @@ def write_masks(
     if not found:
         raise ValueError("none of the photographs can be read")
     prototypes = [about_prototype(k, found, color, names) for k, color in enumerate(colors)]
-    write_json(folder / "prototypes.json", prototypes)
+    write_json(summary, prototypes)
     used = sorted((p for p in prototypes if p["images"]), key=lambda p: -p["share"])
     legend = {f"{p['prototype']} {p['name']}": p["color"] for p in used[:IN_LEGEND]}
     draw_sheet(folder, photos, masks, palette, legend)

@@ -10,6 +10,7 @@ from matplotlib.colors import to_hex
 from PIL import ExifTags, Image
 
 import evaluate
+from engine.images import find_images
 from measures import masks
 from measures.groups import segment
 from measures.networks import open_network
@@ -35,6 +36,7 @@ def photos(tmp_path):
     drawn(64, 64).resize((70, 64)).convert("CMYK").save(folder / "contact_sheet.jpg")
     drawn(64, 64).resize((64, 64)).save(folder / "deep" / "a.png")
     drawn(64, 64).resize((64, 64)).save(folder / "a.bmp")
+    drawn(64, 64).resize((64, 64)).save(folder / "a.png.jpg")
     (folder / "broken.jpg").write_text("no image")
     return folder
 
@@ -42,6 +44,7 @@ def photos(tmp_path):
 SIZES = {  # (x, y) of each mask
     "a.png.png": (160, 64), "turned.png": (48, 90), "gray.png": (64, 64),
     "contact_sheet.png": (70, 64), "deep/a.png": (64, 64), "a.bmp.png": (64, 64),
+    "a.png.jpg.png": (64, 64),
 }  # fmt: skip
 
 
@@ -57,11 +60,12 @@ def test_every_photograph_has_an_upright_palette_image(checkpoint, photos, tmp_p
     out = tmp_path / "masks"
     run(checkpoint, photos, "--output", out, "--size", 64, "--json", tmp_path / "r.json")
     text = capsys.readouterr()
-    assert "6 photographs have a mask" in text.out and "left out broken.jpg" in text.err
+    assert "7 photographs have a mask" in text.out and "left out broken.jpg" in text.err
     for name, size in SIZES.items():
         with Image.open(out / name) as mask:
             assert (mask.size, mask.mode) == (size, "P") and np.asarray(mask).max() < K
     assert {f for f in contents(out) if f.endswith(".png")} == {*SIZES}
+    assert not {f for f in find_images(tmp_path)[1] if f.startswith("masks")}  # no photographs
     shares = json.loads((tmp_path / "r.json").read_text())["photos"]
     with Image.open(out / "turned.png") as mask:
         counts = np.bincount(np.asarray(mask).ravel(), minlength=K) / (48 * 90)

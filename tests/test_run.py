@@ -164,7 +164,9 @@ def test_a_finished_run_that_is_started_again_changes_nothing(whole, tmp_path, c
     assert same(tmp_path / "run", whole)
     assert program(tmp_path / "run", resume="none").steps == LAST  # this one starts over
     assert same(tmp_path / "run", whole) and not result.exists()
-    assert result.with_name("previous.pth").read_bytes() == (whole / "last.pth").read_bytes()
+    program(tmp_path / "run", resume="none")
+    assert result.with_name("previous_1.pth").read_bytes() == (whole / "last.pth").read_bytes()
+    assert result.with_name("previous_2.pth").exists()
     assert "1 files epoch_N.pth are of an earlier run" in capfd.readouterr().err
 
 
@@ -278,6 +280,7 @@ def test_a_seed_a_position_and_a_rank_have_random_numbers_of_their_own(whole):
     (dict(save_minutes=0), (3, 4), [None, 1, 2, 3, 3, 3, 6, 7, 8, 9, 10], []),
     (dict(keep_every=1), (), [None] * 3 + [3] * 3 + [6] * 3, [1, 2, 3]),
     (dict(keep_every=2), (), [None] * 6 + [6] * 3, [2]),
+    (dict(keep_every=1), (5,), [None] * 3 + [3] * 4 + [7] * 2 + [9], [1, 2, 3]),
 ])  # fmt: skip
 def test_what_is_written_when(options, spoil, held, names, tmp_path):
     found = []  # the position that last.pth holds when each step begins
@@ -290,8 +293,9 @@ def test_what_is_written_when(options, spoil, held, names, tmp_path):
     program(tmp_path, look, **options)
     kept = [f"epoch_{epoch:04d}.pth" for epoch in names]
     assert found == held and sorted(f.name for f in tmp_path.glob("*.pth")) == [*kept, "last.pth"]
-    for epoch, name in zip(names, kept):
-        assert torch.load(tmp_path / name, weights_only=True)["position"] == 3 * epoch
+    for epoch, name in zip(names, kept):  # after a bad step it is written one step later
+        position = torch.load(tmp_path / name, weights_only=True)["position"]
+        assert position == 3 * epoch + (3 * epoch - 1 in spoil)
     assert last_of(tmp_path)["step"] == LAST
 
 

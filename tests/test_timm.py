@@ -1,10 +1,13 @@
 """Backbones of timm by name: whatever gives a map learns, resumes, can be frozen and read again."""
 
+import copy
+
 import pytest
 import torch
 
 import export
 from backbone import build_backbone
+from engine import processes
 from measures.networks import open_network
 from photometric import IMAGENET_MEAN, IMAGENET_STD
 from slotcon import SlotCon
@@ -43,6 +46,17 @@ def test_views_are_normalized_as_the_network_of_timm_expects_it():
     usual = (pixels - column(IMAGENET_MEAN)) / column(IMAGENET_STD)
     assert torch.allclose(ours(usual), plain((pixels - 0.5) / 0.25), atol=1e-5)
     assert not torch.allclose(ours(usual), plain(usual), atol=1e-2)
+
+
+@pytest.mark.parametrize("sync_norm", ["torch", "ours"])
+def test_norms_of_timm_that_hold_an_activation_keep_it_on_several_gpus(sync_norm, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "to", lambda model, *_, **__: model)  # here is no GPU
+    plain = build_backbone("timm:test_efficientnet").eval()
+    place = processes.Place(torch.device("cuda"), world_size=2)
+    found = processes.synchronized(copy.deepcopy(plain), place, sync_norm)
+    assert not any(type(module).__name__ == "BatchNormAct2d" for module in found.modules())
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.allclose(found(images), plain(images), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", SMALLEST)

@@ -234,9 +234,13 @@ def test_a_run_starts_from_given_weights_and_from_the_state_of_another_folder(sh
     count = len(last_of(short[0])["model"])
     assert f"start    {short[0]}: {count} of {count} tensors used\n" in text
     assert log_of(tmp_path / "a")[0]["loss"] != log_of(short[0])[0]["loss"]
-    resume = ("--resume", short[0] / "last.pth", "--max-steps", "7")
-    assert "after step 5" in train_here(tmp_path / "b", *resume)
-    assert last_of(tmp_path / "b")["step"] == 7
+    resume, other = ("--resume", short[0] / "last.pth"), tmp_path / "b"
+    text = train_here(other, *resume, "--max-steps", 5)
+    assert "same command without --max-steps and --resume goes on" in text
+    assert "after step 5" in train_here(other, "--max-steps", 7)
+    (tmp_path / "link").symlink_to(other)
+    assert "after step 7" in train_here(other, "--resume", tmp_path / "link", "--max-steps", 8)
+    assert last_of(other)["step"] == 8 and not (other / "previous_1.pth").exists()
 
 
 def test_subset_and_held_out_are_said_and_written_and_a_result_is_of_what_was_not_seen(tmp_path):
