@@ -107,8 +107,8 @@ class Config:
     check_data: bool = files(
         False, "only read every image once; ends with status 1 where a run would stop", free=True)
     resume: str = files(
-        "auto", "auto: from OUTPUT_DIR/last.pth; none; a path; or force: although options changed",
-        free=True)
+        "auto", "auto: from OUTPUT_DIR/last.pth; force: although options changed; none: start over",
+        choices=("auto", "force", "none"), free=True)
     log_every: int = files(10, "steps between lines of log.jsonl", low=1, free=True)
     save_minutes: float = files(10.0, "minutes between two writings of last.pth", low=0, free=True)
     keep_every: int = files(100, "keep epoch_N.pth at every such epoch, 0: none", low=0, free=True)

@@ -245,7 +245,6 @@ class ToyClass(NamedTuple):
     """A class: stuff, which fills the background, or a thing, which has a shape."""
 
     name: str
-    color: tuple[int, int, int]  # of labels, never of scenes
     hue: float  # to which hue_bias ties it, turns
     parts: tuple[Part, ...]
     shape: Shape | None = None  # None: stuff
@@ -254,22 +253,21 @@ class ToyClass(NamedTuple):
 
 # fmt: off
 CLASSES = (  # a new class is one row; stuff comes first
-    ToyClass("grain", (222, 203, 164), 0.10, (Part("grain", grain, (1.2, 1.6), 0.5),)),
-    ToyClass("waves", (86, 137, 196), 0.58, (Part("waves", waves, (6.0, 8.0), 0.04),)),
-    ToyClass("bricks", (163, 82, 62), 0.02, (Part("bricks", bricks, (5.0, 6.5), 0.02),)),
-    ToyClass("ball", (240, 128, 176), 0.92, (Part("ball", gloss, (24.0, 32.0), 0.5),),
+    ToyClass("grain", 0.10, (Part("grain", grain, (1.2, 1.6), 0.5),)),
+    ToyClass("waves", 0.58, (Part("waves", waves, (6.0, 8.0), 0.04),)),
+    ToyClass("bricks", 0.02, (Part("bricks", bricks, (5.0, 6.5), 0.02),)),
+    ToyClass("ball", 0.92, (Part("ball", gloss, (24.0, 32.0), 0.5),),
              lambda u, v: [_disc(u, v, 0.0, 0.0, 1.0)], 0.5),
-    ToyClass("crate", (140, 110, 190), 0.08, (Part("crate", checks, (4.6, 5.6), 0.02),),
+    ToyClass("crate", 0.08, (Part("crate", checks, (4.6, 5.6), 0.02),),
              lambda u, v: [(abs(u) <= 0.84) & (abs(v) <= 0.84)], 0.06),
-    ToyClass("fish", (72, 200, 204), 0.50, (Part("fish body", stripes, (3.0, 3.8), 0.03),
+    ToyClass("fish", 0.50, (Part("fish body", stripes, (3.0, 3.8), 0.03),
              Part("fish tail", stripes, (3.0, 3.8), 0.03)), _fish, 0.08),
-    ToyClass("star", (250, 200, 50), 0.15, (Part("star", dots, (6.0, 7.5), 0.5),), _star, 0.5),
-    ToyClass("tree", (62, 140, 70), 0.33, (Part("tree crown", leaves, (3.0, 4.0), 0.5),
+    ToyClass("star", 0.15, (Part("star", dots, (6.0, 7.5), 0.5),), _star, 0.5),
+    ToyClass("tree", 0.33, (Part("tree crown", leaves, (3.0, 4.0), 0.5),
              Part("tree trunk", bark, (1.5, 2.0), 0.02)), _tree, 0.03),
 )
 # fmt: on
 CLASS_NAMES = tuple(each.name for each in CLASSES)
-CLASS_COLORS = np.array([each.color for each in CLASSES], np.uint8)
 NUM_STUFF = sum(each.shape is None for each in CLASSES)
 PARTS = tuple(part for each in CLASSES for part in each.parts)
 PART_CLASS = np.array([i for i, each in enumerate(CLASSES) for _ in each.parts], np.uint8)

@@ -45,7 +45,8 @@ class Shared:
         choices=("auto", "bf16", "fp16", "off"), free=True)
     workers: int = option(-1, "readers per rank; -1: one per core", "machine", low=-1, free=True)
 
-    resume: str = option("auto", "from OUTPUT_DIR; none; force; a path", "files", free=True)
+    resume: str = option("auto", "from OUTPUT_DIR/last.pth; force: although options changed; none",
+        "files", choices=("auto", "force", "none"), free=True)
     log_every: int = option(50, "steps between lines of log.jsonl", "files", low=1, free=True)
     test_every: int = option(0, "steps between tests; 0: at the end", "files", low=0, free=True)
     save_minutes: float = option(10.0, "between writings of last.pth", "files", low=0, free=True)

@@ -17,6 +17,10 @@ from torch import Tensor
 from engine.files import found_in, write_atomically
 from engine.options import checkpoint_path
 
+WAYS_OUT = (
+    "--resume force goes on all the same, --resume none starts over in this folder, and another "
+    "--output-dir keeps both"
+)
 FORMAT = 1  # goes up when older programs could not continue from a file
 # Names of the released SlotCon -> names here. The released `_k` networks are the teacher.
 RELEASED = {
@@ -204,19 +208,18 @@ def start_from(model: torch.nn.Module, path: str) -> str:
 
 def restore(
     path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler, changed: Callable[[Mapping[str, Any]], list[str]], advice: str,
+    scaler: torch.amp.GradScaler, changed: Callable[[Mapping[str, Any]], list[str]],
 ) -> Mapping[str, Any]:  # fmt: skip
-    """Put a training checkpoint back -> its contents. Raises ValueError, with advice for what has
-    `changed`.
+    """Put a training checkpoint back -> its contents. Raises ValueError where it is none, or where
+    something has `changed`.
     """
     saved = read(path).contents
     if saved.get("format", math.inf) > FORMAT:
         found = f"it holds no training state (found {some_keys(saved)}), or one of a newer version"
         raise ValueError(f"{path} cannot be continued: {found}; its network can be evaluated")
     if differences := changed(saved):
-        raise ValueError(
-            f"{path} was made with other options or images ({'; '.join(differences)}): {advice}"
-        )
+        found = f"{path} was made with other options or images ({'; '.join(differences)})"
+        raise ValueError(f"{found}: {WAYS_OUT}")
     load_strictly(model, saved["model"], path)
     restore_optimizer(optimizer, saved["optimizer"], path)
     if scaler.is_enabled() and saved["scaler"]:

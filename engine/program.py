@@ -16,6 +16,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 BEGAN = time.perf_counter()  # the program, since it imports this file before torch
@@ -45,6 +46,9 @@ def run_early(name: str, parse: Callable[[Sequence[str] | None], Any]) -> None:
         parse(None)
     except ValueError as error:
         sys.exit(fail(name, error, 2))
+    if not find_spec("torch"):
+        line = "this Python has no torch: install as README.md says, then `. .venv/bin/activate`"
+        sys.exit(fail(name, line, 2))
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         threading.Thread(target=note_loading, args=(name,), daemon=True).start()
 

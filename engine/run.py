@@ -27,7 +27,6 @@ from tqdm import tqdm
 from engine import checkpoints, files, log, processes
 from engine.batches import Collate, Samples, load, name_skipped, order_of
 from engine.guards import StopSignals, lock
-from engine.options import checkpoint_path
 from engine.processes import Place
 from engine.program import BEGAN, Stopped
 from engine.ranks import gather_objects, sum_over_ranks
@@ -37,10 +36,6 @@ MAX_BAD_STEPS = 20  # in a row without a finite loss and gradient, before a run 
 COUNTS = ("position", "bad_steps", "bad_in_row", "logged", "sums", "notes")
 # What a program writes at the end of a run
 RESULTS = "backbone.pth", "result.json", "groups.png", "prototypes.png"
-# Ways out where a checkpoint of this folder, or of another place, was made otherwise
-IN_PLACE = "--resume force goes on all the same, --resume none starts over in this folder, and "
-IN_PLACE += "another --output-dir keeps both"
-ELSEWHERE = "--resume FILE needs the same ones; train.py has --init FILE for its weights alone"
 
 
 @dataclass(frozen=True)
@@ -53,7 +48,7 @@ class Options:
     seed: int = 0
     accumulate: int = 1  # parts per batch
     workers: int = -1  # processes that read images for each rank, -1: one per core
-    resume: str = "auto"  # auto: output_dir/last.pth where it is there; none; force; or a path
+    resume: str = "auto"  # output_dir/last.pth where it is there; none; force: although changed
     log_every: int = 10  # steps
     save_minutes: float = 10.0  # between two writings of last.pth
     keep_every: int = 0  # epochs between two files epoch_N.pth, 0: none
@@ -239,8 +234,8 @@ class Run:
 
     def command(self, *without: str) -> str:
         """What goes on from last.pth, in words."""
-        starts = self.options.resume in ("auto", "force")
-        without = " and ".join([*without, *["--resume"] * (not starts)])
+        over = ["--resume none"] * (self.options.resume == "none")
+        without = " and ".join([*without, *over])
         return f"the same command{f' without {without}' * bool(without)} goes on"
 
     def generator(self) -> torch.Generator:
@@ -313,45 +308,34 @@ class Run:
     def open_folder(self, changed: Callable[[Mapping[str, Any]], list[str]]) -> None:
         """Take the folder, go on from its checkpoint, and open the log. Raises ValueError."""
         options, last = self.options, self.folder / "last.pth"
-        named = options.resume not in ("auto", "none", "force")
-        path = checkpoint_path(options.resume) if named else last
-        other = named and not (path.exists() and last.exists() and path.samefile(last))
-        wanted = other or (options.resume != "none" and last.exists())
-        judge = changed if options.resume != "force" else lambda saved: []
+        wanted = options.resume != "none" and last.exists()
         try:
-            if other:  # before there is a folder: where it is refused, none is left behind
-                self.resume(path, judge, ELSEWHERE)
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.writes:
                 self.held.enter_context(lock(self.folder))
-            if wanted and not other:
-                self.resume(last, judge, IN_PLACE)
+            if wanted:
+                self.resume(last, changed if options.resume != "force" else lambda saved: [])
             self.require_space()
             positions = gather_objects(self.position)  # now all have read it
             if len(set(positions)) > 1:
-                found = f"the processes found different states of {path} (batches: {positions})"
+                found = f"the processes found different states of {last} (batches: {positions})"
                 raise ValueError(f"{found}: every machine must see the same --output-dir")
             if self.writes:
-                self.tidy_folder(goes_on=wanted and not other)
+                self.tidy_folder(wanted)
         except OSError as error:
             reason = "it is a file" if isinstance(error, FileExistsError) else error
             raise ValueError(f"--output-dir {self.folder} cannot be used: {reason}") from None
-        if other:
-            self.save()  # so that the command without --resume goes on from here
         if wanted:
-            self.print(f"resumed  {path} after step {self.steps}")
+            self.print(f"resumed  {last} after step {self.steps}")
             following = self.steps - self.steps % options.log_every + options.log_every
             if self.steps < options.last_step:
                 self.print(f"next     a line at step {min(following, options.last_step)}")
 
-    def tidy_folder(self, goes_on: bool) -> None:
-        """Take away what an earlier run left in the folder and would be taken for this one's.
-
-        goes_on: the run of that last.pth.
-        """
+    def tidy_folder(self, resumed: bool) -> None:
+        """Take away what an earlier run left in the folder and would be taken for this one's."""
         last, config = self.folder / "last.pth", self.folder / "config.json"
         expected = dict(auto=config.exists(), force=True).get(self.options.resume)
-        if last.exists() and not goes_on:
+        if last.exists() and not resumed:
             others = (self.folder / f"previous_{n}.pth" for n in itertools.count(1))
             previous = next(file for file in others if not file.exists())
             last.replace(previous)
@@ -377,12 +361,10 @@ class Run:
             found = f"a checkpoint needs {size / 1e9:.3f} GB and {free / 1e9:.3f} GB are free"
             raise ValueError(f"the disk of {self.folder} is too small: {found}")
 
-    def resume(
-        self, path: Path, changed: Callable[[Mapping[str, Any]], list[str]], advice: str
-    ) -> None:
-        """Go on from a checkpoint; advice: for what has `changed`."""
+    def resume(self, path: Path, changed: Callable[[Mapping[str, Any]], list[str]]) -> None:
+        """Go on from a checkpoint."""
         parts = self.model, self.optimizer, self.scaler
-        saved = checkpoints.restore(path, *parts, changed, advice)
+        saved = checkpoints.restore(path, *parts, changed)
         self.steps = saved["step"]
         for name in COUNTS:
             setattr(self, name, saved.get(name, getattr(self, name)))

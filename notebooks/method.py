@@ -28,7 +28,7 @@ from engine.options import chosen_for
 from measures.datasets import UNSEEN
 from measures.figures import principal_colors
 from photometric import IMAGENET_MEAN, IMAGENET_STD, Photometric
-from plots import as_image, few_colors
+from plots import CLASS_COLORS, as_image, few_colors
 from slotcon import Report, SlotCon
 
 FILE = course.ROOT / "docs" / "images" / "method.png"
@@ -124,7 +124,7 @@ def frame() -> None:
         figure.add_artist(FancyArrowPatch(path=Path(corners), **dashed))
     words = "(dashed: after each step; solid: forward)"
     figure.text(0.168, 0.329, words, va="top", fontsize=9)
-    patches = [Rectangle((0, 0), 1, 1, color=color / 255) for color in toy.CLASS_COLORS]
+    patches = [Rectangle((0, 0), 1, 1, color=color / 255) for color in CLASS_COLORS]
     where = dict(loc="lower left", bbox_to_anchor=(0, 0.0), handlelength=1, frameon=False)
     title = "prototypes\nmatched with"
     figure.legend(patches, toy.CLASS_NAMES, fontsize=10, title=title, title_fontsize=10, **where)

@@ -15,6 +15,8 @@ import toy
 from measures import metrics
 from measures.figures import prototype_colors
 
+CLASS_COLORS = np.uint8(prototype_colors(len(toy.CLASS_NAMES)) * 255 + 0.5)  # as after a run
+
 plt.rcParams.update({"savefig.dpi": 160, "font.size": 11, "figure.constrained_layout.use": True})
 
 
@@ -52,7 +54,7 @@ def class_colors(groups: Tensor, truth: Tensor, k: int) -> np.ndarray:
     counts = metrics.confusion_matrix(groups, truth, k, len(toy.CLASS_NAMES))
     matched = metrics.match(counts)
     shades = np.linspace(0.3, 0.85, k)[np.arange(k) * 7 % k]
-    of_class = toy.CLASS_COLORS[matched.clamp(min=0)] / 255
+    of_class = CLASS_COLORS[matched.clamp(min=0)] / 255
     return np.where((matched < 0)[:, None], shades[:, None], of_class)
 
 

@@ -93,7 +93,8 @@ def difference(values: list[Tensor], right: list[Tensor]) -> str:
         return "the sign is wrong"
     factor = value / right
     if factor.std() < 1e-3 * factor.mean().abs():
-        return f"it is {factor.mean():.4g} times what it should be"
+        rounded = ": are there enough digits?" * bool((factor.mean() - 1).abs() < 0.01)
+        return f"it is {factor.mean():.4g} times what it should be{rounded}"
     return f"the largest difference is {(value - right).abs().max():.3g}"
 
 

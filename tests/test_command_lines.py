@@ -139,6 +139,9 @@ def test_a_program_answers_a_wrong_command_line_before_it_loads_torch(program, t
         for number in (signal.SIGINT, signal.SIGTERM):
             (tmp_path / "torch.py").write_text(f"import os; os.kill(os.getpid(), {int(number)})")
             assert (run("").returncode, run("").stderr) == (130, "train.py: interrupted\n")
+        bare = [sys.executable, "-S", str(ROOT / "train.py")]  # without what is installed
+        done = subprocess.run(bare, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith("train.py: this Python has no torch")
 
 
 @pytest.mark.parametrize("given, workers", [("", -1), ("--workers 1", 1)])

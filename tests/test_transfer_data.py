@@ -308,16 +308,7 @@ JUNK = (None, True, 0, -1, 1.5, "", "x", "0", [], {}, [1], float("nan"), float("
 
 
 def damage(contents, rng):
-    """Replaces, repeats, cuts or takes away something in a nest of dictionaries and lists, or a
-    box.
-    """
-    annotation = rng.choice(contents["annotations"])
-    x, y, w, h = annotation["bbox"]
-    if rng.random() < 0.3:
-        annotation["bbox"] = rng.choice([
-            [x, y, x + w, y + h], [x + w / 2, y + h / 2, w, h], [x / 99, y / 99, w / 99, h / 99],
-            [y, x, h, w], [x - 99, y, w, h], [x, y, -w, h], [x, y, w]])  # fmt: skip
-        return
+    """Replaces, repeats, cuts or takes away something in a nest of dictionaries and lists."""
     where, key = contents, rng.choice(sorted(contents))
     while isinstance(where[key], (dict, list)) and where[key] and rng.random() < 0.9:
         where = where[key]
