@@ -62,11 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arch, state = config["arch"], backbone.state_dict()
     form = "timm" if arch.startswith(TIMM) and args.format == "torchvision" else args.format
     if arch not in RESNETS and form != "timm":
-        raise ValueError(
-            f"{args.checkpoint} holds the backbone {arch}. Only those that other "
-            f"libraries have can be exported, {', '.join(RESNETS)} and networks of timm: train "
-            "with --arch resnet18, for example; docs/transfer.md shows how to use it here"
-        )
+        ways = "train with --arch resnet18, for example; docs/transfer.md shows how to use it here"
+        if arch.startswith(TIMM):
+            ways = "leave --format out: the file has timm's names then"
+        elif args.format == "torchvision":
+            ways = f"networks of timm, too: {ways}"
+        known = f"--format {args.format} has {', '.join(RESNETS)}"
+        raise ValueError(f"{args.checkpoint} holds the backbone {arch}, but {known}; {ways}")
     options.check_writable(args.output, "--output")
     contents = exported.encoded(state, args.output.suffix)
     size = (224, 224) if form == "timm" else (97, 129)

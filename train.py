@@ -174,7 +174,7 @@ def finish(c: Config, run: Run, schedule: Schedule, held_out: Sequence[Any]) -> 
     try:
         checkpoints.save(file, run.model.teacher.backbone.state_dict())
     except OSError as error:
-        raise Stopped(f"could not write {file}: {error}; the same command tries again") from None
+        raise Stopped(f"could not write {file}: {error}; {run.command()}") from None
     run.print(f"done     {run.steps} steps; {file} is the teacher's backbone")
     from measures import results  # only here: it brings matplotlib, which no step needs
 

@@ -29,7 +29,7 @@ COMMON = (
     f"--preset toy --arch tiny --subset 768 --image-size 48 --num-prototypes {K} "
     "--temp-student 0.1 --momentum-center 0.9 --momentum-teacher 0.99 0.99 --batch-size 16 "
     "--base-lr 0.16 --epochs 36 --warmup 0.625 --device cpu --workers 0 "
-    "--log-every 20 --resume none"
+    "--log-every 20"
 )
 TOY = "--min-area 0.2 --jitter 0.2 0.2 0.3 0.5 1 --p-gray 0.2 --p-blur 0 0 --solarize 0.5 0.5 0"
 PUBLISHED = "--min-area 0.08 --jitter 0.4 0.4 0.2 0.1 0.8 --p-blur 1 0.1 --solarize 0 0.2 128"

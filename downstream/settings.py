@@ -185,7 +185,10 @@ def differences(c: Shared, num_images: int, weights: str, saved: Mapping[str, An
     task, images = saved["config"].get("task", "pretraining"), saved["num_images"]
     if task != c.task:
         return [f"task: {task} then, {c.task} now"]
-    other = [f"images: {images} then, {num_images} now"] if images != num_images else []
-    if saved["notes"].get("backbone", weights) != weights:
-        other.append(f"backbone: {c.backbone} had other weights then")
-    return options.differences(c, saved["config"]) + other
+    found = options.differences(c, saved["config"])
+    if images != num_images:
+        found.append(f"images: {images} then, {num_images} now")
+    moved = saved["config"]["backbone"] != c.backbone
+    if saved["notes"].get("backbone", weights) != weights and not moved:
+        found.append(f"backbone: {c.backbone} had other weights then")
+    return found

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from engine.files import found_in, write_atomically
 from engine.options import checkpoint_path
@@ -164,9 +165,9 @@ def some_keys(mapping: Mapping[str, Any]) -> str:
 
 
 def save(path: str | Path, contents: Any) -> None:
-    """torch.save, atomically. Raises OSError where the disk refuses."""
+    """torch.save of tensors on the CPU, atomically. Raises OSError where the disk refuses."""
     buffer = io.BytesIO()  # torch's own writer hides "no space left" behind an internal assertion
-    torch.save(contents, buffer)
+    torch.save(tree_map_only(Tensor, Tensor.cpu, contents), buffer)
     write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 

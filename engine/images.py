@@ -33,6 +33,8 @@ LABELS = re.compile(
     r"(?i)(?:^|/)(?:segment|gt|ground.?truth|anno|stuffthing|label|mask)\w*(?=/)"
     r"|_(?:mask|label|labelids|seg|gt)s?\.\w+$"
 )
+# Those of 89 to 179 megapixels are photographs, larger ones are refused
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 Left = collections.defaultdict[str, list[str]]  # what was left out: kind of files or folders, paths
 
 

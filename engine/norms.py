@@ -23,9 +23,24 @@ class SummedNorm(nn.modules.batchnorm._BatchNorm):
                 self.running_var.lerp_(var * n / (n - 1), self.momentum)
         else:
             x = F.batch_norm(x, self.running_mean, self.running_var, *given, eps=self.eps)
-        for after in self.children():  # in a norm of timm: its dropout, then its activation
-            x = after(x)
-        return x
+        return finished(self, x)
+
+
+class SyncedNorm(nn.SyncBatchNorm):
+    """PyTorch's, of GPUs alone."""
+
+    process_group = None  # all ranks
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (n c ...) -> the same shape and type."""
+        return finished(self, super().forward(x))
+
+
+def finished(norm: nn.Module, x: Tensor) -> Tensor:
+    """What a norm of timm does after it: its dropout, then its activation."""
+    for after in norm.children():
+        x = after(x)
+    return x
 
 
 class Normalize(torch.autograd.Function):
@@ -72,9 +87,9 @@ class Normalize(torch.autograd.Function):
         return grads[0] - F.batch_norm(x, mean, var, *means, eps=ctx.eps), *grads[1:], None
 
 
-def summed(model: nn.Module) -> nn.Module:
-    """The model, whose batch norms become such norms."""
+def converted(model: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """The model, whose batch norms become SummedNorm or SyncedNorm, with the same tensors."""
     for module in model.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            module.__class__ = SummedNorm
+            module.__class__ = kind
     return model

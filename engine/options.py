@@ -101,7 +101,7 @@ def differences(settings: Any, earlier: Mapping[str, Any]) -> list[str]:
         pair = earlier.get(f.name, f.default), getattr(settings, f.name)
         pair = [tuple(x) if isinstance(x, list) else x for x in pair]  # JSON has no tuples
         if pair[0] != pair[1]:  # a default of 0 stands for no choice
-            none = f.default in ("", 0) and f.default is not False
+            none = f.default in ("", 0) and f.default is not False and f.name != "seed"
             pair = ["not given" if none and x == f.default else x for x in pair]
             changed[f.name] = "{}: {} then, {} now".format(f.name, *pair)
     moved = {f.name for f in kept if f.metadata["unless"] in changed}

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from engine.norms import summed
+from engine.norms import SummedNorm, SyncedNorm, converted
 
 SILENT = datetime.timedelta(minutes=30)  # then a process counts as lost; a test may be long [U]
 
@@ -71,12 +71,9 @@ def synchronized(model: nn.Module, place: Place, sync_norm: str = "torch") -> nn
     """
     model = model.to(place.device, memory_format=torch.channels_last)
     if place.world_size > 1 and sync_norm == "ours":
-        return summed(model)
+        return converted(model, SummedNorm)
     if place.world_size > 1 and place.device.type == "cuda":  # on a CPU it raises
-        convert = nn.SyncBatchNorm.convert_sync_batchnorm
-        if "timm" in sys.modules:  # some norms there hold an activation, which PyTorch would drop
-            from timm.layers import convert_sync_batchnorm as convert
-        return convert(model)
+        return converted(model, SyncedNorm)
     return model
 
 

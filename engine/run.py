@@ -33,9 +33,7 @@ from engine.ranks import gather_objects, sum_over_ranks
 
 MAX_BAD_STEPS = 20  # in a row without a finite loss and gradient, before a run stops [U]
 # What a run counts, and a checkpoint keeps beside the tensors
-COUNTS = ("position", "bad_steps", "bad_in_row", "logged", "sums", "notes")
-# What a program writes at the end of a run
-RESULTS = "backbone.pth", "result.json", "groups.png", "prototypes.png"
+COUNTS = ("position", "bad_steps", "bad_in_row", "logged", "kept", "sums", "notes")
 
 
 @dataclass(frozen=True)
@@ -88,8 +86,8 @@ class Run:
         self.signals, self.held = StopSignals(bool(self.folder)), contextlib.ExitStack()
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
-        # Good steps; batches; steps without finite numbers, in all and since the last good one
-        self.steps = self.position = self.bad_steps = self.bad_in_row = 0
+        # Good steps; batches; files epoch_N.pth; steps without finite numbers, all and in a row
+        self.steps = self.position = self.kept = self.bad_steps = self.bad_in_row = 0
         self.logged, self.sums = 0, [0.0] * len(self.names)  # step of the last line; since then
         self.notes: dict[str, Any] = {}  # what a program wants to know again when it is resumed
         self.ended = ""  # then "done", "signal", "trouble" or "diverged"
@@ -117,7 +115,6 @@ class Run:
 
     def batches(self) -> Iterator[Any]:
         """From where the run stands to its end, or to a pause."""
-        self.kept = self.position  # of the last writing: whether epoch_N.pth is due since then
         if self.finished:
             self.ended = self.ended or "done"  # unless its test was stopped
         else:
@@ -332,22 +329,23 @@ class Run:
                 self.print(f"next     a line at step {min(following, options.last_step)}")
 
     def tidy_folder(self, resumed: bool) -> None:
-        """Take away what an earlier run left in the folder and would be taken for this one's."""
-        last, config = self.folder / "last.pth", self.folder / "config.json"
+        """Put the files of an earlier run away, and those that would be taken for this one's."""
+        config = self.folder / "config.json"
         expected = dict(auto=config.exists(), force=True).get(self.options.resume)
-        if last.exists() and not resumed:
-            others = (self.folder / f"previous_{n}.pth" for n in itertools.count(1))
-            previous = next(file for file in others if not file.exists())
-            last.replace(previous)
-            log.say(f"{self.folder}: last.pth of the earlier run is {previous.name} now")
-        elif not last.exists() and expected:
-            log.say(f"{self.folder}: no checkpoint of an earlier run, a new run starts")
+        if not resumed and any(self.folder.glob("*.pth")):
+            others = (self.folder / f"previous_{n}" for n in itertools.count(1))
+            previous = next(folder for folder in others if not folder.exists())
+            previous.mkdir()
+            for file in self.folder.iterdir():
+                if file.is_file() and file.name != "run.lock":
+                    file.replace(previous / file.name)
+            log.say(f"{self.folder}: the files of the earlier run are in {previous.name}/ now")
+        elif not resumed and expected:
+            log.say(f"{self.folder}: no last.pth of an earlier run, a new run starts")
         left = ["skipped.txt"] * (self.position == 0)  # a new run names its own
-        left += list(RESULTS) * (self.steps < self.options.last_step)
+        left += ["backbone.pth", "result.json"] * (self.steps < self.options.last_step)
         for name in left:
             (self.folder / name).unlink(missing_ok=True)
-        if self.position == 0 and (old := list(self.folder.glob("epoch_*.pth"))):
-            log.say(f"{self.folder}: {len(old)} files epoch_N.pth are of an earlier run")
         files.forget_after(self.folder / "log.jsonl", self.steps)
         files.remove_leftovers(self.folder)
         files.write_json(config, self.settings)
@@ -395,31 +393,32 @@ class Run:
 
     def save_if_due(self) -> None:
         """After a step: last.pth by the clock and at the end, epoch_N.pth at its epoch."""
-        every = self.options.keep_every and self.steps_per_epoch * self.options.keep_every
-        keep = every and self.position // every > self.kept // every
+        epoch, every = self.position // self.steps_per_epoch, self.options.keep_every
+        keep = every and epoch // every > self.kept
         late = time.perf_counter() - self.written >= 60 * self.options.save_minutes
         # After a bad step the checkpoint before it may be the better one
         if self.ended != "diverged" and (self.ended or (self.good and (late or keep))):
-            epoch = self.position // self.steps_per_epoch
+            if keep:
+                self.kept = epoch // every
             self.save(f"epoch_{epoch:04d}.pth" if keep else "")
-            self.kept = self.position
 
     def save(self, also: str = "") -> bool:
-        """Write last.pth -> whether this process did; also: a second name. A full disk costs a
-        line, at the end the run.
+        """Write last.pth -> whether this process did; also: a second name, written before. A full
+        disk costs a line, at the end the run.
         """
-        self.written = time.perf_counter()
-        for file in (self.folder / name for name in ("last.pth", also) if name and self.writes):
+        self.written, done = time.perf_counter(), False
+        for file in (self.folder / name for name in (also, "last.pth") if name and self.writes):
             try:
                 checkpoints.save(file, self.state())
+                done = True
             except OSError as error:
                 line = f"could not write {file} after step {self.steps}: {error.strerror or error}"
                 line += "; what stood there before is intact" * file.exists()
-                if self.ended:
-                    raise Stopped(f"{line}: make room, and give the same command again") from None
+                if self.ended and file.name == "last.pth":
+                    raise Stopped(f"{line}; make room, then {self.command()}") from None
                 log.say(f"{line}, and the run goes on")
-                return False
-        return self.writes
+                done = False
+        return done
 
     def __enter__(self) -> "Run":
         self.held.enter_context(self.signals)

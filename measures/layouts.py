@@ -30,6 +30,7 @@ class Layout(NamedTuple):
         folders = ",".join(self.splits.values()) or "train,val"
         tree = " + ".join(parts).replace("{split}", f"{{{folders}}}").replace("{name}", "*")
         tree += " (without train and val, too)" if self.classes is None else ""
+        tree += " (transfer.py without train_aug: --train-list train)" * bool(self.other_labels)
         return " or in ".join([tree, *self.tops])
 
 

@@ -157,8 +157,7 @@ def write_masks(
     if done := len(files) - len(todo):
         print(f"{done} of {len(files)} masks are there", flush=True)
     if others:
-        print(f"{others} masks of another network, size, names or photograph are made again, where "
-              "it can be read")  # fmt: skip
+        print(f"{others} masks of another network, size, names or photograph are made again")
     remove_leftovers(folder)
     if not (summary := folder / "prototypes.json").exists():
         write_json(summary, [])  # by which a search for photographs knows the folder

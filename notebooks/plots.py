@@ -15,7 +15,7 @@ import toy
 from measures import metrics
 from measures.figures import prototype_colors
 
-CLASS_COLORS = np.uint8(prototype_colors(len(toy.CLASS_NAMES)) * 255 + 0.5)  # as after a run
+CLASS_COLORS = np.uint8(prototype_colors(len(toy.CLASS_NAMES)) * 255 + 0.5)  # as in groups.png
 
 plt.rcParams.update({"savefig.dpi": 160, "font.size": 11, "figure.constrained_layout.use": True})
 

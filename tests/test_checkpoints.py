@@ -232,3 +232,9 @@ def test_an_optimizer_goes_on_whatever_the_memory_format_was_and_is(name, first,
         move(other, again, step)
     for p, q in zip(module.parameters(), other.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_a_file_holds_tensors_of_the_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: tensor + 1)
+    checkpoints.save(tmp_path / "x.pth", [torch.zeros(2)])
+    assert torch.load(tmp_path / "x.pth", weights_only=True)[0].tolist() == [1, 1]

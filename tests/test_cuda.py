@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from engine import processes
-from engine.norms import summed
+from engine.norms import SummedNorm, converted
 from engine.optimizers import LARS
 from engine.processes import Place
 from photometric import Draw, Photometric
@@ -110,7 +110,8 @@ def test_norms_of_ours_have_the_numbers_of_a_batch_norm_and_take_no_rows(dtype, 
     norm, generator = torch.nn.BatchNorm2d(7), torch.Generator().manual_seed(0)
     maps = (2 * torch.randn(6, 7, 5, 4, generator=generator) + 3).to(getattr(torch, dtype))
     gradient, found = torch.randn(maps.shape, generator=generator), []
-    for each, device in ((norm, "cpu"), (summed(copy.deepcopy(norm).to(DEVICE)), DEVICE)):
+    ours = converted(copy.deepcopy(norm), SummedNorm).to(DEVICE)
+    for each, device in ((norm, "cpu"), (ours, DEVICE)):
         given = maps.to(device, memory_format=torch.channels_last).detach().requires_grad_()
         out = each(given if device == DEVICE else given.float())
         out.backward(gradient.to(device, out.dtype))

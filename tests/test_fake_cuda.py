@@ -26,7 +26,7 @@ from downstream import settings
 from downstream.backbones import groups_of
 from downstream.segmentation import Segmenter
 from engine import processes
-from engine.norms import summed
+from engine.norms import SummedNorm, converted
 from engine.optimizers import make_optimizer, schedule_for
 from engine.options import chosen_for
 from engine.processes import Place
@@ -273,7 +273,7 @@ def test_a_compiled_network_with_norms_of_ours_is_one_graph():
     torch._dynamo.reset()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
     try:
-        backbone = summed(build_backbone("tiny").train())
+        backbone = converted(build_backbone("tiny").train(), SummedNorm)
         found = torch._dynamo.explain(backbone)(torch.rand(2, 3, 32, 32))
     finally:
         dist.destroy_process_group()

@@ -98,7 +98,7 @@ def test_processes_that_see_different_checkpoints_do_not_start(tmp_path):
     play(folder, "--max-steps", "3")
     statuses, outputs = play(folder, processes=2, elsewhere=True)
     assert statuses == [2, 2]
-    line = r"the processes found different states of .* \(batches done: \[3, 0\]\)"
+    line = r"the processes found different states of .* \(batches: \[3, 0\]\)"
     assert all(re.search(line, complaints(output)[0]) for output in outputs)
 
 

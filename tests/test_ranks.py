@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from engine import processes, ranks
-from engine.norms import summed
+from engine.norms import SummedNorm, SyncedNorm, converted
 from engine.optimizers import LARS
 from engine.processes import Place
 from engine.run import Options, Run
@@ -175,7 +175,7 @@ def norms_of_one(rank):
         for counts in ROWS:
             norm, rows, gradients = norm_and_rows(dtype, counts)
             part = slice(sum(counts[: rank * share]), sum(counts[: (rank + 1) * share]))
-            norm = summed(norm if dtype == torch.float64 else norm.float())
+            norm = converted(norm if dtype == torch.float64 else norm.float(), SummedNorm)
             found[dtype, counts] = run_norm(norm, rows[part], gradients[part])
     return found
 
@@ -231,7 +231,8 @@ def test_norms_over_ranks_are_those_of_the_whole_batch_whoever_has_the_rows(norm
 
 
 def test_a_variance_beside_a_large_mean_keeps_its_digits_in_float32():
-    norm, maps = summed(torch.nn.BatchNorm2d(D)), random(64, D, 14, 14).float() + 10
+    norm = converted(torch.nn.BatchNorm2d(D), SummedNorm)
+    maps = random(64, D, 14, 14).float() + 10
     norm(maps)
     expected = 0.9 + 0.1 * maps.double().var((0, 2, 3))
     torch.testing.assert_close(norm.running_var.double(), expected, rtol=3e-6, atol=0)
@@ -242,7 +243,7 @@ def test_a_process_without_queries_gives_torchs_norms_float32_in_half_precision(
     seen = []
     norm = lambda self, x: seen.append(x.dtype) or self.weight * x + self.bias
     monkeypatch.setattr(torch.nn.SyncBatchNorm, "forward", norm)
-    predictor = torch.nn.SyncBatchNorm.convert_sync_batchnorm(SlotPredictor(D, D, HIDDEN))
+    predictor = converted(SlotPredictor(D, D, HIDDEN), SyncedNorm)
     with torch.autocast("cpu", torch.bfloat16):
         predictor(random(0, D).float()).sum().backward()
     assert seen == [torch.float32] * 2 and all(p.grad.eq(0).all() for p in predictor.parameters())

@@ -115,11 +115,12 @@ def test_a_position_has_one_batch_wherever_a_run_starts_and_ranks_share_it():
 )
 def test_a_run_that_a_signal_stops_goes_on_to_the_whole_run(name, position, whole, tmp_path, capfd):
     before = signal.getsignal(getattr(signal, name))
-    stopped = program(tmp_path / "run", At(position, Signals(name)))
+    stopped = program(tmp_path / "run", At(position, Signals(name)), resume="none")
     assert signal.getsignal(getattr(signal, name)) is before
     assert stopped.end() == (130 if name == "SIGINT" else 0) and not stopped.finished
     out, err = capfd.readouterr()
     assert f"stopped by {name} after step {position + 1} of {LAST}" in out
+    assert ": the same command without --resume none goes on" in out
     assert f"{name} received: the run ends after this step and saves" in err
     assert last_of(tmp_path / "run")["step"] == position + 1
 
@@ -145,7 +146,7 @@ def test_work_that_was_lost_is_done_again_and_logged_once(saved, whole, tmp_path
     log.write_text(log.read_text() + '{"step": 6, "los\n{"step": 2}')
     shutil.copytree(tmp_path / "run", tmp_path / "other")
     program(tmp_path / "other", resume="none")
-    lost = "no checkpoint of an earlier run, a new run starts"
+    lost = "no last.pth of an earlier run, a new run starts"
     assert lost not in capfd.readouterr().err
     program(tmp_path / "misspelled", resume="force")
     assert f"{tmp_path}/misspelled: {lost}" in capfd.readouterr().err
@@ -158,16 +159,17 @@ def test_work_that_was_lost_is_done_again_and_logged_once(saved, whole, tmp_path
 
 def test_a_finished_run_that_is_started_again_changes_nothing(whole, tmp_path, capfd):
     shutil.copytree(whole, tmp_path / "run")
-    (result := tmp_path / "run" / "result.json").touch()
-    (tmp_path / "run" / "epoch_0001.pth").touch()
-    assert program(tmp_path / "run").finished and result.exists()
+    left = [tmp_path / "run" / name for name in ("result.json", "groups.png", "epoch_0001.pth")]
+    for file in left:
+        file.touch()
+    assert program(tmp_path / "run").finished and all(file.exists() for file in left)
     assert same(tmp_path / "run", whole)
-    assert program(tmp_path / "run", resume="none").steps == LAST  # this one starts over
-    assert same(tmp_path / "run", whole) and not result.exists()
-    program(tmp_path / "run", resume="none")
-    assert result.with_name("previous_1.pth").read_bytes() == (whole / "last.pth").read_bytes()
-    assert result.with_name("previous_2.pth").exists()
-    assert "1 files epoch_N.pth are of an earlier run" in capfd.readouterr().err
+    for n in (1, 2):
+        assert program(tmp_path / "run", resume="none").steps == LAST  # this one starts over
+        assert f"the earlier run are in previous_{n}/ now" in capfd.readouterr().err
+        assert same(tmp_path / "run", whole) and same(tmp_path / "run" / f"previous_{n}", whole)
+        assert not any(file.exists() for file in left)
+    assert all((tmp_path / "run" / "previous_1" / file.name).exists() for file in left)
 
 
 def test_a_signal_in_the_last_step_does_not_turn_the_end_into_a_pause(whole, tmp_path):
@@ -291,12 +293,14 @@ def test_what_is_written_when(options, spoil, held, names, tmp_path):
         return NAN if run.position in spoil else None
 
     program(tmp_path, look, **options)
+    program(tmp_path, look, last_step=LAST + 1, **options)  # writes no epoch again
+    found.pop()
     kept = [f"epoch_{epoch:04d}.pth" for epoch in names]
     assert found == held and sorted(f.name for f in tmp_path.glob("*.pth")) == [*kept, "last.pth"]
     for epoch, name in zip(names, kept):  # after a bad step it is written one step later
         position = torch.load(tmp_path / name, weights_only=True)["position"]
         assert position == 3 * epoch + (3 * epoch - 1 in spoil)
-    assert last_of(tmp_path)["step"] == LAST
+    assert last_of(tmp_path)["step"] == LAST + 1
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EAGAIN, errno.EACCES])

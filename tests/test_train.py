@@ -74,6 +74,7 @@ CHANGES = {
     "num_prototypes: 5 then, 6 now": "--num-prototypes 6",
     "epochs: 6.0 then, 7.0 now; warmup: 1.0 then, 2.0 now": "--epochs 7 --warmup 2",
     "p_blur: (1.0, 0.1) then, (1.0, 0.2) now": "--p-blur 1 0.2",
+    "seed: 0 then, 1 now": "--seed 1",
     "init: not given then, given.pth now": "--init given.pth",
     "images: 14 then, 13 now": "--data-dir fewer",
     "images: as many then (14), but with other names": "--data-dir others",
@@ -286,7 +287,7 @@ def test_a_few_bad_images_are_replaced_and_named_and_more_than_one_percent_stop_
 def test_doubts_are_said(tmp_path):
     given = ("--accumulate", "4", "--max-steps", "1", "--min-area", "0.9", "--warmup", "6")
     text = train_here(tmp_path / "run", *given)
-    assert "warning  one image per pass" in text
+    assert "1 x 1 process(es) x --accumulate 4; " in text and "warning  one image per pass" in text
     assert "warning  the warm-up is no shorter than the run: lower --warmup" in text
 
 

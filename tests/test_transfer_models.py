@@ -15,6 +15,7 @@ from downstream.backbones import dilate, fitting, groups_of
 from downstream.detection import Detector
 from downstream.segmentation import Segmenter, pixel_loss, slide
 from downstream.settings import PRESETS
+from engine.norms import SyncedNorm, converted
 from measures.metrics import IGNORE
 
 COCO, FCN = PRESETS["detection"]["coco"], PRESETS["segmentation"]
@@ -165,7 +166,7 @@ def test_pyramid_and_heads_have_the_layers_of_the_table(detector):
 def test_norms_stand_where_they_should_become_synchronized_and_are_not_decayed(detector):
     with torch.device("meta"):
         other = Detector(build_backbone("resnet50"), 80, COCO)
-        synchronized = nn.SyncBatchNorm.convert_sync_batchnorm(other)
+        synchronized = converted(other, SyncedNorm)
     for model, kind in ((detector, nn.BatchNorm2d), (synchronized, nn.SyncBatchNorm)):
         norms = {f"{name}.{part}" for name, m in model.named_modules() if isinstance(m, kind)
                  for part in ("weight", "bias")}  # fmt: skip
