@@ -27,16 +27,13 @@ GIVEN = ("--device", DEVICE, "--epochs", 20, "--max-steps", STEPS, "--log-every"
 SLOWLY = ("--base-lr", 0.5, "--warmup", 4)  # or rounding grows to other losses
 
 
-def small_scale(run):
-    """So that fp16 skips no step: the run would take the next batch, and the losses would part."""
-    run.scaler = torch.amp.GradScaler(DEVICE, init_scale=256.0, enabled=run.scaler.is_enabled())
-
-
 def losses_of(folder, *arguments, accident=lambda run: None):
     """Losses of a run of 50 steps, or up to where the accident stops it."""
 
     def both(run):
-        At(0, small_scale)(run)
+        if run.position == 0:  # fp16 shall skip no step: the next batch would have other losses
+            fp16 = run.scaler.is_enabled()
+            run.scaler = torch.amp.GradScaler(DEVICE, init_scale=256.0, enabled=fp16)
         accident(run)
 
     train_here(folder, *GIVEN, *SLOWLY, "--amp", "off", *arguments, accident=both)

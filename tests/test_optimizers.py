@@ -16,12 +16,6 @@ def weights():
     return [(random(*shape, seed=i) * (i != 2)).requires_grad_() for i, shape in enumerate(SHAPES)]
 
 
-def give_gradients(params, step):
-    """None for the fourth one, in the first step."""
-    for i, p in enumerate(params):
-        p.grad = random(*p.shape, seed=100 * step + i) * ((i, step) != (3, 1))
-
-
 def lars_slowly(params, velocities, lr, momentum, weight_decay, coefficient):
     for i, p in enumerate(params):
         g = p.grad.clone()
@@ -40,8 +34,8 @@ def test_three_steps_of_lars_equal_the_loop_over_tensors(settings):
     optimizer, velocities = LARS(ours, lr=0.3, **settings), [torch.zeros_like(p) for p in slow]
     for step in (1, 2, 3):
         optimizer.param_groups[0]["lr"] = 0.3 / step  # the schedule's business
-        for params in (ours, slow):
-            give_gradients(params, step)
+        for i, p in [*enumerate(ours), *enumerate(slow)]:  # zeros for the fourth one, at first
+            p.grad = random(*p.shape, seed=100 * step + i) * ((i, step) != (3, 1))
         optimizer.step()
         lars_slowly(slow, velocities, 0.3 / step, **{**released, **settings})
         assert all(torch.allclose(p, q, rtol=1e-12) for p, q in zip(ours, slow))
