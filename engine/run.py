@@ -86,7 +86,7 @@ class Run:
         self.signals, self.held = StopSignals(bool(self.folder)), contextlib.ExitStack()
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
-        # Good steps; batches; files epoch_N.pth; steps without finite numbers, all and in a row
+        # Good steps; batches; epochs at the last save; steps without finite numbers, and in a row
         self.steps = self.position = self.kept = self.bad_steps = self.bad_in_row = 0
         self.logged, self.sums = 0, [0.0] * len(self.names)  # step of the last line; since then
         self.notes: dict[str, Any] = {}  # what a program wants to know again when it is resumed
@@ -332,7 +332,7 @@ class Run:
         """Put the files of an earlier run away, and those that would be taken for this one's."""
         config = self.folder / "config.json"
         expected = dict(auto=config.exists(), force=True).get(self.options.resume)
-        if not resumed and any(self.folder.glob("*.pth")):
+        if not resumed and config.exists() and any(self.folder.glob("*.pth")):
             others = (self.folder / f"previous_{n}" for n in itertools.count(1))
             previous = next(folder for folder in others if not folder.exists())
             previous.mkdir()
@@ -394,12 +394,11 @@ class Run:
     def save_if_due(self) -> None:
         """After a step: last.pth by the clock and at the end, epoch_N.pth at its epoch."""
         epoch, every = self.position // self.steps_per_epoch, self.options.keep_every
-        keep = every and epoch // every > self.kept
+        keep = every and epoch // every > self.kept // every
         late = time.perf_counter() - self.written >= 60 * self.options.save_minutes
         # After a bad step the checkpoint before it may be the better one
         if self.ended != "diverged" and (self.ended or (self.good and (late or keep))):
-            if keep:
-                self.kept = epoch // every
+            self.kept = epoch
             self.save(f"epoch_{epoch:04d}.pth" if keep else "")
 
     def save(self, also: str = "") -> bool:
