@@ -109,6 +109,9 @@ def run(args: argparse.Namespace, entries: Sequence[Entry]) -> None:
           f"those that are done are in {args.output_dir}/comparison.json", flush=True)  # fmt: skip
     for (entry, _), (record, groups) in zip(jobs, in_processes(jobs, args.output_dir)):
         records[entry.label].append(record)
+        if entry.preset != "scene":
+            seen = draw(UNSEEN, SHOWN, preset=entry.preset)
+            shown.setdefault(f"scene: {entry.preset}", as_images(seen.colors))
         # Slots have no names: group 3 of one image is not group 3 of another
         alone = record["grouped_by"] != record["named_by"]
         truth, size = (scenes.regions, 1) if alone else (scenes.semantic, SHOWN)

@@ -29,6 +29,7 @@ STARRED = f"* of {CLUSTERS}: no groups, or none with names.\n"
 EXPLANATION = f"""\
 obj., inst., fore.: adjusted Rand index per scene, of the pixels of objects; of
 objects and stuff; of foreground and background. used: groups in use.
+probe: mIoU of a linear classifier that learns from few labeled scenes.
 collapsed: fewer than {FEWEST_GROUPS} groups, or NMI not above untrained (not of slots)."""
 
 

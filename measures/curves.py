@@ -1,6 +1,7 @@
 """Curves of training runs from their logs, beside what uniform assignments would log."""
 
 import contextlib
+import itertools
 import json
 import math
 import textwrap
@@ -72,17 +73,25 @@ def chance_lines(records: Sequence[dict], config: Mapping[str, Any]) -> dict[str
 
 def legend_of(runs: Sequence[Run]) -> list[str]:
     """One line per run: its name and what is not the same in all runs; of one run, what it is."""
-    names = DESCRIBED
+    names, options = DESCRIBED, [options_of(run.config) for run in runs]
     if len(runs) > 1:
-        names = dict.fromkeys(name for run in runs for name in run.config if name != "output_dir")
-        names = [name for name in names if len({str(run.config.get(name)) for run in runs}) > 1]
+        names = dict.fromkeys(itertools.chain(*options))
+        names = [name for name in names if len({each.get(name) for each in options}) > 1]
     lines = []
-    for name, _, config in runs:
-        short = {k: f"{x:.4g}" if isinstance(x, float) else x for k, x in config.items()}
-        words = [f"{each.replace('_', '-')} {short[each]}" for each in names if each in short]
-        known = ", ".join(words) or ("no option differs" if config else "no config.json")
-        lines.append(textwrap.shorten(f"{name}: {known}", 150))
+    for run, own in zip(runs, options):
+        words = [f"{each.replace('_', '-')} {own[each]}" for each in names if each in own]
+        known = ", ".join(words) or ("no option differs" if own else "no config.json")
+        lines.append(textwrap.shorten(f"{run.name}: {known}", 150))
     return lines
+
+
+def options_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """What decides a run, in words; of --epochs and --steps the one that counts."""
+    unit = "steps" if config.get("steps") else "epochs"
+    hidden = {"output_dir", "max_steps", "steps", "epochs"} - {unit}
+    shown = {k: x for k, x in config.items() if k not in hidden}
+    words = {k: f"{x:.4g}" if isinstance(x, float) else str(x) for k, x in shown.items()}
+    return words | {k: f"{words[k]} {unit}" for k in words.keys() & {"warmup"}}
 
 
 def hint_of(key: str, runs: Sequence[Run]) -> str:

@@ -87,7 +87,9 @@ def test_no_two_labels_of_the_figure_overlap(presets):
 
 
 def test_the_legend_names_the_options_that_differ_and_no_others():
-    runs = [a_run("a", seed=0, batch_size=32, output_dir="x")]
-    runs.append(a_run("b", seed=1, batch_size=32, output_dir="y", image_loss=True))
-    assert curves.legend_of(runs) == ["a: seed 0", "b: seed 1, image-loss True"]
+    both = dict(batch_size=32, epochs=4.0)
+    runs = [a_run("a", seed=0, steps=0, warmup=1.0, output_dir="x", **both)]
+    runs.append(a_run("b", seed=1, steps=9, warmup=1.0, output_dir="y", image_loss=True, **both))
+    expected = ["a: seed 0, warmup 1 epochs, epochs 4", "b: seed 1, steps 9, warmup 1 steps, image"]
+    assert all(map(str.startswith, curves.legend_of(runs), expected))
     assert curves.legend_of([*runs, a_run("c")])[2] == "c: no config.json"
