@@ -90,6 +90,6 @@ def test_the_legend_names_the_options_that_differ_and_no_others():
     both = dict(batch_size=32, epochs=4.0)
     runs = [a_run("a", seed=0, steps=0, warmup=1.0, output_dir="x", **both)]
     runs.append(a_run("b", seed=1, steps=9, warmup=1.0, output_dir="y", image_loss=True, **both))
-    expected = ["a: seed 0, warmup 1 epochs, epochs 4", "b: seed 1, steps 9, warmup 1 steps, image"]
+    expected = ["a: seed 0, warmup 1 epochs, epochs 4", "b: seed 1, warmup 1 steps, steps 9, image"]
     assert all(map(str.startswith, curves.legend_of(runs), expected))
     assert curves.legend_of([*runs, a_run("c")])[2] == "c: no config.json"
