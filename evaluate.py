@@ -46,7 +46,7 @@ def commands() -> options.Commands:
     parser = known.add("masks", "the groups of photographs as files")
     options.add_checkpoint(parser)
     add = parser.add_argument
-    add("photos", nargs="+", type=options.path, help="folders or files")
+    add("photos", nargs="+", type=options.path, help="folders, files, *.txt with paths")
     add("--output", type=options.path, required=True, metavar="FOLDER", help="of the masks")
     text = "short side of what the network sees, px (default: 224)"
     add("--size", type=options.side, default=224, metavar="N", help=text)
@@ -62,6 +62,7 @@ if __name__ == "__main__":  # a misspelled option is answered before torch is lo
 import torch
 from torch.nn import Module
 
+from engine.guards import lock
 from measures import datasets, groups, masks, networks, probes, retrieval, streams
 
 
@@ -140,7 +141,9 @@ def measure_masks(args: argparse.Namespace) -> dict:
     options.check_writable(args.output / "prototypes.json", "--output")
     print(f"masks of {len(photos)} photographs, by step {config['step']} of {args.checkpoint}, in "
           f"{args.output}; after a stop the same command goes on")  # fmt: skip
-    found = masks.write_masks(network, photos, args.output, args.size, names, args.workers)
+    masks.mask_files(photos, args.output)  # refused before anything is written
+    with lock(args.output):
+        found = masks.write_masks(network, photos, args.output, args.size, names, args.workers)
     used = (prototype for prototype in found["prototypes"] if prototype["images"])
     used = sorted(used, key=lambda prototype: -prototype["share"])[:8]
     print(f"the {len(used)} most used of {config['num_prototypes']} prototypes")

@@ -160,7 +160,7 @@ def describe(c: Config, schedule: Schedule, place: Place, model: SlotCon) -> lis
     ]
     if schedule.warmup_steps >= schedule.total_steps:
         lines.append("warning  the warm-up is no shorter than the run: lower --warmup")
-    if c.batch_size == parts:
+    if c.batch_size == c.accumulate:
         lines.append("warning  one image per pass: batch norm and contrast see no other image")
     return lines
 

@@ -35,7 +35,7 @@ def commands() -> options.Commands:
     parser = known.add("groups", "of images: groups, soft assignments, PCA")
     options.add_checkpoint(parser)
     add = parser.add_argument
-    text = "files, or a folder (default: toy scenes)"
+    text = "files, a folder, or *.txt with paths (default: toy scenes)"
     add("images", nargs="*", default=[], type=options.path, help=text)
     add("--count", type=options.positive, default=6, help="of a folder, of scenes (default: 6)")
     add("--slots", type=options.positive, default=4, help="soft assignments (default: 4)")
@@ -87,18 +87,18 @@ def opened(args: Namespace, count: int) -> tuple[Sequence[Tensor], Path, Callabl
     The named images, or `count` of a folder, or as many toy scenes. Raises ValueError.
     """
     named, folder = getattr(args, "images", []), getattr(args, "data_dir", None)
-    if len(named) == 1 and named[0].is_dir():
+    if len(named) == 1 and (named[0].is_dir() or named[0].suffix == ".txt"):
         named, folder = [], named[0]
     if missing := [image for image in named if not image.is_file()]:
         raise ValueError(f"cannot read {missing[0]}: no such file")
     name = folder.absolute().name if folder else "toy_scenes"
     if named:
         name = named[0].stem + f"_and_{len(named) - 1}_more" * (len(named) > 1)
+    network, config = networks.open_network(args.checkpoint, args.network, args.device)
     default = args.checkpoint.with_name(f"{args.command}_{name}.png")
     file = options.output_file(args.output, default)
     if file.resolve() in (image.resolve() for image in named):
         raise ValueError(f"--output {file} is one of the images: give another name")
-    network, config = networks.open_network(args.checkpoint, args.network, args.device)
     dataset = "folder" if named or folder else "toy"
     streams.note_domain(dataset, config)
     view = streams.center_view(args.size or streams.default_size(dataset))

@@ -152,9 +152,10 @@ def load(
                 if TIMED_OUT not in str(error) or time.perf_counter() > began + PATIENCE:
                     raise
     except (ValueError, RuntimeError, OSError, EOFError) as error:
-        if workers or isinstance(error, ValueError):
-            raise ValueError(why(error)) from None
-        raise
+        if stopped():  # the readers got the signal, too
+            return
+        known = workers or isinstance(error, ValueError)
+        raise (ValueError(why(error)) if known else error) from None
     finally:  # which waits for none of them: one may sit in a slow read
         for reader in readers:
             reader.kill()

@@ -76,11 +76,8 @@ def lock(folder: Path) -> TextIO:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             file.seek(0)
             holder = file.read().strip() or "another process"
-            advice = "wait for that run, or give another --output-dir"
-            gone = "only if its machine is gone, remove run.lock"
-            raise ValueError(
-                f"--output-dir {folder} is in use by {holder}: {advice}; {gone}"
-            ) from None
+            advice = "wait for it, or give another folder; if its machine is gone, remove run.lock"
+            raise ValueError(f"{folder} is in use by {holder}: {advice}") from None
         say(f"{folder} is on a file system without locks: start no second run in it")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

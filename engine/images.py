@@ -161,7 +161,8 @@ def find_images(
         raise ValueError(f"{data_dir} is an image: give its folder, or a text file of paths")
     if data_dir.is_file():
         lines = read_lines(data_dir)
-        names = [line for line in lines if line and not f"{line} ".startswith("# ")]
+        named = (line for line in lines if line and not f"{line} ".startswith("# "))
+        names = list(dict.fromkeys(map(os.path.normpath, named)))  # each once
         root, notice = data_dir.parent, f"the list {data_dir}"
     else:
         found = {folder: _search(data_dir, folder, left) for folder in LAYOUTS[layout]}

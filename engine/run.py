@@ -27,6 +27,7 @@ from tqdm import tqdm
 from engine import checkpoints, files, log, processes
 from engine.batches import Collate, Samples, load, name_skipped, order_of
 from engine.guards import StopSignals, lock
+from engine.images import digest_of
 from engine.processes import Place
 from engine.program import BEGAN, Stopped
 from engine.ranks import gather_objects, sum_over_ranks
@@ -74,11 +75,7 @@ class Run:
         collate: Collate = default_collate, names: Sequence[str] = ("loss",),
     ):  # fmt: skip
         size, count = options.batch_size, len(images)
-        if size > count:
-            raise ValueError(f"--batch-size {size}, but {count} images: lower it, or add images")
-        if size % (place.world_size * options.accumulate):
-            parts = f"{place.world_size} process(es) x --accumulate {options.accumulate}"
-            raise ValueError(f"--batch-size {size} must be a multiple of {parts}")
+        require_batches(options, count, place.world_size)
         self.options, self.place, self.model, self.optimizer = options, place, model, optimizer
         self.images, self.settings, self.names = images, dict(settings), (*names, "grad_norm")
         self.folder = Path(options.output_dir) if options.output_dir else None
@@ -313,10 +310,7 @@ class Run:
             if wanted:
                 self.resume(last, changed if options.resume != "force" else lambda saved: [])
             self.require_space()
-            positions = gather_objects(self.position)  # now all have read it
-            if len(set(positions)) > 1:
-                found = f"the processes found different states of {last} (batches: {positions})"
-                raise ValueError(f"{found}: every machine must see the same --output-dir")
+            self.require_agreement()  # now all have read it
             if self.writes:
                 self.tidy_folder(wanted)
         except OSError as error:
@@ -327,6 +321,19 @@ class Run:
             following = self.steps - self.steps % options.log_every + options.log_every
             if self.steps < options.last_step:
                 self.print(f"next     a line at step {min(following, options.last_step)}")
+
+    def require_agreement(self) -> None:
+        """Raises ValueError where the processes have different checkpoints or images."""
+        names = digest_of(getattr(self.images, "paths", ()))
+        found = gather_objects((self.position, len(self.images), names))
+        positions, counts, names = zip(*found)
+        must = "every machine must see the same"
+        if len(set(positions)) > 1:
+            states = f"different states of {self.folder}/last.pth (batches: {[*positions]})"
+            raise ValueError(f"the processes found {states}: {must} --output-dir")
+        if len({*zip(counts, names)}) > 1:
+            lists = f"different images ({[*counts]}, or with other names)"
+            raise ValueError(f"the processes found {lists}: {must} --data-dir")
 
     def tidy_folder(self, resumed: bool) -> None:
         """Put the files of an earlier run away, and those that would be taken for this one's."""
@@ -457,6 +464,17 @@ class Run:
         if self.place.world_size > 1:
             torch.distributed.destroy_process_group()
         return 130 if (self.ended, self.signals.received) == ("signal", "SIGINT") else 0
+
+
+def require_batches(options: Options, count: int, world_size: int) -> None:
+    """Raises ValueError where so many images fill no batch, or a batch has no equal parts."""
+    size = options.batch_size
+    if size > count:
+        advice = "lower it, or add images"
+        raise ValueError(f"--batch-size {size}, but {count} images to learn from: {advice}")
+    if size % (world_size * options.accumulate):
+        parts = f"{world_size} process(es) x --accumulate {options.accumulate}"
+        raise ValueError(f"--batch-size {size} must be a multiple of {parts}")
 
 
 def ending(stop: float, trouble: float) -> str:

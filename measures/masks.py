@@ -115,11 +115,19 @@ def digest(photo: Path) -> str:
     return hashlib.sha256(photo.read_bytes()).hexdigest()
 
 
-def mask_files(paths: Sequence[str], folder: Path) -> list[Path]:
-    """NAME.png of each photograph; where another one is called NAME or NAME.*, NAME.jpg.png."""
+def mask_files(photos: Photographs, folder: Path) -> list[Path]:
+    """NAME.png of each photograph; where another one is called NAME or NAME.*, NAME.jpg.png.
+
+    Raises ValueError where one of these is a photograph.
+    """
+    paths = photos.paths.tolist()
     stems = [str(Path(path).with_suffix("")) for path in paths]
     count = Counter([*stems, *paths])
-    return [folder / f"{s if count[s] == 1 else path}.png" for s, path in zip(stems, paths)]
+    files = [folder / f"{s if count[s] == 1 else path}.png" for s, path in zip(stems, paths)]
+    known = {Path(photos.root, path).resolve() for path in paths}
+    if clash := {file.resolve() for file in files} & known:
+        raise ValueError(f"--output {folder}: masks would replace {len(clash)} of the photographs")
+    return files
 
 
 def read_names(file: Path | None, k: int) -> dict[int, str]:
@@ -146,10 +154,8 @@ def write_masks(
     made_by = repr((size, sorted(names.items()), weights_digest(network)))
     about = dict(made_by=hashlib.sha256(made_by.encode()).hexdigest(), names=names)
     colors = prototype_colors(network.prototypes.num_embeddings)
-    palette, files = np.uint8(colors * 255 + 0.5), mask_files(photos.paths.tolist(), folder)
+    palette, files = np.uint8(colors * 255 + 0.5), mask_files(photos, folder)
     paths = [Path(photos.root, path) for path in photos.paths]
-    if clash := {file.resolve() for file in files} & {path.resolve() for path in paths}:
-        raise ValueError(f"--output {folder}: masks would replace {len(clash)} of the photographs")
     pairs = progress(zip(files, paths), len(files), "masks that are there")
     known = [read_segments(file, about["made_by"], path) for file, path in pairs]
     todo = [i for i, segments in enumerate(known) if segments is None]

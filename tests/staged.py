@@ -155,16 +155,15 @@ def tasks_of_srun(processes):
     return [dict(each, GLOO_SOCKET_IFNAME="lo") for each in names]
 
 
-def launch(main, folder, argv, processes=1, accident=None, elsewhere=False, srun=False):
-    """main(argv) in processes -> their exit statuses, and what each printed. elsewhere: the last
-    one has another folder.
+def launch(main, folder, argv, processes=1, accident=None, elsewhere=(), srun=False):
+    """main(argv) in processes -> their exit statuses, and what each printed. elsewhere: options of
+    the last one alone.
     """
     places = (tasks_of_srun if srun else torchrun)(processes) if processes > 1 else [{}]
     files = [folder.with_name(f"{folder.name}.{rank}.txt") for rank in range(processes)]
     started = []
     for rank, (file, place) in enumerate(zip(files, places)):
-        if elsewhere and rank:
-            argv = [*argv, "--output-dir", f"{folder}-elsewhere"]
+        argv = [*argv, *elsewhere] if rank else argv
         process = fork_server().Process(target=_play, args=(main, argv, place, accident, file))
         process.start()
         started.append(process)

@@ -92,13 +92,18 @@ def test_a_run_that_a_fault_stopped_goes_on_exactly(name, undisturbed, tmp_path)
     assert not list(folder.glob(".*"))
 
 
-def test_processes_that_see_different_checkpoints_do_not_start(tmp_path):
-    """As machines without a common disk: only the first one finds last.pth."""
+@pytest.mark.parametrize("elsewhere, line", [
+    ("--output-dir", r"different states of .* \(batches: \[3, 0\]\): .* --output-dir"),
+    ("--subset 13", r"different images \(\[14, 13\], or with other names\): .* --data-dir"),
+])  # fmt: skip
+def test_processes_that_see_different_checkpoints_or_images_do_not_start(elsewhere, line, tmp_path):
+    """As machines without a common disk."""
     folder = tmp_path / "run"
-    play(folder, "--max-steps", "3")
-    statuses, outputs = play(folder, processes=2, elsewhere=True)
+    if "output" in elsewhere:
+        play(folder, "--max-steps", "3")
+        elsewhere = f"--output-dir {folder}-elsewhere"
+    statuses, outputs = play(folder, processes=2, elsewhere=elsewhere.split())
     assert statuses == [2, 2]
-    line = r"the processes found different states of .* \(batches: \[3, 0\]\)"
     assert all(re.search(line, complaints(output)[0]) for output in outputs)
 
 

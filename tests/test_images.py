@@ -72,7 +72,7 @@ def test_a_list_names_images_absolutely_or_from_its_own_folder(tmp_path):
     tree(tmp_path / "sets", "b.jpg", "x/a b.jpg", "#1.jpg")
     tree(tmp_path / "far", "c.jpg")
     far, file = f"{tmp_path}/far/c.jpg", tmp_path / "sets" / "list.txt"
-    text = f"\ufeffx/a b.jpg\n# a remark\n#\n\n  b.jpg \r\n#1.jpg\n{far}\n"
+    text = f"\ufeffx/a b.jpg\n# a remark\n#\n\n  b.jpg \r\n./b.jpg\n#1.jpg\n{far}\n"
     file.write_text(text, encoding="utf-8")
     for layout in ("folder", "coco"):  # a file is a list, whatever the layout
         assert found(file, layout) == ["#1.jpg", far, "b.jpg", "x/a b.jpg"]

@@ -1,7 +1,10 @@
 """evaluate.py masks: the groups of photographs as files that any labeling tool opens."""
 
+import errno
+import fcntl
 import json
 import shutil
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -167,6 +170,12 @@ def test_another_network_size_names_or_photo_make_other_masks(checkpoint, photos
 def test_where_no_photograph_can_be_read_one_line_says_so(checkpoint, photos, tmp_path, capsys):
     run(checkpoint, photos / "broken.jpg", "--output", tmp_path / "masks", status=2)
     assert "none of the photographs can be read" in capsys.readouterr().err
+
+
+def test_masks_of_two_programs_at_once_are_refused(checkpoint, photos, monkeypatch, capsys):
+    monkeypatch.setattr(fcntl, "lockf", Mock(side_effect=BlockingIOError(errno.EAGAIN, "")))
+    run(checkpoint, photos, "--output", photos / "../masks", status=2)
+    assert "masks is in use by another process: wait for it" in capsys.readouterr().err
 
 
 def test_what_a_killed_run_left_is_removed(checkpoint, photos, tmp_path):

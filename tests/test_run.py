@@ -330,7 +330,7 @@ def test_a_second_run_in_a_folder_is_refused_with_host_and_process(tmp_path, cap
     second()
     assert statuses == [1, 1, 0]  # the run has ended
     holder = f"process {os.getpid()} on {socket.gethostname()}"
-    line = f"--output-dir {tmp_path} is in use by {holder}: wait for that run"
+    line = f"{tmp_path} is in use by {holder}: wait for it"
     assert line in capfd.readouterr().err
 
 

@@ -63,6 +63,11 @@ def test_readers_that_hand_over_nothing_end(view, shared, place, line, monkeypat
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+def test_a_signal_that_ends_the_readers_too_is_no_fault_of_theirs():
+    stopped = iter((False, True)).__next__
+    assert not list(batches.load(lambda _: os._exit(1), [0], 1, stopped))
+
+
 def test_images_come_from_a_folder_from_its_val2017_or_are_drawn(tmp_path):
     (tmp_path / "val2017").mkdir()
     for folder in (tmp_path, tmp_path / "val2017"):

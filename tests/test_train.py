@@ -48,7 +48,7 @@ def test_slow_steps_say_how_much_time_is_left_between_two_lines_of_the_log(tmp_p
 REFUSED = [  # arguments behind those of a small run, what the line must say
     ("--epochs 3 --steps 9", "--epochs and --steps are two units of one length: give one of them"),
     ("--long-tailed", "--long-tailed says how a subset is chosen: add --subset N"),
-    ("--batch-size 16", "--batch-size 16, but 14 images: lower it, or add images"),
+    ("--batch-size 16", "--batch-size 16, but 14 images to learn from: lower it"),
     ("--accumulate 3", "must be a multiple of 1 process(es) x --accumulate 3"),
     ("--freeze-backbone", "keeps random weights: add --init FILE or --pretrained"),
     ("--preset toy --dataset toy", "draws its own scenes: add a preset for photographs, such as"),

@@ -258,7 +258,7 @@ def test_a_backbone_that_is_not_whole_or_another_is_refused(tmp_path, capsys):
     (["segmentation", "--dataset", "voc"], "--data-dir is missing: the folder of voc"),
     (["detection", "--dataset", "voc"], "--dataset: invalid choice: 'voc' (choose from"),
     (["detection", "--shorts", "640", "800"], "--shorts 640 800: the larger number comes first"),
-    ([*SMALL, "--labeled", "3"], "--batch-size 4, but 3 images: lower it, or add images"),
+    ([*SMALL, "--labeled", "3"], "--batch-size 4, but 3 images to learn from: lower it"),
     ([*SMALL, "--aux-weight", "0.4"], "set --aux-weight 0"),
     ([*SMALL, "--output-stride", "16"], "set --output-stride 0"),
     ([*SMALL, "--arch", "huge"], "unknown architecture 'huge'"),
