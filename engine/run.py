@@ -4,10 +4,8 @@ a log. A program puts its own step between `remember` and `end_step`, as train.p
 
 import contextlib
 import datetime
-import itertools
 import json
 import math
-import shutil
 import sys
 import time
 from collections import defaultdict
@@ -24,10 +22,9 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from engine import checkpoints, files, log, processes
+from engine import checkpoints, files, folder, log, processes
 from engine.batches import Collate, Samples, load, name_skipped, order_of
 from engine.guards import StopSignals, lock
-from engine.images import digest_of
 from engine.processes import Place
 from engine.program import BEGAN, Stopped
 from engine.ranks import gather_objects, sum_over_ranks
@@ -75,7 +72,7 @@ class Run:
         collate: Collate = default_collate, names: Sequence[str] = ("loss",),
     ):  # fmt: skip
         size, count = options.batch_size, len(images)
-        require_batches(options, count, place.world_size)
+        folder.require_batches(size, count, place.world_size, options.accumulate)
         self.options, self.place, self.model, self.optimizer = options, place, model, optimizer
         self.images, self.settings, self.names = images, dict(settings), (*names, "grad_norm")
         self.folder = Path(options.output_dir) if options.output_dir else None
@@ -309,10 +306,12 @@ class Run:
                 self.held.enter_context(lock(self.folder))
             if wanted:
                 self.resume(last, changed if options.resume != "force" else lambda saved: [])
-            self.require_space()
-            self.require_agreement()  # now all have read it
+            folder.require_space(self.folder, self.model, self.optimizer)
+            folder.require_agreement(self.folder, self.position, self.images)  # all have read it
             if self.writes:
-                self.tidy_folder(wanted)
+                if not wanted:
+                    folder.put_away(self.folder, options.resume)
+                self.clear_folder()
         except OSError as error:
             reason = "it is a file" if isinstance(error, FileExistsError) else error
             raise ValueError(f"--output-dir {self.folder} cannot be used: {reason}") from None
@@ -322,49 +321,15 @@ class Run:
             if self.steps < options.last_step:
                 self.print(f"next     a line at step {min(following, options.last_step)}")
 
-    def require_agreement(self) -> None:
-        """Raises ValueError where the processes have different checkpoints or images."""
-        names = digest_of(getattr(self.images, "paths", ()))
-        found = gather_objects((self.position, len(self.images), names))
-        positions, counts, names = zip(*found)
-        must = "every machine must see the same"
-        if len(set(positions)) > 1:
-            states = f"different states of {self.folder}/last.pth (batches: {[*positions]})"
-            raise ValueError(f"the processes found {states}: {must} --output-dir")
-        if len({*zip(counts, names)}) > 1:
-            lists = f"different images ({[*counts]}, or with other names)"
-            raise ValueError(f"the processes found {lists}: {must} --data-dir")
-
-    def tidy_folder(self, resumed: bool) -> None:
-        """Put the files of an earlier run away, and those that would be taken for this one's."""
-        config = self.folder / "config.json"
-        expected = dict(auto=config.exists(), force=True).get(self.options.resume)
-        if not resumed and config.exists() and any(self.folder.glob("*.pth")):
-            others = (self.folder / f"previous_{n}" for n in itertools.count(1))
-            previous = next(folder for folder in others if not folder.exists())
-            previous.mkdir()
-            for file in self.folder.iterdir():
-                if file.is_file() and file.name != "run.lock":
-                    file.replace(previous / file.name)
-            log.say(f"{self.folder}: the files of the earlier run are in {previous.name}/ now")
-        elif not resumed and expected:
-            log.say(f"{self.folder}: no last.pth of an earlier run, a new run starts")
+    def clear_folder(self) -> None:
+        """Of an earlier part of the run, what was lost and what would be taken for its end."""
         left = ["skipped.txt"] * (self.position == 0)  # a new run names its own
         left += ["backbone.pth", "result.json"] * (self.steps < self.options.last_step)
         for name in left:
             (self.folder / name).unlink(missing_ok=True)
         files.forget_after(self.folder / "log.jsonl", self.steps)
         files.remove_leftovers(self.folder)
-        files.write_json(config, self.settings)
-
-    def require_space(self) -> None:
-        """Raises ValueError where not one checkpoint fits on the disk."""
-        kept = 1 if isinstance(self.optimizer, torch.optim.SGD) else 2  # velocity, or two moments
-        size = sum(t.nbytes for t in (*self.model.state_dict().values(), *self.trained * kept))
-        free = shutil.disk_usage(self.folder).free
-        if size > free:
-            found = f"a checkpoint needs {size / 1e9:.3f} GB and {free / 1e9:.3f} GB are free"
-            raise ValueError(f"the disk of {self.folder} is too small: {found}")
+        files.write_json(self.folder / "config.json", self.settings)
 
     def resume(self, path: Path, changed: Callable[[Mapping[str, Any]], list[str]]) -> None:
         """Go on from a checkpoint."""
@@ -464,17 +429,6 @@ class Run:
         if self.place.world_size > 1:
             torch.distributed.destroy_process_group()
         return 130 if (self.ended, self.signals.received) == ("signal", "SIGINT") else 0
-
-
-def require_batches(options: Options, count: int, world_size: int) -> None:
-    """Raises ValueError where so many images fill no batch, or a batch has no equal parts."""
-    size = options.batch_size
-    if size > count:
-        advice = "lower it, or add images"
-        raise ValueError(f"--batch-size {size}, but {count} images to learn from: {advice}")
-    if size % (world_size * options.accumulate):
-        parts = f"{world_size} process(es) x --accumulate {options.accumulate}"
-        raise ValueError(f"--batch-size {size} must be a multiple of {parts}")
 
 
 def ending(stop: float, trouble: float) -> str:

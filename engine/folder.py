@@ -1,0 +1,63 @@
+"""Before a run begins: whether it can, and what an earlier one left in its folder."""
+
+import itertools
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine.images import digest_of
+from engine.log import say
+from engine.ranks import gather_objects
+
+
+def require_batches(size: int, images: int, processes: int, parts: int) -> None:
+    """Raises ValueError where so many images fill no batch, or a batch has no equal parts."""
+    if size > images:
+        advice = "lower it, or add images"
+        raise ValueError(f"--batch-size {size}, but {images} images to learn from: {advice}")
+    if size % (processes * parts):
+        found = f"{processes} process(es) x --accumulate {parts}"
+        raise ValueError(f"--batch-size {size} must be a multiple of {found}")
+
+
+def require_space(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError where not one checkpoint fits on the disk."""
+    kept = 1 if isinstance(optimizer, torch.optim.SGD) else 2  # velocity, or two moments
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    size = sum(t.nbytes for t in (*model.state_dict().values(), *trained * kept))
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        found = f"a checkpoint needs {size / 1e9:.3f} GB and {free / 1e9:.3f} GB are free"
+        raise ValueError(f"the disk of {folder} is too small: {found}")
+
+
+def require_agreement(folder: Path, position: int, images: Sequence[Any]) -> None:
+    """Raises ValueError where the processes have different checkpoints or images."""
+    names = digest_of(getattr(images, "paths", ()))
+    positions, *lists = zip(*gather_objects((position, len(images), names)))
+    must = "every machine must see the same"
+    if len(set(positions)) > 1:
+        found = f"different states of {folder}/last.pth (batches: {[*positions]})"
+        raise ValueError(f"the processes found {found}: {must} --output-dir")
+    if len({*zip(*lists)}) > 1:
+        found = f"different images ({[*lists[0]]}, or with other names)"
+        raise ValueError(f"the processes found {found}: {must} --data-dir")
+
+
+def put_away(folder: Path, resume: str) -> None:
+    """The files of an earlier run, before a new one; resume: the option. Raises OSError."""
+    earlier = (folder / "config.json").exists()
+    if earlier and any(folder.glob("*.pth")):
+        places = (folder / f"previous_{n}" for n in itertools.count(1))
+        previous = next(place for place in places if not place.exists())
+        previous.mkdir()
+        for file in folder.iterdir():
+            if file.is_file() and file.name != "run.lock":
+                file.replace(previous / file.name)
+        say(f"{folder}: the files of the earlier run are in {previous.name}/ now")
+    elif resume == "force" or (resume == "auto" and earlier):
+        say(f"{folder}: no last.pth of an earlier run, a new run starts")
