@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import toy
 from engine import options
 from engine.program import run_early, run_program
 from measures.layouts import LABELED
@@ -62,6 +61,7 @@ if __name__ == "__main__":  # a misspelled option is answered before torch is lo
 import torch
 from torch.nn import Module
 
+import toy
 from engine.guards import lock
 from measures import datasets, groups, masks, networks, probes, retrieval, streams
 

@@ -31,6 +31,12 @@ LOST = re.compile(r"gloo|nccl|TCPStore|connection (closed|reset|refused)", re.IG
 LAST_STEP = 0xFFFFFFF0
 
 
+if not find_spec("torch"):
+    print(f"{os.path.basename(sys.argv[0])}: this Python has no torch: install as README.md says, "
+          "then `. .venv/bin/activate`", file=sys.stderr)  # fmt: skip
+    sys.exit(2)
+
+
 class Stopped(Exception):
     """The program cannot go on; one line says why. What it did so far is on disk."""
 
@@ -46,9 +52,6 @@ def run_early(name: str, parse: Callable[[Sequence[str] | None], Any]) -> None:
         parse(None)
     except ValueError as error:
         sys.exit(fail(name, error, 2))
-    if not find_spec("torch"):
-        line = "this Python has no torch: install as README.md says, then `. .venv/bin/activate`"
-        sys.exit(fail(name, line, 2))
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         threading.Thread(target=note_loading, args=(name,), daemon=True).start()
 

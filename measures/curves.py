@@ -80,7 +80,8 @@ def legend_of(runs: Sequence[Run]) -> list[str]:
     lines = []
     for run, own in zip(runs, options):
         words = [f"{each.replace('_', '-')} {own[each]}" for each in names if each in own]
-        known = ", ".join(words) or ("no option differs" if own else "no config.json")
+        same = "none of these" if names else "no option differs"
+        known = ", ".join(words) or (same if run.config else "no config.json")
         lines.append(textwrap.shorten(f"{run.name}: {known}", 150))
     return lines
 
@@ -88,8 +89,8 @@ def legend_of(runs: Sequence[Run]) -> list[str]:
 def options_of(config: Mapping[str, Any]) -> dict[str, str]:
     """What decides a run, in words; of --epochs and --steps the one that counts."""
     unit = "steps" if config.get("steps") else "epochs"
-    hidden = {"output_dir", "max_steps", "steps", "epochs"} - {unit}
-    shown = {k: x for k, x in config.items() if k not in hidden}
+    hidden = {"output_dir", "steps", "epochs"} - {unit}
+    shown = {k: x for k, x in config.items() if k not in hidden and (x or k != "max_steps")}
     words = {k: f"{x:.4g}" if isinstance(x, float) else str(x) for k, x in shown.items()}
     return words | {k: f"{words[k]} {unit}" for k in words.keys() & {"warmup"}}
 
@@ -133,4 +134,5 @@ def draw_curve(axis: Axes, key: str, number: int, run: Run) -> Line2D:
         values = chance = missing
     steps = [record["step"] for record in run.records]
     axis.plot(steps, chance, "--", color=color, lw=0.8)
-    return axis.plot(steps, values, style, color=color)[0]
+    # A short run is drawn over a long one
+    return axis.plot(steps, values, style, color=color, zorder=2 + 1 / len(steps))[0]

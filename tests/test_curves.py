@@ -93,3 +93,5 @@ def test_the_legend_names_the_options_that_differ_and_no_others():
     expected = ["a: seed 0, warmup 1 epochs, epochs 4", "b: seed 1, warmup 1 steps, steps 9, image"]
     assert all(map(str.startswith, curves.legend_of(runs), expected))
     assert curves.legend_of([*runs, a_run("c")])[2] == "c: no config.json"
+    paused = [a_run(name, max_steps=steps) for name, steps in (("a", 0), ("b", 7))]
+    assert curves.legend_of(paused) == ["a: none of these", "b: max-steps 7"]
