@@ -135,13 +135,12 @@ def measure_masks(args: argparse.Namespace) -> dict:
     """A mask for each photograph, and what is in all of them."""
     network, config = networks.open_network(args.checkpoint, args.network, args.device)
     streams.note_domain("folder", config)
-    masks.require_elsewhere(args.output, args.photos)
     photos = streams.open_photographs(args.photos)
+    masks.require_elsewhere(args.output, args.photos, photos)
     names = masks.read_names(args.names, config["num_prototypes"])
     options.check_writable(args.output / "prototypes.json", "--output")
     print(f"masks of {len(photos)} photographs, by step {config['step']} of {args.checkpoint}, in "
           f"{args.output}; after a stop the same command goes on")  # fmt: skip
-    masks.mask_files(photos, args.output)  # refused before anything is written
     with lock(args.output):
         found = masks.write_masks(network, photos, args.output, args.size, names, args.workers)
     used = (prototype for prototype in found["prototypes"] if prototype["images"])

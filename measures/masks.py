@@ -75,14 +75,16 @@ def segments_of(
     return mask, found
 
 
-def require_elsewhere(folder: Path, photos: Sequence[Path]) -> None:
-    """Raises ValueError where masks would replace photographs, or count as some the next time."""
-    masks = folder.resolve()
-    for given in photos:
-        place = (given if given.is_dir() else given.parent).resolve()
-        if place == masks or (given.is_dir() and place in masks.parents):
-            found = f"--output {folder} lies among the photographs, in {place}"
-            raise ValueError(f"{found}: masks would replace them, or be taken for some")
+def require_elsewhere(folder: Path, given: Sequence[Path], photos: Photographs) -> None:
+    """Raises ValueError where masks would replace photographs, or count as some the next time:
+    in a folder that holds photographs, at any depth, or that lies in one of the folders given.
+    """
+    masks, reason = folder.resolve(), "masks would replace them, or be taken for some"
+    files = (Path(photos.root, path).resolve() for path in photos.paths)
+    if inside := next((file for file in files if masks in file.parents), None):
+        raise ValueError(f"--output {folder} holds photographs, such as {inside}: {reason}")
+    if around := [place for place in given if place.is_dir() and place.resolve() in masks.parents]:
+        raise ValueError(f"--output {folder} lies among the photographs in {around[0]}: {reason}")
 
 
 def write_mask(file: Path, mask: Image.Image, palette: np.ndarray, about: Mapping) -> None:
@@ -115,19 +117,11 @@ def digest(photo: Path) -> str:
     return hashlib.sha256(photo.read_bytes()).hexdigest()
 
 
-def mask_files(photos: Photographs, folder: Path) -> list[Path]:
-    """NAME.png of each photograph; where another one is called NAME or NAME.*, NAME.jpg.png.
-
-    Raises ValueError where one of these is a photograph.
-    """
-    paths = photos.paths.tolist()
+def mask_files(paths: Sequence[str], folder: Path) -> list[Path]:
+    """NAME.png of each photograph; where another one is called NAME or NAME.*, NAME.jpg.png."""
     stems = [str(Path(path).with_suffix("")) for path in paths]
     count = Counter([*stems, *paths])
-    files = [folder / f"{s if count[s] == 1 else path}.png" for s, path in zip(stems, paths)]
-    known = {Path(photos.root, path).resolve() for path in paths}
-    if clash := {file.resolve() for file in files} & known:
-        raise ValueError(f"--output {folder}: masks would replace {len(clash)} of the photographs")
-    return files
+    return [folder / f"{s if count[s] == 1 else path}.png" for s, path in zip(stems, paths)]
 
 
 def read_names(file: Path | None, k: int) -> dict[int, str]:
@@ -154,7 +148,7 @@ def write_masks(
     made_by = repr((size, sorted(names.items()), weights_digest(network)))
     about = dict(made_by=hashlib.sha256(made_by.encode()).hexdigest(), names=names)
     colors = prototype_colors(network.prototypes.num_embeddings)
-    palette, files = np.uint8(colors * 255 + 0.5), mask_files(photos, folder)
+    palette, files = np.uint8(colors * 255 + 0.5), mask_files(photos.paths.tolist(), folder)
     paths = [Path(photos.root, path) for path in photos.paths]
     pairs = progress(zip(files, paths), len(files), "masks that are there")
     known = [read_segments(file, about["made_by"], path) for file, path in pairs]

@@ -76,7 +76,7 @@ def test_every_photograph_has_an_upright_palette_image(checkpoint, photos, tmp_p
 
 
 @pytest.mark.parametrize("given, output", [
-    (".", "."), (".", "deep/masks"), ("gray.png", "."), ("../list.txt", "deep"),
+    (".", "."), (".", "deep/masks"), ("gray.png", "."), ("../list.txt", "deep"), ("deep", "."),
 ])  # fmt: skip
 def test_masks_among_the_photographs_are_refused(given, output, checkpoint, photos, capsys):
     before = contents(photos)
