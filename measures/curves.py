@@ -135,4 +135,4 @@ def draw_curve(axis: Axes, key: str, number: int, run: Run) -> Line2D:
     steps = [record["step"] for record in run.records]
     axis.plot(steps, chance, "--", color=color, lw=0.8)
     # A short run is drawn over a long one
-    return axis.plot(steps, values, style, color=color, zorder=2 + 1 / len(steps))[0]
+    return axis.plot(steps, values, style, color=color, zorder=2 + 1 / (1 + len(steps)))[0]
