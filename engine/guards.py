@@ -26,9 +26,9 @@ class Paused(Exception):
 
 
 class StopSignals:
-    """Signals ask a run to end after its step; received: the name of the first one, or "".
+    """Signals ask a run to end after its batch, of a step or of a test.
 
-    saves: whether the run then writes a checkpoint.
+    received: the name of the first one, or ""; saves: whether the run then writes a checkpoint.
     """
 
     def __init__(self, saves: bool):
@@ -52,7 +52,7 @@ class StopSignals:
         self.received = signal.Signals(number).name
         if int(os.environ.get("RANK", 0)) == 0:
             again = "; a second Ctrl-C ends it now" if number == signal.SIGINT else ""
-            line = f"{self.received} received: the run ends after this step{self.saves}{again}\n"
+            line = f"{self.received} received: the run ends after this batch{self.saves}{again}\n"
             # print() is not safe in a handler: the run may be in the middle of one.
             with contextlib.suppress(OSError):
                 os.write(2, line.encode())

@@ -121,7 +121,7 @@ def test_a_run_that_a_signal_stops_goes_on_to_the_whole_run(name, position, whol
     out, err = capfd.readouterr()
     assert f"stopped by {name} after step {position + 1} of {LAST}" in out
     assert ": the same command without --resume none goes on" in out
-    assert f"{name} received: the run ends after this step and saves" in err
+    assert f"{name} received: the run ends after this batch and saves" in err
     assert last_of(tmp_path / "run")["step"] == position + 1
 
     assert program(tmp_path / "run").end() == 0
