@@ -106,7 +106,7 @@ def run(args: argparse.Namespace, entries: Sequence[Entry]) -> None:
     result.update(labeled_scenes=LABELED, rows=records)
     jobs = [(entry, seed) for seed in range(args.seeds) for entry in entries]
     print(f"{len(jobs)} rows of {args.steps} steps; a second start begins with row 1\n"
-          f"those that are done are in {args.output_dir}/comparison.json", flush=True)  # fmt: skip
+          f"each one done is written to {args.output_dir}/comparison.json", flush=True)  # fmt: skip
     for (entry, _), (record, groups) in zip(jobs, in_processes(jobs, args.output_dir)):
         records[entry.label].append(record)
         if entry.preset != "scene":

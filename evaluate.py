@@ -136,7 +136,7 @@ def measure_masks(args: argparse.Namespace) -> dict:
     network, config = networks.open_network(args.checkpoint, args.network, args.device)
     streams.note_domain("folder", config)
     photos = streams.open_photographs(args.photos)
-    masks.require_elsewhere(args.output, args.photos, photos)
+    masks.require_own(args.output)
     names = masks.read_names(args.names, config["num_prototypes"])
     options.check_writable(args.output / "prototypes.json", "--output")
     print(f"masks of {len(photos)} photographs, by step {config['step']} of {args.checkpoint}, in "

@@ -165,7 +165,7 @@ def find_images(
         names = list(dict.fromkeys(map(os.path.normpath, named)))  # each once
         root, notice = data_dir.parent, f"the list {data_dir}"
     else:
-        found = {folder: _search(data_dir, folder, left) for folder in LAYOUTS[layout]}
+        found = {folder: search(data_dir, folder, left) for folder in LAYOUTS[layout]}
         names = list(itertools.chain(*found.values())) if all(found.values()) else []
         if any(found.values()) and not names:
             lacking = next(folder for folder, some in found.items() if not some)
@@ -174,7 +174,7 @@ def find_images(
         root, notice = data_dir, f"{data_dir}, layout {layout}"
     if not names and not strict:
         left.clear()
-        names = _search(data_dir, ".", left)
+        names = search(data_dir, ".", left)
         notice = f"{data_dir} is not laid out as {layout}: taken as a plain folder of images"
     if not names:
         what = "no images in" if data_dir.exists() else "no such folder:"
@@ -202,10 +202,11 @@ def require_readable(images: Photographs) -> None:
     raise ValueError(reason)
 
 
-def _search(data_dir: Path, pattern: str, left: Left) -> list[str]:
+def search(data_dir: Path, pattern: str, left: Left) -> list[str]:
     """Paths, relative to data_dir, of the images in a folder of a layout, without hidden ones.
 
-    "." stands for all folders but those that programs here wrote; links are followed.
+    "." stands for all folders but those that programs here wrote; links are followed. left: gets
+    what is left out.
     """
     deep, entered, images = pattern == ".", set(), []
     tops = [""] if deep else sorted(glob.glob(f"{pattern}/", root_dir=data_dir))

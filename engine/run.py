@@ -318,8 +318,9 @@ class Run:
         if wanted:
             self.print(f"resumed  {last} after step {self.steps}")
             following = self.steps - self.steps % options.log_every + options.log_every
-            if self.steps < options.last_step:
-                self.print(f"next     a line at step {min(following, options.last_step)}")
+            going = f"a line at step {min(following, options.last_step)}"
+            done = f"no step: {self.steps} are done; --resume none begins anew"
+            self.print(f"next     {going if self.steps < options.last_step else done}")
 
     def clear_folder(self) -> None:
         """Of an earlier part of the run, what was lost and what would be taken for its end."""
@@ -386,7 +387,9 @@ class Run:
                 line = f"could not write {file} after step {self.steps}: {error.strerror or error}"
                 line += "; what stood there before is intact" * file.exists()
                 if self.ended and file.name == "last.pth":
-                    raise Stopped(f"{line}; make room, then {self.command()}") from None
+                    other = "copy an epoch_N.pth, if there is one, to last.pth, or begin anew"
+                    line += f"; make room, then {self.command() if file.exists() else other}"
+                    raise Stopped(line) from None
                 log.say(f"{line}, and the run goes on")
                 done = False
         return done

@@ -7,7 +7,7 @@ FOLDER/contact_sheet.jpg
 
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch.utils.data import Subset
 
 from engine.checkpoints import weights_digest
 from engine.files import found_in, read_lines, remove_leftovers, write_atomically, write_json
-from engine.images import BadImage, Photograph, Photographs
+from engine.images import BadImage, Photograph, Photographs, search
 from engine.log import progress
 from grouping import GroupingNetwork
 from measures.figures import as_images, grid, prototype_colors, save
@@ -75,16 +75,14 @@ def segments_of(
     return mask, found
 
 
-def require_elsewhere(folder: Path, given: Sequence[Path], photos: Photographs) -> None:
-    """Raises ValueError where masks would replace photographs, or count as some the next time:
-    in a folder that holds photographs, at any depth, or that lies in one of the folders given.
+def require_own(folder: Path) -> None:
+    """Raises ValueError where a folder, or one below it, holds images that are not of masks: they
+    would be replaced, or left out by the next search, which knows masks by prototypes.json.
     """
-    masks, reason = folder.resolve(), "masks would replace them, or be taken for some"
-    files = (Path(photos.root, path).resolve() for path in photos.paths)
-    if inside := next((file for file in files if masks in file.parents), None):
-        raise ValueError(f"--output {folder} holds photographs, such as {inside}: {reason}")
-    if around := [place for place in given if place.is_dir() and place.resolve() in masks.parents]:
-        raise ValueError(f"--output {folder} lies among the photographs in {around[0]}: {reason}")
+    own = (folder / "prototypes.json").exists()
+    if found := not own and search(folder, ".", defaultdict(list)):
+        reason = f"holds images, such as {found[0]}: masks need a folder of their own"
+        raise ValueError(f"--output {folder} {reason}, such as {folder / 'masks'}")
 
 
 def write_mask(file: Path, mask: Image.Image, palette: np.ndarray, about: Mapping) -> None:

@@ -46,7 +46,7 @@ FAULTS = {  # tests/test_run.py has the other signals
     "kill -9 in a save, alone": Fault(DIE, (-9,), (5,), "", SAVED, rank=0),
     "dead reader": Fault(KILL, (1, 1), (6, 7, 8, 9, 10), "that read images died", READER),
     "full disk": Fault(DISK, (1, 0), (5,), "step 6: File too large.* goes on", SAVED, rank=0),
-    "full disk at the end": Fault(DISK, (1,), (0,), "18: File too large.* goes on", rank=0),
+    "full disk at the end": Fault(DISK, (1,), (0,), "18: File too large.* begin anew", rank=0),
     "mistake of ours": Fault(staged.raise_a_mistake, (1, 1), (5,), "ArithmeticError: a mistake"),
     "infinite gradient": Fault(staged.spoil_the_gradient, (1, 1), (5,), "no finite loss", SAVED),
     "error of one": Fault(BAD, (1, 2), (5,), "train.py: rank 1: the answer"),

@@ -75,14 +75,23 @@ def test_every_photograph_has_an_upright_palette_image(checkpoint, photos, tmp_p
     assert found == pytest.approx(counts.tolist(), abs=1e-5)
 
 
-@pytest.mark.parametrize("given, output", [
-    (".", "."), (".", "deep/masks"), ("gray.png", "."), ("../list.txt", "deep"), ("deep", "."),
-])  # fmt: skip
-def test_masks_among_the_photographs_are_refused(given, output, checkpoint, photos, capsys):
-    before = contents(photos)
+@pytest.mark.parametrize("given", [".", "gray.png", "../list.txt"])
+@pytest.mark.parametrize("output", [".", "deep", "../links", ".."])
+def test_masks_in_a_folder_that_holds_images_are_refused(given, output, checkpoint, photos, capsys):
     (photos / "../list.txt").write_text(f"{photos}/deep/a.png")
+    (photos / "../links").mkdir()
+    (photos / "../links/gray.png").symlink_to(photos / "gray.png")
+    before = contents(photos / "..")
     run(checkpoint, photos / given, "--output", photos / output, status=2)
-    assert "masks would replace" in capsys.readouterr().err and contents(photos) == before
+    assert "masks need a folder of their own" in capsys.readouterr().err
+    assert contents(photos / "..") == before
+
+
+def test_masks_in_a_new_folder_inside_are_not_taken_for_photographs(checkpoint, photos, capsys):
+    for _ in range(2):
+        run(checkpoint, photos, "--output", photos / "deep/masks", "--size", 64)
+        assert "7 photographs have a mask" in capsys.readouterr().out
+    assert len(find_images(photos)[1]) == 8
 
 
 def test_ids_are_those_of_the_segmentation_that_is_measured(checkpoint, photos, tmp_path):
