@@ -8,9 +8,9 @@ seed of the other.
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -81,9 +81,16 @@ def beyond_the_spread(rows: Rows, reference: str) -> str:
 
 
 if __name__ == "__main__":
-    found = json.loads(Path(sys.argv[1]).read_text())
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("reference", nargs="?", help="the row to compare with (slotcon)")
+    args = parser.parse_args()
+    if not args.file.is_file():
+        parser.error(f"{args.file}: no such file: `python compare.py` writes it")
+    found = json.loads(args.file.read_text())
     rows, minutes = found["rows"], found["seconds"] / 60
     reference = "slotcon" if "slotcon" in rows else next(iter(rows))
     print(f"{found['seeds']} seed(s), {found['steps']} steps, {minutes:.0f} min, k = {found['k']}")
     print("", main_table(rows), "", untrained_table(rows), sep="\n")
-    print("", beyond_the_spread(rows, sys.argv[2] if len(sys.argv) > 2 else reference), sep="\n")
+    print("", beyond_the_spread(rows, args.reference or reference), sep="\n")
