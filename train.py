@@ -139,7 +139,7 @@ def differences(c: Config, num_images: int, digest: str, saved: Mapping[str, Any
     if saved["num_images"] != num_images:
         changed.append(f"images: {saved['num_images']} then, {num_images} now")
     elif saved["notes"].get("images", digest) != digest:
-        changed.append(f"images: as many then ({num_images}), but with other names")
+        changed.append(f"images: as many then ({num_images}), but other ones")
     return changed
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torchvision.transforms.v2 import InterpolationMode
 
-from backbone import build_backbone
+from backbone import TIMM, build_backbone
 from downstream.settings import Shared
 from engine.batches import load
 from engine.guards import Paused
@@ -32,7 +32,8 @@ def open_pretrained(c: Shared, given: set[str]) -> tuple[nn.Module, Shared, str]
     if c.backbone == "random":
         backbone, arch, source = build_backbone(c.arch), c.arch, "random weights, none loaded"
     else:
-        backbone, config = open_backbone(c.backbone, c.network)
+        named = c.arch if c.arch.startswith(TIMM) else ""
+        backbone, config = open_backbone(c.backbone, c.network, arch=named)
         arch, count = config["arch"], len(backbone.state_dict())
         source = f"all {count} tensors from {config['source']}"
     if "arch" in given and c.arch != arch:

@@ -24,7 +24,7 @@ class Shared:
     output_dir: str = option("", "where the run is written (default: runs/TASK-DATASET)", free=True)
     backbone: str = option("random", "last.pth, a released checkpoint, backbone.pth; or random")
     network: str = option("teacher", "of a SlotCon checkpoint", choices=("teacher", "student"))
-    arch: str = option("resnet50", "of --backbone random, a row of backbone.py: ARCHITECTURES")
+    arch: str = option("resnet50", "of --backbone random; timm:NAME of a file that does not say it")
     labeled: int = option(0, "learn from N random labeled images only, 0: all", low=0)
     test_on: str = option("val", "train: can it memorize what it saw?", choices=("val", "train"))
     batch_size: int = option(16, "images per step, over all processes [O]", low=1)

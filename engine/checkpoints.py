@@ -18,10 +18,7 @@ from torch.utils._pytree import tree_map_only
 from engine.files import found_in, write_atomically
 from engine.options import checkpoint_path
 
-WAYS_OUT = (
-    "--resume force goes on all the same, --resume none starts over in this folder, and another "
-    "--output-dir keeps both"
-)
+WAYS_OUT = "--resume none starts over in this folder, and another --output-dir keeps both"
 FORMAT = 1  # goes up when older programs could not continue from a file
 # Names of the released SlotCon -> names here. The released `_k` networks are the teacher.
 RELEASED = {
@@ -220,9 +217,13 @@ def restore(
         raise ValueError(f"{path} cannot be continued: {found}; its network can be evaluated")
     if differences := changed(saved):
         found = f"{path} was made with other options or images ({'; '.join(differences)})"
-        raise ValueError(f"{found}: {WAYS_OUT}")
-    load_strictly(model, saved["model"], path)
-    restore_optimizer(optimizer, saved["optimizer"], path)
+        force = "--resume force goes on all the same, where the network has the same tensors"
+        raise ValueError(f"{found}: {force}; {WAYS_OUT}")
+    try:
+        load_strictly(model, saved["model"], path)
+        restore_optimizer(optimizer, saved["optimizer"], path)
+    except ValueError as error:
+        raise ValueError(f"{error}: {WAYS_OUT}") from None
     if scaler.is_enabled() and saved["scaler"]:
         scaler.load_state_dict(saved["scaler"])
     return saved

@@ -25,13 +25,14 @@ def require_batches(size: int, images: int, processes: int, parts: int) -> None:
 
 
 def require_space(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Raises ValueError where not one checkpoint fits on the disk."""
+    """Raises ValueError where last.pth, and its successor before it replaces it, do not fit."""
     kept = 1 if isinstance(optimizer, torch.optim.SGD) else 2  # velocity, or two moments
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     size = sum(t.nbytes for t in (*model.state_dict().values(), *trained * kept))
+    size *= 1 if (folder / "last.pth").exists() else 2
     free = shutil.disk_usage(folder).free
     if size > free:
-        found = f"a checkpoint needs {size / 1e9:.3f} GB and {free / 1e9:.3f} GB are free"
+        found = f"checkpoints need {size / 1e9:.3f} GB and {free / 1e9:.3f} GB are free"
         raise ValueError(f"the disk of {folder} is too small: {found}")
 
 
@@ -44,7 +45,7 @@ def require_agreement(folder: Path, position: int, images: Sequence[Any]) -> Non
         found = f"different states of {folder}/last.pth (batches: {[*positions]})"
         raise ValueError(f"the processes found {found}: {must} --output-dir")
     if len({*zip(*lists)}) > 1:
-        found = f"different images ({[*lists[0]]}, or with other names)"
+        found = f"different images ({[*lists[0]]}, or other ones)"
         raise ValueError(f"the processes found {found}: {must} --data-dir")
 
 

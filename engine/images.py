@@ -177,7 +177,7 @@ def find_images(
         names = search(data_dir, ".", left)
         notice = f"{data_dir} is not laid out as {layout}: taken as a plain folder of images"
     if not names:
-        what = "no images in" if data_dir.exists() else "no such folder:"
+        what = "no images of a known kind in" if data_dir.exists() else "no such folder:"
         expected = f"; the layout {layout} has them in {' and '.join(LAYOUTS[layout])}"
         expected = "" if layout == "folder" else expected
         raise ValueError(f"{what} {data_dir}{expected}; {found_in(data_dir)}")

@@ -29,23 +29,30 @@ def open_network(path: str | Path, which: str = "teacher", device: Any = "cpu") 
     return network, {**found.config, **sizes, "step": found.contents.get("step", "unknown")}
 
 
-def open_backbone(path: str | Path, which: str = "teacher", device: Any = "cpu") -> Opened:
-    """A backbone for evaluation, and its configuration with arch. Raises ValueError, one line."""
-    found, arch = read(path, which)
+def open_backbone(
+    path: str | Path, which: str = "teacher", device: Any = "cpu", arch: str = ""
+) -> Opened:
+    """A backbone for evaluation, and its configuration with arch; `arch` is for a file that does
+    not say it. Raises ValueError, one line.
+    """
+    found, arch = read(path, which, arch)
     backbone = untrained_backbone(arch, device)
     checkpoints.load_strictly(backbone, found.backbone(which), path)
     return backbone, {**found.config, "arch": arch, "source": found.source(which)}
 
 
-def read(path: str | Path, which: str) -> tuple[checkpoints.Checkpoint, str]:
-    """A checkpoint and its architecture: named, or known by its tensors. Raises ValueError."""
+def read(path: str | Path, which: str, arch: str = "") -> tuple[checkpoints.Checkpoint, str]:
+    """A checkpoint and its architecture: named, known by its tensors, or `arch`. ValueError."""
     found = checkpoints.read(path)
     state, named = found.backbone(which), found.config.get("arch")
     try:
         known = named in ARCHITECTURES or str(named).startswith(TIMM)
         return found, named if known else architecture_of(state)
     except ValueError as error:
-        raise ValueError(f"{path} holds no known backbone: {error}") from None
+        if arch:
+            return found, arch
+        timm = "last.pth of its run names a network of timm, and transfer.py has --arch timm:NAME"
+        raise ValueError(f"{path} holds no known backbone: {error}; {timm}") from None
 
 
 def untrained_network(config: Mapping, device: Any = "cpu", seed: int = 0) -> GroupingNetwork:

@@ -94,7 +94,7 @@ def test_a_run_that_a_fault_stopped_goes_on_exactly(name, undisturbed, tmp_path)
 
 @pytest.mark.parametrize("elsewhere, line", [
     ("--output-dir", r"different states of .* \(batches: \[3, 0\]\): .* --output-dir"),
-    ("--subset 13", r"different images \(\[14, 13\], or with other names\): .* --data-dir"),
+    ("--subset 13", r"different images \(\[14, 13\], or other ones\): .* --data-dir"),
 ])  # fmt: skip
 def test_processes_that_see_different_checkpoints_or_images_do_not_start(elsewhere, line, tmp_path):
     """As machines without a common disk."""

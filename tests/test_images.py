@@ -103,7 +103,7 @@ def test_another_layout_is_taken_as_a_plain_folder_only_where_that_is_allowed(tm
     notice = f"{tmp_path} is not laid out as cocoplus: taken as a plain folder of images"
     assert find_images(tmp_path, "cocoplus", strict=False)[2] == notice
     assert found(tmp_path, "cocoplus", strict=False) == ["mine/a.jpg", "train/b.jpg"]
-    words = "no images in .*; the layout cocoplus has them in train2017 and unlabeled2017; found in"
+    words = "of a known kind in .*; .* cocoplus has them in train2017 and unlabeled2017; found in"
     with pytest.raises(ValueError, match=rf"{words} {tmp_path}: mine/, train/$"):
         find_images(tmp_path, "cocoplus")
     tree(tmp_path, "train2017/c.jpg")  # a part of the layout is there
@@ -116,10 +116,10 @@ MANY, NONE = " ".join(f"{number}.jpg" for number in range(40)), b"\xff\xfe\0\x81
 
 
 @pytest.mark.parametrize("there, contents, asked, words", [
-    ("", b"", "", r"no images in [^;]*; found in .*: nothing"),
+    ("", b"", "", r"no images of a known kind in [^;]*; found in .*: nothing"),
     ("a.c b.c c.c d.c e.c f.c g.c", b"", "", "found in .*: a.c, .*, f.c and 1 more"),
     ("0.txt", b"", "x/y", "no such folder: .*x/y; found in .*: 0.txt$"),
-    ("0.txt", b"", "0.txt", "no images in .*0.txt"),
+    ("0.txt", b"", "0.txt", "no images of a known kind in .*0.txt"),
     ("0.jpg", b"", "", r"none of 1 images tried in .* can be read; 0.jpg: empty file$"),
     (MANY, b"", "", r"none of 14 images tried in .* can be read; \d+.jpg: empty file$"),
     ("a.txt", NONE, "a.txt", "a.txt is not a text file"),

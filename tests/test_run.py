@@ -387,10 +387,10 @@ def test_two_readers_that_hand_nothing_over_for_long_stop_a_run_with_a_line(tmp_
     assert time.monotonic() - began < 9
 
 
-def test_a_disk_on_which_not_one_checkpoint_fits_is_refused(tmp_path, monkeypatch):
+def test_a_disk_on_which_checkpoints_do_not_fit_is_refused(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
-    with pytest.raises(ValueError, match=r"the disk of .* is too small: a checkpoint needs 0\.000"):
+    with pytest.raises(ValueError, match=r"the disk of .* is too small: checkpoints need 0\.000"):
         program(tmp_path / "run")
 
 

@@ -7,8 +7,10 @@ import torch
 
 import export
 from backbone import build_backbone
+from downstream.backbones import open_pretrained
+from downstream.settings import Segmentation
 from engine import processes
-from measures.networks import open_network
+from measures.networks import open_backbone, open_network
 from photometric import IMAGENET_MEAN, IMAGENET_STD
 from slotcon import SlotCon
 from staged import difference, last_of, train_here
@@ -74,6 +76,11 @@ def test_a_run_on_timm_resumes_to_the_same_bits_and_loads_back_strictly(name, tm
         assert export.main([str(tmp_path / "whole"), "--output", file]) == 0
         model = timm.create_model(name, num_classes=0, checkpoint_path=file)  # strictly
         assert all(torch.equal(value, learned[key]) for key, value in model.state_dict().items())
+    c = Segmentation(backbone=file, arch=f"timm:{name}")
+    again, c, _ = open_pretrained(c, {"arch"})
+    assert c.arch == f"timm:{name}" and not difference(again.state_dict(), learned)
+    with pytest.raises(ValueError, match="of its run names a network of timm"):
+        open_backbone(file)
 
 
 @pytest.mark.parametrize("name", SMALLEST)

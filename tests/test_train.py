@@ -77,7 +77,7 @@ CHANGES = {
     "seed: 0 then, 1 now": "--seed 1",
     "init: not given then, given.pth now": "--init given.pth",
     "images: 14 then, 13 now": "--data-dir fewer",
-    "images: as many then (14), but with other names": "--data-dir others",
+    "images: as many then (14), but other ones": "--data-dir others",
 }
 
 
@@ -92,8 +92,8 @@ def test_what_matters_cannot_change_within_a_run(change, short, tmp_path, monkey
     text = train_here(short[0], *CHANGES[change].split(), status=2)
     assert text == (
         f"train.py: {short[0]}/last.pth was made with other options or images ({change}): "
-        "--resume force goes on all the same, --resume none starts over in this folder, "
-        "and another --output-dir keeps both\n"
+        "--resume force goes on all the same, where the network has the same tensors; "
+        "--resume none starts over in this folder, and another --output-dir keeps both\n"
     )
     assert not difference(state_of(short[0]), before)
 
@@ -113,6 +113,7 @@ def test_what_does_not_matter_can_change_and_force_takes_what_is_asked_for_now(t
     wrong = ("--num-prototypes", "6", "--resume", "force")
     text = train_here(folder, *given, *wrong, status=2)
     assert "lacks: 3, such as center (6,); that it has too many: 3, such as center (5,)" in text
+    assert "another --output-dir keeps both" in text
 
 
 def test_a_run_neither_goes_on_from_a_damaged_file_nor_overwrites_it(short, tmp_path):
