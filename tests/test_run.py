@@ -22,6 +22,7 @@ from torch import nn
 
 from engine import batches
 from engine.batches import order_of
+from engine.folder import require_space
 from engine.guards import lock
 from engine.images import BadImage
 from engine.processes import Place
@@ -392,6 +393,13 @@ def test_a_disk_on_which_checkpoints_do_not_fit_is_refused(tmp_path, monkeypatch
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
     with pytest.raises(ValueError, match=r"the disk of .* is too small: checkpoints need 0\.000"):
         program(tmp_path / "run")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    model = torch.nn.Linear(10, 10)  # 440 bytes, and as many of velocity
+    optimizer = torch.optim.SGD(model.parameters())
+    with pytest.raises(ValueError, match="is too small"):
+        require_space(tmp_path, model, optimizer)
+    (tmp_path / "last.pth").touch()
+    require_space(tmp_path, model, optimizer)
 
 
 def test_a_bar_on_a_terminal_counts_the_steps_within_79_columns(tmp_path, monkeypatch, capfd):
