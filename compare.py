@@ -61,6 +61,7 @@ import torch
 from comparisons import judge
 from comparisons.bench import LABELED, SHOWN, Entry, draw, in_processes
 from engine import files
+from engine.folder import put_away
 from measures import metrics
 from measures.datasets import UNSEEN
 from measures.figures import as_images, color_groups, grid, prototype_colors, save
@@ -105,7 +106,7 @@ def run(args: argparse.Namespace, entries: Sequence[Entry]) -> None:
     result = dict(table=args.table or "", seeds=args.seeds, steps=args.steps, k=k)
     result.update(labeled_scenes=LABELED, rows=records)
     jobs = [(entry, seed) for seed in range(args.seeds) for entry in entries]
-    print(f"{len(jobs)} rows of {args.steps} steps; a second start begins with row 1\n"
+    print(f"{len(jobs)} rows of {args.steps} steps; a second start begins with row 1 again\n"
           f"each one done is written to {args.output_dir}/comparison.json", flush=True)  # fmt: skip
     for (entry, _), (record, groups) in zip(jobs, in_processes(jobs, args.output_dir)):
         records[entry.label].append(record)
@@ -140,6 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns its exit status."""
     args = parse(argv)
     options.check_writable(args.output_dir / "comparison.json", "--output-dir")
+    if (args.output_dir / "comparison.json").exists():
+        put_away(args.output_dir)
     torch.set_num_threads(recipes.PRESETS["toy"].threads or 1)
     run(args, entries_of(args))
     return 0

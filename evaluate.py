@@ -87,7 +87,8 @@ def measure_segmentation(args: argparse.Namespace) -> dict:
     for size in sizes:
         batches = read(labeled, size, title=f"{size} px")
         report = groups.compare(network, untrained, by_color, batches, names)
-        print(f"\n{len(labeled)} images of {size} px, {result['dataset']}, k = {k}")
+        part = f" {args.split}" if args.split else ""
+        print(f"\n{len(labeled)} images of {size} px, {result['dataset']}{part}, k = {k}")
         print(groups.format_table(report))
         if names:
             print(groups.format_classes(report))
@@ -147,7 +148,7 @@ def measure_masks(args: argparse.Namespace) -> dict:
     used = sorted(used, key=lambda prototype: -prototype["share"])[:8]
     print(f"the {len(used)} most used of {config['num_prototypes']} prototypes")
     rows = {f"{p['prototype']} {p['name']}": [f"{p['share']:.1%}", str(p["images"])] for p in used}
-    print(groups.table(rows, ["of the pixels", "photographs"]))
+    print(groups.table(rows, ["mean share", "photographs"]))
     print(f"{len(found['photos'])} photographs have a mask; prototypes.json and contact_sheet.jpg "
           f"in {args.output} are of these")  # fmt: skip
     return dict(checkpoint=str(args.checkpoint), output=str(args.output), **found)
@@ -172,7 +173,8 @@ def opened(args: argparse.Namespace, open_part: Callable) -> tuple[Module, dict,
     dataset, data_dir = dataset_of(args), args.data_dir and str(args.data_dir)
     streams.note_domain(dataset, config)
     what = dict(checkpoint=str(args.checkpoint), network=args.network)
-    return module, config, dict(what, dataset=dataset, data_dir=data_dir)
+    part = getattr(args, "split", None)
+    return module, config, dict(what, dataset=dataset, data_dir=data_dir, split=part)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

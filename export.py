@@ -53,6 +53,7 @@ from backbone import RESNETS, TIMM
 from downstream import exported
 from engine import files
 from measures.networks import open_backbone
+from photometric import IMAGENET_MEAN, IMAGENET_STD
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,7 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"read     {config['source']}: {arch}, {len(state)} tensors")
     print(f"written  {args.output}, under {form}'s names")
     print(f"proved   features {(*features.shape,)} of a random image are identical")
-    if args.format == "detectron2":
+    if form == "torchvision":
+        print(f"needs    RGB in 0..1, minus {IMAGENET_MEAN}, over {IMAGENET_STD}")
+    elif form == "timm":
+        print("needs    images as the pretrained_cfg of that network says")
+    else:
         depth = int(arch.removeprefix("resnet"))
         small = "; MODEL.RESNETS.RES2_OUT_CHANNELS 64" * (depth < 50)
         print(f"needs    {exported.DETECTRON2_SETTINGS}; MODEL.RESNETS.DEPTH {depth}{small}")

@@ -49,16 +49,21 @@ def require_agreement(folder: Path, position: int, images: Sequence[Any]) -> Non
         raise ValueError(f"the processes found {found}: {must} --data-dir")
 
 
-def put_away(folder: Path, resume: str) -> None:
-    """The files of an earlier run, before a new one; resume: the option. Raises OSError."""
+def begin_anew(folder: Path, resume: str) -> None:
+    """What becomes of an earlier run, before a new one; resume: the option. Raises OSError."""
     earlier = (folder / "config.json").exists()
     if earlier and any(folder.glob("*.pth")):
-        places = (folder / f"previous_{n}" for n in itertools.count(1))
-        previous = next(place for place in places if not place.exists())
-        previous.mkdir()
-        for file in folder.iterdir():
-            if file.is_file() and file.name != "run.lock":
-                file.replace(previous / file.name)
-        say(f"{folder}: the files of the earlier run are in {previous.name}/ now")
+        put_away(folder)
     elif resume == "force" or (resume == "auto" and earlier):
         say(f"{folder}: no last.pth of an earlier run, a new run starts")
+
+
+def put_away(folder: Path) -> None:
+    """The files of an earlier run into previous_1/, previous_2/, ... Raises OSError."""
+    places = (folder / f"previous_{n}" for n in itertools.count(1))
+    previous = next(place for place in places if not place.exists())
+    previous.mkdir()
+    for file in folder.iterdir():
+        if file.is_file() and file.name != "run.lock":
+            file.replace(previous / file.name)
+    say(f"{folder}: the files of the earlier run are in {previous.name}/ now")

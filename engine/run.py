@@ -310,7 +310,7 @@ class Run:
             folder.require_agreement(self.folder, self.position, self.images)  # all have read it
             if self.writes:
                 if not wanted:
-                    folder.put_away(self.folder, options.resume)
+                    folder.begin_anew(self.folder, options.resume)
                 self.clear_folder()
         except OSError as error:
             reason = "it is a file" if isinstance(error, FileExistsError) else error

@@ -157,8 +157,8 @@ def write_masks(
     if others:
         print(f"{others} masks of another network, size, names or photograph are made again")
     remove_leftovers(folder)
-    if not (summary := folder / "prototypes.json").exists():
-        write_json(summary, [])  # by which a search for photographs knows the folder
+    summary = folder / "prototypes.json"  # by which a search for photographs knows the folder
+    write_json(summary, [])  # until all masks are of this network
     todo_photos, see = Subset(photos, todo), partial(view, size=size)
     for place, (image, whole) in stream(todo_photos, see, 1, workers, "masks"):
         mask, known[todo[place]] = segments_of(network, image, whole[0].tolist())

@@ -215,9 +215,11 @@ def test_rows_end_with_the_program_where_it_is_killed(tmp_path):
 
 def test_from_the_command_line_to_the_file(tmp_path, small, capfd):
     words = ["--only", "moco", "slot_attention", "--steps", "2", "--seeds", "2"]
-    assert compare.main([*words, "--output-dir", str(tmp_path / "out")]) == 0
+    for _ in range(2):
+        assert compare.main([*words, "--output-dir", str(tmp_path / "out")]) == 0
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
-    assert (tmp_path / "out" / "comparison.png").stat().st_size > 1000
+    for file in ("comparison.png", "previous_1/comparison.json"):
+        assert (tmp_path / "out" / file).stat().st_size > 1000
     assert list(found["rows"]) == ["slot_attention: flat", "slot_attention: scene", "moco"]
     system = entries("--only", "slot_attention")[0].build(seed=9)
     kept = torch.load(tmp_path / "out" / "slot_attention-flat_1.pth", weights_only=True)

@@ -127,6 +127,7 @@ def test_prototypes_are_described_beside_the_sheet(checkpoint, photos, tmp_path,
 
 def test_stopped_and_started_again_it_ends_the_same(checkpoint, photos, tmp_path, monkeypatch):
     run(checkpoint, photos, "--output", tmp_path / "whole", "--size", 64)
+    run(checkpoint, photos, "--output", tmp_path / "parts", "--size", 96)
     plain, calls = masks.write_mask, []
 
     def write(*given):
@@ -137,6 +138,7 @@ def test_stopped_and_started_again_it_ends_the_same(checkpoint, photos, tmp_path
     monkeypatch.setattr(masks, "write_mask", write)
     run(checkpoint, photos, "--output", tmp_path / "parts", "--size", 64, status=130)
     assert not {f for f in find_images(tmp_path)[1] if f.startswith("parts")}  # no photographs
+    assert json.loads((tmp_path / "parts" / "prototypes.json").read_text()) == []  # of two sizes
     monkeypatch.setattr(masks, "write_mask", plain)
     run(checkpoint, photos, "--output", tmp_path / "parts", "--size", 64)
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
