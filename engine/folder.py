@@ -2,7 +2,7 @@
 
 import itertools
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,11 @@ from torch import nn
 
 from engine.images import digest_of
 from engine.log import say
+from engine.options import flag
 from engine.ranks import gather_objects
+
+# Options that may differ between machines
+PLACES = {"data_dir", "output_dir", "init", "backbone", "json", "workers", "threads", "device"}
 
 
 def require_batches(size: int, images: int, processes: int, parts: int) -> None:
@@ -36,10 +40,13 @@ def require_space(folder: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         raise ValueError(f"the disk of {folder} is too small: {found}")
 
 
-def require_agreement(folder: Path, position: int, images: Sequence[Any]) -> None:
-    """Raises ValueError where the processes have different checkpoints or images."""
+def require_agreement(
+    folder: Path, position: int, images: Sequence[Any], settings: Mapping[str, Any]
+) -> None:
+    """Raises ValueError where the processes have different checkpoints, images or options."""
     names = digest_of(getattr(images, "paths", ()))
-    positions, *lists = zip(*gather_objects((position, len(images), names)))
+    found = gather_objects((position, len(images), names, settings))
+    positions, *lists, given = zip(*found)
     must = "every machine must see the same"
     if len(set(positions)) > 1:
         found = f"different states of {folder}/last.pth (batches: {[*positions]})"
@@ -47,6 +54,10 @@ def require_agreement(folder: Path, position: int, images: Sequence[Any]) -> Non
     if len({*zip(*lists)}) > 1:
         found = f"different images ({[*lists[0]]}, or other ones)"
         raise ValueError(f"the processes found {found}: {must} --data-dir")
+    for name in settings.keys() - PLACES:
+        if any(other[name] != settings[name] for other in given):
+            found = f"{flag(name)} with {[other[name] for other in given]}"
+            raise ValueError(f"the processes were given {found}: every one needs the same options")
 
 
 def begin_anew(folder: Path, resume: str) -> None:

@@ -1,15 +1,21 @@
 """One process or many: where this one runs, in what precision, how many readers it has."""
 
+import contextlib
 import datetime
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from engine.log import say
 from engine.norms import SummedNorm, SyncedNorm, converted
+from engine.program import PATIENCE
 
 SILENT = datetime.timedelta(minutes=30)  # then a process counts as lost; a test may be long [U]
 
@@ -41,8 +47,29 @@ def start(device: str, amp: str = "off") -> Place:
     if world_size > 1:
         gpu = found if found.type == "cuda" else None
         backend = "nccl" if gpu else "gloo"
-        dist.init_process_group(backend=backend, device_id=gpu, timeout=SILENT)
+        with waiting(world_size):
+            dist.init_process_group(backend=backend, device_id=gpu, timeout=SILENT)
     return Place(found, rank, world_size, precision(amp, found))
+
+
+@contextlib.contextmanager
+def waiting(world_size: int) -> Iterator[None]:
+    """Until all processes have started. A line says so where it takes long, and Ctrl-C and SIGTERM
+    end it at once: PyTorch hears no handler of Python's meanwhile.
+    """
+    place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    line = f"waits for all of {world_size} processes at {place}, up to {SILENT} h"
+    timer = threading.Timer(PATIENCE, say, [line])
+    timer.daemon = True
+    timer.start()
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    try:
+        yield
+    finally:
+        timer.cancel()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def pick_device(device: str) -> torch.device:

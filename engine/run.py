@@ -307,7 +307,8 @@ class Run:
             if wanted:
                 self.resume(last, changed if options.resume != "force" else lambda saved: [])
             folder.require_space(self.folder, self.model, self.optimizer)
-            folder.require_agreement(self.folder, self.position, self.images)  # all have read it
+            # All have read last.pth then
+            folder.require_agreement(self.folder, self.position, self.images, self.settings)
             if self.writes:
                 if not wanted:
                     folder.begin_anew(self.folder, options.resume)

@@ -94,17 +94,30 @@ def test_a_run_that_a_fault_stopped_goes_on_exactly(name, undisturbed, tmp_path)
 
 @pytest.mark.parametrize("elsewhere, line", [
     ("--output-dir", r"different states of .* \(batches: \[3, 0\]\): .* --output-dir"),
-    ("--subset 13", r"different images \(\[14, 13\], or other ones\): .* --data-dir"),
+    ("--data-dir OTHERS", r"different images \(\[14, 13\], or other ones\): .* --data-dir"),
+    ("--temp-teacher 0.05", r"--temp-teacher with \[0.07, 0.05\]: every one needs the same"),
 ])  # fmt: skip
-def test_processes_that_see_different_checkpoints_or_images_do_not_start(elsewhere, line, tmp_path):
-    """As machines without a common disk."""
+def test_processes_that_know_different_things_do_not_start(elsewhere, line, tmp_path):
+    """As machines without a common disk, or with lines that were typed twice."""
     folder = tmp_path / "run"
     if "output" in elsewhere:
         play(folder, "--max-steps", "3")
         elsewhere = f"--output-dir {folder}-elsewhere"
-    statuses, outputs = play(folder, processes=2, elsewhere=elsewhere.split())
+    others = str(staged.draw_photographs(tmp_path / "others", 13))
+    elsewhere = elsewhere.replace("OTHERS", others).split()
+    statuses, outputs = play(folder, processes=2, elsewhere=elsewhere)
     assert statuses == [2, 2]
     assert all(re.search(line, complaints(output)[0]) for output in outputs)
+
+
+def test_a_wait_for_a_process_that_never_starts_is_said_and_ends_at_once(tmp_path):
+    place = {name: str(value) for name, value in staged.torchrun(2)[0].items()}
+    command = [sys.executable, "train.py", *staged.command_line(tmp_path / "run")]
+    options = dict(cwd=ROOT, env={**os.environ, **place}, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, **options) as process:
+        assert any("waits for all of 2 processes at 127" in line for line in process.stderr)
+        process.terminate()
+        assert process.wait(staged.PATIENCE) == -signal.SIGTERM
 
 
 def test_ctrl_c_under_torchrun_pauses_both_processes_and_the_run_goes_on(tmp_path):
