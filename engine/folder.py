@@ -54,7 +54,7 @@ def require_agreement(
     if len({*zip(*lists)}) > 1:
         found = f"different images ({[*lists[0]]}, or other ones)"
         raise ValueError(f"the processes found {found}: {must} --data-dir")
-    for name in settings.keys() - PLACES:
+    for name in sorted(settings.keys() - PLACES):
         if any(other[name] != settings[name] for other in given):
             found = f"{flag(name)} with {[other[name] for other in given]}"
             raise ValueError(f"the processes were given {found}: every one needs the same options")
