@@ -121,9 +121,9 @@ def run(args: argparse.Namespace, entries: Sequence[Entry]) -> None:
         pairs = zip(torch.from_numpy(groups).split(size), truth.split(size))
         painted = np.concatenate([color_groups(*pair) for pair in pairs])
         shown.setdefault(entry.label + " *" * (record["grouped_by"] == judge.CLUSTERS), painted)
-        print(judge.brief(entry.label, record), flush=True)
         result["seconds"] = time.perf_counter() - BEGAN
         files.write_json(args.output_dir / "comparison.json", result)
+        print(judge.brief(entry.label, record), flush=True)
     file = args.output_dir / "comparison.png"
     what = "Groups in scenes never trained on, in the color of what they match in the truth above\n"
     starred = any(name.endswith("*") for name in shown)

@@ -35,7 +35,7 @@ LASTING = dict(uniform=0.1, few=0.2, alone=0.1)  # of all steps: a shorter time 
 SHORTEST, LONGEST = 40, 2000  # steps: limits of that time
 WARNINGS = dict(
     uniform="the group loss is still {group_loss:.3f}, where a uniform assignment has 2 ln k: the "
-    "groups do not start; lower --temp-teacher",
+    "groups have not started; lower --temp-teacher",
     few="only {prototypes_used:.0f} prototypes are in use: the teacher moves too fast, or a cell "
     "sees most of the image; raise --momentum-teacher, or use another --arch or --image-size",
     alone="{occupied_per_image:.1f} prototypes per image: a cell sees the whole image; use an "

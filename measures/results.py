@@ -12,7 +12,7 @@ from measures import figures, retrieval
 from measures.datasets import UNSEEN
 from measures.groups import compare_in_memory, format_table, segment
 from measures.networks import untrained_network
-from measures.streams import SIZE, center_view, stream
+from measures.streams import SIZE, center_view, spaced, stream
 
 SHOWN = 8  # images in groups.png
 BATCH = 16  # photographs at a time
@@ -55,8 +55,8 @@ def photos_result(run: Run, c: Any, images: Photographs) -> None:
     report = retrieval.slot_report(found)
     chosen = retrieval.choose_prototypes(found.active, ["used"], 12)
     figures.draw_prototypes(run.folder / "prototypes.png", teacher, views, view, found, chosen)
-    file = run.folder / "groups.png"
-    figures.draw_parts(file, teacher, views[:SHOWN], c.temp_teacher, use=found.cells)
+    file, some = run.folder / "groups.png", views[spaced(len(views), SHOWN)]
+    figures.draw_parts(file, teacher, some, c.temp_teacher, use=found.cells)
     text = f"{len(views)} photographs, {what}\n{retrieval.format_slots(report)}"
     how = f"of {SIZE} px; the log counts in crops of {c.image_size} px, which show less"
     text += f"\ncounted in whole photographs {how}"

@@ -99,7 +99,8 @@ def note_domain(dataset: str, config: Mapping[str, Any]) -> None:
     kinds = ["photographs", "toy scenes"]
     learned, seen = (kinds[each == "toy"] for each in (config.get("dataset", dataset), dataset))
     if learned != seen:
-        print(f"note: the network learned from {learned} and sees {seen}")
+        way = "; --data-dir gives it photographs" * (dataset == "toy")
+        print(f"note: the network learned from {learned} and sees {seen}{way}")
 
 
 def default_size(dataset: str) -> int:
