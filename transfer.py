@@ -32,6 +32,7 @@ from downstream import detection, segmentation
 from downstream.backbones import groups_of, open_pretrained, share, view
 from engine import checkpoints, files, options, processes
 from engine.guards import Paused
+from engine.images import digest_of
 from engine.log import say
 from engine.ranks import copy_from_main
 from engine.run import Options, Run
@@ -134,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     backbone, c, about = open_pretrained(c, given)
     weights = checkpoints.weights_digest(backbone)
     model, seen, unseen = TASKS[c.task].prepare(c, backbone)
+    names = digest_of([*seen.paths, "", *unseen.paths])
     if place.rank == 0:
         print(f"look     at all {len(unseen)} images to test: whether they can be read", flush=True)
     sum(1 for _ in share(unseen, place, c.workers))
@@ -143,8 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         Options(last_step=c.last_step, **options.chosen_for(Options, c)),
         place, model, optimizer, range(len(seen)),
         view=functools.partial(view, TASKS[c.task].view, seen, c),
-        settings=dict(task=c.task, **dataclasses.asdict(c)),
-        changed=functools.partial(settings.differences, c, len(seen), weights),
+        settings=dict(task=c.task, images=names, **dataclasses.asdict(c)),
+        changed=functools.partial(settings.differences, c, len(seen), names, weights),
         collate=TASKS[c.task].collate, names=model.losses,
     )  # fmt: skip
     run.notes["backbone"] = weights

@@ -129,6 +129,11 @@ class CocoObjects(CocoDetection):
         self.labels = {number: t for t, number in enumerate(sorted(self.coco.cats), 1)}
         self.ids = sorted(self.coco.imgs)
 
+    @property
+    def paths(self) -> list[str]:
+        """Of the images, below their folder."""
+        return [self.coco.imgs[id]["file_name"] for id in self.ids]
+
     def _load_image(self, id: int) -> Tensor:
         name, *size = (self.coco.imgs[id][key] for key in ("file_name", "height", "width"))
         try:

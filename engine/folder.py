@@ -14,7 +14,7 @@ from engine.log import say
 from engine.options import flag
 from engine.ranks import gather_objects
 
-# Options that may differ between machines
+# Options that may differ between machines, beside the images' names, which are compared alone
 PLACES = {"data_dir", "output_dir", "init", "backbone", "json", "workers", "threads", "device"}
 
 
@@ -44,9 +44,13 @@ def require_agreement(
     folder: Path, position: int, images: Sequence[Any], settings: Mapping[str, Any]
 ) -> None:
     """Raises ValueError where the processes have different checkpoints, images or options."""
-    names = digest_of(getattr(images, "paths", ()))
+    names = settings.get("images") or digest_of(getattr(images, "paths", ()))
     found = gather_objects((position, len(images), names, settings))
     positions, *lists, given = zip(*found)
+    for name in sorted(settings.keys() - PLACES - {"images"}):
+        if any(other[name] != settings[name] for other in given):
+            found = f"{flag(name)} with {[other[name] for other in given]}"
+            raise ValueError(f"the processes were given {found}: every one needs the same options")
     must = "every machine must see the same"
     if len(set(positions)) > 1:
         found = f"different states of {folder}/last.pth (batches: {[*positions]})"
@@ -54,10 +58,6 @@ def require_agreement(
     if len({*zip(*lists)}) > 1:
         found = f"different images ({[*lists[0]]}, or other ones)"
         raise ValueError(f"the processes found {found}: {must} --data-dir")
-    for name in sorted(settings.keys() - PLACES):
-        if any(other[name] != settings[name] for other in given):
-            found = f"{flag(name)} with {[other[name] for other in given]}"
-            raise ValueError(f"the processes were given {found}: every one needs the same options")
 
 
 def begin_anew(folder: Path, resume: str) -> None:

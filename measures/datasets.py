@@ -55,10 +55,15 @@ class Labeled:
         """The images at these places."""
         return replace(self, places=[self.places[index] for index in indices])
 
-    def files(self) -> set[Path]:
-        """The image files; of toy scenes, which are drawn, none."""
+    @property
+    def paths(self) -> list[str]:
+        """Of the images, below their folder; of toy scenes, which are drawn, none."""
         places = self.places if isinstance(self.images, Photographs) else ()
-        return {Path(self.images.root, self.images.paths[place]) for place in places}
+        return [self.images.paths[place] for place in places]
+
+    def files(self) -> set[Path]:
+        """The image files."""
+        return {Path(self.images.root, path) for path in self.paths}
 
 
 def open_labeled(

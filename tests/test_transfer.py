@@ -192,12 +192,14 @@ def draw_parts(root, train=3, val=3):
     return root
 
 
+FOLDER = (
+    "segmentation --dataset folder --arch tiny --crop 24 --batch-size 2 --base-steps 1 "
+    "--frame 40 24 --head-width 8 --device cpu"
+).split()
+
+
 def folder_run(folder, root, workers="0"):
-    small = (
-        "segmentation --dataset folder --arch tiny --crop 24 --batch-size 2 --base-steps 1 "
-        "--frame 40 24 --head-width 8 --device cpu"
-    ).split()
-    return run(folder, "--data-dir", str(root), "--workers", workers, small=small)
+    return run(folder, "--data-dir", str(root), "--workers", workers, small=FOLDER)
 
 
 @pytest.mark.parametrize("train, val", [(5, 3), (3, 5)])
@@ -206,6 +208,20 @@ def test_a_class_that_one_part_alone_has_is_a_class_of_both(train, val, tmp_path
     scores = result_of(tmp_path / "run")["iou"]
     assert list(scores) == [f"class {i}" for i in range(5)]
     assert list(scores.values()).count(None) == 5 - val
+
+
+@pytest.mark.slow
+def test_other_images_are_refused_later_and_in_another_process(tmp_path, capsys):
+    root, other = draw_parts(tmp_path / "data"), draw_parts(tmp_path / "other")
+    for file in other.glob("*/val/*2.*"):
+        file.rename(file.with_stem("9"))
+    assert folder_run(tmp_path / "run", root) == 0 == folder_run(tmp_path / "run", root)
+    assert folder_run(tmp_path / "run", other) == 2
+    found = "images: as many then (5), but other ones to learn from or to test"
+    assert found in capsys.readouterr().err
+    elsewhere, small = ("--data-dir", str(other)), [*FOLDER, "--data-dir", str(root)]
+    statuses, said = play(tmp_path / "two", processes=2, small=small, elsewhere=elsewhere)
+    assert statuses == [2, 2] and "different images ([5, 5], or other ones)" in said[0]
 
 
 @pytest.mark.parametrize("broken, workers, status, line", [
