@@ -89,7 +89,7 @@ def legend_of(runs: Sequence[Run]) -> list[str]:
 def options_of(config: Mapping[str, Any]) -> dict[str, str]:
     """What decides a run, in words; of --epochs and --steps the one that counts."""
     unit = "steps" if config.get("steps") else "epochs"
-    hidden = {"output_dir", "steps", "epochs"} - {unit}
+    hidden = {"output_dir", "images", "steps", "epochs"} - {unit}  # images: a hash of their names
     shown = {k: x for k, x in config.items() if k not in hidden and (x or k != "max_steps")}
     words = {k: f"{x:.4g}" if isinstance(x, float) else str(x) for k, x in shown.items()}
     return words | {k: f"{words[k]} {unit}" for k in words.keys() & {"warmup"}}
