@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     backbone, c, about = open_pretrained(c, given)
     weights = checkpoints.weights_digest(backbone)
     model, seen, unseen = TASKS[c.task].prepare(c, backbone)
-    names = digest_of([*seen.paths, "", *unseen.paths])
+    names = digest_of([*seen.paths, "", *unseen.paths, "", *unseen.class_names])
     if place.rank == 0:
         print(f"look     at all {len(unseen)} images to test: whether they can be read", flush=True)
     sum(1 for _ in share(unseen, place, c.workers))

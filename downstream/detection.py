@@ -126,6 +126,7 @@ class CocoObjects(CocoDetection):
         with contextlib.redirect_stdout(None):  # it reports its progress to stdout
             self.coco.createIndex()
         self.names = {number: str(each.get("name")) for number, each in self.coco.cats.items()}
+        self.class_names = tuple(self.names.values())
         self.labels = {number: t for t, number in enumerate(sorted(self.coco.cats), 1)}
         self.ids = sorted(self.coco.imgs)
 

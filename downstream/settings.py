@@ -184,7 +184,7 @@ def differences(
     c: Shared, num_images: int, names: str, weights: str, saved: Mapping[str, Any]
 ) -> list[str]:
     """What a checkpoint was made with and this run is not. names, weights: hashes of those of the
-    images and of the backbone.
+    images and classes, and of the backbone.
     """
     task, images = saved["config"].get("task", "pretraining"), saved["num_images"]
     if task != c.task:
@@ -193,7 +193,7 @@ def differences(
     if images != num_images:
         found.append(f"images: {images} then, {num_images} now")
     elif saved["config"].get("images", names) != names:
-        found.append(f"images: as many then ({images}), but other ones to learn from or to test")
+        found.append(f"images: as many then ({images}), but other ones, or other classes")
     moved = saved["config"]["backbone"] != c.backbone
     if saved["notes"].get("backbone", weights) != weights and not moved:
         found.append(f"backbone: {c.backbone} had other weights then")

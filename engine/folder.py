@@ -47,16 +47,18 @@ def require_agreement(
     names = settings.get("images") or digest_of(getattr(images, "paths", ()))
     found = gather_objects((position, len(images), names, settings))
     positions, *lists, given = zip(*found)
-    for name in sorted(settings.keys() - PLACES - {"images"}):
-        if any(other[name] != settings[name] for other in given):
-            found = f"{flag(name)} with {[other[name] for other in given]}"
+    chosen = settings.keys() - PLACES - {"images"}
+    for name in sorted(chosen, key=lambda name: (name != "task", name)):
+        values = [other.get(name) for other in given]
+        if any(value != settings[name] for value in values):
+            found = f"{flag(name)} with {values}"
             raise ValueError(f"the processes were given {found}: every one needs the same options")
     must = "every machine must see the same"
     if len(set(positions)) > 1:
         found = f"different states of {folder}/last.pth (batches: {[*positions]})"
         raise ValueError(f"the processes found {found}: {must} --output-dir")
     if len({*zip(*lists)}) > 1:
-        found = f"different images ({[*lists[0]]}, or other ones)"
+        found = f"different images ({[*lists[0]]}, or other names)"
         raise ValueError(f"the processes found {found}: {must} --data-dir")
 
 

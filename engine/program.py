@@ -89,7 +89,7 @@ def run_program(
         if "out of memory" in line or "can't allocate memory" in line:
             return fail(name, f"{line}: take a smaller --batch-size, --image-size or network", 2)
         if LOST.search(line) and os.environ.get("WORLD_SIZE", "1") != "1":
-            kept = "what the main one, rank 0, saved last is kept in last.pth"
+            kept = "what the main one, rank 0, has saved is kept in last.pth"
             return fail(name, f"another process is gone, and may say why; {kept} ({line})", 1)
         raise
 

@@ -94,7 +94,7 @@ def test_a_run_that_a_fault_stopped_goes_on_exactly(name, undisturbed, tmp_path)
 
 @pytest.mark.parametrize("elsewhere, line", [
     ("--output-dir", r"different states of .* \(batches: \[3, 0\]\): .* --output-dir"),
-    ("--data-dir OTHERS", r"different images \(\[14, 13\], or other ones\): .* --data-dir"),
+    ("--data-dir OTHERS", r"different images \(\[14, 13\], or other names\): .* --data-dir"),
     ("--temp-teacher 0.05", r"--temp-teacher with \[0.07, 0.05\]: every one needs the same"),
 ])  # fmt: skip
 def test_processes_that_know_different_things_do_not_start(elsewhere, line, tmp_path):

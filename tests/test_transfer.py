@@ -211,17 +211,20 @@ def test_a_class_that_one_part_alone_has_is_a_class_of_both(train, val, tmp_path
 
 
 @pytest.mark.slow
-def test_other_images_are_refused_later_and_in_another_process(tmp_path, capsys):
+@pytest.mark.parametrize("what", ["images", "classes"])
+def test_other_images_are_refused_later_and_in_another_process(what, tmp_path, capsys):
     root, other = draw_parts(tmp_path / "data"), draw_parts(tmp_path / "other")
-    for file in other.glob("*/val/*2.*"):
+    for file in other.glob("*/val/*2.*") if what == "images" else ():
         file.rename(file.with_stem("9"))
+    if what == "classes":
+        (other / "classes.txt").write_text("sky\nsea\nsand\nsun\n")
     assert folder_run(tmp_path / "run", root) == 0 == folder_run(tmp_path / "run", root)
     assert folder_run(tmp_path / "run", other) == 2
-    found = "images: as many then (5), but other ones to learn from or to test"
+    found = "images: as many then (5), but other ones, or other classes"
     assert found in capsys.readouterr().err
     elsewhere, small = ("--data-dir", str(other)), [*FOLDER, "--data-dir", str(root)]
     statuses, said = play(tmp_path / "two", processes=2, small=small, elsewhere=elsewhere)
-    assert statuses == [2, 2] and "different images ([5, 5], or other ones)" in said[0]
+    assert statuses == [2, 2] and "different images ([5, 5], or other names)" in said[0]
 
 
 @pytest.mark.parametrize("broken, workers, status, line", [
