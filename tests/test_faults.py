@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -115,7 +116,10 @@ def test_a_wait_for_a_process_that_never_starts_is_said_and_ends_at_once(tmp_pat
     command = [sys.executable, "train.py", *staged.command_line(tmp_path / "run")]
     options = dict(cwd=ROOT, env={**os.environ, **place}, stderr=subprocess.PIPE, text=True)
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, **options) as process:
+        guard = threading.Timer(staged.PATIENCE, process.kill)
+        guard.start()  # the wait itself takes half an hour
         assert any("waits for all of 2 processes at 127" in line for line in process.stderr)
+        guard.cancel()
         process.terminate()
         assert process.wait(staged.PATIENCE) == -signal.SIGTERM
 
